@@ -1,0 +1,194 @@
+"""Logits, gradients and state_dict against Hugging Face's Qwen2, on scrambled weights; and mutants these checks must kill."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from book import scramble_
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from qwen_analog import QwenConfig, QwenForCausalLM, attention, mlp, model as model_module, norm, rope
+
+BASE = dict(vocab_size=131, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            intermediate_size=80, max_position_embeddings=128)
+SHAPES = {
+    "plain": {},
+    "head_dim not hidden/heads": dict(head_dim=20),
+    "one KV head": dict(num_key_value_heads=1),
+    "KV heads = heads": dict(num_key_value_heads=4),
+    "untied": dict(tie_word_embeddings=False),
+    "theta 1e4": dict(rope_theta=1e4),
+    "one layer, odd FFN": dict(num_hidden_layers=1, intermediate_size=37),
+}
+BOUND = {torch.float64: 1e-5, torch.float32: 1e-4}
+
+
+def pair(dtype, **overrides):
+    """Our model and Hugging Face's with the same scrambled weights."""
+    config = QwenConfig(**{**BASE, **overrides})
+    values = config.to_dict()
+    theta = values.pop("rope_theta")
+    del values["attention_bias"]
+    theirs = Qwen2ForCausalLM(Qwen2Config(**values, rope_parameters={"rope_type": "default", "rope_theta": theta}))
+    scramble_(theirs)
+    inv_freq = theirs.model.rotary_emb.inv_freq.clone()
+    theirs = theirs.to(dtype)
+    theirs.model.rotary_emb.inv_freq = inv_freq       # .to(bfloat16) rounded it
+    ours = QwenForCausalLM(config).to(dtype)
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def tokens(length=17):
+    return torch.randint(BASE["vocab_size"], (2, length), generator=torch.Generator().manual_seed(1))
+
+
+def disagreement(ours, theirs):
+    """Largest difference of logits and of gradients, each relative to the largest reference value."""
+    ids = tokens()
+    a, b = ours(ids), theirs(ids).logits
+    weights = torch.randn(b.shape, generator=torch.Generator().manual_seed(2)).to(b)
+    (a * weights).sum().backward()
+    (b * weights).sum().backward()
+    grads = dict(theirs.named_parameters())
+    worst = ((a - b).abs().max() / b.abs().max()).item()
+    for name, p in ours.named_parameters():
+        if p.grad is None:
+            return math.inf
+        worst = max(worst, ((p.grad - grads[name].grad).abs().max() / grads[name].grad.abs().max()).item())
+    return worst
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_and_gradients(shape, dtype):
+    assert disagreement(*pair(dtype, **SHAPES[shape])) < BOUND[dtype]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bfloat16_logits(shape):
+    ours, theirs = pair(torch.bfloat16, **SHAPES[shape])
+    a, b = ours(tokens()), theirs(tokens()).logits
+    assert (a - b).abs().max() <= 0.02 * b.abs().max()
+
+
+def test_state_dict_both_ways():
+    ours, theirs = pair(torch.float32)
+    assert set(ours.state_dict()) == set(theirs.state_dict())
+    theirs.load_state_dict(scramble_(ours, seed=3).state_dict())
+    torch.testing.assert_close(ours(tokens()), theirs(tokens()).logits, rtol=1e-4, atol=1e-4)
+    without_head = {k: v for k, v in ours.state_dict().items() if k != "lm_head.weight"}
+    QwenForCausalLM(ours.config).load_state_dict(without_head)
+
+
+def replace(target, name, value):
+    return lambda patch, ours: patch.setattr(target, name, value)
+
+
+def interleaved(x):
+    return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+
+
+def sdpa(**changes):
+    real = F.scaled_dot_product_attention
+    return replace(attention.F, "scaled_dot_product_attention", lambda *a, **k: real(*a, **{**k, **changes}))
+
+
+def tiled_heads(q, k, v, attn_mask=None, is_causal=False, enable_gqa=True):
+    n = q.shape[1] // k.shape[1]
+    return _sdpa(q, k.repeat(1, n, 1, 1), v.repeat(1, n, 1, 1), is_causal=is_causal)
+
+
+_sdpa = F.scaled_dot_product_attention
+
+
+class SiLU(torch.nn.Module):
+    """The reference's own, out of reach of a patched `F.silu`."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(x)
+
+
+def drop_bias(name):
+    def mutate(patch, ours):
+        for layer in ours.model.layers:
+            getattr(layer.self_attn, name).bias = None
+    return mutate
+
+
+def swap_norms(patch, ours):
+    for layer in ours.model.layers:
+        layer.input_layernorm, layer.post_attention_layernorm = layer.post_attention_layernorm, layer.input_layernorm
+
+
+def swap_gate_up(patch, ours):
+    for layer in ours.model.layers:
+        layer.mlp.gate_proj, layer.mlp.up_proj = layer.mlp.up_proj, layer.mlp.gate_proj
+
+
+def no_final_norm(patch, ours):
+    ours.model.norm = torch.nn.Identity()
+
+
+def theta(patch, ours):
+    ours.model.rotary_emb.theta = 1e4
+
+
+def eps(patch, ours):
+    for module in ours.modules():
+        if isinstance(module, norm.RMSNorm):
+            module.eps = 1e-2
+
+
+def layer_norm(self, x):
+    return F.layer_norm(x, x.shape[-1:], self.weight, None, self.eps)
+
+
+def post_norm(self, x, cos, sin, mask=None, cache=None):
+    x = self.input_layernorm(x + self.self_attn(x, cos, sin, mask, cache))
+    return self.post_attention_layernorm(x + self.mlp(x))
+
+
+def no_residual(self, x, cos, sin, mask=None, cache=None):
+    x = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+    return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def query_only(x, cos, sin):
+    return x if x.shape[1] == BASE["num_key_value_heads"] else x * cos[:, None] + rope.rotate_half(x) * sin[:, None]
+
+
+MUTANTS = {
+    "no q bias": drop_bias("q_proj"),
+    "no k bias": drop_bias("k_proj"),
+    "no v bias": drop_bias("v_proj"),
+    "norms swapped": swap_norms,
+    "gate and up swapped": swap_gate_up,
+    "no final norm": no_final_norm,
+    "theta 1e4": theta,
+    "eps 1e-2": eps,
+    "LayerNorm": replace(norm.RMSNorm, "forward", layer_norm),
+    "GELU": replace(mlp.F, "silu", F.gelu),
+    "interleaved rotation": replace(rope, "rotate_half", interleaved),
+    "keys not rotated": replace(attention, "apply_rotary", query_only),
+    "no causal mask": sdpa(is_causal=False),
+    "no 1/sqrt(h)": sdpa(scale=1.0),
+    "KV heads tiled": replace(attention.F, "scaled_dot_product_attention", tiled_heads),
+    "post-norm": replace(model_module.DecoderLayer, "forward", post_norm),
+    "no residual": replace(model_module.DecoderLayer, "forward", no_residual),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_mutant_is_killed(mutant, monkeypatch):
+    ours, theirs = pair(torch.float64)
+    theirs.set_attn_implementation("eager")           # the reference must not run through a patched function
+    for layer in theirs.model.layers:
+        layer.mlp.act_fn = SiLU()
+    assert disagreement(ours, theirs) < BOUND[torch.float64]
+    ours.zero_grad(), theirs.zero_grad()
+    MUTANTS[mutant](monkeypatch, ours)
+    distance = disagreement(ours, theirs)
+    print(f"{mutant}: {distance:.1e} against a bound of {BOUND[torch.float64]:.0e}")
+    assert distance > 100 * BOUND[torch.float64]
+
