@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test lint export lab
+.PHONY: test lint export execute figures lab
 
 # the stamp is newer than every file that names a dependency once they are installed
 .venv/installed: pyproject.toml requirements.lock requirements-assets.txt
@@ -13,12 +13,20 @@ BIN := .venv/bin
 
 test: .venv/installed lint
 	$(BIN)/python -m pytest tests
+	PYTHONPATH=$(CURDIR)/tests/no_network HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout=90 chapters
 
 lint: .venv/installed
 	$(BIN)/ruff check .
 
 export: .venv/installed
 	$(BIN)/nbdev-export
+
+# run every chapter and keep its outputs
+execute: .venv/installed
+	cd chapters && for nb in [0-9]*.ipynb; do ../$(BIN)/jupyter execute --inplace --NotebookClient.record_timing=False $$nb || exit 1; done
+
+figures: .venv/installed
+	for f in figures/*.py; do $(BIN)/python $$f || exit 1; done
 
 lab: .venv/installed
 	$(BIN)/jupyter lab chapters

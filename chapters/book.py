@@ -1,4 +1,5 @@
 """What every chapter shares: the look of its plots, scrambled weights, and the checking of exercises."""
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -6,6 +7,8 @@ import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
+# transformers' progress bars warn, with a path of this machine, where ipywidgets is missing
+warnings.filterwarnings("ignore", message="IProgress not found")
 plt.style.use(Path(__file__).resolve().parents[1] / "figures" / "book.mplstyle")
 
 

@@ -1,0 +1,49 @@
+"""The committed chapters: executed in order, without errors or machine paths; the package is what they export, byte for byte."""
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CHAPTERS = sorted((ROOT / "chapters").glob("[0-9][0-9]*.ipynb"))
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_committed_executed_in_order(path):
+    code = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code" and c.source.strip()]
+    assert [c.execution_count for c in code] == list(range(1, len(code) + 1))
+    assert any(c.outputs for c in code)
+    assert not [o for c in code for o in c.outputs if o.output_type == "error"]
+    assert not any(str(o).count(word) for c in code for o in c.outputs for word in ("/home/", "/root/", "/tmp/", "site-packages"))
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_figures_exist(path):
+    for cell in nbformat.read(path, 4).cells:
+        for part in cell.source.split("](../figures/")[1:]:
+            name = part.split(")")[0]
+            assert (ROOT / "figures" / name).is_file() and (ROOT / "figures" / name).with_suffix(".py").is_file(), name
+
+
+def test_export_round_trip(tmp_path):
+    shutil.copytree(ROOT / "chapters", tmp_path / "chapters", ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    shutil.copytree(ROOT / "qwen_analog", tmp_path / "qwen_analog", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    modules = {line.split()[-1] + ".py" for p in CHAPTERS for c in nbformat.read(p, 4).cells
+               for line in c.source.splitlines() if line.startswith("#| default_exp")}
+    for name in modules:
+        (tmp_path / "qwen_analog" / name).unlink()
+    subprocess.run([Path(sys.executable).with_name("nbdev-export")], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": ""})
+    for name in modules:
+        assert (tmp_path / "qwen_analog" / name).read_bytes() == (ROOT / "qwen_analog" / name).read_bytes(), f"run `make export`: {name}"
+
+
+def test_the_network_is_blocked_for_chapters():
+    code = "import socket; socket.create_connection(('192.0.2.1', 80), timeout=1)"
+    run = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT / "tests" / "no_network")},
+                         capture_output=True, text=True)
+    assert "the book runs without a network" in run.stderr
