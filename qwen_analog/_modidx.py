@@ -4,4 +4,11 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
   'syms': { 'qwen_analog.norm': { 'qwen_analog.norm.RMSNorm': ('rmsnorm.html#rmsnorm', 'qwen_analog/norm.py'),
                                   'qwen_analog.norm.RMSNorm.__init__': ('rmsnorm.html#rmsnorm.__init__', 'qwen_analog/norm.py'),
                                   'qwen_analog.norm.RMSNorm.extra_repr': ('rmsnorm.html#rmsnorm.extra_repr', 'qwen_analog/norm.py'),
-                                  'qwen_analog.norm.RMSNorm.forward': ('rmsnorm.html#rmsnorm.forward', 'qwen_analog/norm.py')}}}
+                                  'qwen_analog.norm.RMSNorm.forward': ('rmsnorm.html#rmsnorm.forward', 'qwen_analog/norm.py')},
+            'qwen_analog.rope': { 'qwen_analog.rope.RotaryEmbedding': ('rope.html#rotaryembedding', 'qwen_analog/rope.py'),
+                                  'qwen_analog.rope.RotaryEmbedding.__init__': ( 'rope.html#rotaryembedding.__init__',
+                                                                                 'qwen_analog/rope.py'),
+                                  'qwen_analog.rope.RotaryEmbedding.forward': ('rope.html#rotaryembedding.forward', 'qwen_analog/rope.py'),
+                                  'qwen_analog.rope.apply_rotary': ('rope.html#apply_rotary', 'qwen_analog/rope.py'),
+                                  'qwen_analog.rope.interleaved_to_half': ('rope.html#interleaved_to_half', 'qwen_analog/rope.py'),
+                                  'qwen_analog.rope.rotate_half': ('rope.html#rotate_half', 'qwen_analog/rope.py')}}}
