@@ -6,7 +6,6 @@ BIN := .venv/bin
 # the stamp is newer than every file that names a dependency once they are installed
 .venv/installed: pyproject.toml requirements.lock requirements-assets.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -q "$$(grep '^torch==' requirements.lock)"
 	$(BIN)/pip install -q -c requirements.lock -e ".[test]"
 	$(BIN)/pip install -q --no-deps -r requirements-assets.txt
 	touch $@

@@ -25,12 +25,12 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, position_ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
         """`position_ids` [B, T] int64 -> `(cos, sin)`, each [B, T, head_dim] in `dtype`."""
-        with torch.autocast(position_ids.device.type, enabled=False):
-            even = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=position_ids.device)
-            inv_freq = 1.0 / self.theta ** (even / self.head_dim)
-            angles = position_ids[..., None].float() * inv_freq
-            angles = torch.cat((angles, angles), dim=-1)
-            return angles.cos().to(dtype), angles.sin().to(dtype)
+        even = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=position_ids.device)
+        inv_freq = 1.0 / self.theta ** (even / self.head_dim)
+        # elementwise: autocast would run a matrix product in bfloat16
+        angles = position_ids[..., None].float() * inv_freq
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
 
 # %% ../chapters/04_rope.ipynb #7ab25d00
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
