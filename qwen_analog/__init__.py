@@ -1,4 +1,5 @@
 """Qwen2.5-style language models."""
+from . import generate  # noqa: F401  it gives QwenForCausalLM its method
 from .attention import GQAttention
 from .config import PRESETS, QwenConfig
 from .kv_cache import KVCache

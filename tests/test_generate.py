@@ -1,0 +1,279 @@
+"""Generation: the same tokens as Hugging Face, with and without a cache; samplers as random processes; ends, padding rows, refusals."""
+import math
+
+import pytest
+import torch
+from book import scramble_
+from hypothesis import given, settings, strategies as st
+from test_parity import BASE, SHAPES, pair
+from transformers.generation.logits_process import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from qwen_analog import QwenConfig, QwenForCausalLM
+from qwen_analog.generate import filter_logits, generate
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+MIXED = dict(temperature=0.8, top_k=30, top_p=0.9)
+
+
+def model_of(dtype=torch.float64, **overrides):
+    return scramble_(QwenForCausalLM(QwenConfig(**{**BASE, **overrides}))).to(dtype).eval()
+
+
+def prompt(rows=3, length=9, seed=0):
+    return torch.randint(BASE["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def warpers(temperature=1.0, top_k=None, top_p=None):
+    chain = [TemperatureLogitsWarper(float(temperature))]
+    chain += [] if top_k is None else [TopKLogitsWarper(top_k)]
+    chain += [] if top_p is None else [TopPLogitsWarper(top_p)]
+    return LogitsProcessorList(chain)
+
+
+def test_contract():
+    model, ids = model_of(torch.float32), prompt(2)
+    torch.manual_seed(0)
+    output = model.generate(ids, max_new_tokens=100, temperature=0.7)
+    assert output.shape == (2, 109) and output.dtype == torch.int64 and torch.equal(output[:, :9], ids)
+    assert model.generate(ids).shape == (2, 109)
+    assert torch.equal(model.generate(ids, 5, temperature=0), generate(model, ids, max_new_tokens=5, temperature=0.0))
+    same = model.generate(ids, 0)
+    assert torch.equal(same, ids) and same.data_ptr() != ids.data_ptr()
+
+
+@pytest.mark.parametrize("length", [1, 9])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_greedy_equals_hugging_face(shape, length):
+    ours, theirs = pair(torch.float64, **SHAPES[shape])
+    ids = prompt(3, length)
+    # Hugging Face would take the pad id in a prompt for padding: the mask is given
+    expected = theirs.eval().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False,
+                                      eos_token_id=None, pad_token_id=0)
+    assert torch.equal(ours.generate(ids, 24, temperature=0), expected)
+    assert len(expected[:, length:].unique()) > 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_draws_equal_a_loop_over_hugging_face_warpers(dtype):
+    """Our own uncached logits, so that a sixteen-bit model sees the same roundings; the rest is theirs, in float32."""
+    model, ids = model_of(dtype), prompt()
+    dice, expected = torch.Generator().manual_seed(5), ids
+    with torch.no_grad():
+        for _ in range(24):
+            scores = warpers(**MIXED)(expected, model(expected)[:, -1].float())
+            expected = torch.cat((expected, torch.multinomial(scores.softmax(-1), 1, generator=dice)), dim=1)
+    assert torch.equal(model.generate(ids, 24, seed=5, use_cache=False, **MIXED), expected)
+
+
+def test_draws_equal_hugging_face_logits_and_warpers():
+    ours, theirs = pair(torch.float64)
+    dice, expected = torch.Generator().manual_seed(5), prompt()
+    with torch.no_grad():
+        for _ in range(24):
+            scores = warpers(**MIXED)(expected, theirs(expected).logits[:, -1].float())
+            expected = torch.cat((expected, torch.multinomial(scores.softmax(-1), 1, generator=dice)), dim=1)
+    assert torch.equal(ours.generate(prompt(), 24, seed=5, **MIXED), expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(shape=st.sampled_from(sorted(SHAPES)), rows=st.integers(1, 4), length=st.integers(1, 12), new=st.integers(0, 12),
+       seed=st.integers(0, 1000), temperature=st.sampled_from([0, 0.5, 1.0, 2.0]), top_k=st.sampled_from([None, 1, 5]),
+       top_p=st.sampled_from([None, 0.5, 0.95]), eos=st.sampled_from([None, 3, list(range(40))]), valid=st.sampled_from([None, 60]))
+def test_cached_equals_uncached(shape, rows, length, new, seed, temperature, top_k, top_p, eos, valid):
+    model, ids = model_of(**SHAPES[shape]), prompt(rows, length, seed)
+    cached, literal = (model.generate(ids, new, temperature=temperature, top_k=top_k, top_p=top_p, eos_token_id=eos, seed=seed,
+                                      valid_vocab_size=valid, use_cache=use_cache) for use_cache in (True, False))
+    assert torch.equal(cached, literal) and torch.equal(cached[:, :length], ids)
+
+
+def test_cached_logits_and_the_work_of_a_step():
+    model, ids, hidden, rows = model_of(), prompt(), [], []
+    model.model.register_forward_hook(lambda module, inputs, output: hidden.append(output.shape[1]))
+    hook = model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(output))
+    written = model.generate(ids, 20, temperature=0)
+    hook.remove()
+    assert hidden == [9] + [1] * 19 and [row.shape[1] for row in rows] == [1] * 20 and not any(row.requires_grad for row in rows)
+    with torch.no_grad():
+        assert (torch.cat(rows, dim=1) - model(written)[:, 8:-1]).abs().max() < 1e-10
+
+
+@settings(max_examples=200, deadline=None)
+@given(values=st.lists(st.integers(-40, 40), min_size=1, max_size=60), rows=st.integers(1, 3), scale=st.sampled_from([0.5, 0.137]),
+       dtype=st.sampled_from([torch.float32, torch.float64]), temperature=st.floats(0.05, 20), top_k=st.none() | st.integers(1, 80),
+       top_p=st.none() | st.floats(1e-9, 1.0))
+def test_filters_equal_hugging_face(values, rows, scale, dtype, temperature, top_k, top_p):
+    """Integers times a scale: ties everywhere."""
+    logits = torch.stack([torch.tensor(values, dtype=dtype).roll(i) for i in range(rows)]) * scale
+    before = logits.clone()
+    got = filter_logits(logits, temperature, top_k, top_p)
+    assert torch.equal(got, warpers(temperature, top_k, top_p)(None, logits)) and torch.equal(logits, before)
+    assert got.isfinite().any(-1).all()
+
+
+def chi_squared(draws, probabilities):
+    """(statistic, df); tokens expected fewer than ten times are pooled; an impossible token is infinite."""
+    observed, expected = draws.bincount(minlength=len(probabilities)).double(), len(draws) * probabilities.double()
+    if observed[expected == 0].any():
+        return math.inf, 0
+    rare = expected < 10
+    observed, expected = (torch.cat((x[~rare], x[rare].sum()[None])) for x in (observed, expected))
+    cells = expected > 0
+    return ((observed - expected)[cells] ** 2 / expected[cells]).sum().item(), int(cells.sum()) - 1
+
+
+SAMPLERS = [dict(), dict(temperature=0.6), dict(temperature=1.7), dict(top_k=5), dict(top_p=0.8), dict(temperature=1.3, top_k=40, top_p=0.9)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def test_draws_have_the_right_distribution(sampler, device):
+    model, ids = model_of(torch.float32, tie_word_embeddings=False).to(device), prompt(1, 1).to(device)
+    with torch.no_grad():
+        logits = model(ids)[:, -1] / 4
+        model.lm_head.weight /= 4                      # flatter: more tokens are possible
+    draws = model.generate(ids.expand(20_000, 1), 1, seed=0, **sampler)[:, 1].cpu()
+    for other in SAMPLERS:
+        statistic, df = chi_squared(draws, warpers(**other)(None, logits).softmax(-1)[0].cpu())
+        print(f"drawn with {sampler}, held against {other}: {statistic:.1f}, df {df}")
+        assert (statistic < df + 5 * math.sqrt(2 * df)) == (other == sampler)
+
+
+def test_successive_draws_are_independent():
+    model = model_of(torch.float32, num_hidden_layers=1)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()                   # every token equally likely, whatever came before
+    pairs = model.generate(prompt(1, 1).expand(20_000, 1), 2, seed=0, valid_vocab_size=20)[:, 1:]
+    statistic, df = chi_squared(pairs[:, 0] * 20 + pairs[:, 1], torch.full((400,), 1 / 400))
+    assert df == 399 and statistic < df + 5 * math.sqrt(2 * df)
+
+
+@pytest.mark.parametrize("sampler", [dict(temperature=0), dict(seed=4)], ids=str)
+@pytest.mark.parametrize("several", [False, True])
+def test_rows_end_are_filled_up_and_stop_together(sampler, several):
+    model, ids = model_of(), prompt()
+    free = model.generate(ids, 30, **sampler)
+    eos = [int(free[0, 12]), int(free[1, 20])] if several else int(free[0, 12])
+    first = eos[0] if several else eos
+    expected = free.clone()
+    for row in expected:
+        ends = torch.isin(row[9:], torch.tensor(eos)).nonzero()
+        if len(ends):
+            row[10 + int(ends[0]):] = first
+    got = model.generate(ids, 30, eos_token_id=eos, **sampler)
+    assert torch.equal(got, expected[:, : got.shape[1]])
+    done = torch.isin(expected[:, 9:], torch.tensor(eos)).cummax(-1).values.all(0)
+    assert got.shape[1] == (9 + int(done.nonzero()[0]) + 1 if done.any() else 39)
+
+
+def test_stops_early_and_keeps_the_end_token():
+    model, ids = model_of(), prompt(1)
+    free = model.generate(ids, 30, temperature=0)[0]
+    eos = int(free[20])
+    end = 10 + int((free[9:] == eos).nonzero()[0])
+    assert torch.equal(model.generate(ids, 30, temperature=0, eos_token_id=eos)[0], free[:end]) and end < 39
+
+
+def test_an_end_token_in_the_prompt_does_not_end():
+    model, ids = model_of(), prompt()
+    eos = int(ids[0, 3])
+    written = model.generate(ids, 1, temperature=0, eos_token_id=eos)
+    assert torch.equal(written, model.generate(ids, 1, temperature=0))
+    assert torch.equal(model.generate(ids, 10, temperature=0, eos_token_id=[]), model.generate(ids, 10, temperature=0))
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("sampler", [dict(temperature=0), dict(temperature=4.0, seed=0), dict(temperature=4.0, top_k=50, top_p=0.99, seed=0)], ids=str)
+def test_padding_rows_are_never_chosen(sampler, use_cache):
+    model, ids = model_of(), prompt()
+    assert (model.generate(ids, 60, use_cache=use_cache, **sampler)[:, 9:] >= 40).any()
+    assert model.generate(ids, 60, use_cache=use_cache, valid_vocab_size=40, **sampler)[:, 9:].max() < 40
+    with torch.no_grad():
+        model.lm_head.weight[40:] = math.nan           # not even looked at (the model is tied: the prompt stays below 40)
+    assert model.generate(ids % 40, 5, use_cache=use_cache, valid_vocab_size=40, **sampler).max() < 40
+
+
+REFUSED = [("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "1"), ("temperature", None),
+           ("top_k", 0), ("top_k", -1), ("top_k", 2.0), ("top_k", True), ("top_p", 0), ("top_p", 1.5), ("top_p", math.nan), ("top_p", "0.9"),
+           ("max_new_tokens", -1), ("max_new_tokens", 2.5), ("max_new_tokens", 120), ("input_ids", torch.zeros(1, 0, dtype=torch.int64)),
+           ("input_ids", torch.zeros(0, 3, dtype=torch.int64)), ("input_ids", torch.zeros(3, dtype=torch.int64)),
+           ("input_ids", torch.zeros(1, 3, dtype=torch.int32)), ("input_ids", torch.zeros(1, 3)), ("input_ids", [[1, 2]]),
+           ("input_ids", torch.full((1, 3), 131)), ("input_ids", torch.full((1, 3), -1)), ("input_ids", torch.zeros(1, 125, dtype=torch.int64)),
+           ("eos_token_id", 131), ("eos_token_id", -1), ("eos_token_id", [1, 1.5]), ("eos_token_id", "2"), ("seed", -1), ("seed", 0.5),
+           ("seed", 2**64), ("valid_vocab_size", 0), ("valid_vocab_size", 132)]
+
+
+@pytest.mark.parametrize("name, value", REFUSED, ids=lambda v: v if isinstance(v, str) else repr(v)[:25].replace("\n", ""))
+def test_wrong_arguments_are_named(name, value):
+    model = model_of()
+    model.forward = None                               # refused before any work
+    with pytest.raises(ValueError, match=name) as error:
+        generate(model, **{"input_ids": prompt(), "max_new_tokens": 4, name: value})
+    assert "\n" not in str(error.value)
+
+
+def test_an_end_token_among_the_padding_rows_is_refused():
+    with pytest.raises(ValueError, match="eos_token_id"):
+        model_of().generate(prompt(), 4, eos_token_id=100, valid_vocab_size=100)
+
+
+@pytest.mark.parametrize("name, value", [("temperature", 0), ("temperature", -1.0), ("top_k", 0), ("top_p", 0.0)])
+def test_filter_logits_refuses(name, value):
+    with pytest.raises(ValueError, match=name):
+        filter_logits(torch.zeros(1, 4), **{name: value})
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("sampler", [dict(temperature=0), dict(), dict(top_k=2), dict(top_p=0.5)], ids=str)
+def test_logits_that_are_not_finite(sampler, bad):
+    model = model_of(tie_word_embeddings=False).train()
+    model.lm_head.register_forward_hook(lambda module, inputs, output: output.index_fill(-1, torch.tensor([7]), bad))
+    with pytest.raises(ValueError, match="logits"):
+        model.generate(prompt(), 4, **sampler)
+    assert model.training
+
+
+def test_a_temperature_too_small_for_float32():
+    with pytest.raises(ValueError, match="temperature 1e-45"):
+        model_of().generate(prompt(), 4, temperature=1e-45)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_seed_repeats_and_touches_nothing_else(device):
+    model, ids = model_of(torch.float32).to(device), prompt().to(device)
+    get_state = torch.get_rng_state if device == "cpu" else torch.cuda.get_rng_state
+    torch.manual_seed(1)
+    states = torch.get_rng_state(), get_state()
+    runs = [model.generate(ids, 20, seed=seed) for seed in (7, 7, 8)]
+    model.generate(ids, 20, temperature=0)
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+    assert torch.equal(torch.get_rng_state(), states[0]) and torch.equal(get_state(), states[1])
+    torch.manual_seed(7)
+    assert torch.equal(model.generate(ids, 20), runs[0]) and not torch.equal(get_state(), states[1])
+
+
+@pytest.mark.parametrize("interruption", [None, KeyboardInterrupt, RuntimeError])
+def test_every_module_gets_its_mode_back(interruption):
+    model = model_of().train()
+    model.gradient_checkpointing_enable()
+    model.model.norm.eval()
+    seen = []
+
+    def hook(module, inputs, output):
+        seen.append(module.training)
+        if interruption and len(seen) == 3:
+            raise interruption
+    model.model.layers[0].register_forward_hook(hook)
+    if interruption:
+        with pytest.raises(interruption):
+            model.generate(prompt(), 6)
+    else:
+        model.generate(prompt(), 6)
+    assert not any(seen) and len(seen) == (3 if interruption else 6)
+    assert model.training and model.model.layers[0].training and not model.model.norm.training
+
+
+def test_generated_tokens_can_be_trained_on():
+    model = model_of().train()
+    tokens = model.generate(prompt(), 6, seed=0)
+    model(tokens[:, :-1], targets=tokens[:, 1:]).backward()
+    assert all(p.grad is not None for p in model.parameters()) and torch.is_grad_enabled()
