@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CORPORA', 'prepare', 'write', 'build_parser', 'main']
 
-# %% ../chapters/20_commands.ipynb #f2381e37
+# %% ../chapters/20_commands.ipynb #c8008731
 import argparse
 import sys
 from pathlib import Path
@@ -18,10 +18,10 @@ from .data import is_held_out, stdlib_documents, wiki_documents, write_jsonl
 from .generate import complete
 from .tokenizer import QWEN_SPECIAL_TOKENS, TiktokenTokenizer, train_bpe
 
-# %% ../chapters/20_commands.ipynb #422511ab
+# %% ../chapters/20_commands.ipynb #39a8b884
 CORPORA = {"wiki": wiki_documents, "stdlib": stdlib_documents}
 
-# %% ../chapters/20_commands.ipynb #7c729620
+# %% ../chapters/20_commands.ipynb #a63965a2
 def prepare(arguments: argparse.Namespace) -> None:
     """Write a corpus as JSONL, and a vocabulary trained on the part of it that is not held out."""
     output = Path(arguments.output or Path("data") / arguments.corpus)
@@ -37,7 +37,7 @@ def prepare(arguments: argparse.Namespace) -> None:
     TiktokenTokenizer(train_bpe(texts, arguments.vocab_size - len(QWEN_SPECIAL_TOKENS))).save(output)
     print(f"{vocabulary}: {arguments.vocab_size:,} tokens, learned from the documents that are not held out")
 
-# %% ../chapters/20_commands.ipynb #ced01839
+# %% ../chapters/20_commands.ipynb #a6f9bf93
 def write(arguments: argparse.Namespace) -> None:
     """Continue prompts with the model of a checkpoint."""
     model, tokenizer = load_model(arguments.checkpoint)
@@ -46,9 +46,9 @@ def write(arguments: argparse.Namespace) -> None:
         print(complete(model, tokenizer, prompt, max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature,
                        top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed))
 
-# %% ../chapters/20_commands.ipynb #56e5c271
+# %% ../chapters/20_commands.ipynb #f8d91c51
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="qwen-analog", description=__doc__)
+    parser = argparse.ArgumentParser(prog="qwen-analog", description="Prepare a corpus, train on it, let the model write.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("train", help=train.__doc__, description=train.__doc__)
@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=prepare)
     return parser
 
-# %% ../chapters/20_commands.ipynb #980bfcff
+# %% ../chapters/20_commands.ipynb #e2994002
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
@@ -84,6 +84,6 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     return 0
 
-# %% ../chapters/20_commands.ipynb #acc8018a
+# %% ../chapters/20_commands.ipynb #5f7da553
 if __name__ == "__main__" and "__file__" in globals():
     sys.exit(main())

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PRESETS', 'QwenConfig', 'parameter_ledger']
 
-# %% ../chapters/08_config.ipynb #4ad4d229
+# %% ../chapters/08_config.ipynb #b336b803
 import json
 from dataclasses import asdict, dataclass, fields
 from importlib import resources
 
-# %% ../chapters/08_config.ipynb #e688d4d0
+# %% ../chapters/08_config.ipynb #79c7eac3
 @dataclass
 class QwenConfig:
     """Everything that fixes the model's shape, with Hugging Face's field names; the defaults are the card's.
@@ -77,10 +77,10 @@ class QwenConfig:
         """All fields, `head_dim` as a number; `from_dict` gives an equal config back."""
         return asdict(self)
 
-# %% ../chapters/08_config.ipynb #cfa9c3d3
+# %% ../chapters/08_config.ipynb #d0114b3a
 PRESETS: dict[str, dict] = json.loads(resources.files("qwen_analog").joinpath("presets.json").read_text(encoding="utf-8"))
 
-# %% ../chapters/08_config.ipynb #2acdbe99
+# %% ../chapters/08_config.ipynb #42eb0b95
 def parameter_ledger(config: QwenConfig) -> dict[str, int]:
     """Weights by part, summed over layers: embedding, attention, mlp, norms, lm_head (0 where tied)."""
     V, D, F, L = config.vocab_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers

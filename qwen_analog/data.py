@@ -7,7 +7,7 @@ __all__ = ['WIKI_SHA256', 'SUFFIXES', 'DataError', 'wiki_documents', 'stdlib_doc
            'find_files', 'is_held_out', 'tokenize_files', 'Block', 'collate', 'PackedBlocks', 'open_stream',
            'StreamedBlocks']
 
-# %% ../chapters/02_data.ipynb #8205c61d
+# %% ../chapters/02_data.ipynb #e29e00a5
 import glob
 import hashlib
 import importlib.util
@@ -29,7 +29,7 @@ import torch
 from .loss import IGNORE_INDEX
 from .tokenizer import Tokenizer
 
-# %% ../chapters/02_data.ipynb #8aa59485
+# %% ../chapters/02_data.ipynb #7be1dc75
 WIKI_SHA256 = "05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052"
 
 
@@ -61,7 +61,7 @@ def stdlib_documents() -> Iterator[dict]:
             if text.strip():
                 yield {"title": name.as_posix(), "text": text}
 
-# %% ../chapters/02_data.ipynb #f53b61a2
+# %% ../chapters/02_data.ipynb #0321fe02
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 
@@ -87,7 +87,7 @@ def write_jsonl(documents: Iterable[dict], path: str | Path) -> int:
         partial.unlink(missing_ok=True)
     return count
 
-# %% ../chapters/02_data.ipynb #ad45d614
+# %% ../chapters/02_data.ipynb #f9d8ccb7
 def _parse(line: bytes) -> object:
     """The JSON value of a line; ValueError saying what is wrong with it."""
     try:
@@ -123,7 +123,7 @@ def _text_and_key(record: object) -> tuple[str, str]:
             raise ValueError(f'"{name}" holds half a surrogate pair (character {error.start})') from None
     return text, key
 
-# %% ../chapters/02_data.ipynb #45193945
+# %% ../chapters/02_data.ipynb #0ae97a4a
 @dataclass
 class Document:
     """One line of a JSONL file. A line that was skipped has `error` set and no text."""
@@ -156,7 +156,7 @@ def read_jsonl(files: Iterable[str], skip_bad_lines: bool = False) -> Iterator[D
         except (OSError, UnicodeEncodeError) as error:
             raise DataError(f"{name} cannot be read: {error}") from None
 
-# %% ../chapters/02_data.ipynb #ccaf5e5a
+# %% ../chapters/02_data.ipynb #23e7c381
 def find_files(paths: Sequence[str | Path]) -> list[str]:
     """Files named by files, directories (searched for .jsonl, .jsonl.gz, .jsonl.zst) and globs, sorted within each. DataError if none."""
     if not paths:
@@ -172,13 +172,13 @@ def find_files(paths: Sequence[str | Path]) -> list[str]:
         found += sorted(matches)
     return list(dict.fromkeys(found))
 
-# %% ../chapters/02_data.ipynb #404bddc4
+# %% ../chapters/02_data.ipynb #d7486fcd
 def is_held_out(key: str, fraction: float) -> bool:
     """Whether a document belongs to the held-out part: decided by a hash of its key, so it never changes sides."""
     digest = hashlib.sha256(key.encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
-# %% ../chapters/02_data.ipynb #905886f0
+# %% ../chapters/02_data.ipynb #156b34f8
 def _token_ids(text: str, tokenizer: Tokenizer) -> list[int]:
     """The end-of-text token, then the text's: the end of one document opens the next."""
     return [tokenizer.eos_token_id, *tokenizer.encode(text)]
@@ -226,7 +226,7 @@ def tokenize_files(files: Sequence[str], tokenizer: Tokenizer, heldout_fraction:
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__ or error from None
 
-# %% ../chapters/02_data.ipynb #299ddbaa
+# %% ../chapters/02_data.ipynb #fb543acc
 @dataclass
 class Block:
     """`block_size` consecutive tokens of the packed stream, [T] int64 each, and where they came from.
@@ -251,7 +251,7 @@ def collate(blocks: Sequence[Block]) -> dict[str, torch.Tensor]:
     """`input_ids`, `targets` and `document_ids`, [B, T] each, for the model's forward."""
     return {name: torch.stack([getattr(block, name) for block in blocks]) for name in ("input_ids", "targets", "document_ids")}
 
-# %% ../chapters/02_data.ipynb #2eddf1a1
+# %% ../chapters/02_data.ipynb #2040538c
 class PackedBlocks:
     """Documents in a new random order each epoch, one after the other, cut into blocks of `block_size` tokens.
 
@@ -312,7 +312,7 @@ class PackedBlocks:
     def load_state_dict(self, state: dict) -> None:
         self.position = state["position"]
 
-# %% ../chapters/02_data.ipynb #e3009f70
+# %% ../chapters/02_data.ipynb #aaa1ba6e
 def _stream_rows(files: Sequence[str], skip_bad_lines: bool) -> Iterator[dict]:
     for document in read_jsonl(files, skip_bad_lines):
         yield asdict(document)
@@ -345,7 +345,7 @@ def open_stream(paths: Sequence[str | Path], skip_bad_lines: bool = False) -> da
 
     return stream.map(document, with_indices=True).select_columns([field.name for field in fields(Document)])
 
-# %% ../chapters/02_data.ipynb #2c3923c6
+# %% ../chapters/02_data.ipynb #19997d73
 def _documents(stream: datasets.IterableDataset, skip: int = 0) -> Iterator[tuple[int, dict]]:
     """(index, document) from index `skip` on; DataError where the stream breaks off."""
     try:

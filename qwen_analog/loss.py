@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['IGNORE_INDEX', 'cross_entropy', 'bits_per_byte', 'linear_cross_entropy']
 
-# %% ../chapters/10_loss.ipynb #c4b802f9
+# %% ../chapters/10_loss.ipynb #db283533
 import math
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-# %% ../chapters/10_loss.ipynb #c901af76
+# %% ../chapters/10_loss.ipynb #65c68ce3
 IGNORE_INDEX = -100
 
 
@@ -47,12 +47,12 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, reduction: str = 
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return _reduce(F.cross_entropy(wide, targets, ignore_index=IGNORE_INDEX, reduction="sum"), targets, reduction)
 
-# %% ../chapters/10_loss.ipynb #80ab72c9
+# %% ../chapters/10_loss.ipynb #593e576f
 def bits_per_byte(nats: float, num_bytes: int) -> float:
     """A summed loss in nats over the text's UTF-8 bytes: comparable across tokenizers."""
     return nats / math.log(2) / num_bytes
 
-# %% ../chapters/10_loss.ipynb #2e8e608a
+# %% ../chapters/10_loss.ipynb #0ca8fa81
 _VOCAB_BLOCK = 8192   # rows of the weight's gradient that are added to at once: bounds the temporary product
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DecoderLayer', 'QwenModel', 'QwenForCausalLM', 'QwenConfig']
 
-# %% ../chapters/09_model.ipynb #a1ff991a
+# %% ../chapters/09_model.ipynb #ce0570a5
 if not __package__ and "__file__" in globals():   # `from model import ...` inside the package folder
     import sys
     from pathlib import Path
@@ -14,7 +14,7 @@ if not __package__ and "__file__" in globals():   # `from model import ...` insi
     sys.modules[__name__] = qwen_analog.model
     __package__ = "qwen_analog"
 
-# %% ../chapters/09_model.ipynb #c785091f
+# %% ../chapters/09_model.ipynb #f3c32479
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -30,7 +30,7 @@ from .rope import RotaryEmbedding
 
 _all_ = ["QwenConfig"]   # handed on: `from qwen_analog.model import QwenConfig`
 
-# %% ../chapters/09_model.ipynb #69ce81a2
+# %% ../chapters/09_model.ipynb #d401504a
 class DecoderLayer(nn.Module):
     """Pre-norm block: `x + attention(norm(x))`, then `x + mlp(norm(x))`."""
 
@@ -48,7 +48,7 @@ class DecoderLayer(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-# %% ../chapters/09_model.ipynb #cdfedc8f
+# %% ../chapters/09_model.ipynb #7358eaec
 class QwenModel(nn.Module):
     """Token embedding, `num_hidden_layers` blocks, final norm: ids [B, T] -> hidden states [B, T, D]."""
 
@@ -95,7 +95,7 @@ class QwenModel(nn.Module):
                 x = layer(x, cos, sin, mask, cache)
         return self.norm(x)
 
-# %% ../chapters/09_model.ipynb #389d07b4
+# %% ../chapters/09_model.ipynb #35a8a912
 class QwenForCausalLM(nn.Module):
     """Qwen2.5's architecture with its language-model head; `state_dict` keys are Hugging Face Qwen2's."""
 

@@ -6,7 +6,7 @@
 __all__ = ['TrainConfig', 'Processes', 'open_data', 'forward_loss', 'train_step', 'evaluate', 'stop_signals', 'restore',
            'plot_losses', 'train', 'add_arguments', 'config_from_arguments', 'run', 'main']
 
-# %% ../chapters/19_pretraining.ipynb #74cf7166
+# %% ../chapters/19_pretraining.ipynb #ab7c6916
 import sys
 from pathlib import Path
 
@@ -43,7 +43,7 @@ from .model import QwenForCausalLM
 from .optim import build_optimizers, learning_rate_at, set_learning_rate
 from .tokenizer import Tokenizer, check_vocab_size, load_tokenizer
 
-# %% ../chapters/19_pretraining.ipynb #f6458968
+# %% ../chapters/19_pretraining.ipynb #b43db903
 class TrainConfig(BaseModel):
     """A training run: what `train_config.json` holds and flags override. Raises ValueError naming the field that is wrong."""
 
@@ -114,7 +114,7 @@ class TrainConfig(BaseModel):
             raise ValueError(f"{path} must hold a JSON object of settings, not a {type(values).__name__}")
         return cls.create({**values, **overrides}, str(path))
 
-# %% ../chapters/19_pretraining.ipynb #4da86e42
+# %% ../chapters/19_pretraining.ipynb #db979112
 class Processes:
     """This process's place among those that torchrun started; alone, rank 0 of 1."""
 
@@ -153,7 +153,7 @@ class Processes:
         if self.world_size > 1 and not self.local_rank:
             dist.barrier()
 
-# %% ../chapters/19_pretraining.ipynb #1c993594
+# %% ../chapters/19_pretraining.ipynb #ad1a09a5
 def open_data(config: TrainConfig, tokenizer: Tokenizer, processes: Processes) -> tuple[PackedBlocks | StreamedBlocks, PackedBlocks | None]:
     """The blocks to train on and the held-out ones (None where heldout_fraction is 0)."""
     if not config.data:
@@ -170,7 +170,7 @@ def open_data(config: TrainConfig, tokenizer: Tokenizer, processes: Processes) -
     blocks = StreamedBlocks(stream, tokenizer, config.block_size, config.seed, config.heldout_fraction)
     return blocks, blocks.held_out_blocks(config.eval_blocks) if config.heldout_fraction else None
 
-# %% ../chapters/19_pretraining.ipynb #c012cc76
+# %% ../chapters/19_pretraining.ipynb #b8523f77
 def forward_loss(model: nn.Module, blocks: Sequence[Block], config: TrainConfig, device: torch.device) -> torch.Tensor:
     """Cross entropy summed over the targets of `blocks`, a float32 scalar."""
     batch = {name: value.to(device, non_blocking=True) for name, value in collate(blocks).items()}
@@ -179,7 +179,7 @@ def forward_loss(model: nn.Module, blocks: Sequence[Block], config: TrainConfig,
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         return model(**batch, reduction="sum", z_loss=config.z_loss if model.training else 0.0)
 
-# %% ../chapters/19_pretraining.ipynb #84deaba9
+# %% ../chapters/19_pretraining.ipynb #52d38a68
 def train_step(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], blocks: Sequence[Block], config: TrainConfig,
                processes: Processes) -> tuple[float, float, bool]:
     """One optimizer step on this process's `blocks`; returns the loss over all processes, the gradient norm, and whether it was applied.
@@ -205,7 +205,7 @@ def train_step(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], bl
         optimizer.zero_grad(set_to_none=True)
     return nats / targets, grad_norm, finite
 
-# %% ../chapters/19_pretraining.ipynb #df7f6f2f
+# %% ../chapters/19_pretraining.ipynb #3f95439a
 @torch.no_grad()
 def evaluate(model: QwenForCausalLM, blocks: PackedBlocks, config: TrainConfig, processes: Processes) -> dict[str, float]:
     """Held-out `loss` (nats a token) and `bits_per_byte` over the first `eval_blocks` blocks of the held-out documents."""
@@ -220,7 +220,7 @@ def evaluate(model: QwenForCausalLM, blocks: PackedBlocks, config: TrainConfig, 
     nats, targets = processes.sum(nats, targets)
     return {"loss": nats / targets, "bits_per_byte": bits_per_byte(nats / targets, 1) * blocks.tokens_per_epoch / blocks.bytes_per_epoch}
 
-# %% ../chapters/19_pretraining.ipynb #2bfa7788
+# %% ../chapters/19_pretraining.ipynb #ccc22d84
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
     """While open, SIGTERM and SIGINT only set what the yielded function returns; a second one acts as usual."""
@@ -237,7 +237,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         for number, previous in old.items():
             signal.signal(number, previous)
 
-# %% ../chapters/19_pretraining.ipynb #d15eb497
+# %% ../chapters/19_pretraining.ipynb #a47eb22b
 def restore(checkpoint: dict, path: str | Path, config: TrainConfig, model: QwenForCausalLM, optimizers: Sequence[torch.optim.Optimizer],
             blocks: PackedBlocks | StreamedBlocks, tokenizer: Tokenizer) -> int:
     """Load a checkpoint into all that carries state; return the step it was written after. CheckpointError if it belongs to another run."""
@@ -275,7 +275,7 @@ def plot_losses(metrics: str | Path, picture: str | Path) -> None:
     axes.legend(frameon=False)
     figure.savefig(picture)
 
-# %% ../chapters/19_pretraining.ipynb #d5004ba9
+# %% ../chapters/19_pretraining.ipynb #d8a6e5f4
 def train(config: TrainConfig, resume_from: str | None = None) -> dict[str, float]:
     """Run `config` to its end, or until SIGTERM or Ctrl-C, from the start or from a checkpoint; return the final summary.
 
@@ -378,7 +378,7 @@ def _train(config: TrainConfig, resume_from: str | None, processes: Processes) -
         print(f"stopped after step {step:,}; continue with --resume auto")
     return {"step": step, **entry}
 
-# %% ../chapters/19_pretraining.ipynb #05bbb2b8
+# %% ../chapters/19_pretraining.ipynb #59efceed
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`--config`, `--resume`, and a flag for each setting of `TrainConfig`."""
     parser.add_argument("--config", metavar="FILE", help="settings as JSON (default: those of the checkpoint with --resume, else the package's train_config.json)")
@@ -429,6 +429,6 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     return 0
 
-# %% ../chapters/19_pretraining.ipynb #a1f70dea
+# %% ../chapters/19_pretraining.ipynb #7f27bd0c
 if __name__ == "__main__" and "__file__" in globals():
     sys.exit(main())
