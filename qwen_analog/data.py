@@ -222,7 +222,7 @@ def tokenize_files(files: Sequence[str], tokenizer: Tokenizer, heldout_fraction:
     try:
         return datasets.Dataset.from_generator(
             _rows, features=features, cache_dir=None if cache_dir is None else str(cache_dir), fingerprint=key,
-            gen_kwargs=dict(files=list(files), tokenizer=tokenizer, heldout_fraction=heldout_fraction, skip_bad_lines=skip_bad_lines))
+            gen_kwargs=dict(files=tuple(files), tokenizer=tokenizer, heldout_fraction=heldout_fraction, skip_bad_lines=skip_bad_lines))
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__ or error from None
 

@@ -126,7 +126,7 @@ def test_bfloat16_weights():
     got, exact = results(linear_cross_entropy, hidden, weight, targets, chunk_size=16), results(naive, hidden.double(), weight.double(), targets)
     assert [x.dtype for x in got] == [torch.float32, torch.bfloat16, torch.bfloat16]
     for a, c in zip(got, exact):
-        assert (a - c).norm() < 6e-3 * c.norm()
+        assert (a - c).norm() < 1e-2 * c.norm()
 
 
 def test_float64_stays_float64_under_autocast():

@@ -252,7 +252,7 @@ def test_a_bad_setting_names_itself_in_one_line(changes, message):
 
 
 @pytest.mark.parametrize("changes, error, message", [
-    (dict(data=[]), DataError, "no data"), (dict(data=["nowhere.jsonl"]), DataError, "no data at nowhere.jsonl"),
+    (dict(data=[]), DataError, "no data"), (dict(data=["nowhere.jsonl"]), DataError, "no data at 'nowhere.jsonl'"),
     (dict(block_size=65), ValueError, "block_size 65 is longer"), (dict(tokenizer="tiktoken:nowhere"), ValueError, "nowhere"),
     (dict(model={**MODEL, "vocab_size": 277}), ValueError, "vocab_size 277 is too small"),
     (dict(model={**MODEL, "vocab_size": 151936}), ValueError, "no token uses")])
