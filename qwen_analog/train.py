@@ -108,7 +108,7 @@ class TrainConfig(BaseModel):
         """From a JSON file; `overrides` replace its fields."""
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} cannot be read as JSON: {error}") from None
         if not isinstance(values, dict):
             raise ValueError(f"{path} must hold a JSON object of settings, not a {type(values).__name__}")

@@ -1,8 +1,10 @@
 """The committed chapters: executed in order, without errors or machine paths; the package is what they export, byte for byte."""
+import ast
 import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import nbformat
@@ -48,3 +50,25 @@ def test_the_network_is_blocked_for_chapters():
     run = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT / "tests" / "no_network")},
                          capture_output=True, text=True)
     assert "the book runs without a network" in run.stderr
+
+
+MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "qwen_analog").glob("[a-z]*.py"))}
+FLOORS = [{"config", "norm", "rope", "mask", "mlp", "tokenizer", "loss", "optim", "kv_cache"}, {"attention", "data"}, {"model"},
+          {"generate", "checkpoint"}, {"train"}, {"cli"}]
+
+
+def test_every_exported_name_has_one_definition():
+    defined = Counter(node.name for tree in MODULES.values() for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)))
+    twice = {name for name, count in defined.items() if count > 1 and not name.startswith("_")}
+    assert twice == {"main"}                    # of the two commands, `qwen_analog.train` and `qwen-analog`
+
+
+def test_modules_import_only_from_floors_below():
+    assert set().union(*FLOORS) == set(MODULES)
+    for floor, names in enumerate(FLOORS):
+        below = set().union(*FLOORS[:floor])
+        for name in names:
+            # inside an `if` stands the guard that lets a file be started by its path
+            imported = {alias.name if node.module is None else node.module for node in MODULES[name].body if isinstance(node, ast.ImportFrom)
+                        and node.level for alias in node.names}
+            assert imported <= below, f"{name} imports {sorted(imported - below)}"

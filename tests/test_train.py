@@ -306,3 +306,12 @@ def test_prepare_command(capsys):
     first = json.loads(Path("data/stdlib/stdlib.jsonl").read_text().splitlines()[0])
     assert set(first) == {"title", "text"} and "stdlib.jsonl: " in capsys.readouterr().out
     assert cli(["prepare", "stdlib"]) == 2 and "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", b"[" * 100_000, b'{"max_steps": NaN}', b'{"model": 3}', b'{"data": [1]}', b"null"])
+def test_hostile_settings_files_are_one_line(content, tmp_path):
+    path = tmp_path / "settings.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        TrainConfig.from_file(path)
+    assert "settings.json" in str(caught.value) and "\n" not in str(caught.value)
