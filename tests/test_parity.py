@@ -20,7 +20,7 @@ SHAPES = {
     "theta 1e4": dict(rope_theta=1e4),
     "one layer, odd FFN": dict(num_hidden_layers=1, intermediate_size=37),
 }
-BOUND = {torch.float64: 1e-5, torch.float32: 1e-4}
+BOUND = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
 def pair(dtype, **overrides):
@@ -65,13 +65,6 @@ def disagreement(ours, theirs):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_and_gradients(shape, dtype):
     assert disagreement(*pair(dtype, **SHAPES[shape])) < BOUND[dtype]
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_bfloat16_logits(shape):
-    ours, theirs = pair(torch.bfloat16, **SHAPES[shape])
-    a, b = ours(tokens()), theirs(tokens()).logits
-    assert (a - b).abs().max() <= 0.02 * b.abs().max()
 
 
 def test_state_dict_both_ways():
