@@ -1,6 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# threads that spin while they wait for each other take the processor from the ones that work
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: train test lint export execute figures lab
 
 # the stamp is newer than every file that names a dependency once they are installed
@@ -21,7 +24,7 @@ train: .venv/installed data/wiki/tokenizer.tiktoken
 
 test: .venv/installed lint
 	$(BIN)/python -m pytest tests
-	PYTHONPATH=$(CURDIR)/tests/no_network HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout=90 chapters
+	PYTHONPATH=$(CURDIR)/tests/no_network HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout=300 chapters
 
 lint: .venv/installed
 	$(BIN)/ruff check .
