@@ -57,9 +57,12 @@ def save_checkpoint(directory: str | Path, model: QwenForCausalLM, tokenizer: To
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     weights = model.state_dict()
-    torch.save({"model_state_dict": weights, "optimizer_state_dicts": [optimizer.state_dict() for optimizer in optimizers],
-                "config": model.config.to_dict(), "tokenizer": tokenizer.save(partial), "tokenizer_fingerprint": tokenizer.fingerprint,
-                **state}, partial / "checkpoint.pt")
+    try:
+        torch.save({"model_state_dict": weights, "optimizer_state_dicts": [optimizer.state_dict() for optimizer in optimizers],
+                    "config": model.config.to_dict(), "tokenizer": tokenizer.save(partial), "tokenizer_fingerprint": tokenizer.fingerprint,
+                    **state}, partial / "checkpoint.pt")
+    except RuntimeError as error:      # what torch's writer raises on a full disk
+        raise OSError(f"{partial} cannot be written: {str(error).splitlines()[0]}") from None
     (partial / "config.json").write_text(json.dumps(hf_config(model.config), indent=1) + "\n")
     if safetensors:
         if model.config.tie_word_embeddings:
@@ -83,6 +86,8 @@ def load_checkpoint(path: str | Path) -> dict:
             if archive.testzip() is not None:
                 raise zipfile.BadZipFile("a checksum is wrong")
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except (PermissionError, MemoryError):
+        raise
     except Exception as error:      # a damaged file raises anything from BadZipFile to UnpicklingError
         reason = str(error).strip().splitlines()
         raise CheckpointError(f"{file} is damaged or not a checkpoint ({reason[0] if reason else type(error).__name__}): "
@@ -96,6 +101,8 @@ def load_checkpoint(path: str | Path) -> dict:
 def load_model(path: str | Path) -> tuple[QwenForCausalLM, Tokenizer]:
     """The model of a checkpoint, in eval mode on the CPU, and its tokenizer."""
     checkpoint = load_checkpoint(path)
+    if "tokenizer" not in checkpoint:
+        raise CheckpointError(f"{path} names no tokenizer")
     with torch.device("meta"):
         model = QwenForCausalLM(QwenConfig.from_dict(checkpoint["config"]))
     model.load_state_dict(checkpoint["model_state_dict"], assign=True)

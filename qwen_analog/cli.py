@@ -30,12 +30,13 @@ def prepare(arguments: argparse.Namespace) -> None:
         if path.exists():
             raise ValueError(f"{path} exists already: delete it, or choose another --output")
     documents = list(CORPORA[arguments.corpus]())
+    texts = (document["text"] for document in documents if not is_held_out(document["title"], arguments.heldout_fraction))
+    tokenizer = TiktokenTokenizer(train_bpe(texts, arguments.vocab_size - len(QWEN_SPECIAL_TOKENS)))
     count = write_jsonl(documents, jsonl)
+    tokenizer.save(output)
     size = sum(len(document["text"].encode()) for document in documents)
     print(f"{jsonl}: {count:,} documents, {size:,} bytes of text")
-    texts = (document["text"] for document in documents if not is_held_out(document["title"], arguments.heldout_fraction))
-    TiktokenTokenizer(train_bpe(texts, arguments.vocab_size - len(QWEN_SPECIAL_TOKENS))).save(output)
-    print(f"{vocabulary}: {arguments.vocab_size:,} tokens, learned from the documents that are not held out")
+    print(f"{vocabulary}: {tokenizer.vocab_size:,} tokens, learned from the documents that are not held out")
 
 # %% ../chapters/20_commands.ipynb #a6f9bf93
 def write(arguments: argparse.Namespace) -> None:

@@ -89,7 +89,7 @@ class QwenModel(nn.Module):
             position_ids = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)[None]
         cos, sin = self.rotary_emb(position_ids, x.dtype)
         for layer in self.layers:
-            if self.gradient_checkpointing and self.training:
+            if self.gradient_checkpointing and self.training and cache is None:
                 x = checkpoint(layer, x, cos, sin, mask, cache, use_reentrant=False)
             else:
                 x = layer(x, cos, sin, mask, cache)

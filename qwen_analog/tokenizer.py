@@ -203,7 +203,8 @@ class TiktokenTokenizer(Tokenizer):
 
     @property
     def fingerprint(self) -> str:
-        return _sha256(self.encoding._pat_str.encode(), *sorted(self._ranks, key=self._ranks.get))
+        own = () if self.normalize else (repr(sorted(self.encoding._special_tokens.items())).encode(),)
+        return _sha256(self.encoding._pat_str.encode(), *own, *sorted(self._ranks, key=self._ranks.get))
 
 # %% ../chapters/01_tokenizer.ipynb #28db8081
 DEFAULT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."

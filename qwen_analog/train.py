@@ -24,6 +24,7 @@ import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from typing import Literal
 
 import numpy as np
@@ -127,7 +128,8 @@ class Processes:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.world_size > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            # the others wait while one tokenizes, for longer than the ten minutes that NCCL allows
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
         return self
 
     def __exit__(self, kind, *_):
@@ -228,7 +230,8 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 
     def handler(number, frame):
         received.append(number)
-        signal.signal(number, old[number])
+        for each, previous in old.items():
+            signal.signal(each, previous)
 
     old = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -241,18 +244,20 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 def restore(checkpoint: dict, path: str | Path, config: TrainConfig, model: QwenForCausalLM, optimizers: Sequence[torch.optim.Optimizer],
             blocks: PackedBlocks | StreamedBlocks, tokenizer: Tokenizer) -> int:
     """Load a checkpoint into all that carries state; return the step it was written after. CheckpointError if it belongs to another run."""
+    if not {"step", "data", "optimizer_state_dicts", "tokenizer_fingerprint"} <= checkpoint.keys():
+        raise CheckpointError(f"{path} holds no training state: it cannot be resumed")
     if checkpoint["config"] != model.config.to_dict():
         names = [n for n, v in model.config.to_dict().items() if checkpoint["config"].get(n) != v]
         raise CheckpointError(f"{path} holds another model: it differs in {', '.join(names)}")
     if checkpoint["tokenizer_fingerprint"] != tokenizer.fingerprint:
         raise CheckpointError(f"{path} was trained with another tokenizer than {config.tokenizer}")
-    if "step" not in checkpoint or len(checkpoint["optimizer_state_dicts"]) != len(optimizers):
-        raise CheckpointError(f"{path} holds no training state for optimizer {config.optimizer!r}: it cannot be resumed")
+    before = checkpoint.get("train_config", {})
+    changed = [n for n in ("optimizer", "stream", "block_size", "seed", "heldout_fraction") if before.get(n, getattr(config, n)) != getattr(config, n)]
+    if changed or len(checkpoint["optimizer_state_dicts"]) != len(optimizers) or set(checkpoint["data"]) != set(blocks.state_dict()):
+        raise CheckpointError(f"{path} was trained with another {', '.join(changed) or 'kind of run'}: this run cannot go on from it")
     model.load_state_dict(checkpoint["model_state_dict"])
     for optimizer, state in zip(optimizers, checkpoint["optimizer_state_dicts"]):
         optimizer.load_state_dict(state)
-    if set(checkpoint["data"]) != set(blocks.state_dict()):
-        raise CheckpointError(f"{path} was trained with stream={not config.stream}: its place in the data is not one of this run's")
     blocks.load_state_dict(checkpoint["data"])
     return checkpoint["step"]
 
@@ -309,7 +314,9 @@ def _train(config: TrainConfig, resume_from: str | None, processes: Processes) -
         if main_process:
             print(f"{resume_from} has done all of its {config.max_steps:,} steps: nothing to train")
         return {"step": start}
-    if newest and (newest.name == "final" or int(newest.name.removeprefix("step_")) > start):
+    if newest and newest.name == "final":
+        raise CheckpointError(f"{output} holds final already, a finished run: choose another --output-dir (with --resume {newest} to train it further)")
+    if newest and int(newest.name.removeprefix("step_")) > start:
         raise CheckpointError(f"{output} holds {newest.name} already: continue that run with --resume auto, or choose another --output-dir")
     model.train()
     wrapped = model
@@ -381,7 +388,7 @@ def _train(config: TrainConfig, resume_from: str | None, processes: Processes) -
 # %% ../chapters/19_pretraining.ipynb #59efceed
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`--config`, `--resume`, and a flag for each setting of `TrainConfig`."""
-    parser.add_argument("--config", metavar="FILE", help="settings as JSON (default: those of the checkpoint with --resume, else the package's train_config.json)")
+    parser.add_argument("--config", metavar="FILE", help="settings as JSON (default: those of the checkpoint with --resume, else the defaults below)")
     parser.add_argument("--resume", metavar="CHECKPOINT", help="a checkpoint.pt, its directory, or auto: the newest in --output-dir")
     settings = parser.add_argument_group("settings, each overriding the file")
     for name, info in TrainConfig.model_fields.items():
@@ -405,7 +412,10 @@ def config_from_arguments(arguments: argparse.Namespace) -> TrainConfig:
     if arguments.resume:
         path = latest_checkpoint(given.get("output_dir", "checkpoints")) if arguments.resume == "auto" else arguments.resume
         if path:
-            return TrainConfig.create({**load_checkpoint(path).get("train_config", {}), **given}, f"the settings in {path}")
+            settings = load_checkpoint(path).get("train_config", {})
+            if arguments.resume == "auto":
+                settings["output_dir"] = str(path.parent)      # the directory may have been moved since
+            return TrainConfig.create({**settings, **given}, f"the settings in {path}")
     return TrainConfig.create(given)
 
 

@@ -161,6 +161,14 @@ def test_checkpoints_of_something_else_are_refused():
         train(settings(), resume_from="old/step_2")
 
 
+@pytest.mark.parametrize("changes", [dict(block_size=16), dict(seed=1), dict(heldout_fraction=0.2), dict(stream=True), dict(optimizer="muon")])
+def test_a_run_whose_blocks_would_differ_cannot_go_on(changes):
+    train(settings(output_dir="old", max_steps=2, save_every=1))
+    (name,) = changes
+    with pytest.raises(CheckpointError, match=f"was trained with another {name}"):
+        train(settings(**changes), resume_from="old/step_1")
+
+
 def test_damaged_checkpoints_are_refused():
     train(settings(output_dir="old"))
     file = Path("old/step_2/checkpoint.pt")
