@@ -24,7 +24,7 @@ train: .venv/installed data/wiki/tokenizer.tiktoken
 
 test: .venv/installed lint
 	$(BIN)/python -m pytest tests
-	PYTHONPATH=$(CURDIR)/tests/no_network HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout=300 chapters
+	PYTHONPATH=$(CURDIR)/tests/no_network HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout=300 --timeout=300 chapters
 
 lint: .venv/installed
 	$(BIN)/ruff check .
