@@ -94,6 +94,7 @@ def generate(model: QwenForCausalLM, input_ids: torch.Tensor, max_new_tokens: in
     tokens = torch.cat((input_ids, input_ids.new_empty(B, max_new_tokens)), dim=1)            # [B, T + n]
     cache = model.new_cache(B, T + max_new_tokens) if use_cache else None
     finished = torch.zeros(B, dtype=torch.bool, device=device)
+    stop_ids = torch.tensor(eos_ids, device=device)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -112,7 +113,7 @@ def generate(model: QwenForCausalLM, input_ids: torch.Tensor, max_new_tokens: in
                 new = logits.argmax(-1)                                                       # [B]
             if eos_ids:
                 new = torch.where(finished, eos_ids[0], new)
-                finished |= torch.isin(new, torch.tensor(eos_ids, device=device))
+                finished |= torch.isin(new, stop_ids)
             tokens[:, end] = new
             if eos_ids and finished.all():
                 return tokens[:, : end + 1]
