@@ -202,6 +202,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'qwen_analog.tokenizer.Tokenizer.save': ( 'tokenizer.html#tokenizer.save',
                                                                                  'qwen_analog/tokenizer.py'),
                                        'qwen_analog.tokenizer._clean': ('tokenizer.html#_clean', 'qwen_analog/tokenizer.py'),
+                                       'qwen_analog.tokenizer._cut_blanks': ('tokenizer.html#_cut_blanks', 'qwen_analog/tokenizer.py'),
                                        'qwen_analog.tokenizer._merge': ('tokenizer.html#_merge', 'qwen_analog/tokenizer.py'),
                                        'qwen_analog.tokenizer._sha256': ('tokenizer.html#_sha256', 'qwen_analog/tokenizer.py'),
                                        'qwen_analog.tokenizer._split_at': ('tokenizer.html#_split_at', 'qwen_analog/tokenizer.py'),

@@ -144,6 +144,13 @@ def _split_at(names: Iterable[str], text: str) -> list[str]:
     return regex.split("(" + "|".join(map(regex.escape, names)) + ")", text)
 
 # %% ../chapters/01_tokenizer.ipynb #704edbe2
+def _cut_blanks(text: str, limit: int = 400_000) -> list[str]:
+    """`text` cut within runs of more than `limit` blanks, on which tiktoken's pattern matcher runs out of stack."""
+    runs = regex.finditer(r"\s++", text) if len(text) > limit else ()
+    cuts = [i for run in runs for i in range(run.start() + limit, run.end(), limit)]
+    return [text[start:end] for start, end in zip([0, *cuts], [*cuts, None])]
+
+
 class TiktokenTokenizer(Tokenizer):
     """Byte-level BPE run by tiktoken.
 
@@ -185,7 +192,7 @@ class TiktokenTokenizer(Tokenizer):
             parts = [unicodedata.normalize("NFC", part) for part in parts]
         if special:
             return [i for part in parts for i in self.encoding.encode(part, allowed_special="all")]
-        return self.encoding.encode_ordinary(parts[0])
+        return [i for part in _cut_blanks(parts[0]) for i in self.encoding.encode_ordinary(part)]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.encoding.decode(self._checked(ids))

@@ -372,3 +372,10 @@ def test_vocab_size(kinds, qwen):
 def test_the_module_exports_its_names():
     assert {"train_bpe", "Tokenizer", "TiktokenTokenizer", "HFTokenizer", "SentencePieceTokenizer", "load_tokenizer", "check_vocab_size",
             "QWEN_PATTERN", "QWEN_SPECIAL_TOKENS", "BYTE_ORDER", "chat_text", "encode_chat"} <= set(module.__all__)
+
+
+def test_a_million_blanks_are_encoded():
+    tokenizer = TiktokenTokenizer({token: rank for rank, token in enumerate(BYTE_ORDER)})
+    for text in (" " * 1_000_000 + "x", "a" + "\t" * 900_000):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode(" " * 300_000) == tokenizer.encoding.encode_ordinary(" " * 300_000)
