@@ -24,7 +24,8 @@ def _check_targets(targets: torch.Tensor, vocab_size: int) -> None:
     if targets.device.type == "cpu" and type(targets) is torch.Tensor:
         wrong = targets[((targets < 0) | (targets >= vocab_size)) & (targets != IGNORE_INDEX)]
         if len(wrong):
-            raise ValueError(f"target {wrong[0].item()} is neither a token id (0 to {vocab_size - 1}) nor IGNORE_INDEX ({IGNORE_INDEX})")
+            raise ValueError(f"target {wrong[0].item()} is neither a token id (0 to {vocab_size - 1}) "
+                             f"nor IGNORE_INDEX ({IGNORE_INDEX})")
 
 
 def _reduce(total: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
@@ -58,7 +59,7 @@ _VOCAB_BLOCK = 8192   # rows of the weight's gradient that are added to at once:
 
 def _chunk(h: torch.Tensor, w: torch.Tensor, ids: torch.Tensor, real: torch.Tensor, z_loss: float,
            grad_h: torch.Tensor | None, grad_w: torch.Tensor | None) -> torch.Tensor:
-    """Summed loss of the tokens `h` [c, D] under the head `w` [V, D]; `ids`, `real` [c, 1] are their targets and whether they count.
+    """Summed loss of the tokens `h` [c, D] under the head `w` [V, D]; `ids`, `real` [c, 1]: their targets, and whether they count.
 
     Writes the gradient of the sum into `grad_h` [c, D] and adds it to `grad_w` [V, D], where these are not None.
     """
@@ -89,7 +90,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk_size, z_loss):
         dtype, device = hidden.dtype, hidden.device.type
-        if dtype != torch.float64 and torch.is_autocast_enabled(device):
+        # the meta device has no autocast to ask about
+        if dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)                               # what F.linear would multiply in
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         w = weight.to(dtype)
@@ -112,7 +114,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, reduction: str = "mean",
-                         chunk_size: int | None = 512, z_loss: float = 0.0) -> torch.Tensor:
+                         chunk_size: int | None = 256, z_loss: float = 0.0) -> torch.Tensor:
     """Cross entropy of `hidden @ weight.T` without holding all the logits at once.
 
     `hidden` [..., D], `weight` [V, D], `targets` [...] int64 -> scalar in nats, float32 (float64 for float64 inputs). The logits
@@ -121,11 +123,14 @@ def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: to
 
     `reduction` is "mean" over the real targets, or "sum"; where every target is `IGNORE_INDEX` both give 0 and zero gradients.
     `z_loss` adds z_loss * ln(Z)^2 for each real target (Chowdhery et al. 2022, arXiv 2204.02311, section 5).
-    Differentiable once. ValueError for a target outside 0 .. V - 1 (CPU).
+    Differentiable once. ValueError where vectors and targets differ in number, and for a target outside 0 .. V - 1 (CPU).
     """
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
+    size = max(1, len(hidden)) if chunk_size is None else chunk_size
+    if len(hidden) != len(targets) or size < 1:
+        raise ValueError(f"{len(hidden)} hidden vectors, {len(targets)} targets, chunk_size {chunk_size}: "
+                         "need as many targets as vectors, and chunks of at least 1")
     _check_targets(targets, len(weight))
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()                          # no gradients are made that nobody asks for
-    size = chunk_size or max(1, len(hidden))
     return _reduce(_ChunkedCrossEntropy.apply(hidden, weight, targets, size, z_loss), targets, reduction)

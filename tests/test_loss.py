@@ -1,10 +1,12 @@
 """The loss: gradients, chunks, ignored targets, precision, and the same gradient however a step is cut into micro-batches."""
+import contextlib
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from qwen_analog.loss import IGNORE_INDEX, bits_per_byte, cross_entropy, linear_cross_entropy
@@ -105,6 +107,13 @@ def test_a_target_out_of_range_is_refused(bad):
             call()
 
 
+@pytest.mark.parametrize("tokens, chunk_size", [(12, 4), (14, 4), (13, 0), (13, -1)])
+def test_sizes_that_do_not_fit_are_refused(tokens, chunk_size):
+    hidden, weight, _ = problem()
+    with torch.no_grad(), pytest.raises(ValueError, match=f"13 hidden vectors, {tokens} targets, chunk_size {chunk_size}"):
+        linear_cross_entropy(hidden, weight, torch.zeros(tokens, dtype=torch.int64), chunk_size=chunk_size)
+
+
 def test_an_unknown_reduction_is_refused():
     with pytest.raises(ValueError, match="reduction must be 'mean' or 'sum', not 'none'"):
         linear_cross_entropy(*problem(), reduction="none")
@@ -143,6 +152,14 @@ def test_only_the_gradients_that_are_wanted():
     assert torch.equal(torch.autograd.grad(linear_cross_entropy(hidden, weight.detach(), targets), hidden)[0], want[1])
     with torch.no_grad():
         assert torch.equal(linear_cross_entropy(hidden, weight, targets), want[0])
+
+
+@pytest.mark.parametrize("device, mode", [("meta", contextlib.nullcontext), ("cpu", FakeTensorMode)])
+def test_shapes_without_values(device, mode):
+    with mode():
+        hidden, weight = (torch.empty(n, 8, device=device, requires_grad=True) for n in (20, 11))
+        targets = torch.empty(20, dtype=torch.int64, device=device)
+        assert [x.shape for x in results(linear_cross_entropy, hidden, weight, targets, chunk_size=7)] == [(), (20, 8), (11, 8)]
 
 
 def test_a_second_backward_pass_gives_the_same_gradients():
