@@ -113,6 +113,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'qwen_analog.mlp.SwiGLU.forward': ('swiglu.html#swiglu.forward', 'qwen_analog/mlp.py')},
             'qwen_analog.model': { 'qwen_analog.model.DecoderLayer': ('model.html#decoderlayer', 'qwen_analog/model.py'),
                                    'qwen_analog.model.DecoderLayer.__init__': ('model.html#decoderlayer.__init__', 'qwen_analog/model.py'),
+                                   'qwen_analog.model.DecoderLayer._forward': ('model.html#decoderlayer._forward', 'qwen_analog/model.py'),
                                    'qwen_analog.model.DecoderLayer.forward': ('model.html#decoderlayer.forward', 'qwen_analog/model.py'),
                                    'qwen_analog.model.QwenForCausalLM': ('model.html#qwenforcausallm', 'qwen_analog/model.py'),
                                    'qwen_analog.model.QwenForCausalLM.__init__': ( 'model.html#qwenforcausallm.__init__',

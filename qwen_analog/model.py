@@ -15,9 +15,11 @@ if not __package__ and "__file__" in globals():   # `from model import ...` insi
     __package__ = "qwen_analog"
 
 # %% ../chapters/09_model.ipynb #f3c32479
+from collections.abc import Callable
+
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from .attention import GQAttention
 from .config import QwenConfig
@@ -41,10 +43,17 @@ class DecoderLayer(nn.Module):
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.recompute: Callable | None = None     # `checkpoint`'s context_fn, where activations are computed again
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
                 mask: torch.Tensor | None = None, cache: KVCache | None = None) -> torch.Tensor:
         """`x` [B, T, D] -> [B, T, D]; the other arguments go to `GQAttention`."""
+        if self.recompute is not None and self.training and cache is None:
+            return checkpoint(self._forward, x, cos, sin, mask, use_reentrant=False, context_fn=self.recompute)
+        return self._forward(x, cos, sin, mask, cache)
+
+    def _forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+                 mask: torch.Tensor | None, cache: KVCache | None = None) -> torch.Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -59,7 +68,6 @@ class QwenModel(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope_theta)
-        self.gradient_checkpointing = False
 
     def embed(self, input_ids: torch.Tensor, start: int) -> torch.Tensor:
         """`input_ids` [B, T], the first at position `start` -> [B, T, D]; ValueError where `forward` promises one."""
@@ -89,10 +97,7 @@ class QwenModel(nn.Module):
             position_ids = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)[None]
         cos, sin = self.rotary_emb(position_ids, x.dtype)
         for layer in self.layers:
-            if self.gradient_checkpointing and self.training and cache is None:
-                x = checkpoint(layer, x, cos, sin, mask, cache, use_reentrant=False)
-            else:
-                x = layer(x, cos, sin, mask, cache)
+            x = layer(x, cos, sin, mask, cache)
         return self.norm(x)
 
 # %% ../chapters/09_model.ipynb #35a8a912
@@ -151,12 +156,17 @@ class QwenForCausalLM(nn.Module):
         return KVCache(self.config.num_hidden_layers, batch_size, self.config.num_key_value_heads, self.config.head_dim,
                        max_length, dtype=weight.dtype, device=weight.device)
 
-    def gradient_checkpointing_enable(self) -> None:
-        """Keep only each block's input; compute the rest again in the backward pass (Chen et al. 2016)."""
-        self.model.gradient_checkpointing = True
+    def gradient_checkpointing_enable(self, context_fn: Callable = noop_context_fn) -> None:
+        """Keep only each block's input; compute the rest again in the backward pass (Chen et al. 2016).
+
+        `context_fn` is `torch.utils.checkpoint.checkpoint`'s: with it single operators' results can be kept as well.
+        """
+        for layer in self.model.layers:
+            layer.recompute = context_fn
 
     def gradient_checkpointing_disable(self) -> None:
-        self.model.gradient_checkpointing = False
+        for layer in self.model.layers:
+            layer.recompute = None
 
     def count_parameters(self) -> int:
         """Number of weights; a tied matrix counts once."""

@@ -54,7 +54,7 @@ def test_the_network_is_blocked_for_chapters():
 
 MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "qwen_analog").glob("[a-z]*.py"))}
 FLOORS = [{"config", "norm", "rope", "mask", "mlp", "tokenizer", "loss", "optim", "kv_cache"}, {"attention", "data"}, {"model"},
-          {"generate", "checkpoint"}, {"train"}, {"cli"}]
+          {"generate", "checkpoint", "hf", "memory", "parallel"}, {"search", "evaluate", "chat", "serve", "train"}, {"plan", "bench"}, {"cli"}]
 
 
 def test_every_exported_name_has_one_definition():
@@ -64,10 +64,10 @@ def test_every_exported_name_has_one_definition():
 
 
 def test_modules_import_only_from_floors_below():
-    assert set().union(*FLOORS) == set(MODULES)
+    assert set().union(*FLOORS) >= set(MODULES)
     for floor, names in enumerate(FLOORS):
         below = set().union(*FLOORS[:floor])
-        for name in names:
+        for name in names & set(MODULES):
             # inside an `if` stands the guard that lets a file be started by its path
             imported = {alias.name if node.module is None else node.module for node in MODULES[name].body if isinstance(node, ast.ImportFrom)
                         and node.level for alias in node.names}
