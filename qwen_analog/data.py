@@ -356,6 +356,25 @@ def _documents(stream: datasets.IterableDataset, skip: int = 0) -> Iterator[tupl
         raise DataError(f"the stream cannot be read: {error}") from None
 
 
+def _kept_documents(stream: datasets.IterableDataset, tokenizer: Tokenizer, seed: int, heldout_fraction: float, held_out: bool,
+                    buffer_size: int, epoch: int, skip: int) -> Iterator[list]:
+    """From document `skip` of `epoch` on, epoch after epoch: [epoch, document, offset 0, ids, source] of each document that is ours.
+
+    No method: a generator that held its owner would be closed by the garbage collector, at any moment and in any thread.
+    """
+    while True:
+        ours, shuffled = skip > 0, stream
+        if buffer_size:
+            shuffled = stream.shuffle(generator=np.random.default_rng((seed, epoch)), buffer_size=buffer_size)
+        for index, document in _documents(shuffled, skip):
+            if not document["error"] and is_held_out(document["key"], heldout_fraction) == held_out:
+                ours = True
+                yield [epoch, index, 0, np.array(_token_ids(document["text"], tokenizer)), document["source"]]
+        if not ours:
+            raise DataError(f"no document {'held out' if held_out else 'to train on'} in the stream")
+        epoch, skip = epoch + 1, 0
+
+
 class StreamedBlocks:
     """The same kind of blocks from a stream that is never held whole.
 
@@ -369,20 +388,6 @@ class StreamedBlocks:
         self.stream, self.tokenizer, self.block_size, self.seed = stream, tokenizer, block_size, seed
         self.heldout_fraction, self.held_out, self.buffer_size = heldout_fraction, held_out, buffer_size
         self.load_state_dict({"epoch": 0, "document": 0, "offset": 0})
-
-    def _read(self, epoch: int, skip: int) -> Iterator[list]:
-        """From document `skip` of `epoch` on: [epoch, document, offset 0, ids, source] of each document that is ours."""
-        while True:
-            stream, ours = self.stream, skip > 0
-            if self.buffer_size:
-                stream = stream.shuffle(generator=np.random.default_rng((self.seed, epoch)), buffer_size=self.buffer_size)
-            for index, document in _documents(stream, skip):
-                if not document["error"] and is_held_out(document["key"], self.heldout_fraction) == self.held_out:
-                    ours = True
-                    yield [epoch, index, 0, np.array(_token_ids(document["text"], self.tokenizer)), document["source"]]
-            if not ours:
-                raise DataError(f"no document {'held out' if self.held_out else 'to train on'} in the stream")
-            epoch, skip = epoch + 1, 0
 
     def _next(self) -> Block:
         missing = self.block_size + 1 - sum(len(ids) for *_, ids, _ in self._runs)
@@ -430,7 +435,9 @@ class StreamedBlocks:
     def load_state_dict(self, state: dict) -> None:
         """Go to a place that `state_dict` gave. DataError where the stream has no such place."""
         self._start = epoch, document, offset = state["epoch"], state["document"], state["offset"]
-        self._runs, self._reader = deque(), self._read(epoch, document)
+        self._runs = deque()
+        self._reader = _kept_documents(self.stream, self.tokenizer, self.seed, self.heldout_fraction, self.held_out,
+                                       self.buffer_size, epoch, document)
         if offset:
             self._runs.append(next(self._reader))
             if self._runs[0][:2] != [epoch, document] or offset >= len(self._runs[0][3]):

@@ -1,8 +1,10 @@
 """Hostile files, the held-out split, the cache, and the blocks: every token once, resumable at any cut, shared by ranks."""
+import gc
 import gzip
 import json
 import os
 import sys
+import weakref
 from pathlib import Path
 
 import datasets
@@ -539,3 +541,17 @@ def test_a_stream_that_breaks_off():
     stream = datasets.IterableDataset.from_generator(rows)
     with pytest.raises(DataError, match="the server is gone"):
         StreamedBlocks(stream, TOKENIZER, 8, buffer_size=0).take(1)
+
+
+def test_an_abandoned_stream_is_closed_at_once():
+    """Left to the garbage collector, the library's reader may be closed inside another thread's start, which then waits for itself."""
+    write("a.jsonl", *({"text": f"text {i}"} for i in range(50)))
+    blocks = StreamedBlocks(open_stream(["a.jsonl"]), TOKENIZER, 8)
+    blocks.take(2)
+    alive = weakref.ref(blocks)
+    gc.disable()
+    try:
+        del blocks
+        assert alive() is None
+    finally:
+        gc.enable()
