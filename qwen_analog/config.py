@@ -15,7 +15,8 @@ from importlib import resources
 class QwenConfig:
     """Everything that fixes the model's shape, with Hugging Face's field names; the defaults are the card's.
 
-    `head_dim=None` becomes `hidden_size // num_attention_heads`. Raises ValueError naming the field whose value is impossible.
+    `head_dim=None` becomes `hidden_size // num_attention_heads`; `rope_scaling` is None or YaRN's settings (chapter 4).
+    Raises ValueError naming the field whose value is impossible.
     """
 
     vocab_size: int = 151936
@@ -27,6 +28,7 @@ class QwenConfig:
     intermediate_size: int = 11008
     max_position_embeddings: int = 32768
     rope_theta: float = 1e6
+    rope_scaling: dict | None = None
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
     attention_bias: bool = True
@@ -43,6 +45,8 @@ class QwenConfig:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be a positive number, not {value!r}")
+        if self.rope_scaling is not None:
+            self._check_rope_scaling()
         for name in ("tie_word_embeddings", "attention_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
@@ -56,6 +60,20 @@ class QwenConfig:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if not isinstance(self.head_dim, int) or self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim must be a positive even number, not {self.head_dim!r}")
+
+    def _check_rope_scaling(self) -> None:
+        given = self.rope_scaling
+        if not isinstance(given, dict) or given.get("rope_type") != "yarn":
+            raise ValueError(f'rope_scaling must be null or {{"rope_type": "yarn", "factor": ..., "original_max_position_embeddings": ...}}, not {given!r}')
+        numbers = {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"}
+        for name in ("factor", "original_max_position_embeddings"):
+            if name not in given:
+                raise ValueError(f"rope_scaling needs {name!r}")
+        for name, value in given.items():
+            if name != "rope_type" and name not in numbers:
+                raise ValueError(f"rope_scaling has an unknown entry {name!r}; known: rope_type, {', '.join(sorted(numbers))}")
+            if name in numbers and (not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf")):
+                raise ValueError(f"rope_scaling's {name} must be a positive number, not {value!r}")
 
     @classmethod
     def from_dict(cls, values: dict) -> "QwenConfig":

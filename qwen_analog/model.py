@@ -28,7 +28,7 @@ from .loss import linear_cross_entropy
 from .mask import document_mask, document_positions
 from .mlp import SwiGLU
 from .norm import RMSNorm
-from .rope import RotaryEmbedding
+from .rope import RotaryEmbedding, YarnRotaryEmbedding
 
 _all_ = ["QwenConfig"]   # handed on: `from qwen_analog.model import QwenConfig`
 
@@ -67,7 +67,11 @@ class QwenModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope_theta)
+        if config.rope_scaling is None:
+            self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope_theta)
+        else:
+            yarn = {name: value for name, value in config.rope_scaling.items() if name != "rope_type"}
+            self.rotary_emb = YarnRotaryEmbedding(config.head_dim, config.rope_theta, **yarn)
 
     def embed(self, input_ids: torch.Tensor, start: int) -> torch.Tensor:
         """`input_ids` [B, T], the first at position `start` -> [B, T, D]; ValueError where `forward` promises one."""

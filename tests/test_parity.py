@@ -18,6 +18,7 @@ SHAPES = {
     "KV heads = heads": dict(num_key_value_heads=4),
     "untied": dict(tie_word_embeddings=False),
     "theta 1e4": dict(rope_theta=1e4),
+    "YaRN": dict(rope_theta=1e4, rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}),
     "one layer, odd FFN": dict(num_hidden_layers=1, intermediate_size=37),
 }
 BOUND = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -27,9 +28,9 @@ def pair(dtype, **overrides):
     """Our model and Hugging Face's with the same scrambled weights."""
     config = QwenConfig(**{**BASE, **overrides})
     values = config.to_dict()
-    theta = values.pop("rope_theta")
+    rotation = {"rope_type": "default", "rope_theta": values.pop("rope_theta"), **(values.pop("rope_scaling") or {})}
     del values["attention_bias"]
-    theirs = Qwen2ForCausalLM(Qwen2Config(**values, rope_parameters={"rope_type": "default", "rope_theta": theta}))
+    theirs = Qwen2ForCausalLM(Qwen2Config(**values, rope_parameters=rotation))
     scramble_(theirs)
     with torch.no_grad():
         theirs.model.embed_tokens.weight *= 0.01      # small inputs to the first norm: its eps shows
