@@ -49,7 +49,9 @@ class DecoderLayer(nn.Module):
                 mask: torch.Tensor | None = None, cache: KVCache | None = None) -> torch.Tensor:
         """`x` [B, T, D] -> [B, T, D]; the other arguments go to `GQAttention`."""
         if self.recompute is not None and self.training and cache is None:
-            return checkpoint(self._forward, x, cos, sin, mask, use_reentrant=False, context_fn=self.recompute)
+            # Dynamo takes `noop_context_fn` as checkpoint's own default only, not as an argument
+            chosen = {} if self.recompute is noop_context_fn else {"context_fn": self.recompute}
+            return checkpoint(self._forward, x, cos, sin, mask, use_reentrant=False, **chosen)
         return self._forward(x, cos, sin, mask, cache)
 
     def _forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,

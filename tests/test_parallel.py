@@ -1,0 +1,151 @@
+"""Many processes: every layout against one process; the mistakes that a layout invites; initial weights; launching on two machines."""
+import os
+import re
+import socket
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from parallel_worker import BLOCKS, STEPS, batch, small, train
+from qwen_analog.loss import IGNORE_INDEX
+from qwen_analog.model import QwenForCausalLM
+from qwen_analog.parallel import Processes, build_model, clip_grad_norm, gradient_sync, make_mesh
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class WeightsInBfloat16(nn.Module):
+    """What a sharded model computes with "bf16": float32 weights, cast for the forward and the backward pass."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch):
+        return functional_call(self.model, {name: p.bfloat16() for name, p in self.model.named_parameters()}, (), batch)
+
+
+@cache
+def alone(precision="fp32", tied=True, kind="adamw", sharded=False):
+    """Losses and final weights of one process, in one micro-batch a step, on the model that the constructor makes."""
+    torch.manual_seed(0)
+    model = QwenForCausalLM(small(tied))
+    losses = train(model, WeightsInBfloat16(model) if sharded else model, Processes(), kind=kind, precision="fp32" if sharded else precision)
+    return losses, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def apart(found, reference):
+    """The largest difference of a loss, and of a weight."""
+    (losses, weights, _), (losses_, weights_) = found, reference
+    assert len(losses) == STEPS and weights.keys() == weights_.keys()
+    return max(abs(a - b) for a, b in zip(losses, losses_)), max((weights[n] - weights_[n]).abs().max().item() for n in weights)
+
+
+def start(*launch):
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *launch], env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(*agents):
+    for agent in agents:
+        output, _ = agent.communicate(timeout=300)
+        assert agent.returncode == 0, "\n".join(re.findall(r".*Error.*", output)) or output[-2000:]
+
+
+def check(found):
+    """The bounds: 1e-5 and 2e-6 in float32; in bfloat16 what rounding of each process's gradients leaves; mutants beyond them."""
+    reference = alone()
+    torch.manual_seed(0)
+    moved = apart((*reference, None), (reference[0], {n: p.detach() for n, p in QwenForCausalLM(small(True)).named_parameters()}))[1]
+    assert moved > 0.04 and reference[0][0] - reference[0][-1] > 0.8
+    names = list(QwenForCausalLM(small(True)).state_dict())
+    for (strategy, what), result in found.items():
+        tied = "tied=False" not in what
+        label = f"{strategy}, {what}"
+        if what in ("mean of each process", "clipped by its own shard", "never synchronised"):
+            loss, weight = apart(result, reference)
+            assert loss > 1e-2 and weight > 5e-3, f"{label}: the mutant survives, {loss:.1e} {weight:.1e}"
+        elif what.startswith("bf16"):
+            loss, weight = apart(result, alone("bf16", tied, sharded=strategy != "ddp"))
+            assert loss < 5e-3 and weight < 5e-3, f"{label}: {loss:.1e} {weight:.1e}"
+            loss, weight = apart(result, alone("fp32", tied))
+            assert loss < 1e-2 and weight < 1.5e-2, f"{label} against float32: {loss:.1e} {weight:.1e}"
+        elif what == "muon":      # its matrix products are in bfloat16, here over pieces of the rows
+            loss, weight = apart(result, alone(kind="muon"))
+            assert loss < 1e-3 and weight < 3e-3, f"{label}: {loss:.1e} {weight:.1e}"
+        else:
+            loss, weight = apart(result, alone(tied=tied))
+            assert loss < 1e-5 and weight < 2e-6, f"{label}: {loss:.1e} {weight:.1e}"
+            assert not tied or result[2] == names, f"{label}: the state dict has other names"
+
+
+def test_two_processes_equal_one(tmp_path):
+    finish(start("--standalone", "--nproc_per_node=2", str(ROOT / "tests" / "parallel_worker.py"), str(tmp_path / "found.pt")))
+    found = torch.load(tmp_path / "found.pt")
+    assert {strategy for strategy, _ in found} == {"ddp", "fsdp"} and ("fsdp", "compiled") in found
+    check(found)
+
+
+def test_two_machines_of_two_processes_equal_one(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        endpoint = f"localhost:{probe.getsockname()[1]}"
+    launch = ("--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-id=test",
+              str(ROOT / "tests" / "parallel_worker.py"), str(tmp_path / "found.pt"))
+    finish(start(*launch), start(*launch))
+    found = torch.load(tmp_path / "found.pt")
+    assert {strategy for strategy, _ in found} == {"ddp", "fsdp", "hsdp"}
+    check(found)
+
+
+def test_the_data_are_unequal():
+    """The mean of each process is another mean only where the processes' targets differ in number."""
+    for step in range(2):
+        targets = (batch(step)["targets"] != IGNORE_INDEX).sum(1)
+        assert len(targets) == BLOCKS and targets.min() > 0 and targets[0::2].sum() != targets[1::2].sum()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "hsdp"])
+def test_one_process_holds_the_model_itself(strategy):
+    mesh = make_mesh(strategy, 1, "cpu", shard_size=8 if strategy == "hsdp" else None)
+    model, call = build_model(small(True), 11, torch.device("cpu"), strategy=strategy, mesh=mesh, precision="bf16-pure")
+    torch.manual_seed(11)
+    expected = QwenForCausalLM(small(True)).bfloat16().state_dict()
+    assert mesh is None and call is model and all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    with gradient_sync(call, False):
+        call(**batch(0)).backward()
+    norm = torch.stack([p.grad.float().norm() for p in model.parameters()]).norm().item()
+    assert clip_grad_norm(model, 0.1) == pytest.approx(norm, rel=1e-2)
+    assert torch.stack([p.grad.float().norm() for p in model.parameters()]).norm().item() == pytest.approx(0.1, rel=1e-2)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("zero", 4, "cpu"), "strategy must be one of ddp, fsdp, hsdp, not 'zero'"),
+    (("hsdp", 4, "cpu", 3), "shard_size 3 does not divide the 4 processes"),
+    (("hsdp", 4, "cpu", 0), "shard_size 0 does not divide"),
+    (("fsdp", 4, "cpu", 2), "shard_size 2 is for strategy 'hsdp'"),
+])
+def test_wrong_layouts_are_one_line(arguments, words):
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        make_mesh(*arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_machine_sets_the_shard_size(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="shard_size 3 does not divide the 8 processes"):
+        make_mesh("hsdp", 8, "cpu")
+
+
+@pytest.mark.parametrize("wrong", [dict(strategy="ddp", precision="fp16"), dict(strategy="zero")])
+def test_wrong_models_are_one_line(wrong):
+    with pytest.raises(ValueError) as caught:
+        build_model(small(True), 0, torch.device("cpu"), **wrong)
+    assert "\n" not in str(caught.value)
