@@ -4,22 +4,60 @@
 
 # %% auto #0
 __all__ = ['CheckpointError', 'hf_config', 'save_checkpoint', 'load_checkpoint', 'load_model', 'latest_checkpoint',
-           'prune_checkpoints']
+           'prune_checkpoints', 'Checkpointer', 'consolidate', 'read_state', 'restore_checkpoint']
 
 # %% ../chapters/14_checkpoints.ipynb #8f928ea4
+import copy
+import hashlib
 import json
 import os
 import shutil
+import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import (ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta, TensorProperties,
+                                                   TensorStorageMetadata)
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .config import QwenConfig
 from .model import QwenForCausalLM
 from .tokenizer import Tokenizer, load_tokenizer
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)   # one process is no mistake here
+
+# %% ../chapters/14_checkpoints.ipynb #8b21d5f1
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged or of another model; the message names the file and what to do."""
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Out of torch's collection of errors what went wrong on the first rank where something did; any other error as it is."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+
+
+def _write_error(error: BaseException, path: Path) -> BaseException:
+    """What torch's and safetensors' writers raise on a full disk, as an OSError of one line; any other error as it is."""
+    error = _cause(error)
+    if isinstance(error, (OSError, RuntimeError, SafetensorError)):
+        return OSError(f"{path} cannot be written: {_first_line(error)}")
+    return error
 
 # %% ../chapters/14_checkpoints.ipynb #a1ec3217
 def _fsync(path: Path) -> None:
@@ -29,11 +67,25 @@ def _fsync(path: Path) -> None:
     finally:
         os.close(handle)
 
+
+def _new_partial(directory: Path) -> Path:
+    """An empty `directory`.partial to write into. CheckpointError if `directory` exists."""
+    if directory.exists():
+        raise CheckpointError(f"{directory} exists already: move it away or choose another output directory")
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def _commit(partial: Path, directory: Path) -> None:
+    """Give `partial` the name `directory`, once all of it is on the disk."""
+    for path in (*partial.rglob("*"), partial):
+        _fsync(path)
+    partial.rename(directory)
+    _fsync(directory.parent)
+
 # %% ../chapters/14_checkpoints.ipynb #b06f46d4
-class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged or of another model; the message names the file and what to do."""
-
-
 def hf_config(config: QwenConfig) -> dict:
     """The `config.json` that Hugging Face reads: Qwen2's, or Llama's where attention has no bias."""
     qwen = config.attention_bias
@@ -42,87 +94,528 @@ def hf_config(config: QwenConfig) -> dict:
             "use_sliding_window": False, "torch_dtype": "float32"}
 
 
+def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The model's tensors by their `state_dict` name; a tied one under its first name only."""
+    first = {}
+    return {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items() if first.setdefault(id(tensor), name) == name}
+
+
+def _parameter_names(model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> list[list[str]]:
+    """For each optimizer, the names of its parameters in the order of its groups, which is how torch numbers them."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [[names[p] for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
+
+
+def _snapshot(model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> tuple[dict[str, torch.Tensor], dict]:
+    """Every tensor that training changes, as weights/NAME and optimizer/NAME/KEY, and the rest of the optimizers' state."""
+    tensors = {f"weights/{name}": weight for name, weight in _weights(model).items()}
+    names, rests = _parameter_names(model, optimizers), []
+    for optimizer, its_names in zip(optimizers, names):
+        packed = optimizer.state_dict()
+        rest = {number: {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}
+                for number, state in packed["state"].items()}
+        tensors |= {f"optimizer/{its_names[number]}/{key}": value for number, state in packed["state"].items()
+                    for key, value in state.items() if isinstance(value, torch.Tensor)}
+        rests.append({"state": rest, "param_groups": packed["param_groups"]})
+    return tensors, {"optimizer_state_dicts": rests, "optimizer_types": [type(optimizer).__name__ for optimizer in optimizers],
+                     "optimizer_parameters": names}
+
+
+def _whole(tensors: dict[str, torch.Tensor], state: dict, config: QwenConfig) -> dict:
+    """The dict in checkpoint.pt: torch's `model_state_dict` and `optimizer_state_dicts` from tensors by name, and `state`."""
+    weights = {name.removeprefix("weights/"): tensor for name, tensor in tensors.items() if name.startswith("weights/")}
+    if config.tie_word_embeddings:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    optimizers = copy.deepcopy(state.get("optimizer_state_dicts", []))
+    place = {name: optimizer["state"][number] for optimizer, names in zip(optimizers, state.get("optimizer_parameters", []))
+             for number, name in enumerate(names) if number in optimizer["state"]}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer/"):
+            _, parameter, key = name.split("/")
+            place[parameter][key] = tensor
+    return {**state, "model_state_dict": weights, "optimizer_state_dicts": optimizers}
+
+
+def _write_pt(contents: dict, file: Path) -> None:
+    torch.save(contents, file)
+    try:
+        torch.load(file, weights_only=True, mmap=True)     # reads no tensor: what it refuses would be refused at the resume
+    except UnpicklingError as error:
+        raise CheckpointError(f"the state for {file} can hold tensors, numbers, strings, lists and dicts only: "
+                              f"{_first_line(error)[:200]}") from None
+
+
+def _write_state(partial: Path, file: str, contents: dict, config: QwenConfig, tokenizer: Tokenizer) -> None:
+    """`contents` and all that says of which model and tokenizer they are, as `file`, config.json and the tokenizer's own files."""
+    _write_pt({**contents, "config": config.to_dict(), "tokenizer": tokenizer.save(partial), "tokenizer_fingerprint": tokenizer.fingerprint},
+              partial / file)
+    (partial / "config.json").write_text(json.dumps(hf_config(config), indent=1) + "\n")
+
+
+def _write_safetensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    weights = {name.removeprefix("weights/"): tensor.contiguous() for name, tensor in tensors.items() if name.startswith("weights/")}
+    save_file(weights, file, metadata={"format": "pt"})
+
+
 def save_checkpoint(directory: str | Path, model: QwenForCausalLM, tokenizer: Tokenizer, *,
                     optimizers: Sequence[torch.optim.Optimizer] = (), safetensors: bool = False, **state) -> Path:
     """Write `directory`/checkpoint.pt, config.json and the tokenizer, and with `safetensors` the weights once more as model.safetensors.
 
     Everything is written beside its place, flushed to the disk and then renamed, so that a crash leaves no half checkpoint.
     `state` (the step, the data's position, the settings, ...) goes into checkpoint.pt: tensors, numbers, strings, lists and dicts only.
-    An existing `directory` is a CheckpointError.
+    An existing `directory` is a CheckpointError, a full disk an OSError.
     """
     directory = Path(directory)
-    if directory.exists():
-        raise CheckpointError(f"{directory} exists already: move it away or choose another output directory")
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    weights = model.state_dict()
+    partial = _new_partial(directory)
     try:
-        torch.save({"model_state_dict": weights, "optimizer_state_dicts": [optimizer.state_dict() for optimizer in optimizers],
-                    "config": model.config.to_dict(), "tokenizer": tokenizer.save(partial), "tokenizer_fingerprint": tokenizer.fingerprint,
-                    **state}, partial / "checkpoint.pt")
-    except RuntimeError as error:      # what torch's writer raises on a full disk
-        raise OSError(f"{partial} cannot be written: {str(error).splitlines()[0]}") from None
-    (partial / "config.json").write_text(json.dumps(hf_config(model.config), indent=1) + "\n")
-    if safetensors:
-        if model.config.tie_word_embeddings:
-            weights = {name: weight for name, weight in weights.items() if name != "lm_head.weight"}
-        save_file({name: weight.contiguous() for name, weight in weights.items()}, partial / "model.safetensors", metadata={"format": "pt"})
-    for path in (*partial.rglob("*"), partial):
-        _fsync(path)
-    partial.rename(directory)
-    _fsync(directory.parent)
+        tensors, rest = _snapshot(model, optimizers)
+        _write_state(partial, "checkpoint.pt", _whole(tensors, {**state, **rest}, model.config), model.config, tokenizer)
+        if safetensors:
+            _write_safetensors(tensors, partial / "model.safetensors")
+        _commit(partial, directory)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise _write_error(error, partial) from None
     return directory / "checkpoint.pt"
 
 # %% ../chapters/14_checkpoints.ipynb #8e72070a
-def load_checkpoint(path: str | Path) -> dict:
-    """The dict that `save_checkpoint` wrote, on the CPU; `path` is checkpoint.pt or its directory. Raises CheckpointError."""
-    path = Path(path)
-    file = path / "checkpoint.pt" if path.is_dir() else path
+def _read_pt(file: Path, *, check: bool = True, mmap: bool = False) -> dict:
+    """A file of `torch.save` on the CPU, without running code; with `check` its checksums first. Raises CheckpointError."""
     if not file.is_file():
-        raise CheckpointError(f"there is no checkpoint at {path}")
+        raise CheckpointError(f"there is no checkpoint at {file}")
     try:
         with zipfile.ZipFile(file) as archive:      # torch.load does not compare the checksums
-            if archive.testzip() is not None:
+            if check and archive.testzip() is not None:
                 raise zipfile.BadZipFile("a checksum is wrong")
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        contents = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except (PermissionError, MemoryError):
         raise
     except Exception as error:      # a damaged file raises anything from BadZipFile to UnpicklingError
-        reason = str(error).strip().splitlines()
-        raise CheckpointError(f"{file} is damaged or not a checkpoint ({reason[0] if reason else type(error).__name__}): "
-                              "resume from an earlier one") from None
-    missing = {"model_state_dict", "config"} - set(checkpoint) if isinstance(checkpoint, dict) else {"model_state_dict", "config"}
+        raise CheckpointError(f"{file} is damaged or not a checkpoint ({_first_line(error)}): resume from an earlier one") from None
+    missing = {"config"} - set(contents) if isinstance(contents, dict) else {"config"}
     if missing:
-        raise CheckpointError(f"{file} was not written by this package: it has no {' and no '.join(sorted(missing))}")
+        raise CheckpointError(f"{file} was not written by this package: it has no config")
+    return contents
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """The dict that `save_checkpoint` wrote, on the CPU; `path` is checkpoint.pt or its directory. Raises CheckpointError.
+
+    From a sharded directory the same dict is put together, in this process alone.
+    """
+    path = Path(path)
+    if path.is_dir() and _is_sharded(path):
+        return _read_sharded(path)
+    checkpoint = _read_pt(path / "checkpoint.pt" if path.is_dir() else path)
+    if "model_state_dict" not in checkpoint:
+        raise CheckpointError(f"{path} was not written by this package: it has no model_state_dict")
     return checkpoint
 
 # %% ../chapters/14_checkpoints.ipynb #004accf8
 def load_model(path: str | Path) -> tuple[QwenForCausalLM, Tokenizer]:
-    """The model of a checkpoint, in eval mode on the CPU, and its tokenizer."""
-    checkpoint = load_checkpoint(path)
+    """The model of a checkpoint, in eval mode on the CPU, and its tokenizer; of a sharded one only the weights are read."""
+    path = Path(path)
+    if path.is_dir() and _is_sharded(path) and not (path / "checkpoint.pt").is_file():
+        checkpoint = _read_sharded(path, "weights/")
+    else:
+        checkpoint = load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
     if "tokenizer" not in checkpoint:
         raise CheckpointError(f"{path} names no tokenizer")
     with torch.device("meta"):
         model = QwenForCausalLM(QwenConfig.from_dict(checkpoint["config"]))
     model.load_state_dict(checkpoint["model_state_dict"], assign=True)
-    path = Path(path)
     return model.eval(), load_tokenizer(checkpoint["tokenizer"], path if path.is_dir() else path.parent)
 
 # %% ../chapters/14_checkpoints.ipynb #40cec3e6
 def _steps(directory: str | Path) -> list[Path]:
-    """`step_N` directories, oldest first."""
-    found = [p for p in Path(directory).glob("step_*") if p.name[5:].isdecimal() and (p / "checkpoint.pt").is_file()]
+    """`step_N` directories with a checkpoint in them, oldest first."""
+    found = [p for p in Path(directory).glob("step_*") if p.name[5:].isdecimal() and (_is_sharded(p) or (p / "checkpoint.pt").is_file())]
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
 def latest_checkpoint(directory: str | Path) -> Path | None:
-    """`directory`/final where it exists, else the step_N with the highest N, else None."""
+    """`directory`/final where it exists, else the step_N with the highest N, else None; plain or sharded."""
     final = Path(directory) / "final"
-    return final if (final / "checkpoint.pt").is_file() else next(reversed(_steps(directory)), None)
+    return final if _is_sharded(final) or (final / "checkpoint.pt").is_file() else next(reversed(_steps(directory)), None)
 
 
-def prune_checkpoints(directory: str | Path, keep_last: int) -> None:
-    """Delete all but the `keep_last` newest step_N directories."""
-    for old in _steps(directory)[:-keep_last]:
-        shutil.rmtree(old)
+def prune_checkpoints(directory: str | Path, keep_last: int, keep_every: int = 0, newest: int | None = None) -> None:
+    """Delete all but the `keep_last` newest step_N and, with `keep_every` > 0, those whose N it divides.
+
+    With `newest`, steps above it stay and do not count: they are of a run that was taken back to an earlier step.
+    """
+    steps = [p for p in _steps(directory) if newest is None or int(p.name[5:]) <= newest]
+    for old in steps[:-keep_last]:
+        if keep_every == 0 or int(old.name[5:]) % keep_every:
+            doomed = old.with_name(old.name + ".partial")   # so that one that is half deleted is not taken for a checkpoint
+            shutil.rmtree(doomed, ignore_errors=True)
+            old.rename(doomed)
+            shutil.rmtree(doomed)
+
+# %% ../chapters/14_checkpoints.ipynb #a8eab8b1
+def _together(function: Callable[[], Any], group: dist.ProcessGroup | None = None) -> list:
+    """What `function()` returns on each rank of `group`, in order. An error on one rank is raised on all, so that none waits for it."""
+    if not dist.is_initialized():
+        return [function()]
+    result = error = None
+    try:
+        result = function()
+    except Exception as raised:
+        error = raised
+    outcomes = [None] * dist.get_world_size(group)
+    dist.all_gather_object(outcomes, (result, error), group=group)
+    for _, error in outcomes:
+        if error is not None:
+            raise error
+    return [result for result, _ in outcomes]
+
+
+def _gathered(tensors: dict[str, torch.Tensor], keep: bool, copies: bool = False) -> dict[str, torch.Tensor]:
+    """Full tensors on the CPU, gathered one at a time; empty on ranks that do not `keep` them. With `copies`, training may go on."""
+    full = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor      # every rank takes part
+        if keep:
+            full[name] = tensor.to("cpu", copy=copies)
+    return full
+
+# %% ../chapters/14_checkpoints.ipynb #7a2cae34
+def _is_sharded(directory: Path) -> bool:
+    return (directory / "sharded" / "index.json").is_file()
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write_index(metadata: Metadata, file: Path) -> None:
+    """Which rows of which tensor lie where, as JSON: {name: {dtype, shape, chunks: [[offsets, sizes, file, start, length], ...]}}."""
+    index = {}
+    for name, tensor in metadata.state_dict_metadata.items():
+        places = [(chunk, metadata.storage_data[MetadataIndex(name, chunk.offsets)]) for chunk in tensor.chunks]
+        index[name] = {"dtype": str(tensor.properties.dtype).removeprefix("torch."), "shape": list(tensor.size),
+                       "chunks": [[list(chunk.offsets), list(chunk.sizes), at.relative_path, at.offset, at.length] for chunk, at in places]}
+    file.write_text(json.dumps(index))
+
+
+class _ShardReader(FileSystemReader):
+    """torch's reader of shards, told by index.json what lies where: torch's own `.metadata` is a pickle, and is never opened."""
+
+    def __init__(self, directory: Path):
+        super().__init__(directory / "sharded")
+        index = directory / "sharded" / "index.json"
+        try:
+            self.index = json.loads(index.read_text())
+            self.stored = {name: (torch.Size(entry["shape"]), getattr(torch, entry["dtype"])) for name, entry in self.index.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} was not written by this package ({_first_line(error)}): resume from an earlier checkpoint") from None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        tensors, places = {}, {}
+        for name, entry in self.index.items():
+            chunks = []
+            for offsets, sizes, file, start, length in entry["chunks"]:
+                chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+                places[MetadataIndex(name, offsets)] = _StorageInfo(Path(file).name, start, length)
+            shape, dtype = self.stored[name]
+            tensors[name] = TensorStorageMetadata(TensorProperties(dtype), shape, chunks)
+        return Metadata(tensors, storage_data=places, storage_meta=StorageMeta())
+
+    def fill(self, targets: dict[str, torch.Tensor]) -> None:
+        """Read into `targets`, which are plain or sharded in any way, each rank what it needs."""
+        try:
+            dcp.load(targets, storage_reader=self, no_dist=True)
+        except CheckpointException as error:
+            raise CheckpointError(f"{self.path} cannot be read: {_first_line(_cause(error))}") from None
+
+# %% ../chapters/14_checkpoints.ipynb #68ae3327
+def _write_manifest(directory: Path, sums: dict[str, str]) -> None:
+    """manifest.json: the SHA-256 of every file, and of that list itself."""
+    own = hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
+    (directory / "manifest.json").write_text(json.dumps({"files": sums, "sha256": own}, indent=1) + "\n")
+
+
+def _verify(directory: Path, part: int = 0, parts: int = 1) -> None:
+    """Compare the shards and state.pt with manifest.json; of `parts` processes each reads its part of them. Raises CheckpointError."""
+    manifest = directory / "manifest.json"
+    try:
+        content = json.loads(manifest.read_text())
+        sums = content["files"]
+        if content["sha256"] != hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest():
+            raise ValueError("it differs from its checksum")
+    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+        raise CheckpointError(f"{manifest} is damaged ({_first_line(error)}): resume from an earlier checkpoint") from None
+    for name in sorted(name for name in sums if name == "state.pt" or name.startswith("sharded/"))[part::parts]:
+        if not (directory / name).is_file():
+            raise CheckpointError(f"{directory / name} is missing: resume from an earlier checkpoint")
+        if _sha256(directory / name) != sums[name]:
+            raise CheckpointError(f"{directory / name} is damaged (it differs from its checksum): resume from an earlier checkpoint")
+
+
+def _read_sharded(directory: Path, prefix: str = "") -> dict:
+    """The dict of checkpoint.pt, put together in this process from the shards whose names start with `prefix`."""
+    _verify(directory)
+    state, reader = _read_pt(directory / "state.pt"), _ShardReader(directory)
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in reader.stored.items() if name.startswith(prefix)}
+    reader.fill(tensors)
+    return _whole(tensors, state, QwenConfig.from_dict(state["config"]))
+
+# %% ../chapters/14_checkpoints.ipynb #a55ec32f
+class Checkpointer:
+    """Writes the checkpoints of one run into `output_dir`: atomic, pruned, plain or sharded, at once or in the background.
+
+    Every rank makes one, with the same arguments. `keep_last` checkpoints stay, and with `keep_every` > 0 each step it divides.
+    """
+
+    def __init__(self, output_dir: str | Path, tokenizer: Tokenizer, *, keep_last: int, keep_every: int = 0,
+                 sharded: bool = False, asynchronous: bool = False):
+        self.output_dir, self.tokenizer = Path(output_dir), tokenizer
+        self.keep_last, self.keep_every, self.sharded = keep_last, keep_every, sharded
+        # a group of its own: the ranks of a background save talk while training does, and on a GPU's group only tensors travel well
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.executor = ThreadPoolExecutor(1) if asynchronous else None
+        self.pending: Future | None = None
+
+    def save(self, name: str, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer], state: dict,
+             rank_state: dict | None = None, final: bool = False) -> None:
+        """Write `output_dir`/`name` ("step_N" or "final"); every rank calls it, after its optimizers' step.
+
+        Plain: rank 0 gathers every tensor and writes checkpoint.pt. Sharded: each rank writes what it holds into sharded/, rank 0
+        the rest into state.pt; with `final` rank 0 also gathers the weights into checkpoint.pt and model.safetensors. `state` goes
+        in as it is, the `rank_state` of all ranks as the list `rank_states`. In the background the tensors are copied first;
+        `final` returns when all is on the disk. Raises CheckpointError where `name` exists, OSError on a full disk, on every rank.
+        """
+        self.wait()
+        directory = self.output_dir / name
+        partial = _together(lambda: self._prepare(directory) if self.rank == 0 else None, self.group)[0]
+        tensors, rest = _snapshot(model, optimizers)
+        ranks = _together(lambda: rank_state, self.group)
+        state = {**state, **rest, "rank_states": ranks}
+        background = self.executor is not None
+        if self.sharded:
+            weights = {key: tensor for key, tensor in tensors.items() if key.startswith("weights/")} if final else {}
+            full = _gathered(weights, self.rank == 0, copies=background)
+            options = {"checkpoint_id": partial / "sharded", "process_group": self.group}
+            writing = dcp.async_save(tensors, **options).result if background else lambda: dcp.save(tensors, **options)
+        else:
+            full, writing = _gathered(tensors, self.rank == 0, copies=background), None
+
+        def finish() -> None:
+            self._finish(directory, partial, writing, full, state, model.config, final)
+
+        if background:
+            self.pending = self.executor.submit(finish)
+        else:
+            finish()
+        if final:
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when a background save is complete and has its name; raise what went wrong with it."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+
+    def _prepare(self, directory: Path) -> Path:
+        """A new partial directory; what a killed save left behind is removed first, since it may be what fills the disk."""
+        for left in (*self.output_dir.glob("step_*.partial"), *self.output_dir.glob("final.partial")):
+            shutil.rmtree(left, ignore_errors=True)
+        return _new_partial(directory)
+
+    def _finish(self, directory: Path, partial: Path, write_shards: Callable[[], Metadata] | None, full: dict[str, torch.Tensor],
+                state: dict, config: QwenConfig, final: bool) -> None:
+        """The part of `save` that writes, on every rank; on the disk nothing is seen of it until the last step."""
+        try:
+            metadata = write_shards() if write_shards else None
+            own = list((partial / "sharded").glob(f"__{self.rank}_*"))
+            sums = _together(lambda: {f"sharded/{file.name}": _sha256(file) for file in own}, self.group)
+
+            def write_rest() -> None:
+                if metadata is None:
+                    _write_state(partial, "checkpoint.pt", _whole(full, state, config), config, self.tokenizer)
+                    if final:
+                        _write_safetensors(full, partial / "model.safetensors")
+                else:
+                    _write_index(metadata, partial / "sharded" / "index.json")
+                    _write_state(partial, "state.pt", state, config, self.tokenizer)
+                    if final:
+                        _write_consolidated(partial, full, _read_pt(partial / "state.pt", check=False), config)
+                    shards = {name: digest for each in sums for name, digest in each.items()}
+                    rest = {str(file.relative_to(partial)) for file in partial.rglob("*") if file.is_file()} - shards.keys()
+                    _write_manifest(partial, shards | {name: _sha256(partial / name) for name in rest})
+                _commit(partial, directory)
+                number = directory.name.removeprefix("step_")
+                prune_checkpoints(self.output_dir, self.keep_last, self.keep_every, int(number) if number.isdecimal() else None)
+
+            _together(lambda: write_rest() if self.rank == 0 else None, self.group)
+        except (Exception, CheckpointException) as error:
+            if self.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise _write_error(error, partial) from None
+
+# %% ../chapters/14_checkpoints.ipynb #cf73288b
+_OF_OPTIMIZERS = {"optimizer_state_dicts", "optimizer_types", "optimizer_parameters"}
+
+
+def _write_consolidated(directory: Path, tensors: dict[str, torch.Tensor], state: dict, config: QwenConfig) -> None:
+    whole = _whole(tensors, {key: value for key, value in state.items() if key not in _OF_OPTIMIZERS}, config)
+    del whole["optimizer_state_dicts"]
+    _write_pt(whole, directory / "checkpoint.pt.partial")
+    _write_safetensors(tensors, directory / "model.safetensors.partial")
+    for name in ("model.safetensors", "checkpoint.pt"):
+        _fsync(directory / f"{name}.partial")
+        (directory / f"{name}.partial").rename(directory / name)
+    _fsync(directory)
+
+
+def consolidate(path: str | Path) -> Path:
+    """Put checkpoint.pt (weights, configuration, step; no optimizer) and model.safetensors beside the shards of directory `path`.
+
+    For one process without a process group, which holds the weights once. Returns the path of checkpoint.pt; raises CheckpointError.
+    """
+    path = Path(path)
+    if not _is_sharded(path):
+        raise CheckpointError(f"{path} holds no sharded checkpoint")
+    _verify(path)
+    state, reader = _read_pt(path / "state.pt"), _ShardReader(path)
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in reader.stored.items() if name.startswith("weights/")}
+    reader.fill(tensors)
+    try:
+        _write_consolidated(path, tensors, state, QwenConfig.from_dict(state["config"]))
+    except Exception as error:
+        raise _write_error(error, path) from None
+    return path / "checkpoint.pt"
+
+# %% ../chapters/14_checkpoints.ipynb #efb1e0bb
+def _sharded_directory(path: Path) -> Path | None:
+    """The directory of a sharded checkpoint; its consolidated checkpoint.pt, which has no optimizer, stands for it."""
+    directory = path if path.is_dir() else path.parent
+    return directory if _is_sharded(directory) and (path.is_dir() or path.name == "checkpoint.pt") else None
+
+
+def _state_file(path: Path) -> Path:
+    directory = _sharded_directory(path)
+    return directory / "state.pt" if directory else path / "checkpoint.pt" if path.is_dir() else path
+
+
+def _without_tensors(state: dict) -> dict:
+    """A copy, which holds no file mapped."""
+    return copy.deepcopy({key: value for key, value in state.items() if key not in _OF_OPTIMIZERS | {"model_state_dict"}})
+
+
+def read_state(path: str | Path) -> dict:
+    """All but weights and optimizers: step, config, train_config, tokenizer, rank_states, ...; reads little and checks no checksum."""
+    return _without_tensors(_read_pt(_state_file(Path(path)), check=False, mmap=True))
+
+
+def _check_model(state: dict, model: torch.nn.Module, path: Path) -> None:
+    ours = model.config.to_dict()
+    differs = [name for name in ours if state["config"].get(name) != ours[name]]
+    if differs:
+        raise CheckpointError(f"{path} holds another model: it differs in {', '.join(differs)}")
+
+
+def _check_optimizers(state: dict, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer], path: Path) -> None:
+    if not state.get("optimizer_state_dicts"):
+        raise CheckpointError(f"{path} holds no optimizer state: training cannot be resumed from it")
+    ours = [type(optimizer).__name__ for optimizer in optimizers]
+    theirs = state.get("optimizer_types", ours)
+    counts = [sum(len(group["params"]) for group in packed["param_groups"]) for packed in state["optimizer_state_dicts"]]
+    names = _parameter_names(model, optimizers)
+    if theirs != ours or counts != [len(each) for each in names]:
+        raise CheckpointError(f"{path} was trained with other optimizers ({', '.join(theirs)} of {counts} parameters) than "
+                              f"{', '.join(ours)} of {[len(each) for each in names]}")
+    if [sorted(each) for each in state["optimizer_parameters"]] != [sorted(each) for each in names]:
+        raise CheckpointError(f"{path} was trained with other parameters in its optimizers")
+
+
+class _FileReader:
+    """The tensors of a checkpoint.pt, which is mapped into memory, by name: of a sharded target each rank copies its own part."""
+
+    def __init__(self, checkpoint: dict):
+        self.tensors = {f"weights/{name}": weight for name, weight in checkpoint["model_state_dict"].items()}
+        for optimizer, names in zip(checkpoint.get("optimizer_state_dicts", []), checkpoint["optimizer_parameters"]):
+            self.tensors |= {f"optimizer/{names[number]}/{key}": value for number, state in optimizer["state"].items()
+                             for key, value in state.items() if isinstance(value, torch.Tensor)}
+        self.stored = {name: (tensor.shape, tensor.dtype) for name, tensor in self.tensors.items()}
+
+    def fill(self, targets: dict[str, torch.Tensor]) -> None:
+        for name, target in targets.items():
+            tensor = self.tensors[name].to(target.device)
+            if isinstance(target, DTensor):
+                tensor = distribute_tensor(tensor, target.device_mesh, target.placements, src_data_rank=None)   # nothing is sent
+            target.copy_(tensor)
+
+
+def _targets(path: Path, state: dict, stored: dict[str, tuple[torch.Size, torch.dtype]], model: torch.nn.Module,
+             optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
+    """Where each stored tensor goes: the model's own weights, and new room for what belongs to the optimizers."""
+    targets = {f"weights/{name}": weight for name, weight in _weights(model).items()}
+    wrong = [name for name, weight in targets.items() if name not in stored or stored[name][0] != weight.shape]
+    if wrong:
+        raise CheckpointError(f"{path} does not hold this model's {wrong[0].removeprefix('weights/')}")
+    parameters = dict(model.named_parameters())
+    on_device = {p for optimizer in optimizers for group in optimizer.param_groups if group.get("fused") or group.get("capturable")
+                 for p in group["params"]}
+    for name, (shape, dtype) in stored.items():
+        if name.startswith("optimizer/") and optimizers:
+            parameter = parameters[name.split("/")[1]]
+            if shape == parameter.shape:        # sharded as the parameter is
+                targets[name] = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+            else:                               # AdamW's step
+                targets[name] = torch.empty(shape, dtype=dtype, device=parameter.device if parameter in on_device else "cpu")
+    return targets
+
+
+def _attach(targets: dict[str, torch.Tensor], state: dict, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Make the filled `targets`, and what is stored of the optimizers beside tensors, their state."""
+    new = {names[number]: {key: value for key, value in values.items() if not isinstance(value, torch.Tensor)}
+           for packed, names in zip(state["optimizer_state_dicts"], state["optimizer_parameters"]) for number, values in packed["state"].items()}
+    for name, tensor in targets.items():
+        if name.startswith("optimizer/"):
+            _, parameter, key = name.split("/")
+            new[parameter][key] = tensor
+    parameters = dict(model.named_parameters())
+    for optimizer, names in zip(optimizers, _parameter_names(model, optimizers)):
+        optimizer.state.clear()
+        optimizer.state.update({parameters[name]: new[name] for name in names if name in new})
+
+
+@torch.no_grad()
+def restore_checkpoint(path: str | Path, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict:
+    """Load weights and the optimizers' state into `model` and `optimizers` in place; return the rest (step, data, rank_states, ...).
+
+    `path` is a checkpoint.pt or its directory, plain or sharded, and `model` (without DDP's wrapper) may be laid out in any way, on
+    any number of processes; all of them call this. Of shards, each reads what it needs. State goes by the parameters' names and
+    keeps the file's dtype; the options in the groups (rates, decay) stay those that the optimizers were made with. Without
+    `optimizers`, only weights are loaded. Raises CheckpointError, on every rank, for another model, other optimizers or a damaged file.
+    """
+    path = Path(path)
+    directory, file = _sharded_directory(path), _state_file(path)
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+    def check() -> None:      # the checksums, once for all ranks
+        if directory:
+            _verify(directory, rank, ranks)
+        elif rank == 0:
+            _read_pt(file, mmap=True)
+
+    def load() -> None:
+        state = _read_pt(file, check=False, mmap=directory is None)
+        state = {"optimizer_parameters": _parameter_names(model, optimizers), **state}      # which files of version 0.1.0 do not name
+        _check_model(state, model, path)
+        if optimizers:
+            _check_optimizers(state, model, optimizers, path)
+        source = _ShardReader(directory) if directory else _FileReader(state)
+        targets = _targets(path, state, source.stored, model, optimizers)
+        source.fill(targets)
+        if optimizers:
+            _attach(targets, state, model, optimizers)
+        rest.update(_without_tensors(state))
+
+    rest = {}
+    _together(check)
+    _together(load)
+    return rest
