@@ -4,16 +4,22 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
 from book import scramble_
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from qwen_analog import QwenConfig, QwenForCausalLM
-from qwen_analog.optim import build_optimizers, learning_rate_at, parameter_groups, set_learning_rate
+from qwen_analog.optim import AdamWBf16, SpikeWatch, build_optimizers, learning_rate_at, parameter_groups, set_learning_rate, stochastic_round_
 
 LEARNING_RATE, DECAY = 0.01, 0.1
-KINDS = ("adamw", "muon")
+KINDS = ("adamw", "adamw-bf16", "muon")
 
 
 def tiny(tied=True):
@@ -23,7 +29,7 @@ def tiny(tied=True):
 def set_gradients(model, step):
     for i, p in enumerate(model.parameters()):
         g = torch.randn(p.shape, generator=torch.Generator().manual_seed(1000 * step + i))
-        p.grad = g * 10.0 ** -(i % 9)                  # down to the size of eps
+        p.grad = (g * 10.0 ** -(i % 9)).to(p.dtype)    # down to the size of eps
 
 
 def is_table(name):
@@ -56,7 +62,7 @@ def muon_reference(values, gradients, decay, momentum=0.95):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_five_steps_equal_the_rules(kind, tied):
     model, seen = tiny(tied), {}
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -141,6 +147,7 @@ def test_the_learning_rate_reaches_every_group_and_scales_the_step(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_list_of_optimizers_goes_through_a_distributed_checkpoint(kind):
     def stepped(step, model, optimizers):
+        torch.manual_seed(step)
         set_gradients(model, step)
         for optimizer in optimizers:
             optimizer.step()
@@ -193,3 +200,195 @@ def test_schedule_values(schedule, at_half):
 def test_an_unknown_schedule_is_refused_during_warmup():
     with pytest.raises(ValueError, match="'linear'"):
         learning_rate_at(0, learning_rate=1.0, max_steps=10, warmup_steps=5, schedule="linear")
+
+
+def test_stochastic_rounding_has_the_right_mean_and_keeps_what_fits():
+    torch.manual_seed(0)
+    values = torch.tensor([1 + 2**-9, -1 - 2**-10, 2 - 2**-12, 3.14159, -1e-3, 1e-30, 1e-40, 2.0**-133 * 0.3])
+    draws = torch.stack([stochastic_round_(torch.empty(8, dtype=torch.bfloat16), values) for _ in range(20_000)]).double()
+    down, up = draws.min(0).values, draws.max(0).values
+    assert all(len(column.unique()) == 2 for column in draws.T) and ((down < values) & (values < up)).all()
+    deviation = ((up - values.double()) * (values.double() - down) / 20_000).sqrt()           # of the mean of coin tosses
+    assert ((draws.mean(0) - values.double()).abs() < 4.5 * deviation).all()
+    exact = torch.tensor([0.0, -0.0, 1.0, -1.5, 2.0**-130, 3.3895314e38, math.inf, -math.inf])
+    for _ in range(100):
+        rounded = stochastic_round_(torch.empty(8, dtype=torch.bfloat16), exact)
+        assert torch.equal(rounded.view(torch.int16), exact.bfloat16().view(torch.int16))
+    nan = torch.tensor([0x7FC00000, -1, 0x7F800001], dtype=torch.int32).view(torch.float32)    # -1 has every bit set
+    assert stochastic_round_(torch.empty(3, dtype=torch.bfloat16), nan).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adamw_in_bf16_follows_the_rule_in_the_mean(dtype):
+    """20,000 copies of each of three weights see the same gradients; their mean is the float64 rule's weight."""
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.tensor([1.0, -0.5, 2.0])[:, None].expand(3, 20_000).contiguous().to(dtype))
+    optimizer = AdamWBf16([p], lr=LEARNING_RATE, weight_decay=DECAY)
+    gradients = [torch.tensor([1.0, 0.01 * (-1) ** t, 1.0 + 0.5 * math.sin(t)])[:, None].expand(3, 20_000) for t in range(60)]
+    for g in gradients:
+        p.grad = g.to(dtype)
+        optimizer.step()
+    w = adamw_reference(torch.tensor([1.0, -0.5, 2.0]), [g[:, 0].to(dtype) for g in gradients], DECAY)
+    state, t = optimizer.state[p], 60
+    assert p.dtype == dtype and state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.bfloat16
+    torch.testing.assert_close(p.double().mean(1), w, rtol=0, atol=2e-3)                         # of 0.6 that the first one moves
+    age = torch.arange(t - 1, -1, -1, dtype=torch.float64)[:, None]
+    g = torch.stack([g[:, 0] for g in gradients]).to(dtype).double()
+    torch.testing.assert_close(state["exp_avg"].double().mean(1), (0.1 * 0.9**age * g).sum(0), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(state["exp_avg_sq"].double().mean(1), (0.05 * 0.95**age * g**2).sum(0), rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adamw_in_bf16_goes_on_bit_for_bit_from_its_state(dtype, tmp_path):
+    def stepped(model, optimizer, step):
+        set_gradients(model, step)
+        optimizer.step()
+
+    def new():
+        model = tiny().to(dtype)
+        return model, *build_optimizers(model, LEARNING_RATE, kind="adamw-bf16")
+
+    torch.manual_seed(3)
+    model, optimizer = new()
+    for step in range(2):
+        stepped(model, optimizer, step)
+    torch.save([model.state_dict(), optimizer.state_dict(), torch.get_rng_state()], tmp_path / "state.pt")
+    stepped(model, optimizer, 2)
+    twin, restored = new()
+    weights, state, rng = torch.load(tmp_path / "state.pt")
+    twin.load_state_dict(weights)
+    restored.load_state_dict(state)
+    for i, saved in state["state"].items():
+        loaded = restored.state_dict()["state"][i]
+        assert all(loaded[name].dtype == saved[name].dtype and torch.equal(loaded[name], saved[name]) for name in saved) and len(saved) == 3
+    torch.set_rng_state(rng)
+    stepped(twin, restored, 2)
+    same = [torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters())]
+    same += [torch.equal(optimizer.state[p][n], restored.state[q][n]) for p, q in zip(model.parameters(), twin.parameters()) for n in ("exp_avg", "exp_avg_sq")]
+    assert all(same)
+
+
+def test_adamw_in_bf16_calls_a_closure_and_leaves_weights_without_gradient_alone():
+    p, q = nn.Parameter(torch.ones(3).double()), nn.Parameter(torch.ones(3))
+    optimizer = AdamWBf16([p, q], lr=0.1)
+
+    def closure():
+        loss = p.sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 3.0 and (p < 1).all() and (q == 1).all() and set(optimizer.state) == {p}
+
+
+def _sharded(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+
+    def pieces(dtype=torch.float32):
+        return scramble_(nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 24), nn.Linear(24, 9, bias=False))).to(dtype)     # 5, 9 and 7 do not divide by 2
+
+    def stepped(model, optimizers, steps, first=0):
+        torch.manual_seed(first)
+        for t in range(first, first + steps):
+            for i, p in enumerate(model.parameters()):
+                g = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * t + i)).to(p.dtype)
+                p.grad = distribute_tensor(g, p.device_mesh, p.placements) if isinstance(p, DTensor) else g
+            for optimizer in optimizers:
+                optimizer.step()
+
+    def run(kind, shard, dtype=torch.float32):
+        model = pieces(dtype)
+        if shard:
+            fully_shard(model, mesh=mesh)
+        optimizers = build_optimizers(model, LEARNING_RATE, kind=kind)
+        stepped(model, optimizers, 4)
+        return model, optimizers
+
+    for kind, dtype, bound in (("muon", torch.float32, 0.01), ("adamw-bf16", torch.float32, 0.01), ("adamw-bf16", torch.bfloat16, 0.3)):
+        model, optimizers = run(kind, True, dtype)
+        whole, _ = run(kind if kind == "muon" else "adamw", False)
+        for p, q in zip(model.parameters(), whole.parameters()):
+            assert isinstance(p, DTensor) and p.dtype == dtype
+            gap = (p.full_tensor() - q).pow(2).mean().sqrt() / (4 * LEARNING_RATE)
+            assert gap < bound, f"{kind} {dtype}: a weight of shape {tuple(p.shape)} is off by {gap:.1e} learning rates a step"
+    assert all(isinstance(state["exp_avg"], DTensor) and state["exp_avg"].dtype == torch.bfloat16 for state in optimizers[0].state.values())
+
+    # the last of them through a distributed checkpoint: the next step is the same, bit for bit
+    dcp.save({"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizers)}, checkpoint_id=f"{folder}/checkpoint")
+    twin, restored = run("adamw-bf16", True, torch.bfloat16)
+    stepped(twin, restored, 1, first=77)                                                              # somewhere else
+    state = {"model": twin.state_dict(), "optimizer": get_optimizer_state_dict(twin, restored)}
+    dcp.load(state, checkpoint_id=f"{folder}/checkpoint")
+    twin.load_state_dict(state["model"])
+    set_optimizer_state_dict(twin, restored, state["optimizer"])
+    for both in ((model, optimizers), (twin, restored)):
+        stepped(*both, 1, first=5)
+    assert all(torch.equal(p.to_local(), q.to_local()) for p, q in zip(model.parameters(), twin.parameters()))
+
+    # copies on two processes that are seeded alike stay equal
+    copy_, _ = run("adamw-bf16", False, torch.bfloat16)
+    for p in copy_.parameters():
+        other = p.detach().clone()
+        dist.broadcast(other, 0)
+        assert torch.equal(other, p)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_sharded_parameters_get_the_updates_of_whole_ones(tmp_path):
+    mp.spawn(_sharded, (tmp_path,), nprocs=2)
+
+
+def falling(steps, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    t = torch.arange(steps)
+    return (2.5 + 7 * (1 + t / 20) ** -0.5 + 0.1 * torch.randn(steps, generator=g, dtype=torch.float64)).tolist()
+
+
+def test_the_watch_is_quiet_on_a_noisy_falling_loss_and_hears_a_jump():
+    losses, watch = falling(20_000), SpikeWatch()
+    alarms = sum(watch.update(loss) for loss in losses)
+    assert alarms <= 2
+    assert not watch.update(losses[-1] - 1.5)                                                        # a step down is good news
+    assert watch.update(losses[-1] + 1.0) and watch.update(losses[-1] + 1.0)                         # the first does not hide the second
+    for at in range(200, 1000, 97):
+        watch = SpikeWatch()
+        assert not any([watch.update(loss) for loss in losses[:at]])
+        assert watch.update(max(losses[at - 64 : at]) + 1.0), at
+    watch = SpikeWatch()
+    assert not any(watch.update(loss) for loss in losses[:63]) and not watch.update(100.0)           # too early to know
+
+
+def test_the_watch_gets_used_to_a_new_level():
+    watch = SpikeWatch(window=10)
+    heard = [watch.update(loss) for loss in [1.0] * 10 + [2.0] * 20]
+    assert heard[10:15] == [True] * 5 and not any(heard[:10] + heard[20:])
+    assert not watch.update(2.01) and watch.update(2.02)                                             # equal losses: a thousandth counts as deviation
+
+
+def test_the_watch_reports_what_is_not_finite_and_forgets_it():
+    watch, plain, losses = SpikeWatch(window=20), SpikeWatch(window=20), falling(100)
+    for i, loss in enumerate(losses):
+        if i % 10 == 0:
+            assert all(watch.update(bad) is True for bad in (math.nan, math.inf, -math.inf))
+        assert watch.update(loss) is plain.update(loss)
+    assert watch.state_dict() == plain.state_dict()
+
+
+def test_the_watch_resumes_exactly():
+    losses = falling(300) + [9.0, 4.0, 9.0]
+    for cut in (0, 5, 64, 200, 301):
+        watch, resumed = SpikeWatch(), SpikeWatch()
+        for loss in losses[:cut]:
+            watch.update(loss)
+        state = watch.state_dict()
+        assert all(type(value) is float for value in state["losses"])
+        resumed.load_state_dict(copy.deepcopy(state))
+        assert [watch.update(loss) for loss in losses[cut:]] == [resumed.update(loss) for loss in losses[cut:]]
+        assert resumed.state_dict() == watch.state_dict()
+
+
+@pytest.mark.parametrize("wrong", [{"window": 1}, {"threshold": 0.0}, {"threshold": math.nan}])
+def test_the_watch_refuses_senseless_settings(wrong):
+    with pytest.raises(ValueError, match=str(*wrong.values())):
+        SpikeWatch(**wrong)
