@@ -182,7 +182,7 @@ def test_ledger_at_the_cards_width():
             set_activation_checkpointing(model, mode)
             got = measured(model, [], 1, 4096, "bf16", micro_batches)
         ledger = memory_ledger(config, recompute=mode, micro_batches=micro_batches)
-        assert ledger.total - ledger.optimizer == pytest.approx(sum(got.values()), rel=0.04)
+        assert ledger.total - ledger.optimizer == pytest.approx(sum(got.values()), rel=0.06)
 
 
 @pytest.fixture
