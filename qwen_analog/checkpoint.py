@@ -37,7 +37,7 @@ from .tokenizer import Tokenizer, load_tokenizer
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)   # one process is no mistake here
 
-# %% ../chapters/14_checkpoints.ipynb #8b21d5f1
+# %% ../chapters/14_checkpoints.ipynb #d88af6fc
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged or of another model; the message names the file and what to do."""
 
@@ -106,19 +106,26 @@ def _parameter_names(model: torch.nn.Module, optimizers: Sequence[torch.optim.Op
     return [[names[p] for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
 
 
-def _snapshot(model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> tuple[dict[str, torch.Tensor], dict]:
-    """Every tensor that training changes, as weights/NAME and optimizer/NAME/KEY, and the rest of the optimizers' state."""
-    tensors = {f"weights/{name}": weight for name, weight in _weights(model).items()}
-    names, rests = _parameter_names(model, optimizers), []
-    for optimizer, its_names in zip(optimizers, names):
-        packed = optimizer.state_dict()
-        rest = {number: {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}
-                for number, state in packed["state"].items()}
-        tensors |= {f"optimizer/{its_names[number]}/{key}": value for number, state in packed["state"].items()
+def _by_name(weights: dict, optimizer_states: list[dict], parameters: list[list[str]]) -> dict[str, torch.Tensor]:
+    """Weights and the tensors of torch's optimizer state dicts as weights/NAME and optimizer/NAME/KEY."""
+    tensors = {f"weights/{name}": weight for name, weight in weights.items()}
+    for packed, names in zip(optimizer_states, parameters):
+        tensors |= {f"optimizer/{names[number]}/{key}": value for number, state in packed["state"].items()
                     for key, value in state.items() if isinstance(value, torch.Tensor)}
-        rests.append({"state": rest, "param_groups": packed["param_groups"]})
-    return tensors, {"optimizer_state_dicts": rests, "optimizer_types": [type(optimizer).__name__ for optimizer in optimizers],
-                     "optimizer_parameters": names}
+    return tensors
+
+
+def _but_tensors(optimizer_state: dict) -> dict:
+    """The rest of an optimizer's state dict: the options of its groups, and state that is a plain number."""
+    return {**optimizer_state, "state": {number: {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}
+                                         for number, state in optimizer_state["state"].items()}}
+
+
+def _snapshot(model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> tuple[dict[str, torch.Tensor], dict]:
+    """Every tensor that training changes, by name, and the rest of the optimizers' state."""
+    states, names = [optimizer.state_dict() for optimizer in optimizers], _parameter_names(model, optimizers)
+    return _by_name(_weights(model), states, names), {"optimizer_state_dicts": [_but_tensors(state) for state in states], "optimizer_parameters": names,
+                                                      "optimizer_types": [type(optimizer).__name__ for optimizer in optimizers]}
 
 
 def _whole(tensors: dict[str, torch.Tensor], state: dict, config: QwenConfig) -> dict:
@@ -179,8 +186,8 @@ def save_checkpoint(directory: str | Path, model: QwenForCausalLM, tokenizer: To
     return directory / "checkpoint.pt"
 
 # %% ../chapters/14_checkpoints.ipynb #8e72070a
-def _read_pt(file: Path, *, check: bool = True, mmap: bool = False) -> dict:
-    """A file of `torch.save` on the CPU, without running code; with `check` its checksums first. Raises CheckpointError."""
+def _read_pt(file: Path, *needs: str, check: bool = True, mmap: bool = False) -> dict:
+    """The dict in a file, on the CPU, without running code; with `check` its checksums first. CheckpointError if it lacks what it `needs`."""
     if not file.is_file():
         raise CheckpointError(f"there is no checkpoint at {file}")
     try:
@@ -192,9 +199,9 @@ def _read_pt(file: Path, *, check: bool = True, mmap: bool = False) -> dict:
         raise
     except Exception as error:      # a damaged file raises anything from BadZipFile to UnpicklingError
         raise CheckpointError(f"{file} is damaged or not a checkpoint ({_first_line(error)}): resume from an earlier one") from None
-    missing = {"config"} - set(contents) if isinstance(contents, dict) else {"config"}
+    missing = {"config", *needs} - set(contents if isinstance(contents, dict) else ())
     if missing:
-        raise CheckpointError(f"{file} was not written by this package: it has no config")
+        raise CheckpointError(f"{file} was not written by this package: it has no {' and no '.join(sorted(missing))}")
     return contents
 
 
@@ -206,10 +213,7 @@ def load_checkpoint(path: str | Path) -> dict:
     path = Path(path)
     if path.is_dir() and _is_sharded(path):
         return _read_sharded(path)
-    checkpoint = _read_pt(path / "checkpoint.pt" if path.is_dir() else path)
-    if "model_state_dict" not in checkpoint:
-        raise CheckpointError(f"{path} was not written by this package: it has no model_state_dict")
-    return checkpoint
+    return _read_pt(path / "checkpoint.pt" if path.is_dir() else path, "model_state_dict")
 
 # %% ../chapters/14_checkpoints.ipynb #004accf8
 def load_model(path: str | Path) -> tuple[QwenForCausalLM, Tokenizer]:
@@ -252,7 +256,7 @@ def prune_checkpoints(directory: str | Path, keep_last: int, keep_every: int = 0
             old.rename(doomed)
             shutil.rmtree(doomed)
 
-# %% ../chapters/14_checkpoints.ipynb #a8eab8b1
+# %% ../chapters/14_checkpoints.ipynb #e060341f
 def _together(function: Callable[[], Any], group: dist.ProcessGroup | None = None) -> list:
     """What `function()` returns on each rank of `group`, in order. An error on one rank is raised on all, so that none waits for it."""
     if not dist.is_initialized():
@@ -279,7 +283,7 @@ def _gathered(tensors: dict[str, torch.Tensor], keep: bool, copies: bool = False
             full[name] = tensor.to("cpu", copy=copies)
     return full
 
-# %% ../chapters/14_checkpoints.ipynb #7a2cae34
+# %% ../chapters/14_checkpoints.ipynb #8e0b15f9
 def _is_sharded(directory: Path) -> bool:
     return (directory / "sharded" / "index.json").is_file()
 
@@ -329,7 +333,7 @@ class _ShardReader(FileSystemReader):
         except CheckpointException as error:
             raise CheckpointError(f"{self.path} cannot be read: {_first_line(_cause(error))}") from None
 
-# %% ../chapters/14_checkpoints.ipynb #68ae3327
+# %% ../chapters/14_checkpoints.ipynb #4061d1f1
 def _write_manifest(directory: Path, sums: dict[str, str]) -> None:
     """manifest.json: the SHA-256 of every file, and of that list itself."""
     own = hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
@@ -361,7 +365,7 @@ def _read_sharded(directory: Path, prefix: str = "") -> dict:
     reader.fill(tensors)
     return _whole(tensors, state, QwenConfig.from_dict(state["config"]))
 
-# %% ../chapters/14_checkpoints.ipynb #a55ec32f
+# %% ../chapters/14_checkpoints.ipynb #fb6f3cd8
 class Checkpointer:
     """Writes the checkpoints of one run into `output_dir`: atomic, pruned, plain or sharded, at once or in the background.
 
@@ -455,7 +459,7 @@ class Checkpointer:
                 shutil.rmtree(partial, ignore_errors=True)
             raise _write_error(error, partial) from None
 
-# %% ../chapters/14_checkpoints.ipynb #cf73288b
+# %% ../chapters/14_checkpoints.ipynb #799e2aaa
 _OF_OPTIMIZERS = {"optimizer_state_dicts", "optimizer_types", "optimizer_parameters"}
 
 
@@ -488,7 +492,7 @@ def consolidate(path: str | Path) -> Path:
         raise _write_error(error, path) from None
     return path / "checkpoint.pt"
 
-# %% ../chapters/14_checkpoints.ipynb #efb1e0bb
+# %% ../chapters/14_checkpoints.ipynb #451bd5b3
 def _sharded_directory(path: Path) -> Path | None:
     """The directory of a sharded checkpoint; its consolidated checkpoint.pt, which has no optimizer, stands for it."""
     directory = path if path.is_dir() else path.parent
@@ -535,10 +539,7 @@ class _FileReader:
     """The tensors of a checkpoint.pt, which is mapped into memory, by name: of a sharded target each rank copies its own part."""
 
     def __init__(self, checkpoint: dict):
-        self.tensors = {f"weights/{name}": weight for name, weight in checkpoint["model_state_dict"].items()}
-        for optimizer, names in zip(checkpoint.get("optimizer_state_dicts", []), checkpoint["optimizer_parameters"]):
-            self.tensors |= {f"optimizer/{names[number]}/{key}": value for number, state in optimizer["state"].items()
-                             for key, value in state.items() if isinstance(value, torch.Tensor)}
+        self.tensors = _by_name(checkpoint["model_state_dict"], checkpoint.get("optimizer_state_dicts", []), checkpoint["optimizer_parameters"])
         self.stored = {name: (tensor.shape, tensor.dtype) for name, tensor in self.tensors.items()}
 
     def fill(self, targets: dict[str, torch.Tensor]) -> None:
@@ -571,8 +572,8 @@ def _targets(path: Path, state: dict, stored: dict[str, tuple[torch.Size, torch.
 
 def _attach(targets: dict[str, torch.Tensor], state: dict, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Make the filled `targets`, and what is stored of the optimizers beside tensors, their state."""
-    new = {names[number]: {key: value for key, value in values.items() if not isinstance(value, torch.Tensor)}
-           for packed, names in zip(state["optimizer_state_dicts"], state["optimizer_parameters"]) for number, values in packed["state"].items()}
+    new = {names[number]: values for packed, names in zip(state["optimizer_state_dicts"], state["optimizer_parameters"])
+           for number, values in _but_tensors(packed)["state"].items()}
     for name, tensor in targets.items():
         if name.startswith("optimizer/"):
             _, parameter, key = name.split("/")
@@ -600,7 +601,7 @@ def restore_checkpoint(path: str | Path, model: torch.nn.Module, optimizers: Seq
         if directory:
             _verify(directory, rank, ranks)
         elif rank == 0:
-            _read_pt(file, mmap=True)
+            _read_pt(file, "model_state_dict", mmap=True)
 
     def load() -> None:
         state = _read_pt(file, check=False, mmap=directory is None)
