@@ -96,8 +96,10 @@ def test_training_goes_on_bit_for_bit(kind, options):
     model, optimizers = fresh(kind=kind)
     train(model, optimizers, 2)
     writer, rng = checkpointer("runs", **options), torch.get_rng_state()
-    writer.save("step_2", model, optimizers, {"step": 2, "data": {"position": 7}}, {"torch": rng})
-    train(model, optimizers, 2)         # a background save must have copied what it writes
+    state = {"step": 2, "data": {"position": 7}}
+    writer.save("step_2", model, optimizers, state, {"torch": rng})
+    state["data"]["position"] = 9       # a background save must have copied what it writes
+    train(model, optimizers, 2)
     writer.wait()
     other, its_optimizers = fresh(seed=5, kind=kind)
     train(other, its_optimizers, 1)     # state that has to give way
@@ -225,7 +227,7 @@ def test_another_model_or_optimizer_is_refused(options):
 def test_what_could_not_be_loaded_again_is_not_saved():
     model, optimizers = fresh()
     for options in (PLAIN, SHARDED):
-        with pytest.raises(CheckpointError, match="can hold tensors, numbers, strings, lists and dicts only"):
+        with pytest.raises(CheckpointError, match="can hold tensors, numbers, strings, lists and dicts only, not pathlib.PosixPath$"):
             checkpointer("runs", **options).save("step_1", model, optimizers, {"path": Path("x")})
     assert list(Path("runs").iterdir()) == [] and latest_checkpoint("runs") is None
 
@@ -324,7 +326,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_what_was_there(options, final):
     process = in_a_fork(fill_the_disk, options, final, results)
     message, left = results.get(timeout=60), results.get(timeout=60)
     process.join()
-    assert "partial cannot be written: " in message and "\n" not in message and left == ["step_1"]
+    assert "partial cannot be written" in message and "\n" not in message and left == ["step_1"]
     assert load_checkpoint("runs/step_1")["step"] == 1 and latest_checkpoint("runs").name == "step_3"
 
 
@@ -413,7 +415,7 @@ def test_no_file_can_run_code():
                     assert "\n" not in str(error)
                 assert not Path("the_bomb_went_off").exists()
     for load in (load_checkpoint, load_model, read_state, lambda path: restore_checkpoint(path, model, optimizers)):
-        with pytest.raises(CheckpointError, match="bomb.pt is damaged or not a checkpoint"):
+        with pytest.raises(CheckpointError, match=r"bomb.pt is damaged or not a checkpoint \(to load it would call posix.mkdir\)"):
             load("bomb.pt")
     torch.load("bomb.pt", weights_only=False)
     assert Path("the_bomb_went_off").exists()       # it is one
