@@ -4,6 +4,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from functools import cache
 from pathlib import Path
 
@@ -149,3 +150,44 @@ def test_wrong_models_are_one_line(wrong):
     with pytest.raises(ValueError) as caught:
         build_model(small(True), 0, torch.device("cpu"), **wrong)
     assert "\n" not in str(caught.value)
+
+
+BATCH_SCRIPT = ROOT / "examples" / "pretrain.sbatch"
+
+
+def slurm(folder, torchrun):
+    """Run the batch script where `srun` starts one task, `scontrol` knows two machines, and `torchrun` is the given shell text."""
+    for name, text in {"srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"', "torchrun": torchrun,
+                       "pkill": f'echo "$@" >> {folder}/signalled; touch {folder}/stop',
+                       "scontrol": f'if [ "$1" = show ]; then printf "n1\\nn2\\n"; else echo "$@" >> {folder}/queued; fi'}.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_NNODES": "2", "SLURM_JOB_ID": "41234", "SLURM_CPUS_PER_TASK": "64",
+                   "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_GPUS_ON_NODE": "4"}
+    return subprocess.Popen(["bash", str(BATCH_SCRIPT), "my data.jsonl", "out"], env=environment)
+
+
+def test_the_batch_script_is_valid_and_its_flags_exist(tmp_path):
+    import argparse
+    from qwen_analog.train import add_arguments
+    subprocess.run(["bash", "-n", str(BATCH_SCRIPT)], check=True)
+    assert slurm(tmp_path, f'printf "%s\\n" "$@" > {tmp_path}/given; exit 3').wait(timeout=60) == 3      # the training's own status
+    given = (tmp_path / "given").read_text().splitlines()
+    cut = given.index("qwen_analog.train")
+    assert {"--nnodes=2", "--nproc-per-node=4", "--rdzv-backend=c10d", "--rdzv-endpoint=n1:21234", "--rdzv-id=41234"} <= set(given[:cut])
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    known = {flag for action in parser._actions for flag in action.option_strings} | {"--strategy"}
+    assert {word for word in given[cut:] if word.startswith("--")} <= known and "my data.jsonl" in given
+    assert not (tmp_path / "queued").exists()
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_the_batch_script_saves_and_goes_back_into_the_queue(tmp_path, status):
+    job = slurm(tmp_path, f'touch {tmp_path}/started; while [ ! -e {tmp_path}/stop ]; do sleep 0.05; done; exit {status}')
+    while not (tmp_path / "started").exists() and job.poll() is None:
+        time.sleep(0.05)
+    job.terminate()
+    assert job.wait(timeout=60) == status
+    assert (tmp_path / "signalled").read_text() == "-TERM -f [-]u -m qwen_analog.train\n"
+    assert (tmp_path / "queued").exists() == (status == 0)
