@@ -398,7 +398,7 @@ def _train(config: TrainConfig, resume_from: str | None, processes: Processes) -
         (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
         if (output / "metrics.jsonl").exists():
             plot_losses(output / "metrics.jsonl", output / "loss.png")
-        print("  ".join(f"{name} {value:,.4g}" for name, value in summary.items()))
+        print(", ".join(f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:,.4g}" for name, value in summary.items()))
         if step < config.max_steps:
             print(f"stopped after step {step:,}; continue with --resume auto")
     return summary
