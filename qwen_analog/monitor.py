@@ -108,7 +108,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> flo
             if name in torch.cuda.get_device_name(device):
                 return gpu.flops
     size = 8192 if device.type == "cuda" else 1024
-    a, best = torch.randn(size, size, device=device, dtype=dtype), 0.0
+    generator = torch.Generator(device).manual_seed(0)        # a generator of its own: a resumed run's random numbers stay where they are
+    a, best = torch.randn(size, size, generator=generator, device=device, dtype=dtype), 0.0
     for _ in range(5):
         began = time.perf_counter()
         (a @ a)[0, 0].item()                      # .item() waits for the device
