@@ -114,16 +114,16 @@ def test_a_spike_is_noticed_and_traced_to_its_text(monkeypatch, capsys):
     def jumps(*arguments):
         loss, norm, applied = real(*arguments)
         calls.append(loss)
-        return (loss + 20 if len(calls) == 40 else loss), norm, applied
+        return (loss + 20 if len(calls) == 80 else loss), norm, applied
     monkeypatch.setattr(module, "train_step", jumps)
-    summary = train(settings(max_steps=45, save_every=100, eval_every=100, log_every=10))
+    summary = train(settings(max_steps=85, save_every=100, eval_every=100, log_every=10))
     lines = [json.loads(line) for line in Path("checkpoints/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if line.get("spike")] == [40] and summary["spikes"] == 1
+    assert [line["step"] for line in lines if line.get("spike")] == [80] and summary["spikes"] == 1
     capsys.readouterr()
-    assert cli(["trace", "40"]) == 0
+    assert cli(["trace", "80"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == len(documents_of_step("checkpoints", 40)) and printed[0].startswith("corpus.jsonl:") and "abc" in printed[-1]
-    assert cli(["trace", "46"]) == 2 and "has no step 46" in capsys.readouterr().err
+    assert len(printed) == len(documents_of_step("checkpoints", 80)) and printed[0].startswith("corpus.jsonl:") and "abc" in printed[-1]
+    assert cli(["trace", "86"]) == 2 and "has no step 86" in capsys.readouterr().err
 
 
 def test_metrics_tensorboard_profile_and_summary():
