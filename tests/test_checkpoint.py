@@ -162,7 +162,7 @@ class Sgd(torch.optim.Optimizer):
     def step(self):
         for p in self.param_groups[0]["params"]:
             state = self.state[p]
-            state["count"] = state.get("count", 0) + 1
+            state["count"] = state.get("count", 0) + p.numel()
             state["momentum"] = p.grad.to(torch.bfloat16) + state.get("momentum", 0)
             p.sub_(state["momentum"], alpha=0.1)
 
@@ -174,11 +174,11 @@ def test_state_keeps_its_dtype_and_what_is_no_tensor(options):
     train(model, [optimizer], 2)
     checkpointer("runs", **options).save("step_2", model, [optimizer], {})
     other, _ = fresh(seed=5)
-    its_optimizer = Sgd(other.parameters())
+    its_optimizer = Sgd(reversed(list(other.parameters())))        # state goes by name
     restore_checkpoint("runs/step_2", other, [its_optimizer])
     states = contents(other, [its_optimizer])
     assert same(states, contents(model, [optimizer])) and states["model.norm.weight", "Sgd"]["momentum"].dtype == torch.bfloat16
-    assert states["model.norm.weight", "Sgd"]["count"] == 2
+    assert states["model.norm.weight", "Sgd"]["count"] == 64
 
 
 def test_options_given_on_resuming_count():
