@@ -1,9 +1,12 @@
 """What `test_parallel.py` runs under torchrun: small trainings in every layout; each process checks, and rank 0 writes what it found."""
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from qwen_analog.config import QwenConfig
 from qwen_analog.loss import IGNORE_INDEX
@@ -98,6 +101,37 @@ def check_memory_of_initialisation(mesh, processes):
     assert grown < size / processes.world_size + 0.2 * size, f"grew by {grown >> 20} MiB, the whole model is {size >> 20} MiB"
 
 
+class Messages(TorchDispatchMode):
+    """While open, counts the collectives by name and type of number."""
+
+    def __init__(self):
+        super().__init__()
+        self.sent = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation.namespace == "c10d":
+            tensor = next(leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))
+            self.sent[operation._opname.strip("_"), tensor.dtype] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def check_messages(strategy, mesh, processes, kept=False, precision="fp32"):
+    """What two micro-batches of a step send: DDP exchanges once, HSDP sums between machines once, shards are scattered twice."""
+    config = small(True)
+    model, call = build_model(config, 0, processes.device, strategy=strategy, mesh=mesh, precision=precision, reshard_after_forward=not kept)
+    with Messages() as record:
+        for last in (False, True):
+            with gradient_sync(call, last):
+                call(**batch(0), reduction="sum").backward()
+    groups = config.num_hidden_layers + 1
+    gathered = 2 * groups + (0 if kept else 2 * config.num_hidden_layers)
+    weights, gradients = torch.bfloat16 if precision == "bf16" else torch.float32, torch.float32
+    expected = {"ddp": {("allreduce", gradients): 1},
+                "fsdp": {("allgather_base", weights): gathered, ("reduce_scatter_base", gradients): 2 * groups}}
+    expected["hsdp"] = {**expected["fsdp"], ("allreduce", gradients): groups}
+    assert record.sent == expected[strategy], f"{strategy} sends {record.sent}, not {expected[strategy]}"
+
+
 def main(out: str) -> None:
     found = {}
     with Processes() as processes:
@@ -116,6 +150,7 @@ def main(out: str) -> None:
             return losses, {name: whole(p) for name, p in model.named_parameters()}, list(model.state_dict())
 
         for strategy in layouts:
+            check_messages(strategy, meshes[strategy], processes)
             for tied, precision in ((True, "fp32"), (False, "bf16-pure")):
                 check_initial_weights(strategy, meshes[strategy], processes, tied, precision)
                 found[strategy, f"tied={tied}"] = run(strategy, tied, accumulation=2)
@@ -128,6 +163,7 @@ def main(out: str) -> None:
         if n == 4:
             check_memory_of_initialisation(meshes["fsdp"], processes)
         else:
+            check_messages("fsdp", meshes["fsdp"], processes, kept=True, precision="bf16")
             found["fsdp", "kept after forward"] = run("fsdp", reshard_after_forward=False, prefetch=0)
             found["fsdp", "two ahead"] = run("fsdp", prefetch=2, accumulation=2)
             found["fsdp", "muon"] = run("fsdp", kind="muon")
