@@ -10,7 +10,7 @@ from transformers.generation.logits_process import (LogitsProcessorList, MinPLog
                                                     TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 
 from qwen_analog import QwenConfig, QwenForCausalLM
-from qwen_analog.generate import filter_logits, generate, pad_left, penalize_repetition
+from qwen_analog.generate import _padded, filter_logits, generate, pad_left, penalize_repetition
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 MIXED = dict(temperature=0.8, top_k=30, top_p=0.95, min_p=0.02)
@@ -260,6 +260,29 @@ def test_each_row_of_a_ragged_batch_is_that_row_alone(shape, options):
         assert torch.equal(got[:, :40], input_ids) and len(got[:, 40:].unique()) > 20
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_positions_count_from_each_rows_own_beginning(use_cache):
+    """A shift of all positions of a row changes rotary attention by rounding only, so that the tokens do not show it: look at the positions."""
+    model, positions, logits = model_of(), [], []
+    input_ids, mask = pad_left(ROWS, 0)
+    model.model.rotary_emb.register_forward_pre_hook(lambda module, inputs: positions.append(inputs[0]))
+    model.lm_head.register_forward_hook(lambda module, inputs, output: logits.append(output[:, -1]))
+    model.generate(input_ids, 4, attention_mask=mask, temperature=0, use_cache=use_cache)
+    got, seen = torch.stack(logits, 1), torch.cat(positions[:1] + [new[:, -1:] for new in positions[1:]], dim=1)
+    for row, ids in enumerate(ROWS):
+        assert seen[row, 40 - len(ids):].tolist() == list(range(len(ids) + 3))
+        logits.clear()
+        model.generate(torch.tensor([ids]), 4, temperature=0)
+        assert (got[row] - torch.stack(logits, 1)[0]).abs().max() < 1e-11    # an angle is float32: a shift would show here
+
+
+def test_every_token_sees_something():
+    """A softmax over nothing is nan (PyTorch's attention gives 0 there, which no documentation promises)."""
+    for start, end in ((0, 9), (3, 9), (8, 9)):
+        positions, mask = _padded(torch.tensor([0, 5, 8]), start, end)
+        assert positions.shape == (3, end - start) and mask.shape == (3, 1, end - start, end) and mask.any(-1).all()
+
+
 def test_padding_as_bool_and_a_mask_of_ones():
     model = model_of()
     input_ids, mask = pad_left(ROWS, 0)
@@ -276,10 +299,10 @@ def test_rows_of_a_ragged_batch_end_and_are_filled_up():
     free = model.generate(input_ids, 30, attention_mask=mask, temperature=0)
     eos = int(free[0, 45])
     got = model.generate(input_ids, 30, attention_mask=mask, temperature=0, eos_token_id=eos)
-    for row, free_row in zip(got[:, 40:], free[:, 40:]):
-        ends = (free_row == eos).nonzero()
-        stop = int(ends[0]) + 1 if len(ends) else len(row)
-        assert torch.equal(row[:stop], free_row[: min(stop, len(row))]) and (row[stop:] == eos).all()
+    stops = [int((row == eos).nonzero()[0]) + 1 if (row == eos).any() else 30 for row in free[:, 40:]]
+    assert got.shape[1] == 40 + max(stops) and min(stops) < max(stops)
+    for stop, row, free_row in zip(stops, got[:, 40:], free[:, 40:]):
+        assert torch.equal(row[:stop], free_row[:stop]) and (row[stop:] == eos).all()
 
 
 def test_samples_of_a_row_stand_together_and_read_the_prompt_once():

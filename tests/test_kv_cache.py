@@ -69,6 +69,13 @@ def test_growing_keeps_dtype_device_and_what_crop_left():
     assert cache.length == 35 and torch.equal(cache.keys[:, :, :, :5], kept) and (cache.keys[:, :, :, 5:35] == 1).all()
 
 
+def test_one_layer_may_run_ahead():
+    cache, new = KVCache(2, 1, 1, 2, max_length=64, growable=True), torch.randn(2, 1, 1, 40, 2)
+    for piece in new.split(10, dim=3):
+        keys, values = cache.update(0, *piece)
+    assert cache.lengths == [40, 0] and torch.equal(keys, new[0]) and torch.equal(values, new[1])
+
+
 def test_a_model_writes_the_same_with_either():
     model = QwenForCausalLM(QwenConfig.from_preset("tiny")).eval()
     config, ids = model.config, torch.randint(512, (2, 50), generator=torch.Generator().manual_seed(0))
