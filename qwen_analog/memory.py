@@ -194,6 +194,8 @@ class MemoryLedger:
 
 # tokens whose logits exist at once in `linear_cross_entropy`
 _CHUNK = 256
+# numbers that `AdamWBf16` updates at once
+_PIECE = 2**22
 
 
 def memory_ledger(config: QwenConfig, *, precision: str = "bf16", optimizer: str | None = "adamw", recompute: str = "none",
@@ -287,7 +289,10 @@ def _training_moments(config: QwenConfig, precision: str, optimizer: str, recomp
 
     # FSDP: what lies outside the blocks, gathered for the whole pass; this block and the next; what is being reduced, in float32
     wire, gathered, reducing = root * c * sharded, 2 * block * c * sharded, 4 * block * sharded
+    # AdamWBf16's float32 copies of a piece and what rounding them takes; the others update in place
+    updating = 29 * min(_PIECE, max(V * D, D * F) // shards) if optimizer == "adamw-bf16" else 0
     return [
+        MemoryLedger(**static, gradients=gradients, activations=updating, moment="the optimizer's step"),
         MemoryLedger(**static, gradients=earlier + V * D * 4, activations=L * (sum(kept.values()) + copies) + around + N * D * stream,
                      logits=N * D * stream + chunk + V * D * c * autocast, communication=wire, moment="the loss"),
         MemoryLedger(**static, gradients=earlier + 2 * head, activations=L * per_block + around, logits=2 * N * D * stream,

@@ -109,11 +109,14 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+_PIECE = 2**22   # numbers that are updated at once: bounds the float32 copies, of which the embedding's would be gigabytes
+
+
 class AdamWBf16(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter 2019) with 4 bytes of state for each weight: both averages are bfloat16, stochastically rounded.
 
-    A bfloat16 parameter is rounded in the same way, a float32 one is updated as it is. The arithmetic is float32, one parameter
-    at a time. Works on this process's part of a DTensor. Processes that hold copies of a parameter (DDP, HSDP) must seed
+    A bfloat16 parameter is rounded in the same way, a float32 one is updated as it is. The arithmetic is float32, a piece
+    of a parameter at a time. Works on this process's part of a DTensor. Processes that hold copies of a parameter (DDP, HSDP) must seed
     torch alike, or their copies drift apart.
     """
 
@@ -136,18 +139,19 @@ class AdamWBf16(torch.optim.Optimizer):
             state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(p, dtype=torch.bfloat16) for _ in range(2))
         state["step"] += 1
         t, (beta1, beta2) = state["step"].item(), group["betas"]
-        p, g, m_bf16, v_bf16 = (_local(x) for x in (p, p.grad, state["exp_avg"], state["exp_avg_sq"]))
-        w, g = p.float(), g.float()
-        m = m_bf16.float().lerp_(g, 1 - beta1)
-        v = v_bf16.float().mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        w.mul_(1 - group["lr"] * group["weight_decay"])
-        w.addcdiv_(m, (v / (1 - beta2**t)).sqrt_().add_(group["eps"]), value=-group["lr"] / (1 - beta1**t))
-        stochastic_round_(m_bf16, m)
-        stochastic_round_(v_bf16, v)
-        if p.dtype == torch.bfloat16:
-            stochastic_round_(p, w)
-        else:
-            p.copy_(w)
+        pieces = (_local(x).reshape(-1).split(_PIECE) for x in (p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"]))
+        for p, g, m_bf16, v_bf16 in zip(*pieces):
+            w, g = p.float(), g.float()
+            m = m_bf16.float().lerp_(g, 1 - beta1)
+            v = v_bf16.float().mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            w.mul_(1 - group["lr"] * group["weight_decay"])
+            w.addcdiv_(m, (v / (1 - beta2**t)).sqrt_().add_(group["eps"]), value=-group["lr"] / (1 - beta1**t))
+            stochastic_round_(m_bf16, m)
+            stochastic_round_(v_bf16, v)
+            if p.dtype == torch.bfloat16:
+                stochastic_round_(p, w)
+            else:
+                p.copy_(w)
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)                   # torch gives the averages the parameter's dtype
