@@ -252,6 +252,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'qwen_analog.serve._Strict': ('serving.html#_strict', 'qwen_analog/serve.py'),
                                    'qwen_analog.serve._TextPart': ('serving.html#_textpart', 'qwen_analog/serve.py'),
                                    'qwen_analog.serve._logprobs': ('serving.html#_logprobs', 'qwen_analog/serve.py'),
+                                   'qwen_analog.serve._open': ('serving.html#_open', 'qwen_analog/serve.py'),
                                    'qwen_analog.serve._prompts': ('serving.html#_prompts', 'qwen_analog/serve.py'),
                                    'qwen_analog.serve._requests': ('serving.html#_requests', 'qwen_analog/serve.py'),
                                    'qwen_analog.serve.add_arguments': ('serving.html#add_arguments', 'qwen_analog/serve.py'),

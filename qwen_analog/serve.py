@@ -6,7 +6,7 @@
 __all__ = ['REFUSED', 'IGNORED', 'RowCache', 'Request', 'Piece', 'QueueFull', 'Job', 'Step', 'Answer', 'Engine', 'ApiError',
            'parse_body', 'build_app', 'add_arguments', 'run']
 
-# %% ../chapters/17b_serving.ipynb #099cea75
+# %% ../chapters/17b_serving.ipynb #974fb459
 import argparse
 import asyncio
 import contextlib
@@ -30,9 +30,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .checkpoint import load_model
 from .generate import TextStream, filter_logits, penalize_repetition
+from .hf import chat_ids, load_gguf, load_pretrained, smollm2_path
 from .kv_cache import KVCache
 from .model import QwenForCausalLM
-from .tokenizer import Tokenizer, encode_chat
+from .tokenizer import Tokenizer
 
 # %% ../chapters/17b_serving.ipynb #2f7329a8
 class RowCache(KVCache):
@@ -151,7 +152,7 @@ class Step:
     wrote: list[tuple[int, int]]
     waiting: int
 
-# %% ../chapters/17b_serving.ipynb #446ccea4
+# %% ../chapters/17b_serving.ipynb #00b7219f
 class Answer:
     """The pieces of one or several requests as they are written: `async for piece in answer`."""
 
@@ -196,7 +197,8 @@ class Engine:
         self.rows: list[Job | None] = [None] * max_batch
         self.waiting: deque[Job] = deque()
         turn_end = tokenizer.encode("<|im_end|>", special=True)
-        self.end_ids = {tokenizer.eos_token_id, *(turn_end if len(turn_end) == 1 else ())}
+        self.end_ids = {tokenizer.eos_token_id, *(turn_end if len(turn_end) == 1 else ()),
+                        *getattr(model, "generation_config", {}).get("eos_token_id", ())}
         self._numbers = count()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -485,14 +487,14 @@ def parse_body(text: bytes, chat: bool) -> _ChatBody | _CompletionBody:
         raise ApiError(f"{param} is missing", param=param, code="missing_required_parameter")
     raise ApiError(f"{name} must be {schema.model_fields[name].description}: {param} is {ascii(found['input'])[:80]}", param=param)
 
-# %% ../chapters/17b_serving.ipynb #86a5d4a1
-def _prompts(engine: Engine, body: _ChatBody | _CompletionBody, chat_ids: Callable[[list[dict]], list[int]]) -> list[list[int]]:
+# %% ../chapters/17b_serving.ipynb #2db6dbf1
+def _prompts(engine: Engine, body: _ChatBody | _CompletionBody) -> list[list[int]]:
     """Token ids of each prompt. A text opens with the end-of-text token, as the documents of training do; ids are taken as they are."""
     try:
         if isinstance(body, _ChatBody):
             messages = [{"role": m.role, "content": m.content if isinstance(m.content, str) else "".join(part.text for part in m.content)}
                         for m in body.messages]
-            return [chat_ids(messages)]
+            return [chat_ids(engine.tokenizer, messages)]
         prompt = body.prompt if isinstance(body.prompt, list) and not isinstance(body.prompt[0], int) else [body.prompt]
         return [[engine.tokenizer.eos_token_id, *engine.tokenizer.encode(p)] if isinstance(p, str) else p for p in prompt]
     except ValueError as error:
@@ -529,12 +531,11 @@ def _logprobs(tokenizer: Tokenizer, chat: bool, found: list[tuple[int, float, di
             "top_logprobs": [{name(token): value for token, value in best.items()} for _, _, best in found]}
 
 
-def build_app(engine: Engine, model_name: str, *, max_body_bytes: int = 1_000_000,
-              chat_ids: Callable[[list[dict]], list[int]] | None = None):
+def build_app(engine: Engine, model_name: str, *, max_body_bytes: int = 1_000_000):
     """A Starlette application with OpenAI's /v1/chat/completions, /v1/completions, /v1/models, and /health.
 
-    It starts the engine and closes it. `chat_ids` turns messages into token ids (default: `encode_chat`). Parameters that
-    would change the answer and are not built here are refused by name, and so are unknown ones; `IGNORED` ones are not read.
+    It starts the engine and closes it. Parameters that would change the answer and are not built here are refused by name,
+    and so are unknown ones; `IGNORED` ones are not read.
     """
     try:
         from starlette.applications import Starlette
@@ -545,7 +546,6 @@ def build_app(engine: Engine, model_name: str, *, max_body_bytes: int = 1_000_00
         from starlette.routing import Route
     except ImportError:
         raise ValueError("serving needs starlette and uvicorn: pip install 'qwen-analog[serve]'") from None
-    chat_ids = chat_ids or partial(encode_chat, engine.tokenizer)
     started = int(time.time())
     model_entry = {"id": model_name, "object": "model", "created": started, "owned_by": "qwen_analog"}
 
@@ -565,7 +565,7 @@ def build_app(engine: Engine, model_name: str, *, max_body_bytes: int = 1_000_00
         body = parse_body(await read(http), chat)
         if body.model != model_name:
             raise ApiError(f"there is no model {ascii(body.model)[:80]}: this server has {model_name!r}", 404, "model", "model_not_found")
-        prompts = await asyncio.to_thread(_prompts, engine, body, chat_ids)           # a long text takes a while
+        prompts = await asyncio.to_thread(_prompts, engine, body)           # a long text takes a while
         requests = _requests(engine, body, prompts)
         try:
             answer = engine.submit(*requests)
@@ -653,10 +653,21 @@ def build_app(engine: Engine, model_name: str, *, max_body_bytes: int = 1_000_00
     handlers = {ApiError: refused, HTTPException: refused, ClientDisconnect: refused}
     return Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
 
-# %% ../chapters/17b_serving.ipynb #a28d5d21
+# %% ../chapters/17b_serving.ipynb #61dc1443
+def _open(source: str) -> tuple[QwenForCausalLM, Tokenizer]:
+    if source == "smollm2" or source.endswith(".gguf"):
+        return load_gguf(smollm2_path() if source == "smollm2" else source)
+    if source.startswith("hf:"):
+        return load_pretrained(source.removeprefix("hf:"))
+    checkpoint = not Path(source).is_dir() or (Path(source) / "checkpoint.pt").is_file()
+    return load_model(source) if checkpoint else load_pretrained(source)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `qwen-analog serve`."""
-    parser.add_argument("--model", default="checkpoints/final", metavar="SOURCE", help="checkpoint.pt or its directory (default: %(default)s)")
+    parser.add_argument("--model", default="checkpoints/final", metavar="SOURCE",
+                        help="a checkpoint.pt or its directory, a directory in Hugging Face's layout, hf:OWNER/NAME on the hub, a .gguf file, "
+                             "or smollm2, which pip brings (default: %(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, which only this machine reaches)")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="0 takes a free one (default: %(default)s)")
     parser.add_argument("--max-batch", type=int, default=16, metavar="N", help="requests that are answered together (default: %(default)s)")
@@ -667,10 +678,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Serve a model over HTTP as OpenAI does, until SIGINT or SIGTERM; answers that are being written then have 5 seconds to end."""
-    model, tokenizer = load_model(arguments.model)
+    model, tokenizer = _open(arguments.model)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     engine = Engine(model, tokenizer, max_batch=arguments.max_batch, max_context=arguments.max_context, max_queue=arguments.max_queue)
-    name = Path(arguments.model).resolve().name
+    name = Path(arguments.model).resolve().name if Path(arguments.model).exists() else arguments.model.removeprefix("hf:")
     app = build_app(engine, name)
     import uvicorn                                             # build_app has said what to do where it is missing
     try:

@@ -21,6 +21,7 @@ from book import scramble_
 from qwen_analog import QwenConfig, QwenForCausalLM, serve
 from qwen_analog.checkpoint import save_checkpoint
 from qwen_analog.generate import generate
+from qwen_analog.hf import save_pretrained
 from qwen_analog.serve import Engine, Piece, QueueFull, Request, RowCache, build_app
 from qwen_analog.tokenizer import BYTE_ORDER, QWEN_SPECIAL_TOKENS, TiktokenTokenizer, encode_chat
 
@@ -757,10 +758,18 @@ def test_a_model_without_control_tokens():
         assert error.value.param == "messages" and client(port).completions.create(model=NAME, prompt="x", max_tokens=2, temperature=0).usage.completion_tokens == 2
 
 
-def test_a_template_of_its_own():
-    with serving(Engine(MODEL, TOKENIZER, max_context=64), chat_ids=lambda messages: [len(messages)] * 5) as port:
-        found = client(port).chat.completions.create(model=NAME, messages=USER, max_tokens=9, temperature=0)
-        assert found.usage.prompt_tokens == 5 and found.choices[0].message.content == TOKENIZER.decode(alone(Request([1] * 5, 9, temperature=0)))
+def test_a_template_and_end_tokens_of_its_own(tmp_path):
+    save_pretrained(MODEL, TOKENIZER, tmp_path / "model")
+    model, tokenizer = serve._open(str(tmp_path / "model"))
+    tokenizer.tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}"
+    ids = [EOS + 1, *TOKENIZER.encode("Hi")]
+    expected = alone(Request(ids, 9, temperature=0))
+    with serving(Engine(model, tokenizer, max_context=64)) as port:
+        found = client(port).chat.completions.create(model=NAME, messages=[{"role": "user", "content": "Hi"}], max_tokens=9, temperature=0)
+    assert found.usage.prompt_tokens == len(ids) and found.choices[0].message.content == TOKENIZER.decode(expected)
+    model.generation_config = {"eos_token_id": [expected[0]]}
+    (pieces,) = answers(Engine(model, tokenizer, max_context=64), Request(ids, 9, temperature=0))
+    assert text_of(pieces) == ("", "stop")
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -810,6 +819,22 @@ def test_a_signal_ends_the_command(checkpoint, number):
     finally:
         process.kill()
     assert process.returncode == 0 and output == "" and errors == ""
+
+
+@pytest.mark.parametrize("name", ["my-model", "my-model/checkpoint.pt", "hf-layout"])
+def test_sources(checkpoint, name):
+    if name == "hf-layout":
+        save_pretrained(MODEL, TOKENIZER, checkpoint.parent / name)
+    model, tokenizer = serve._open(str(checkpoint.parent / name))
+    ids = torch.tensor([tokenizer.encode("same")])
+    assert torch.equal(model(ids), MODEL(ids)) and tokenizer.encode("same") == TOKENIZER.encode("same")
+
+
+@pytest.mark.parametrize("source", ["nowhere", "nowhere.gguf", "hf:owner/no-such-model"])
+def test_sources_that_are_not_there(source):
+    with pytest.raises((ValueError, OSError)) as error:
+        serve._open(source)
+    assert source.removeprefix("hf:") in str(error.value) and "\n" not in str(error.value)
 
 
 def test_other_hosts_are_warned_of_and_taken_ports_refused(checkpoint, monkeypatch, capsys):
