@@ -152,7 +152,7 @@ class Step:
     wrote: list[tuple[int, int]]
     waiting: int
 
-# %% ../chapters/17b_serving.ipynb #00b7219f
+# %% ../chapters/17b_serving.ipynb #61fb58f9
 class Answer:
     """The pieces of one or several requests as they are written: `async for piece in answer`."""
 
@@ -240,7 +240,7 @@ class Engine:
                 raise QueueFull("the server is shutting down")
             waiting = sum(not job.cancelled for job in self.waiting)
             if waiting + len(jobs) > self.max_queue:
-                raise QueueFull(f"{waiting} requests wait already, of {self.max_queue} that may")
+                raise QueueFull(f"the queue is full: of its {self.max_queue} places, {waiting} are taken; try again later")
             self.waiting.extend(jobs)
             self._changed.notify()
         return jobs

@@ -389,7 +389,7 @@ def test_cancelled_jobs_leave_rows_and_queue():
     (running,) = engine.add(Request([1], 50), deliver=pieces.append)
     engine.step()
     waiting = engine.add(Request([2], 50), Request([3], 50), deliver=pieces.append)
-    with pytest.raises(QueueFull, match="2 requests wait already, of 2"):
+    with pytest.raises(QueueFull, match="of its 2 places, 2 are taken"):
         engine.add(Request([4], 2), deliver=pieces.append)
     for job in (running, waiting[0]):
         job.cancelled = True
@@ -450,6 +450,18 @@ def test_a_failing_step_fails_the_requests_and_not_the_engine():
         assert text_of(good) == ("abc", "stop") and not engine.running
 
     asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_an_event_loop_that_has_ended():
+    async def scenario(engine):
+        return engine.submit(Request([1], 300))
+
+    engine = endless(max_batch=1, max_context=400)
+    engine.start()
+    answer = asyncio.run(scenario(engine))
+    idle(engine)
+    assert engine.running and answer._jobs[0].written
+    engine.close()
 
 
 def test_closing_ends_what_runs_and_what_waits():
@@ -649,7 +661,7 @@ def test_queue_full():
         with pytest.raises(openai.RateLimitError) as error:
             hasty.completions.create(model=NAME, prompt=[1], max_tokens=2)
         assert error.value.status_code == 429 and error.value.response.headers["Retry-After"] == "1" and error.value.code == "queue_full"
-        assert "1 requests wait already, of 1" in error.value.message
+        assert "of its 1 places, 1 are taken" in error.value.message
         timer = threading.Timer(0.2, first.close)
         timer.start()
         assert patient.completions.create(model=NAME, prompt=[1], max_tokens=2).usage.completion_tokens == 2       # the client tries again
