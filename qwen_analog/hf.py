@@ -6,7 +6,7 @@
 __all__ = ['SMOLLM2_SHA256', 'QWEN_CHAT_TEMPLATE', 'smollm2_path', 'load_pretrained', 'merge_of', 'to_fast', 'save_pretrained',
            'load_gguf', 'Difference', 'first_difference', 'chat_ids', 'has_chat_format']
 
-# %% ../chapters/16_real_weights.ipynb #8c2e2b13
+# %% ../chapters/16_real_weights.ipynb #b4fabe94
 import hashlib
 import importlib.util
 import json
@@ -31,7 +31,7 @@ from .rope import interleaved_to_half
 from .tokenizer import (BYTE_ORDER, DEFAULT_SYSTEM, QWEN_PATTERN, QWEN_SPECIAL_TOKENS, HFTokenizer, TiktokenTokenizer,
                                    Tokenizer, encode_chat)
 
-# %% ../chapters/16_real_weights.ipynb #06dda3d3
+# %% ../chapters/16_real_weights.ipynb #d62b756a
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
@@ -49,7 +49,7 @@ def smollm2_path() -> Path:
             raise ValueError(f"{path} is not the file of version 0.1.2 (its SHA-256 differs): {install}")
     return path
 
-# %% ../chapters/16_real_weights.ipynb #3d14af4e
+# %% ../chapters/16_real_weights.ipynb #ac0dae5b
 def _listed(names: Sequence[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
@@ -66,15 +66,19 @@ def _check_tensors(found: Mapping[str, Sequence[int]], expected: Mapping[str, Se
         raise ValueError(f"{where}: the tensors do not fit the configuration; " + "; ".join(problems))
 
 
-def _build(config: QwenConfig, weights: dict[str, torch.Tensor], generation_config: dict) -> QwenForCausalLM:
-    """A model made of `weights` themselves, in eval mode: no second copy of them is ever held."""
+def _without_weights(config: QwenConfig) -> QwenForCausalLM:
+    """A model on the meta device: names and shapes without memory."""
     with torch.device("meta"):
-        model = QwenForCausalLM(config)
+        return QwenForCausalLM(config)
+
+
+def _fill(model: QwenForCausalLM, weights: dict[str, torch.Tensor], generation_config: dict) -> QwenForCausalLM:
+    """The model in eval mode, made of `weights` themselves: no second copy of them is ever held."""
     model.load_state_dict(weights, assign=True)
     model.generation_config = generation_config
     return model.eval()
 
-# %% ../chapters/16_real_weights.ipynb #30339265
+# %% ../chapters/16_real_weights.ipynb #65a41b4a
 def _check_rope(values: dict, where: Path) -> tuple[float, dict | None]:
     """`(theta, scaling)` of a config.json: `rope_parameters` since transformers 5, `rope_theta` and `rope_scaling` before."""
     parameters = values.get("rope_parameters") or {"rope_theta": values.get("rope_theta", 10000.0), **(values.get("rope_scaling") or {})}
@@ -119,7 +123,7 @@ def _read_config(values: dict, where: Path) -> QwenConfig:
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
-# %% ../chapters/16_real_weights.ipynb #9db29c31
+# %% ../chapters/16_real_weights.ipynb #9ce67c9e
 def _read_json(path: Path) -> dict:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -150,10 +154,9 @@ def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
     return files
 
 
-def _read_weights(directory: Path, config: QwenConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """All tensors in `dtype`. Names, shapes and types are checked in all files before the first tensor is read."""
-    with torch.device("meta"):
-        expected = {name: weight.shape for name, weight in QwenForCausalLM(config).state_dict().items()}
+def _read_weights(directory: Path, model: QwenForCausalLM, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """`model`'s tensors in `dtype`. Names, shapes and types are checked in all files before the first tensor is read."""
+    expected = {name: weight.shape for name, weight in model.state_dict().items()}
     found, files = {}, _weight_files(directory)
     for path, promised in files.items():
         try:
@@ -170,7 +173,7 @@ def _read_weights(directory: Path, config: QwenConfig, dtype: torch.dtype) -> di
         if strange:
             raise ValueError(f"{path}: tensors of type {types[strange[0]]} are not supported: {_listed(strange)}")
         found |= shapes
-    if config.tie_word_embeddings and "lm_head.weight" not in found:
+    if model.config.tie_word_embeddings and "lm_head.weight" not in found:
         del expected["lm_head.weight"]
     _check_tensors(found, expected, directory)
     weights = {}
@@ -179,7 +182,7 @@ def _read_weights(directory: Path, config: QwenConfig, dtype: torch.dtype) -> di
             weights |= {name: file.get_tensor(name).to(dtype) for name in file.keys() if name in expected}
     return weights
 
-# %% ../chapters/16_real_weights.ipynb #f0a5bfc8
+# %% ../chapters/16_real_weights.ipynb #380607cd
 def _directory(source: str | Path) -> Path:
     """`source` itself, or the local copy of the hub repository `owner/name` that it names."""
     if Path(source).is_dir():
@@ -216,16 +219,17 @@ def load_pretrained(source: str | Path, dtype: torch.dtype = torch.float32) -> t
             raise ValueError(f"{directory} has no {name}: it is not a model that transformers' save_pretrained wrote")
     values = _read_json(directory / "config.json")
     config = _read_config(values, directory / "config.json")
-    weights = _read_weights(directory, config, dtype)
+    model = _without_weights(config)
+    weights = _read_weights(directory, model, dtype)
     tokenizer = HFTokenizer(directory)
     path = directory / "generation_config.json"
     generation = _read_json(path) if path.is_file() else {}
     eos = next((i for i in (generation.get("eos_token_id"), values.get("eos_token_id")) if i is not None), tokenizer.eos_token_id)
     eos = eos if isinstance(eos, list) else [eos]
     _check_ids(config, tokenizer, eos, directory)
-    return _build(config, weights, {**generation, "eos_token_id": eos}), tokenizer
+    return _fill(model, weights, {**generation, "eos_token_id": eos}), tokenizer
 
-# %% ../chapters/16_real_weights.ipynb #6d00f478
+# %% ../chapters/16_real_weights.ipynb #a48f582f
 # Hugging Face's spelling of bytes in a vocabulary: printable ones are themselves, the others follow from U+0100 on
 _SPELLING = {token[0]: chr(token[0] if i < 188 else 256 + i - 188) for i, token in enumerate(BYTE_ORDER)}
 
@@ -278,7 +282,7 @@ def to_fast(tokenizer: TiktokenTokenizer) -> tokenizers.Tokenizer:
     fast.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in QWEN_SPECIAL_TOKENS])
     return fast
 
-# %% ../chapters/16_real_weights.ipynb #391e7028
+# %% ../chapters/16_real_weights.ipynb #7cc459d9
 _PROBE = "In 1987,   12 naïve cafe\u0301s opened.\n\n\tПривет, 你好! <|im_start|>don't'S <|endoftext|>"
 
 
@@ -341,7 +345,7 @@ def save_pretrained(model: QwenForCausalLM, tokenizer: Tokenizer, directory: str
         shutil.rmtree(partial, ignore_errors=True)
     return directory
 
-# %% ../chapters/16_real_weights.ipynb #ed6106bf
+# %% ../chapters/16_real_weights.ipynb #56074c2c
 def _read_gguf(path: Path) -> tuple[dict, dict[str, gguf.ReaderTensor]]:
     """Metadata and tensors of a GGUF file; the tensors' bytes stay in the file until they are read."""
     if not path.is_file():
@@ -409,9 +413,8 @@ def load_gguf(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Qwe
     path = Path(path)
     metadata, tensors = _read_gguf(path)
     config = _gguf_config(metadata, tensors, path)
-    with torch.device("meta"):
-        shapes = {name: weight.shape for name, weight in QwenForCausalLM(config).state_dict().items()
-                  if not (name == "lm_head.weight" and config.tie_word_embeddings)}
+    model = _without_weights(config)
+    shapes = {name: weight.shape for name, weight in model.state_dict().items() if not (name == "lm_head.weight" and config.tie_word_embeddings)}
     architecture = gguf.MODEL_ARCH.QWEN2 if config.attention_bias else gguf.MODEL_ARCH.LLAMA
     known = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     names = {name: known.get_name(name, try_suffixes=(".weight", ".bias")) for name in shapes}
@@ -432,9 +435,9 @@ def load_gguf(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Qwe
     ends = [metadata[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot") if f"tokenizer.ggml.{name}_token_id" in metadata]
     tokenizer = _gguf_tokenizer(metadata, path)
     _check_ids(config, tokenizer, ends, path)
-    return _build(config, weights, {"eos_token_id": list(dict.fromkeys(ends))}), tokenizer
+    return _fill(model, weights, {"eos_token_id": list(dict.fromkeys(ends))}), tokenizer
 
-# %% ../chapters/16_real_weights.ipynb #63c11b30
+# %% ../chapters/16_real_weights.ipynb #177a511b
 class Difference(NamedTuple):
     """Where two models first differ, and by how much: max |ours - reference| / max |reference|."""
 
@@ -489,7 +492,7 @@ def first_difference(ours: torch.nn.Module, reference: torch.nn.Module, input_id
               for place in _INSIDE]
     return search([*inside, found.where])
 
-# %% ../chapters/16_real_weights.ipynb #8093b1e3
+# %% ../chapters/16_real_weights.ipynb #fcc76458
 def chat_ids(tokenizer: Tokenizer, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> list[int]:
     """Token ids of a conversation in the tokenizer's own form: its chat template where it has one, else Qwen's (`encode_chat`).
 
