@@ -392,7 +392,7 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
 
-# %% ../chapters/17b_serving.ipynb #702b01c1
+# %% ../chapters/17b_serving.ipynb #ef2e78b6
 class ApiError(ValueError):
     """A request that is refused, with its HTTP status and the fields of OpenAI's error object."""
 
@@ -401,7 +401,7 @@ class ApiError(ValueError):
         self.status, self.param, self.code = status, param, code
 
     def body(self) -> dict:
-        kind = "invalid_request_error" if self.status < 500 and self.status != 429 else "rate_limit_error" if self.status == 429 else "server_error"
+        kind = {429: "rate_limit_error", 500: "server_error"}.get(self.status, "invalid_request_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
@@ -433,6 +433,7 @@ class _Message(_Strict):
 
 
 class _Body(_Strict):
+    # a description is what an error says the parameter must be
     model: str = Field(description="the name of a model, a text")
     n: int = Field(1, ge=1, description="a whole number of at least 1")
     max_tokens: int | None = Field(None, ge=1, description="a whole number of at least 1")
@@ -480,14 +481,14 @@ def parse_body(text: bytes, chat: bool) -> _ChatBody | _CompletionBody:
         found = error.errors()[0]
     name, *inside = found["loc"]
     inside = inside[:2] if name in ("messages", "stream_options") else []             # the rest of the others names types
-    param = ascii(name)[1:-1] + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in inside)
+    param = ascii(name)[1:-1][:40] + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in inside)
     if found["type"] == "extra_forbidden":
         raise ApiError(f"{param} is not a parameter that this server knows", param=param, code="unknown_parameter")
     if found["type"] == "missing" and not inside:
         raise ApiError(f"{param} is missing", param=param, code="missing_required_parameter")
     raise ApiError(f"{name} must be {schema.model_fields[name].description}: {param} is {ascii(found['input'])[:80]}", param=param)
 
-# %% ../chapters/17b_serving.ipynb #2db6dbf1
+# %% ../chapters/17b_serving.ipynb #9ed05e56
 def _prompts(engine: Engine, body: _ChatBody | _CompletionBody) -> list[list[int]]:
     """Token ids of each prompt. A text opens with the end-of-text token, as the documents of training do; ids are taken as they are."""
     try:
@@ -531,6 +532,9 @@ def _logprobs(tokenizer: Tokenizer, chat: bool, found: list[tuple[int, float, di
             "top_logprobs": [{name(token): value for token, value in best.items()} for _, _, best in found]}
 
 
+_MISSING = "serving needs starlette and uvicorn: pip install 'qwen-analog[serve]'"
+
+
 def build_app(engine: Engine, model_name: str, *, max_body_bytes: int = 1_000_000):
     """A Starlette application with OpenAI's /v1/chat/completions, /v1/completions, /v1/models, and /health.
 
@@ -545,9 +549,8 @@ def build_app(engine: Engine, model_name: str, *, max_body_bytes: int = 1_000_00
         from starlette.responses import JSONResponse, Response, StreamingResponse
         from starlette.routing import Route
     except ImportError:
-        raise ValueError("serving needs starlette and uvicorn: pip install 'qwen-analog[serve]'") from None
-    started = int(time.time())
-    model_entry = {"id": model_name, "object": "model", "created": started, "owned_by": "qwen_analog"}
+        raise ValueError(_MISSING) from None
+    model_entry = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "qwen_analog"}
 
     async def read(http: HTTPRequest) -> bytes:
         if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
@@ -653,21 +656,18 @@ def build_app(engine: Engine, model_name: str, *, max_body_bytes: int = 1_000_00
     handlers = {ApiError: refused, HTTPException: refused, ClientDisconnect: refused}
     return Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
 
-# %% ../chapters/17b_serving.ipynb #61dc1443
+# %% ../chapters/17b_serving.ipynb #8d0314ac
 def _open(source: str) -> tuple[QwenForCausalLM, Tokenizer]:
-    if source == "smollm2" or source.endswith(".gguf"):
-        return load_gguf(smollm2_path() if source == "smollm2" else source)
-    if source.startswith("hf:"):
-        return load_pretrained(source.removeprefix("hf:"))
-    checkpoint = not Path(source).is_dir() or (Path(source) / "checkpoint.pt").is_file()
-    return load_model(source) if checkpoint else load_pretrained(source)
+    path = Path(source)
+    if source == "smollm2" or path.suffix == ".gguf":
+        return load_gguf(smollm2_path() if source == "smollm2" else path)
+    return load_model(path) if path.is_file() or (path / "checkpoint.pt").is_file() else load_pretrained(source)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `qwen-analog serve`."""
-    parser.add_argument("--model", default="checkpoints/final", metavar="SOURCE",
-                        help="a checkpoint.pt or its directory, a directory in Hugging Face's layout, hf:OWNER/NAME on the hub, a .gguf file, "
-                             "or smollm2, which pip brings (default: %(default)s)")
+    parser.add_argument("--model", metavar="SOURCE", help="a checkpoint, a Hugging Face directory, a .gguf file, owner/name on the hub, or smollm2 "
+                        "(default: checkpoints/final where there is one, else smollm2)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, which only this machine reaches)")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="0 takes a free one (default: %(default)s)")
     parser.add_argument("--max-batch", type=int, default=16, metavar="N", help="requests that are answered together (default: %(default)s)")
@@ -678,12 +678,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Serve a model over HTTP as OpenAI does, until SIGINT or SIGTERM; answers that are being written then have 5 seconds to end."""
-    model, tokenizer = _open(arguments.model)
+    try:
+        import uvicorn
+    except ImportError:
+        raise ValueError(_MISSING) from None
+    source = arguments.model or ("checkpoints/final" if Path("checkpoints/final").is_dir() else "smollm2")
+    model, tokenizer = _open(source)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     engine = Engine(model, tokenizer, max_batch=arguments.max_batch, max_context=arguments.max_context, max_queue=arguments.max_queue)
-    name = Path(arguments.model).resolve().name if Path(arguments.model).exists() else arguments.model.removeprefix("hf:")
+    name = Path(source).resolve().name if Path(source).exists() else source
     app = build_app(engine, name)
-    import uvicorn                                             # build_app has said what to do where it is missing
     try:
         listener = socket.create_server((arguments.host, arguments.port), family=socket.AF_INET6 if ":" in arguments.host else socket.AF_INET)
     except (OSError, OverflowError) as error:
