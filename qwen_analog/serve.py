@@ -392,7 +392,7 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
 
-# %% ../chapters/17b_serving.ipynb #ef2e78b6
+# %% ../chapters/17b_serving.ipynb #e886d5ac
 class ApiError(ValueError):
     """A request that is refused, with its HTTP status and the fields of OpenAI's error object."""
 
@@ -475,20 +475,23 @@ def parse_body(text: bytes, chat: bool) -> _ChatBody | _CompletionBody:
     if isinstance(values.get("messages"), list):      # an answer that comes back as a message carries empty fields
         values["messages"] = [{k: v for k, v in m.items() if v is not None} if isinstance(m, dict) else m for m in values["messages"]]
     schema = _ChatBody if chat else _CompletionBody
+    for name in values.keys() - schema.model_fields.keys():
+        param = ascii(name)[1:-1][:40]
+        raise ApiError(f"{param} is not a parameter that this server knows", param=param, code="unknown_parameter")
     try:
         return schema.model_validate(values)
     except ValidationError as error:
         found = error.errors()[0]
     name, *inside = found["loc"]
     inside = inside[:2] if name in ("messages", "stream_options") else []             # the rest of the others names types
-    param = ascii(name)[1:-1][:40] + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in inside)
+    param = name + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in inside)
     if found["type"] == "extra_forbidden":
         raise ApiError(f"{param} is not a parameter that this server knows", param=param, code="unknown_parameter")
     if found["type"] == "missing" and not inside:
         raise ApiError(f"{param} is missing", param=param, code="missing_required_parameter")
     raise ApiError(f"{name} must be {schema.model_fields[name].description}: {param} is {ascii(found['input'])[:80]}", param=param)
 
-# %% ../chapters/17b_serving.ipynb #9ed05e56
+# %% ../chapters/17b_serving.ipynb #a9790d6f
 def _prompts(engine: Engine, body: _ChatBody | _CompletionBody) -> list[list[int]]:
     """Token ids of each prompt. A text opens with the end-of-text token, as the documents of training do; ids are taken as they are."""
     try:
@@ -642,6 +645,8 @@ def build_app(engine: Engine, model_name: str, *, max_body_bytes: int = 1_000_00
             return Response(status_code=499)
         if isinstance(error, HTTPException):
             error = ApiError(f"{http.method} {http.url.path}: {error.detail}", error.status_code)
+        if not isinstance(error, ApiError):           # a fault of this program: uvicorn writes it to the log
+            error = ApiError("the server failed", 500)
         return JSONResponse(error.body(), error.status, {"Retry-After": "1"} if error.status == 429 else None)
 
     @contextlib.asynccontextmanager
@@ -653,7 +658,7 @@ def build_app(engine: Engine, model_name: str, *, max_body_bytes: int = 1_000_00
     routes = [Route("/v1/chat/completions", partial(complete, chat=True), methods=["POST"]),
               Route("/v1/completions", partial(complete, chat=False), methods=["POST"]),
               Route("/v1/models", models), Route("/v1/models/{name:path}", models), Route("/health", health)]
-    handlers = {ApiError: refused, HTTPException: refused, ClientDisconnect: refused}
+    handlers = {ApiError: refused, HTTPException: refused, ClientDisconnect: refused, Exception: refused}
     return Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
 
 # %% ../chapters/17b_serving.ipynb #8d0314ac

@@ -795,6 +795,13 @@ def test_errors_of_the_engine(stream):
         assert stream or error.value.status_code == 500
 
 
+def test_a_fault_of_the_server(monkeypatch):
+    with serving(Engine(MODEL, TOKENIZER, max_context=64)) as port:
+        monkeypatch.setattr(serve, "parse_body", None)
+        status, content, _ = post(port, {"model": NAME, "prompt": [1]})
+        assert status == 500 and content["error"]["type"] == "server_error" and content["error"]["message"] == "the server failed"
+
+
 def test_missing_packages(monkeypatch):
     monkeypatch.setitem(sys.modules, "starlette.applications", None)
     with pytest.raises(ValueError, match=r"pip install 'qwen-analog\[serve\]'"):
