@@ -227,6 +227,10 @@ def test_a_full_row():
     cache.begin(slice(1, 2), 8)
     with pytest.raises(ValueError, match="holds 8 tokens; 9 are needed"):
         cache.begin(slice(0, 2), 1)
+    cache.free(0)
+    cache.advance(0, 5)
+    cache.begin(slice(0, 2), 1)
+    assert cache.length == 0 and cache.lengths == [5, 0]                # what every row of the pass holds
 
 
 # the engine --------------------------------------------------------------------------------------------------------------------------------
@@ -339,6 +343,17 @@ def test_text(stop, expected):
     assert text_of(pieces) == expected and not any("\ufffd" in piece.text for piece in pieces)
 
 
+def test_a_blank_at_the_beginning():
+    """Some tokenizers drop it from what they decode, unless text stands before it."""
+    class Dropping(TiktokenTokenizer):
+        def decode(self, ids):
+            return super().decode(ids).removeprefix(" ")
+
+    engine = Engine(Scripted(spell(" a b", 2)), Dropping({token: rank for rank, token in enumerate(BYTE_ORDER)}), max_context=64)
+    (pieces,) = answers(engine, Request([1, 2], 20))
+    assert text_of(pieces) == (" a b", "stop")
+
+
 def test_max_tokens_in_the_middle_of_a_character():
     engine = Engine(Scripted(spell("жук")), TOKENIZER, max_context=100)
     for length, text in ((1, "\ufffd"), (2, "ж"), (3, "ж\ufffd"), (6, "жук")):
@@ -431,7 +446,8 @@ def test_engine_arguments(name):
 
 def test_the_model_limits_the_context():
     model = QwenForCausalLM(QwenConfig(**{**CONFIG.to_dict(), "max_position_embeddings": 32}))
-    assert Engine(model, TOKENIZER).max_context == Engine(model, TOKENIZER).cache.max_length == 32
+    engine = Engine(model, TOKENIZER)
+    assert engine.max_context == engine.cache.max_length == 32 and not engine.model.training
 
 
 def test_a_failing_step_fails_the_requests_and_not_the_engine():
