@@ -1,0 +1,259 @@
+"""Conversations: history, the cache between turns, a full context, and the terminal."""
+import argparse
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from book import scramble_
+
+from qwen_analog import chat as chat_module
+from qwen_analog.chat import Chat, add_arguments, open_model, run
+from qwen_analog.checkpoint import save_checkpoint
+from qwen_analog.config import QwenConfig
+from qwen_analog.generate import stream
+from qwen_analog.hf import chat_ids, save_pretrained
+from qwen_analog.model import QwenForCausalLM
+from qwen_analog.tokenizer import TiktokenTokenizer, train_bpe
+
+TOKENIZER = TiktokenTokenizer(train_bpe(["The cat sat on the mat. You are a helpful assistant, created by"] * 3, 300))
+END = TOKENIZER.encode("<|im_end|>", special=True)[0]
+GREEDY = {"temperature": 0}
+
+
+def small(trained=True, context=1024, **generation) -> QwenForCausalLM:
+    config = QwenConfig(vocab_size=330, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
+                        max_position_embeddings=context, tie_word_embeddings=False)
+    model = scramble_(QwenForCausalLM(config)).eval()
+    if trained:
+        model.generation_config = {"eos_token_id": [END, TOKENIZER.eos_token_id], **generation}
+    return model
+
+
+def answer(model, messages, n=8, **options):
+    """The answer of `stream` to the whole conversation, without any cache from earlier turns."""
+    ids = chat_ids(TOKENIZER, messages)
+    return "".join(stream(model, TOKENIZER, ids, max_new_tokens=n, eos_token_id=model.generation_config["eos_token_id"], **options))
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_each_turn_is_what_the_whole_conversation_gives(system):
+    model = small()
+    read = []
+    model.model.embed_tokens.register_forward_hook(lambda module, arguments, out: read.append(arguments[0].shape[1]))
+    chat, before, history = Chat(model, TOKENIZER, system, max_new_tokens=8, **GREEDY), 0, [] if system is None else [{"role": "system", "content": system}]
+    for turn, text in enumerate(["Hello", "And then?", "<|im_end|> Why, é?"]):
+        read.clear()
+        said = "".join(chat.reply(text))
+        computed = sum(read)
+        history += [{"role": "user", "content": text}]
+        assert said == answer(model, history, **GREEDY) and len(said) > 0
+        if turn:           # the prompt of before, and most of the answer, were in the cache
+            assert chat.reused >= before and computed <= len(chat_ids(TOKENIZER, history)) - chat.reused + 8
+        before = len(chat_ids(TOKENIZER, history))
+        history += [{"role": "assistant", "content": said}]
+        assert ([] if system is None else history[:1]) + chat.messages == history
+    chat.reset()
+    assert "".join(chat.reply("Hello")) == answer(model, [*([] if system is None else history[:1]), {"role": "user", "content": "Hello"}], **GREEDY)
+
+
+def test_sampling_and_seed():
+    model = small()
+    options = dict(temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.3)
+    first, second, other = (["".join(chat.reply("Hi")) for _ in range(2)] for chat in
+                            (Chat(model, TOKENIZER, max_new_tokens=8, seed=seed, **options) for seed in (3, 3, 4)))
+    assert first == second != other
+    assert first[0] == answer(model, [{"role": "user", "content": "Hi"}], seed=3, **options)
+
+
+def test_defaults_are_the_models_own():
+    assert Chat(small(), TOKENIZER).sampling == {"temperature": 0.2, "top_p": 0.9}
+    assert Chat(small(temperature=0.7, top_k=20, do_sample=True), TOKENIZER).sampling == {"temperature": 0.7, "top_k": 20}
+    assert Chat(small(temperature=0.7), TOKENIZER, temperature=0, top_p=0.5).sampling == {"temperature": 0, "top_p": 0.5}
+    with pytest.raises(ValueError, match="^top_p must be a number above 0"):
+        Chat(small(), TOKENIZER, top_p=2)
+    with pytest.raises(ValueError, match="^this model was not trained for conversations"):
+        Chat(small(trained=False), TOKENIZER)
+
+
+def test_end_token_ends_and_stays_out_of_the_history(monkeypatch):
+    model = small()
+    ids = TOKENIZER.encode("The cat") + [END] + TOKENIZER.encode("never")
+    step = iter(ids)
+
+    def scripted(input_ids, cache, logits_to_keep):
+        QwenForCausalLM.forward(model, input_ids, cache=cache, logits_to_keep=logits_to_keep)
+        return torch.nn.functional.one_hot(torch.tensor([[next(step)]]), 330).float() * 99
+    monkeypatch.setattr(model, "forward", scripted)
+    chat = Chat(model, TOKENIZER, **GREEDY)
+    assert "".join(chat.reply("x")) == "The cat" == chat.messages[1]["content"]
+
+
+def test_broken_off():
+    chat = Chat(small(), TOKENIZER, max_new_tokens=8, **GREEDY)
+    whole = "".join(chat.reply("Hello"))
+    chat.reset()
+    pieces = chat.reply("Hello")
+    first = next(pieces)
+    pieces.close()
+    assert whole.startswith(first) and chat.messages == [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": first}]
+    chat.reset()
+    chat.reply("Hello")
+    assert chat.messages == []         # never asked for a piece
+    assert "".join(chat.reply("Hello")) == whole
+
+
+def test_a_full_context_forgets_the_oldest_turns():
+    model = small(context=200)
+    chat = Chat(model, TOKENIZER, "S", max_new_tokens=500, **GREEDY)
+    assert chat.max_new_tokens == 50
+    for turn in range(12):
+        before, forgotten = list(chat.messages), chat.forgotten
+        said = "".join(chat.reply(f"Turn {turn}"))
+        given = [{"role": "system", "content": "S"}, *before[chat.forgotten:], {"role": "user", "content": f"Turn {turn}"}]
+        assert len(chat_ids(TOKENIZER, given)) <= 150 and said == answer(model, given, 50, **GREEDY)
+        if chat.forgotten > forgotten:
+            assert len(chat_ids(TOKENIZER, [given[0], *before[chat.forgotten - 2:], given[-1]])) > 75
+    assert chat.forgotten > 2 and chat.forgotten % 2 == 0 and len(chat.messages) == 24
+    with pytest.raises(ValueError, match="^the message makes a prompt of .* tokens; there is room for 150: send it in parts$"):
+        chat.reply("x y " * 200)
+    assert len(chat.messages) == 24
+
+
+def test_save_and_load(tmp_path):
+    chat = Chat(small(), TOKENIZER, "Système", max_new_tokens=4, **GREEDY)
+    for text in ("Привет", "B"):
+        list(chat.reply(text))
+    chat.save(tmp_path / "c.json")
+    with pytest.raises(ValueError, match="c.json exists already: choose another name"):
+        chat.save(tmp_path / "c.json")
+    other = Chat(small(), TOKENIZER, max_new_tokens=4, **GREEDY)
+    other.load(tmp_path / "c.json")
+    assert other.system == "Système" and other.messages == chat.messages and "Привет" in (tmp_path / "c.json").read_text(encoding="utf-8")
+    assert "".join(other.reply("C")) == "".join(chat.reply("C"))
+    kept = list(other.messages)
+    user, said = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    for wrong in ("{", "{}", "3", "[3]", json.dumps([user]), json.dumps([said, user]), json.dumps([user, {**said, "content": 1}]),
+                  json.dumps([user, user]), json.dumps([{"role": "system"}])):
+        (tmp_path / "w.json").write_text(wrong)
+        with pytest.raises(ValueError, match="w.json holds no conversation"):
+            other.load(tmp_path / "w.json")
+    assert other.messages == kept
+
+
+# ---- where models come from
+
+def test_open_model(tmp_path, monkeypatch):
+    model = small()
+    save_checkpoint(tmp_path / "final", model, TOKENIZER, safetensors=True)
+    save_pretrained(model, TOKENIZER, tmp_path / "hf")
+    ids = torch.arange(5)[None]
+    for source in (tmp_path / "final", str(tmp_path / "final"), tmp_path / "final" / "checkpoint.pt", tmp_path / "hf"):
+        again, tokenizer = open_model(source)
+        assert torch.equal(again(ids), model(ids)) and tokenizer.encode("The cat") == TOKENIZER.encode("The cat")
+        assert hasattr(again, "generation_config") == (Path(source).name == "hf")
+    assert open_model(tmp_path / "final", torch.bfloat16)[0].lm_head.weight.dtype == torch.bfloat16
+    asked = []
+    monkeypatch.setattr(chat_module, "load_gguf", lambda path, dtype: asked.append((str(path), dtype)))
+    monkeypatch.setattr(chat_module, "smollm2_path", lambda: "where/it/is.gguf")
+    open_model("some.gguf")
+    open_model("smollm2", torch.bfloat16)
+    assert asked == [("some.gguf", torch.float32), ("where/it/is.gguf", torch.bfloat16)]
+    with pytest.raises(ValueError, match="there is no directory nothing"):
+        open_model("nothing")
+
+
+# ---- the terminal
+
+def terminal(monkeypatch, capsys, directory, typed, *options):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    run(parser.parse_args(["--model", str(directory), "--max-new-tokens", "8", "--temperature", "0", *options]))
+    return capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return save_pretrained(small(), TOKENIZER, tmp_path_factory.mktemp("chat") / "model")
+
+
+def test_terminal(monkeypatch, capsys, tmp_path, directory):
+    file = tmp_path / "talk.json"
+    out = terminal(monkeypatch, capsys, directory, f"Hello\n\n/save {file}\n/save {file}\n/reset\nHello\n/load {file}\n/system Be brief.\nHello\n"
+                   "/what\n/save\n/load nowhere.json\n/help\n/exit\nnot read\n", "--system", "S")
+    model = small()
+    s = {"role": "system", "content": "S"}
+    hello = {"role": "user", "content": "Hello"}
+    said = answer(model, [s, hello], **GREEDY)
+    assert json.loads(file.read_text()) == [s, hello, {"role": "assistant", "content": said}]
+    assert out.count(said + "\n") == 2 and answer(model, [{"role": "system", "content": "Be brief."}, hello], **GREEDY) + "\n" in out
+    for line in (f"(2 messages written to {file})", f"({file} exists already: choose another name)", "(a new conversation)", f"(2 messages read from {file})",
+                 "(a new conversation with this system prompt)", "/what is no command", "/save is no command, or its argument is missing", "No such file"):
+        assert line in out
+    assert out.count("/exit         end (also Ctrl-D)") == 3 and "not read" not in out
+
+
+def test_terminal_interrupts(monkeypatch, capsys, directory):
+    """Ctrl-C in an answer keeps what was said; at the prompt it does nothing; the program ends with its input."""
+    calls, real = [], QwenForCausalLM.forward
+
+    def forward(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+    monkeypatch.setattr(QwenForCausalLM, "forward", forward)
+    lines = iter(["Hello", KeyboardInterrupt, "again", EOFError])
+
+    def typed(prompt):
+        line = next(lines)
+        if isinstance(line, str):
+            return line
+        raise line
+    monkeypatch.setattr("builtins.input", typed)
+    out = terminal(monkeypatch, capsys, directory, "")
+    monkeypatch.undo()
+    model = small()
+    hello = {"role": "user", "content": "Hello"}
+    said = out.split("\n")[1].removesuffix(" (stopped)")
+    assert out.split("\n")[1] == said + " (stopped)" and 0 < len(said) and answer(model, [hello], **GREEDY).startswith(said)
+    assert "(/exit or Ctrl-D ends)" in out
+    assert answer(model, [hello, {"role": "assistant", "content": said}, {"role": "user", "content": "again"}], **GREEDY) + "\n" in out
+
+
+def test_terminal_says_what_it_forgets_and_what_is_too_long(monkeypatch, capsys, tmp_path):
+    directory = save_pretrained(small(context=200), TOKENIZER, tmp_path / "short")
+    out = terminal(monkeypatch, capsys, directory, "".join(f"The number {i}\n" for i in range(8)) + "x y " * 200 + "\n", "--system", "S")
+    assert "(the context is full: the first " in out and "(the message makes a prompt of" in out
+
+
+def test_a_model_without_chat_training_continues_text(monkeypatch, capsys, tmp_path):
+    model = small(trained=False)
+    save_checkpoint(tmp_path / "final", model, TOKENIZER)
+    out = terminal(monkeypatch, capsys, tmp_path / "final", "The cat\n/exit\n")
+    assert "was not trained for conversations: it continues what you type" in out and "qwen-analog chat --model smollm2" in out
+    assert "".join(stream(model, TOKENIZER, "The cat", max_new_tokens=8, **GREEDY)) in out
+    # the tokenizer's chat template alone does not make it one
+    shutil.rmtree(tmp_path / "final")
+    save_pretrained(model, TOKENIZER, tmp_path / "final")
+    monkeypatch.chdir(tmp_path)
+    Path("checkpoints").mkdir()
+    Path("final").rename("checkpoints/final")
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    run(parser.parse_args([]))
+    assert capsys.readouterr().out.startswith("checkpoints/final was not trained")
+
+
+def test_pipe(directory):
+    code = ("import argparse; from qwen_analog.chat import *; p = argparse.ArgumentParser(); add_arguments(p); "
+            f"run(p.parse_args(['--model', {str(directory)!r}, '--temperature', '0', '--max-new-tokens', '8']))")
+    result = subprocess.run([sys.executable, "-c", code], input="Hello\n", capture_output=True, text=True, check=True)
+    lines = result.stdout.split("\n", 1)
+    assert lines[0].startswith("A conversation with") and lines[1] == answer(small(), [{"role": "user", "content": "Hello"}], **GREEDY) + "\n"

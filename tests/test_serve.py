@@ -1,0 +1,894 @@
+"""Serving: rows of the cache keep apart, every answer is that of the request alone, and the HTTP layer as the openai package sees it."""
+import argparse
+import asyncio
+import contextlib
+import http.client
+import json
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+
+import openai
+import pytest
+import torch
+import uvicorn
+from book import scramble_
+
+from qwen_analog import QwenConfig, QwenForCausalLM, serve
+from qwen_analog.checkpoint import save_checkpoint
+from qwen_analog.generate import generate
+from qwen_analog.hf import save_pretrained
+from qwen_analog.serve import Engine, Piece, QueueFull, Request, RowCache, build_app
+from qwen_analog.tokenizer import BYTE_ORDER, QWEN_SPECIAL_TOKENS, TiktokenTokenizer, encode_chat
+
+TOKENIZER = TiktokenTokenizer({token: rank for rank, token in enumerate(BYTE_ORDER)})
+EOS = TOKENIZER.eos_token_id
+CONFIG = QwenConfig(vocab_size=288, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                    intermediate_size=64, max_position_embeddings=4096)
+MODEL = scramble_(QwenForCausalLM(CONFIG)).eval()
+NAME = "tiny"
+
+
+class Scripted(QwenForCausalLM):
+    """Writes `script`, token i at position i, and logits of nan where the script says None; computes as much as the others."""
+
+    def __init__(self, script):
+        super().__init__(CONFIG)
+        self.script = script
+
+    def forward(self, input_ids, *, position_ids, **rest):
+        logits = torch.zeros_like(super().forward(input_ids, position_ids=position_ids, **rest))
+        for row, position in enumerate(position_ids[:, -1].tolist()):
+            token = self.script[(position + 1) % len(self.script)]
+            if token is None:
+                logits[row] = torch.nan
+            else:
+                logits[row, :, token] = 30
+        return logits
+
+
+def spell(text, prompt=1):
+    """A script that writes `text` after a prompt of `prompt` tokens, and ends."""
+    return [0] * prompt + TOKENIZER.encode(text) + [EOS]
+
+
+def requests(number=16, seed=4):
+    """Prompts and answers of different lengths, settings of every kind."""
+    rng = random.Random(seed)
+    settings = [dict(temperature=0), dict(temperature=1.0), dict(temperature=0.8, top_k=20), dict(temperature=1.3, top_p=0.9),
+                dict(temperature=0, repetition_penalty=1.3), dict(temperature=2.0, min_p=0.05)]
+    return [Request([rng.randrange(94) for _ in range(rng.choice([1, 3, 9, 30]))], rng.choice([1, 4, 12, 25]), seed=100 + i, logprobs=0,
+                    **settings[i % len(settings)]) for i in range(number)]
+
+
+def alone(request, model=MODEL):
+    """Token ids that `generate` writes for the request."""
+    options = {name: getattr(request, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")}
+    ids = torch.tensor([request.prompt])
+    written = generate(model, ids, request.max_tokens, eos_token_id=[EOS, EOS + 2], valid_vocab_size=TOKENIZER.vocab_size, **options)
+    return written[0, ids.shape[1]:].tolist()
+
+
+def together(engine, wanted, every=3):
+    """Token ids that a stepped engine writes for `wanted`, of which one more is added at each `every`-th step."""
+    written = [[] for _ in wanted]
+    todo, steps = list(enumerate(wanted)), 0
+    while True:
+        if todo and steps % every == 0:
+            index, request = todo.pop(0)
+
+            def deliver(piece, index=index):
+                assert piece.finish_reason != "error", piece.text
+                written[index] += [token for token, _, _ in piece.logprobs]
+
+            engine.add(request, deliver=deliver)
+        if engine.step() is None and not todo:
+            return written
+        steps += 1
+
+
+def answers(engine, *wanted):
+    """All pieces of each of the requests, on a stepped engine."""
+    found = [[] for _ in wanted]
+    engine.add(*wanted, deliver=lambda piece: found[piece.index].append(piece))
+    while engine.step():
+        pass
+    return found
+
+
+def endless(**options):
+    """An engine whose answers end at max_tokens only."""
+    engine = Engine(MODEL, TOKENIZER, **options)
+    engine.end_ids = set()
+    return engine
+
+
+def text_of(pieces):
+    return "".join(piece.text for piece in pieces), pieces[-1].finish_reason
+
+
+# the cache ---------------------------------------------------------------------------------------------------------------------------------
+
+def check_rows(cache_class):
+    """Four rows filled in turns, in chunks of different lengths, one freed and used again: the logits of each are those of its tokens alone."""
+    rng = torch.Generator().manual_seed(0)
+    cache = cache_class(CONFIG.num_hidden_layers, 4, CONFIG.num_key_value_heads, CONFIG.head_dim, 64)
+    held = [[] for _ in range(4)]
+
+    def expect(row, logits):
+        with torch.no_grad():
+            torch.testing.assert_close(logits, MODEL(torch.tensor([held[row]]))[0, -len(logits):], atol=2e-5, rtol=1e-4)
+
+    def feed(rows, T, counted):
+        ids = torch.randint(256, (rows.stop - rows.start, T), generator=rng)
+        positions, mask = cache.begin(rows, T)
+        assert mask.shape == (len(ids), 1, T, max(map(len, held[rows])) + T)
+        with torch.no_grad():
+            logits = MODEL(ids, position_ids=positions, mask=mask, cache=cache)
+        for i, row in enumerate(range(rows.start, rows.stop)):
+            if row in counted:
+                cache.advance(row, T)
+                held[row] += ids[i].tolist()
+                expect(row, logits[i])
+
+    feed(slice(1, 2), 7, [1])
+    feed(slice(3, 4), 2, [3])
+    feed(slice(0, 4), 1, [1, 3])
+    feed(slice(0, 1), 12, [0])
+    feed(slice(0, 4), 3, [0, 1, 3])
+    cache.free(1)
+    held[1] = []
+    feed(slice(1, 2), 4, [1])
+    feed(slice(0, 4), 1, [0, 1, 2, 3])
+    feed(slice(0, 2), 1, [0, 1])
+    assert cache.lengths == [len(tokens) for tokens in held]
+    # what a row leaves behind reaches nobody, not even where it was nan
+    for store in (cache.keys, cache.values):
+        store[:, 0, :, 5:] = torch.nan
+    cache.free(0)
+    held[0] = []
+    feed(slice(0, 4), 1, [0, 1, 2, 3])
+
+
+class SharedPositions(RowCache):
+    def begin(self, rows, T):
+        positions, mask = super().begin(rows, T)
+        return positions.amax(0, keepdim=True).expand_as(positions), mask
+
+
+class SharedPlaces(RowCache):
+    def begin(self, rows, T):
+        result = super().begin(rows, T)
+        self._positions = self._positions.amax(0, keepdim=True).expand_as(self._positions)
+        return result
+
+
+class MaskOfFirstRow(RowCache):
+    def begin(self, rows, T):
+        positions, mask = super().begin(rows, T)
+        return positions, mask[:1].expand_as(mask)
+
+
+class MaskOfLongestRow(RowCache):
+    def begin(self, rows, T):
+        positions, mask = super().begin(rows, T)
+        return positions, mask.any(0, keepdim=True).expand_as(mask)
+
+
+class NoCausalMask(RowCache):
+    def begin(self, rows, T):
+        positions, mask = super().begin(rows, T)
+        return positions, mask[:, :, -1:].expand_as(mask)
+
+
+class FirstRowsAlways(RowCache):
+    def begin(self, rows, T):
+        result = super().begin(rows, T)
+        self._rows = slice(0, rows.stop - rows.start)
+        return result
+
+
+class LengthKeptWhenFreed(RowCache):
+    def free(self, row):
+        self.keys[:, row], self.values[:, row] = 0, 0
+
+
+class ContentKeptWhenFreed(RowCache):
+    def free(self, row):
+        self.lengths[row] = 0
+
+
+class FreshMemory(RowCache):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.values.fill_(torch.nan)
+
+
+def test_rows():
+    check_rows(RowCache)
+
+
+@pytest.mark.parametrize("mutant", [SharedPositions, SharedPlaces, MaskOfFirstRow, MaskOfLongestRow, NoCausalMask, FirstRowsAlways,
+                                    LengthKeptWhenFreed, ContentKeptWhenFreed, FreshMemory])
+def test_rows_kill(mutant):
+    with pytest.raises((AssertionError, ValueError, RuntimeError)):
+        check_rows(mutant)
+
+
+def test_a_full_row():
+    cache = RowCache(1, 2, 1, 4, 8)
+    cache.begin(slice(0, 1), 8)
+    cache.advance(0, 8)
+    assert cache.length == 8
+    cache.begin(slice(1, 2), 8)
+    with pytest.raises(ValueError, match="holds 8 tokens; 9 are needed"):
+        cache.begin(slice(0, 2), 1)
+    cache.free(0)
+    cache.advance(0, 5)
+    cache.begin(slice(0, 2), 1)
+    assert cache.length == 0 and cache.lengths == [5, 0]                # what every row of the pass holds
+
+
+# the engine --------------------------------------------------------------------------------------------------------------------------------
+
+EXPECTED = [alone(request) for request in requests()]
+
+
+def test_the_requests_differ():
+    assert len({tuple(tokens) for tokens in EXPECTED}) > 12 and {len(tokens) for tokens in EXPECTED} >= {1, 4, 12, 25}
+    assert any(EXPECTED[i][-1] in (EOS, EOS + 2) and len(EXPECTED[i]) < request.max_tokens for i, request in enumerate(requests()))
+
+
+@pytest.mark.parametrize("rows, chunk", [(1, 128), (3, 4), (5, 1), (16, 128), (16, 7)])
+def test_each_answer_is_that_of_the_request_alone(rows, chunk):
+    engine = Engine(MODEL, TOKENIZER, max_batch=rows, max_context=64, prefill_chunk=chunk)
+    assert together(engine, requests()) == EXPECTED
+    assert engine.rows == [None] * rows and engine.cache.lengths == [0] * rows
+
+
+def test_arrivals_at_once():
+    engine = Engine(MODEL, TOKENIZER, max_batch=16, max_context=64)
+    assert together(engine, requests(), every=1) == EXPECTED
+
+
+class SettingsOfFirstRow(Engine):
+    def _draw(self, job, logits):
+        first = next(other for other in self.rows if other is not None)
+        mixed = types.SimpleNamespace(request=first.request, written=job.written, dice=job.dice, logprobs=job.logprobs)
+        return super()._draw(mixed, logits)
+
+
+class OneGenerator(Engine):
+    def _draw(self, job, logits):
+        job.dice = next(other for other in self.rows if other is not None).dice
+        return super()._draw(job, logits)
+
+
+class LogitsOfFirstRow(Engine):
+    def _forward(self, rows, ids):
+        logits = super()._forward(rows, ids)
+        return logits[:1].expand_as(logits)
+
+
+class RowNotFreed(Engine):
+    def _free(self, job):
+        self.rows[job.row] = None
+
+
+class LastTokenReadTwice(Engine):
+    def _write(self, job, logits):
+        if not job.written:
+            self.cache.advance(job.row, 1)
+        super()._write(job, logits)
+
+
+class WrongModel(Engine):
+    def _forward(self, rows, ids):
+        return super()._forward(rows, ids) * 1.05
+
+
+@pytest.mark.parametrize("mutant", [SettingsOfFirstRow, OneGenerator, LogitsOfFirstRow, RowNotFreed, LastTokenReadTwice, WrongModel])
+def test_engines_kill(mutant):
+    with pytest.raises((AssertionError, ValueError)):
+        assert together(mutant(MODEL, TOKENIZER, max_batch=4, max_context=64, prefill_chunk=8), requests()) == EXPECTED
+
+
+@pytest.mark.parametrize("mutant", [SharedPositions, SharedPlaces, MaskOfFirstRow, MaskOfLongestRow, LengthKeptWhenFreed])
+def test_engine_with_a_broken_cache(mutant, monkeypatch):
+    monkeypatch.setattr(serve, "RowCache", mutant)
+    with pytest.raises((AssertionError, ValueError, RuntimeError)):
+        assert together(Engine(MODEL, TOKENIZER, max_batch=4, max_context=64, prefill_chunk=8), requests()) == EXPECTED
+
+
+def test_a_long_prompt_does_not_stop_the_others():
+    engine = endless(max_batch=2, max_context=1024, prefill_chunk=16)
+    ignore = lambda piece: None
+    (short,) = engine.add(Request([1, 2, 3], 100), deliver=ignore)
+    engine.step()
+    (long,) = engine.add(Request([5] * 100, 4), deliver=ignore)
+    for i in range(7):
+        before = len(short.written)
+        step = engine.step()
+        assert len(short.written) == before + 1 and step.read == [(1, 1, 16 if i < 6 else 4)] and (0, 0) in step.wrote
+        assert bool(long.written) == (i == 6)
+
+
+def test_the_budget_of_a_step_is_shared():
+    engine = endless(max_batch=8, max_context=64, prefill_chunk=10)
+    engine.add(*[Request([1] * 4, 5) for _ in range(4)], deliver=lambda piece: None)
+    assert engine.step().read == [(0, 0, 4), (1, 1, 4), (2, 2, 2)]
+    assert engine.step().read == [(2, 2, 2), (3, 3, 4)]
+    assert [row for row, _ in engine.step().wrote] == [0, 1, 2, 3]
+
+
+def test_the_row_of_a_short_answer_is_used_at_once():
+    engine = endless(max_batch=2, max_context=64)
+    engine.add(Request([1], 3), Request([2], 20), Request([3], 3), Request([4], 3), deliver=lambda piece: None)
+    rows = {}
+    while (step := engine.step()) is not None:
+        for row, number in step.wrote:
+            rows.setdefault(number, row)
+    assert rows == {0: 0, 1: 1, 2: 0, 3: 0}
+
+
+@pytest.mark.parametrize("stop, expected", [((), ("один, два, three", "stop")), ((", t",), ("один, два", "stop")), (("ва",), ("один, д", "stop")),
+                                            (("nothing", "о"), ("", "stop")), (("three!",), ("один, два, three", "stop"))])
+def test_text(stop, expected):
+    engine = Engine(Scripted(spell("один, два, three", 2)), TOKENIZER, max_context=100)
+    (pieces,) = answers(engine, Request([1, 2], 90, stop=stop))
+    assert text_of(pieces) == expected and not any("\ufffd" in piece.text for piece in pieces)
+
+
+def test_a_blank_at_the_beginning():
+    """Some tokenizers drop it from what they decode, unless text stands before it."""
+    class Dropping(TiktokenTokenizer):
+        def decode(self, ids):
+            return super().decode(ids).removeprefix(" ")
+
+    engine = Engine(Scripted(spell(" a b", 2)), Dropping({token: rank for rank, token in enumerate(BYTE_ORDER)}), max_context=64)
+    (pieces,) = answers(engine, Request([1, 2], 20))
+    assert text_of(pieces) == (" a b", "stop")
+
+
+def test_max_tokens_in_the_middle_of_a_character():
+    engine = Engine(Scripted(spell("жук")), TOKENIZER, max_context=100)
+    for length, text in ((1, "\ufffd"), (2, "ж"), (3, "ж\ufffd"), (6, "жук")):
+        (pieces,) = answers(engine, Request([1], length))
+        assert text_of(pieces) == (text, "length") and pieces[-1].written == length
+    (pieces,) = answers(engine, Request([1], 7))
+    assert text_of(pieces) == ("жук", "stop") and pieces[-1].written == 7
+
+
+@pytest.mark.parametrize("end", [EOS, EOS + 2])
+def test_end_tokens(end):
+    engine = Engine(Scripted([0, *TOKENIZER.encode("ab"), end, *TOKENIZER.encode("cd")]), TOKENIZER, max_context=100)
+    (pieces,) = answers(engine, Request([1], 50))
+    assert QWEN_SPECIAL_TOKENS[end - EOS] in ("<|endoftext|>", "<|im_end|>") and text_of(pieces) == ("ab", "stop")
+
+
+def test_rows_of_the_embedding_without_a_token_are_never_written():
+    model = Scripted([CONFIG.vocab_size - 1] * 4)
+    (pieces,) = answers(Engine(model, TOKENIZER, max_context=16), Request([1], 5, temperature=0, logprobs=3))
+    assert all(token < TOKENIZER.vocab_size for piece in pieces for token, _, _ in piece.logprobs)
+
+
+def test_logprobs():
+    request = Request([1, 2, 3], 5, temperature=0, logprobs=3)
+    (pieces,) = answers(Engine(MODEL, TOKENIZER, max_context=64), request)
+    found = [entry for piece in pieces for entry in piece.logprobs]
+    ids = [*request.prompt, *(token for token, _, _ in found)]
+    with torch.no_grad():
+        expected = MODEL(torch.tensor([ids]))[0, 2:-1].log_softmax(-1)[:, : TOKENIZER.vocab_size]
+    assert len(found) == 5
+    for (token, value, best), row in zip(found, expected):
+        assert value == pytest.approx(row[token].item(), abs=1e-4) and list(best) == row.topk(3).indices.tolist() and best[token] == value
+        assert list(best.values()) == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
+
+
+def test_not_finite_logits_end_one_request():
+    script = spell("abcdefgh")
+    script[5] = None
+    engine = Engine(Scripted(script), TOKENIZER, max_context=64, max_batch=2)
+    good, bad, after = answers(engine, Request([1], 3), Request([1], 50), Request([1], 3))
+    assert text_of(good) == text_of(after) == ("abc", "length")
+    assert bad[-1].finish_reason == "error" and "not finite" in bad[-1].text and engine.rows == [None, None]
+
+
+def test_cancelled_jobs_leave_rows_and_queue():
+    engine = endless(max_batch=1, max_context=64, max_queue=2)
+    pieces = []
+    (running,) = engine.add(Request([1], 50), deliver=pieces.append)
+    engine.step()
+    waiting = engine.add(Request([2], 50), Request([3], 50), deliver=pieces.append)
+    with pytest.raises(QueueFull, match="of its 2 places, 2 are taken"):
+        engine.add(Request([4], 2), deliver=pieces.append)
+    for job in (running, waiting[0]):
+        job.cancelled = True
+    (last,) = engine.add(Request([4], 2), deliver=pieces.append)
+    pieces.clear()
+    engine.step()
+    assert engine.rows == [waiting[1]] and list(engine.waiting) == [last] and {piece.index for piece in pieces} <= {1}
+
+
+def test_all_or_none_enter_the_queue():
+    engine = Engine(MODEL, TOKENIZER, max_queue=2, max_context=64)
+    with pytest.raises(QueueFull):
+        engine.add(*[Request([1], 2)] * 3, deliver=print)
+    assert not engine.waiting
+    with pytest.raises(ValueError):
+        engine.add(Request([1], 2), Request([], 2), deliver=print)
+    assert not engine.waiting
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(prompt=[]), "prompt must have at least one token"), (dict(prompt=[278]), "prompt must have token ids from 0 to 277"),
+    (dict(prompt=[-1]), "prompt must have token ids"), (dict(max_tokens=0), "max_tokens must be at least 1"),
+    (dict(max_tokens=64), "1 tokens and max_tokens is 64: together they exceed the context of 64"),
+    (dict(temperature=-1), "temperature"), (dict(top_k=0), "top_k"), (dict(top_p=1.5), "top_p"), (dict(min_p=-0.1), "min_p"),
+    (dict(repetition_penalty=0), "penalty")])
+def test_requests_that_are_refused(wrong, message):
+    engine = Engine(MODEL, TOKENIZER, max_context=64)
+    with pytest.raises(ValueError, match=message) as error:
+        engine.check(Request(**{"prompt": [1], "max_tokens": 63, **wrong}))
+    assert "\n" not in str(error.value)
+    engine.check(Request([1], 63))
+
+
+@pytest.mark.parametrize("name", ["max_batch", "max_context", "max_queue", "prefill_chunk"])
+def test_engine_arguments(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, not 0"):
+        Engine(MODEL, TOKENIZER, **{name: 0})
+
+
+def test_the_model_limits_the_context():
+    model = QwenForCausalLM(QwenConfig(**{**CONFIG.to_dict(), "max_position_embeddings": 32}))
+    engine = Engine(model, TOKENIZER)
+    assert engine.max_context == engine.cache.max_length == 32 and not engine.model.training
+
+
+def test_a_failing_step_fails_the_requests_and_not_the_engine():
+    async def scenario():
+        model = Scripted(spell("abc"))
+        engine = Engine(model, TOKENIZER, max_batch=1, max_context=64)
+        engine.start()
+        forward, model.forward = model.forward, None
+        try:
+            failed = [[piece async for piece in engine.submit(Request([1], 5))][-1] for _ in range(2)]
+            model.forward = forward
+            good = [piece async for piece in engine.submit(Request([1], 5))]
+        finally:
+            engine.close()
+        assert [piece.finish_reason for piece in failed] == ["error"] * 2 and "TypeError" in failed[0].text
+        assert text_of(good) == ("abc", "stop") and not engine.running
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_an_event_loop_that_has_ended():
+    async def scenario(engine):
+        return engine.submit(Request([1], 300))
+
+    engine = endless(max_batch=1, max_context=400)
+    engine.start()
+    answer = asyncio.run(scenario(engine))
+    idle(engine)
+    assert engine.running and answer._jobs[0].written
+    engine.close()
+
+
+def test_closing_ends_what_runs_and_what_waits():
+    async def scenario():
+        engine = endless(max_batch=1, max_context=4096)
+        engine.start()
+        running, waiting = engine.submit(Request([1], 4000)), engine.submit(Request([2], 5))
+        await anext(running)
+        await asyncio.to_thread(engine.close)
+        for answer in (running, waiting):
+            assert [piece async for piece in answer][-1] == Piece(0, "the server is shutting down", "error", pytest.approx(0, abs=4000))
+        with pytest.raises(QueueFull, match="shutting down"):
+            engine.submit(Request([1], 5))
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+# the server --------------------------------------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def serving(engine, **options):
+    """A uvicorn server in a thread, at a free port of the loopback."""
+    server = uvicorn.Server(uvicorn.Config(build_app(engine, NAME, **options), port=0, log_level="warning", timeout_graceful_shutdown=2))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.005)
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join(30)
+    assert not thread.is_alive() and not engine.running
+
+
+def client(port, kind=openai.OpenAI, **options):
+    return kind(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", **{"max_retries": 0, **options})
+
+
+def post(port, body, path="/v1/completions", **headers):
+    """(status, JSON, headers) of a request made by hand."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    with contextlib.closing(connection):
+        connection.request("POST", path, body if isinstance(body, bytes) else json.dumps(body), {"Content-Type": "application/json", **headers})
+        response = connection.getresponse()
+        return response.status, json.loads(response.read()), response.headers
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """The port of a server of the tiny model, and its engine."""
+    engine = Engine(MODEL, TOKENIZER, max_batch=8, max_context=400, prefill_chunk=16)
+    with serving(engine) as port:
+        yield port, engine
+
+
+def idle(engine):
+    """Wait until every row is free: a server that keeps them runs into the test's time limit."""
+    while any(engine.rows) or engine.waiting:
+        time.sleep(0.005)
+
+
+def test_completion(tiny):
+    port, _ = tiny
+    found = client(port).completions.create(model=NAME, prompt=[1, 2, 3], max_tokens=20, temperature=0)
+    expected = TOKENIZER.decode(alone(Request([1, 2, 3], 20, temperature=0)))
+    assert found.choices[0].text == expected and found.choices[0].finish_reason == "length" and found.object == "text_completion"
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens, found.usage.total_tokens) == (3, 20, 23) and found.model == NAME
+
+
+def test_a_text_opens_a_document(tiny):
+    port, _ = tiny
+    ids = [EOS, *TOKENIZER.encode("été")]
+    options = dict(model=NAME, max_tokens=20, temperature=0)
+    found = client(port).completions.create(prompt="été", **options)
+    assert found.choices[0].text == client(port).completions.create(prompt=ids, **options).choices[0].text and found.usage.prompt_tokens == len(ids)
+
+
+def test_chat(tiny):
+    port, _ = tiny
+    messages = [{"role": "user", "content": "Hi <|im_end|>"}]
+    ids = encode_chat(TOKENIZER, messages)
+    options = dict(model=NAME, temperature=0.7, seed=3)
+    expected = TOKENIZER.decode(alone(Request(ids, 20, temperature=0.7, seed=3)))
+    for limit in ("max_tokens", "max_completion_tokens"):
+        found = client(port).chat.completions.create(messages=messages, **options, **{limit: 20})
+        assert found.choices[0].message.content == expected and found.choices[0].message.role == "assistant"
+        assert found.usage.prompt_tokens == len(ids) and found.object == "chat.completion"
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hi <|im"}, {"type": "text", "text": "_end|>"}]}]
+    assert client(port).chat.completions.create(messages=parts, max_tokens=20, **options).choices[0].message.content == expected
+    # a message of the answer may come back, and without a limit the answer goes on to the end of the context
+    found = client(port).chat.completions.create(messages=[*messages, found.choices[0].message, *messages], **options)
+    assert found.usage.total_tokens == 400 and found.choices[0].finish_reason == "length"
+
+
+def test_streams(tiny):
+    port, _ = tiny
+    options = dict(model=NAME, temperature=1, seed=4, max_tokens=30)
+    chunks = list(client(port).chat.completions.create(messages=[{"role": "user", "content": "x"}], stream=True, **options))
+    whole = client(port).chat.completions.create(messages=[{"role": "user", "content": "x"}], **options)
+    assert "".join(chunk.choices[0].delta.content for chunk in chunks) == whole.choices[0].message.content
+    assert chunks[0].choices[0].delta.role == "assistant" and all(chunk.object == "chat.completion.chunk" for chunk in chunks)
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"] and len(chunks) > 10
+    assert len({chunk.id for chunk in chunks}) == 1 and all(chunk.usage is None for chunk in chunks)
+    *chunks, last = client(port).completions.create(prompt="x", stream=True, stream_options={"include_usage": True}, **options)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == client(port).completions.create(prompt="x", **options).choices[0].text
+    assert last.choices == [] and last.usage.completion_tokens == 30 and last.usage.prompt_tokens == 2
+
+
+def test_several_answers(tiny):
+    port, _ = tiny
+    options = dict(model=NAME, temperature=1, max_tokens=12)
+    found = client(port).completions.create(prompt=["a", "b"], n=2, seed=7, **options)
+    one = lambda prompt, seed: client(port).completions.create(prompt=prompt, seed=seed, **options).choices[0].text
+    expected = [one("a", 7), one("a", 8), one("b", 7), one("b", 8)]
+    assert [choice.text for choice in found.choices] == expected and [choice.index for choice in found.choices] == [0, 1, 2, 3]
+    assert found.usage.completion_tokens == 48 and found.usage.prompt_tokens == 4
+    streamed = [""] * 4
+    for chunk in client(port).completions.create(prompt=["a", "b"], n=2, seed=7, stream=True, **options):
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert streamed == expected
+    assert len({one("a", None) for _ in range(3)}) == 3
+
+
+def test_logprobs_over_http(tiny):
+    port, _ = tiny
+    expected = [entry for piece in answers(Engine(MODEL, TOKENIZER, max_context=64), Request([EOS, *TOKENIZER.encode("x")], 6, temperature=0, logprobs=2))[0]
+                for entry in piece.logprobs]
+    found = client(port).completions.create(model=NAME, prompt="x", max_tokens=6, temperature=0, logprobs=2).choices[0].logprobs
+    assert found.token_logprobs == pytest.approx([value for _, value, _ in expected], abs=1e-4)
+    assert found.tokens == [TOKENIZER.decode([token]) for token, _, _ in expected] and len(found.top_logprobs) == 6
+    options = dict(model=NAME, messages=[{"role": "user", "content": "x"}], max_tokens=6, temperature=0, logprobs=True)
+    content = client(port).chat.completions.create(top_logprobs=3, **options).choices[0].logprobs.content
+    assert len(content) == 6 and all(len(entry.top_logprobs) == 3 and entry.top_logprobs[0].logprob == entry.logprob for entry in content)
+    streamed = [entry for chunk in client(port).chat.completions.create(stream=True, **options) for entry in chunk.choices[0].logprobs.content]
+    assert [entry.logprob for entry in streamed] == pytest.approx([entry.logprob for entry in content], abs=1e-4)
+
+
+def test_sixteen_clients():
+    async def ask(port, request, stream):
+        client_ = client(port, openai.AsyncOpenAI)
+        extra = {name: value for name in ("top_k", "min_p", "repetition_penalty") if (value := getattr(request, name)) is not None}
+        options = dict(model=NAME, prompt=request.prompt, max_tokens=request.max_tokens, temperature=request.temperature, seed=request.seed,
+                       logprobs=0, top_p=request.top_p, extra_body=extra)
+        async with client_:
+            if not stream:
+                return (await client_.completions.create(**options)).choices[0].text
+            return "".join([chunk.choices[0].text async for chunk in await client_.completions.create(stream=True, **options)])
+
+    async def all_of_them(port):
+        return await asyncio.gather(*(ask(port, request, i % 2) for i, request in enumerate(requests())))
+
+    for rows in (16, 3):
+        with serving(Engine(MODEL, TOKENIZER, max_batch=rows, max_context=64, prefill_chunk=8)) as port:
+            found = asyncio.run(asyncio.wait_for(all_of_them(port), 60))
+        assert found == [TOKENIZER.decode([token for token in tokens if token not in (EOS, EOS + 2)]) for tokens in EXPECTED]
+
+
+def test_stop_and_utf8_over_http():
+    with serving(Engine(Scripted(spell("щука и рак", 2)), TOKENIZER, max_context=64)) as port:
+        options = dict(model=NAME, prompt=[1, 2], max_tokens=50)
+        chunks = list(client(port).completions.create(stream=True, **options))
+        assert [chunk.choices[0].text for chunk in chunks] == [*"щука и рак", ""] and chunks[-1].choices[0].finish_reason == "stop"
+        for stop, text in (("рак", "щука и "), (["и", "а"], "щук"), ([], "щука и рак")):
+            found = client(port).completions.create(stop=stop, **options).choices[0]
+            assert (found.text, found.finish_reason) == (text, "stop")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_frees_its_row(stream):
+    engine = endless(max_batch=1, max_context=4096)
+    with serving(engine) as port:
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        body = {"model": NAME, "prompt": [1], "max_tokens": 4095, "stream": stream}
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        while engine.rows[0] is None or len(engine.rows[0].written) < 5:
+            time.sleep(0.002)
+        job = engine.rows[0]
+        if stream:
+            response = connection.getresponse()
+            response.readline()
+            response.close()
+        connection.close()
+        idle(engine)
+        assert job.cancelled and len(job.written) < 4000
+        assert post(port, {"model": NAME, "prompt": [1], "max_tokens": 2})[0] == 200
+
+
+def test_queue_full():
+    engine = endless(max_batch=1, max_queue=1, max_context=4096)
+    with serving(engine) as port:
+        patient, hasty = client(port, max_retries=20), client(port)
+        first = hasty.completions.create(model=NAME, prompt=[1], max_tokens=4000, stream=True)
+        next(first)
+        second = hasty.completions.create(model=NAME, prompt=[1], max_tokens=2, stream=True)
+        with pytest.raises(openai.RateLimitError) as error:
+            hasty.completions.create(model=NAME, prompt=[1], max_tokens=2)
+        assert error.value.status_code == 429 and error.value.response.headers["Retry-After"] == "1" and error.value.code == "queue_full"
+        assert "of its 1 places, 1 are taken" in error.value.message
+        timer = threading.Timer(0.2, first.close)
+        timer.start()
+        assert patient.completions.create(model=NAME, prompt=[1], max_tokens=2).usage.completion_tokens == 2       # the client tries again
+        assert len(list(second)) >= 1
+
+
+def test_models_and_health(tiny):
+    port, engine = tiny
+    assert [model.id for model in client(port).models.list()] == [NAME] and client(port).models.retrieve(NAME).object == "model"
+    with pytest.raises(openai.NotFoundError, match="no model 'other'"):
+        client(port).models.retrieve("other")
+    idle(engine)
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection.request("GET", "/health")
+    assert json.loads(connection.getresponse().read()) == {"status": "ok", "rows": 8, "active": 0, "waiting": 0}
+
+
+USER = [{"role": "user", "content": "x"}]
+BAD = [
+    ("completions", b"{", 400, None, "not JSON"), ("completions", b"\xff", 400, None, "not JSON"), ("completions", b"[" * 100_000, 400, None, "not JSON"),
+    ("completions", b"[1]", 400, None, "JSON object, not list"), ("completions", {}, 400, "model", "model is missing"),
+    ("completions", {"model": NAME}, 400, "prompt", "prompt is missing"), ("completions", {"model": NAME, "prompt": None}, 400, "prompt", "missing"),
+    ("completions", {"model": "gpt-\ud800", "prompt": "x"}, 404, "model", "no model 'gpt-"),
+    ("completions", {"model": "gpt", "prompt": "x"}, 404, "model", "no model 'gpt'"),
+    ("completions", {"model": NAME, "prompt": 3}, 400, "prompt", "prompt must be a text"),
+    ("completions", {"model": NAME, "prompt": []}, 400, "prompt", "prompt must be a text"),
+    ("completions", {"model": NAME, "prompt": [[]]}, 400, None, "at least one token"),
+    ("completions", {"model": NAME, "prompt": [1, "a"]}, 400, "prompt", "prompt must be a text"),
+    ("completions", {"model": NAME, "prompt": [5000]}, 400, None, "token ids from 0 to 277"),
+    ("completions", {"model": NAME, "prompt": "x", "temperature": "hot"}, 400, "temperature", "number from 0 to 2: temperature is 'hot'"),
+    ("completions", {"model": NAME, "prompt": "x", "temperature": 3}, 400, "temperature", "number from 0 to 2"),
+    ("completions", b'{"model": "tiny", "prompt": "x", "temperature": NaN}', 400, "temperature", "number from 0 to 2"),
+    ("completions", {"model": NAME, "prompt": "x", "top_p": 0}, 400, "top_p", "above 0"),
+    ("completions", {"model": NAME, "prompt": "x", "max_tokens": True}, 400, "max_tokens", "whole number of at least 1"),
+    ("completions", {"model": NAME, "prompt": "x", "max_tokens": 0}, 400, "max_tokens", "whole number of at least 1"),
+    ("completions", {"model": NAME, "prompt": "x", "n": 1.5}, 400, "n", "whole number"),
+    ("completions", {"model": NAME, "prompt": "x", "n": 9}, 400, "n", "at most 8"),
+    ("completions", {"model": NAME, "prompt": "x", "seed": -1}, 400, "seed", "seed must be"),
+    ("completions", {"model": NAME, "prompt": "x", "stop": [1]}, 400, "stop", "stop must be a text"),
+    ("completions", {"model": NAME, "prompt": "x", "stream": "yes"}, 400, "stream", "true or false"),
+    ("completions", {"model": NAME, "prompt": "x", "stream_options": {"usage": 1}}, 400, "stream_options.usage", "not a parameter"),
+    ("completions", {"model": NAME, "prompt": "x", "max_token": 5}, 400, "max_token", "not a parameter"),
+    ("completions", {"model": NAME, "prompt": "x", "\ud800" * 1000: 5}, 400, "\\ud800" * 6 + "\\ud8", "not a parameter"),
+    ("completions", {"model": NAME, "prompt": "x", "echo": True}, 400, "echo", "echo is not supported"),
+    ("completions", {"model": NAME, "prompt": "x", "logit_bias": {"5": 100}}, 400, "logit_bias", "not supported"),
+    ("completions", {"model": NAME, "prompt": "x", "frequency_penalty": 0.5}, 400, "frequency_penalty", "not supported"),
+    ("completions", {"model": NAME, "prompt": "x" * 500}, 400, "prompt", "context has 400 tokens"),
+    ("completions", {"model": NAME, "prompt": "x", "max_tokens": 399}, 400, "prompt", "2 of the prompt and 399 of the answer"),
+    ("chat/completions", {"model": NAME, "messages": []}, 400, "messages", "messages must be"),
+    ("chat/completions", {"model": NAME, "messages": "x"}, 400, "messages", "messages must be"),
+    ("chat/completions", {"model": NAME, "messages": [3]}, 400, "messages[0]", "messages must be"),
+    ("chat/completions", {"model": NAME, "messages": [{"role": "user"}]}, 400, "messages[0].content", "messages must be"),
+    ("chat/completions", {"model": NAME, "messages": [{"role": "robot", "content": "x"}]}, 400, "messages[0].role", "'robot'"),
+    ("chat/completions", {"model": NAME, "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, 400,
+     "messages[0].content", "messages must be"),
+    ("chat/completions", {"model": NAME, "messages": [{**USER[0], "name": "Eve"}]}, 400, "messages[0].name", "not a parameter"),
+    ("chat/completions", {"model": NAME, "messages": [{"role": "user", "content": "x" * 500}]}, 400, "messages", "context has 400 tokens"),
+    ("chat/completions", {"model": NAME, "messages": USER, "tools": [{"type": "function"}]}, 400, "tools", "tools is not supported"),
+    ("chat/completions", {"model": NAME, "messages": USER, "response_format": {"type": "json_object"}}, 400, "response_format", "not supported"),
+    ("chat/completions", {"model": NAME, "messages": USER, "top_logprobs": 21}, 400, "top_logprobs", "0 to 20"),
+    ("nothing", {}, 404, None, "Not Found"), ("models", {}, 405, None, "Method Not Allowed"),
+]
+
+
+@pytest.mark.parametrize("path, body, status, param, message", BAD, ids=range(len(BAD)))
+def test_refusals(tiny, path, body, status, param, message):
+    port, engine = tiny
+    found, content, _ = post(port, body, f"/v1/{path}")
+    error = content["error"]
+    assert found == status and set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
+    assert error["param"] == param and message in error["message"] and "\n" not in error["message"] and len(error["message"]) < 300
+    if "context has" in message:
+        assert error["code"] == "context_length_exceeded"
+    assert not any(engine.rows) and not engine.waiting
+
+
+def test_harmless_parameters_are_accepted(tiny):
+    port, _ = tiny
+    harmless = dict(user="me", metadata={"a": "b"}, store=False, service_tier="auto", tools=[], tool_choice="none", logit_bias={}, presence_penalty=0,
+                    frequency_penalty=0.0, response_format={"type": "text"}, top_p=None, stop=None, n=1, seed=None, parallel_tool_calls=True)
+    assert post(port, {"model": NAME, "messages": USER, "max_tokens": 2, **harmless}, "/v1/chat/completions")[0] == 200
+    lone = [{"role": "user", "content": "half a character: \ud800"}]
+    assert post(port, {"model": NAME, "messages": lone, "max_tokens": 2, "stop": "\ud800"}, "/v1/chat/completions")[0] == 200
+
+
+def test_bodies_that_are_too_large_or_not_json():
+    with serving(endless(max_context=64), max_body_bytes=1000) as port:
+        small = {"model": NAME, "prompt": [1], "max_tokens": 2}
+        status, content, _ = post(port, {**small, "user": "x" * 1_000_000})
+        assert status == 413 and "1,000 that it may have" in content["error"]["message"]
+        exact = json.dumps({**small, "user": ""}).encode()
+        assert post(port, exact[:-2] + b"x" * (1000 - len(exact)) + exact[-2:])[0] == 200
+        assert post(port, exact[:-2] + b"x" * (1001 - len(exact)) + exact[-2:])[0] == 413
+        status, content, _ = post(port, small, **{"Content-Type": "text/plain"})
+        assert status == 415 and "Content-Type: application/json" in content["error"]["message"]
+        assert post(port, small, **{"Content-Type": "Application/JSON; charset=utf-8"})[0] == 200
+
+
+def test_a_model_without_control_tokens():
+    class Plain(TiktokenTokenizer):
+        def encode(self, text, special=False):
+            return super().encode(text)
+
+    with serving(Engine(MODEL, Plain({token: rank for rank, token in enumerate(BYTE_ORDER)}), max_context=64)) as port:
+        with pytest.raises(openai.BadRequestError, match="no control tokens") as error:
+            client(port).chat.completions.create(model=NAME, messages=USER)
+        assert error.value.param == "messages" and client(port).completions.create(model=NAME, prompt="x", max_tokens=2, temperature=0).usage.completion_tokens == 2
+
+
+def test_a_template_and_end_tokens_of_its_own(tmp_path):
+    save_pretrained(MODEL, TOKENIZER, tmp_path / "model")
+    model, tokenizer = serve._open(str(tmp_path / "model"))
+    tokenizer.tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}"
+    ids = [EOS + 1, *TOKENIZER.encode("Hi")]
+    expected = alone(Request(ids, 9, temperature=0))
+    with serving(Engine(model, tokenizer, max_context=64)) as port:
+        found = client(port).chat.completions.create(model=NAME, messages=[{"role": "user", "content": "Hi"}], max_tokens=9, temperature=0)
+    assert found.usage.prompt_tokens == len(ids) and found.choices[0].message.content == TOKENIZER.decode(expected)
+    model.generation_config = {"eos_token_id": [expected[0]]}
+    (pieces,) = answers(Engine(model, tokenizer, max_context=64), Request(ids, 9, temperature=0))
+    assert text_of(pieces) == ("", "stop")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_errors_of_the_engine(stream):
+    script = spell("abcdef")
+    script[3] = None
+    with serving(Engine(Scripted(script), TOKENIZER, max_context=64)) as port:
+        with pytest.raises(openai.APIError, match="not finite") as error:
+            list(client(port).completions.create(model=NAME, prompt=[1], max_tokens=20, stream=stream))
+        assert stream or error.value.status_code == 500
+
+
+def test_a_fault_of_the_server(monkeypatch):
+    with serving(Engine(MODEL, TOKENIZER, max_context=64)) as port:
+        monkeypatch.setattr(serve, "parse_body", None)
+        status, content, _ = post(port, {"model": NAME, "prompt": [1]})
+        assert status == 500 and content["error"]["type"] == "server_error" and content["error"]["message"] == "the server failed"
+
+
+def test_missing_packages(monkeypatch):
+    monkeypatch.setitem(sys.modules, "starlette.applications", None)
+    with pytest.raises(ValueError, match=r"pip install 'qwen-analog\[serve\]'"):
+        build_app(Engine(MODEL, TOKENIZER, max_context=64), NAME)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(ValueError, match=r"pip install 'qwen-analog\[serve\]'"):
+        serve.run(argparse.Namespace())
+
+
+# the command -------------------------------------------------------------------------------------------------------------------------------
+
+COMMAND = ("import argparse, sys; from qwen_analog import serve; parser = argparse.ArgumentParser(); serve.add_arguments(parser); "
+           "serve.run(parser.parse_args())")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("served") / "my-model"
+    save_checkpoint(directory, MODEL, TOKENIZER)
+    return directory
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_command(checkpoint, number):
+    command = [sys.executable, "-c", COMMAND, "--model", str(checkpoint), "--port", "0", "--max-batch", "2", "--max-context", "512"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        line = process.stdout.readline()
+        assert line.startswith("model 'my-model' at http://127.0.0.1:") and "2 rows of 512 tokens" in line
+        client_ = openai.OpenAI(base_url=line.split()[3], api_key="none", max_retries=3)
+        stream = client_.completions.create(model="my-model", prompt=[1], max_tokens=300, temperature=0, stream=True)
+        next(stream)
+        process.send_signal(number)
+        rest = list(stream)                                    # what is being written may end
+        assert rest[-1].choices[0].finish_reason == "length"
+        client_.close()
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0 and output == "" and errors == ""
+
+
+@pytest.mark.parametrize("name", ["my-model", "my-model/checkpoint.pt", "hf-layout"])
+def test_sources(checkpoint, name):
+    if name == "hf-layout":
+        save_pretrained(MODEL, TOKENIZER, checkpoint.parent / name)
+    model, tokenizer = serve._open(str(checkpoint.parent / name))
+    ids = torch.tensor([tokenizer.encode("same")])
+    assert torch.equal(model(ids), MODEL(ids)) and tokenizer.encode("same") == TOKENIZER.encode("same")
+
+
+@pytest.mark.parametrize("source", ["nowhere", "nowhere.gguf", "owner/no-such-model"])
+def test_sources_that_are_not_there(source):
+    with pytest.raises((ValueError, OSError)) as error:
+        serve._open(source)
+    assert source in str(error.value) and "\n" not in str(error.value)
+
+
+def test_other_hosts_are_warned_of_and_taken_ports_refused(checkpoint, monkeypatch, capsys):
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    options = ["--model", str(checkpoint), "--max-context", "32", "--port"]
+    with monkeypatch.context() as patch:
+        patch.setattr(uvicorn.Server, "run", lambda self, sockets: [s.close() for s in sockets])
+        serve.run(parser.parse_args([*options, "0"]))
+        assert capsys.readouterr().err == ""
+        serve.run(parser.parse_args([*options, "0", "--host", "0.0.0.0"]))
+    assert capsys.readouterr().err.startswith("warning: 0.0.0.0 can be reached from other machines")
+    with serving(Engine(MODEL, TOKENIZER, max_context=32)) as port:
+        for wrong in ([str(port)], ["70000"], ["0", "--host", "192.0.2.1"]):
+            with pytest.raises(ValueError, match="cannot listen on") as error:
+                serve.run(parser.parse_args([*options, *wrong]))
+            assert "\n" not in str(error.value)
+    assert parser.parse_args([]).host == "127.0.0.1"
