@@ -110,7 +110,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        return *(None if g is None else g * upstream for g in ctx.saved_tensors), None, None, None
+        # in place, so that the weight's gradient is not held twice, unless the graph is kept for another pass
+        scale = torch.mul if torch._C._autograd._get_current_graph_task_keep_graph() else torch.Tensor.mul_
+        return *(None if g is None else scale(g, upstream) for g in ctx.saved_tensors), None, None, None
 
 
 def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, reduction: str = "mean",

@@ -1,12 +1,21 @@
 """The loss: gradients, chunks, ignored targets, precision, and the same gradient however a step is cut into micro-batches."""
 import contextlib
 import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from qwen_analog.loss import IGNORE_INDEX, bits_per_byte, cross_entropy, linear_cross_entropy
@@ -182,6 +191,79 @@ def test_unequal_documents_in_any_number_of_micro_batches(micro_batches):
         (linear_cross_entropy(h, weight, t, reduction="sum", chunk_size=4) / count).backward()
     h, t = (torch.cat(parts) for parts in zip(*documents))
     torch.testing.assert_close(weight.grad, torch.autograd.grad(naive(h, weight, t), weight)[0])
+
+
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(17, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+
+    def forward(self, h, t, reduction):
+        return linear_cross_entropy(h, self.weight, t, reduction=reduction, chunk_size=4)
+
+
+def _two_ranks(rank, folder):
+    """Eight unequal documents, dealt out to two processes, in 1, 2 or 4 micro-batches each: one gradient, that of the whole."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    g = torch.Generator().manual_seed(0)
+    documents = [(torch.randn(n, 6, generator=g, dtype=torch.float64), torch.randint(17, (n,), generator=g)) for n in (50, 1, 7, 3, 90, 2, 4, 30)]
+    for _, t in documents:
+        t[::5] = IGNORE_INDEX                                             # the document of one token has no target left
+    h, t = (torch.cat(parts) for parts in zip(*documents))
+    model = DistributedDataParallel(Head())
+    whole = torch.autograd.grad(naive(h, model.module.weight, t), model.module.weight)[0]
+    mine = documents[rank::2]
+    for micro_batches in (1, 2, 4):
+        size = len(mine) // micro_batches
+        for right in (True, False):
+            count = torch.tensor(sum((t != IGNORE_INDEX).sum() for _, t in mine))
+            dist.all_reduce(count)
+            model.zero_grad()
+            for i in range(0, len(mine), size):
+                h, t = (torch.cat(parts) for parts in zip(*mine[i : i + size]))
+                with contextlib.nullcontext() if i + size == len(mine) else model.no_sync():
+                    loss = model(h, t, "sum") * 2 / count if right else model(h, t, "mean") / micro_batches      # DDP averages
+                    loss.backward()
+            off = (model.module.weight.grad - whole).norm() / whole.norm()
+            assert off < 1e-12 if right else off > 0.1, f"{micro_batches} micro-batches: off by {off:.1e}"
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_unequal_documents_on_two_ranks(tmp_path):
+    mp.spawn(_two_ranks, (tmp_path,), nprocs=2)
+
+
+FULL_SIZE = """
+import re, sys, torch
+from qwen_analog.loss import linear_cross_entropy
+T, D, V = 4096, 2048, 151_936
+status = lambda field: int(re.search(field + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+hidden, weight = torch.randn(T, D, requires_grad=True), (0.02 * torch.randn(V, D)).requires_grad_()
+before = status("VmRSS")
+with torch.autocast("cpu", torch.bfloat16):
+    loss = linear_cross_entropy(hidden, weight, torch.randint(V, (T,)))
+loss.backward()
+print("grew by", status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif("QWEN_ANALOG_FULL_SIZE" not in os.environ, reason="4 GB and minutes: set QWEN_ANALOG_FULL_SIZE=1")
+def test_memory_at_the_full_size():
+    """Beyond the weight in bfloat16 and the gradients, which every loss needs: a tenth of the naive loss's three float32 logits."""
+    run = subprocess.run([sys.executable, "-c", FULL_SIZE], capture_output=True, text=True, check=True,
+                         env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])})
+    grown = int(re.search(r"grew by (\d+)", run.stdout)[1])
+    T, D, V = 4096, 2048, 151_936
+    assert grown - (V * D * 2 + V * D * 4 + T * D * 4) < 3 * T * V * 4 / 10, f"{grown:,} bytes"
+
+
+def test_the_weights_gradient_is_not_held_twice():
+    hidden, weight, targets = problem()
+    loss = 3 * linear_cross_entropy(hidden, weight, targets)
+    kept = loss.grad_fn.next_functions[0][0].next_functions[0][0].saved_tensors[1].data_ptr()      # the tensor itself, held here, would be copied
+    loss.backward()
+    assert weight.grad.data_ptr() == kept
 
 
 def test_cross_entropy_is_float32_inside():
