@@ -92,14 +92,15 @@ def test_an_unknown_mode_is_refused():
 @pytest.mark.parametrize("mode", RECOMPUTE)
 @pytest.mark.parametrize("config", [NARROW, WIDE], ids=["tied", "untied"])
 def test_flops_are_those_that_are_counted(config, mode):
-    def attention(factor):
-        return lambda *shapes, out_shape=None, **_: factor * shapes[-3][0] * shapes[-3][1] * shapes[-3][2] ** 2 * shapes[-3][3]
-
     # PyTorch knows no formula for the CPU's kernel; backward is twice forward, as model FLOPs are counted
-    forward = lambda q, k, v, *_, out_shape=None, **__: attention(4)(q, k, v)
-    backward_ = lambda grad, q, k, v, *_, out_shape=None, **__: attention(8)(q, k, v)
-    formulas = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: forward,
-                torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: backward_}
+    def attention(q, k, *_, out_shape=None, **__):
+        return 4 * q[0] * q[1] * q[2] * k[2] * q[3]
+
+    def attention_backward(upstream, q, k, *_, out_shape=None, **__):
+        return 2 * attention(q, k)
+
+    formulas = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
+                torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward}
     model = QwenForCausalLM(config)
     set_activation_checkpointing(model, mode)
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
