@@ -10,21 +10,19 @@ import torch
 
 # %% ../chapters/06_kv_cache.ipynb #2a670e62
 class KVCache:
-    """Preallocated keys and values for every layer, [B, K, max_length, h] each.
+    """Keys and values of every layer, [B, K, max_length, h] each, in room made in advance or growing.
 
-    2 * layers * K * h * bytes-per-element are held for each token (see `nbytes`).
+    2 * layers * K * h * bytes-per-element are held for each token there is room for (see `nbytes`). Room for `max_length`
+    tokens is made at once; with `growable`, for 16 first, and twice as much, the old numbers copied, whenever it is full.
     """
 
     def __init__(self, num_layers: int, batch_size: int, num_kv_heads: int, head_dim: int, max_length: int,
-                 dtype: torch.dtype = torch.float32, device: torch.device | str | None = None):
-        shape = (num_layers, batch_size, num_kv_heads, max_length, head_dim)
+                 dtype: torch.dtype = torch.float32, device: torch.device | str | None = None, growable: bool = False):
+        self.max_length = max_length
+        shape = (num_layers, batch_size, num_kv_heads, min(16, max_length) if growable else max_length, head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
         self.lengths = [0] * num_layers
-
-    @property
-    def max_length(self) -> int:
-        return self.keys.shape[3]
 
     @property
     def length(self) -> int:
@@ -44,10 +42,21 @@ class KVCache:
         end = start + keys.shape[2]
         if end > self.max_length:
             raise ValueError(f"the KV cache holds {self.max_length} tokens; {end} are needed: make it with a larger max_length")
+        if end > self.keys.shape[3]:
+            self._grow(end)
         self.keys[layer_idx, :, :, start:end] = keys
         self.values[layer_idx, :, :, start:end] = values
         self.lengths[layer_idx] = end
         return self.keys[layer_idx, :, :, :end], self.values[layer_idx, :, :, :end]
+
+    def _grow(self, needed: int) -> None:
+        """Room for `needed` tokens, or for twice as many as now, in every layer; never beyond `max_length`."""
+        layers, B, K, room, h = self.keys.shape
+        shape, held = (layers, B, K, min(max(needed, 2 * room), self.max_length), h), max(self.lengths)
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            setattr(self, name, old.new_empty(shape))
+            getattr(self, name)[:, :, :, :held] = old[:, :, :, :held]
 
     def crop(self, length: int) -> None:
         """Forget every token from position `length` on. Raises ValueError when fewer are held."""

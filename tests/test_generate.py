@@ -6,13 +6,14 @@ import torch
 from book import scramble_
 from hypothesis import given, settings, strategies as st
 from test_parity import BASE, SHAPES, pair
-from transformers.generation.logits_process import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import (LogitsProcessorList, MinPLogitsWarper, RepetitionPenaltyLogitsProcessor,
+                                                    TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 
 from qwen_analog import QwenConfig, QwenForCausalLM
-from qwen_analog.generate import filter_logits, generate
+from qwen_analog.generate import filter_logits, generate, pad_left, penalize_repetition
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-MIXED = dict(temperature=0.8, top_k=30, top_p=0.9)
+MIXED = dict(temperature=0.8, top_k=30, top_p=0.95, min_p=0.02)
 
 
 def model_of(dtype=torch.float64, **overrides):
@@ -23,10 +24,12 @@ def prompt(rows=3, length=9, seed=0):
     return torch.randint(BASE["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def warpers(temperature=1.0, top_k=None, top_p=None):
-    chain = [TemperatureLogitsWarper(float(temperature))]
+def warpers(temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=None):
+    chain = [] if repetition_penalty is None else [RepetitionPenaltyLogitsProcessor(float(repetition_penalty))]
+    chain += [TemperatureLogitsWarper(float(temperature))]
     chain += [] if top_k is None else [TopKLogitsWarper(top_k)]
     chain += [] if top_p is None else [TopPLogitsWarper(top_p)]
+    chain += [] if min_p is None else [MinPLogitsWarper(min_p)]
     return LogitsProcessorList(chain)
 
 
@@ -78,12 +81,15 @@ def test_draws_equal_hugging_face_logits_and_warpers():
 @settings(max_examples=30, deadline=None)
 @given(shape=st.sampled_from(sorted(SHAPES)), rows=st.integers(1, 4), length=st.integers(1, 12), new=st.integers(0, 12),
        seed=st.integers(0, 1000), temperature=st.sampled_from([0, 0.5, 1.0, 2.0]), top_k=st.sampled_from([None, 1, 5]),
-       top_p=st.sampled_from([None, 0.5, 0.95]), eos=st.sampled_from([None, 3, list(range(40))]), valid=st.sampled_from([None, 60]))
-def test_cached_equals_uncached(shape, rows, length, new, seed, temperature, top_k, top_p, eos, valid):
+       top_p=st.sampled_from([None, 0.5, 0.95]), penalty=st.sampled_from([1.0, 1.3]), copies=st.sampled_from([1, 3]), eos=st.sampled_from([None, 3, list(range(40))]), valid=st.sampled_from([None, 60]))
+def test_cached_equals_uncached(shape, rows, length, new, seed, temperature, top_k, top_p, penalty, copies, eos, valid):
     model, ids = model_of(**SHAPES[shape]), prompt(rows, length, seed)
-    cached, literal = (model.generate(ids, new, temperature=temperature, top_k=top_k, top_p=top_p, eos_token_id=eos, seed=seed,
-                                      valid_vocab_size=valid, use_cache=use_cache) for use_cache in (True, False))
-    assert torch.equal(cached, literal) and torch.equal(cached[:, :length], ids)
+    mask = (torch.arange(length) >= torch.randint(length, (rows, 1), generator=torch.Generator().manual_seed(seed))).long()
+    for attention_mask in (None, mask):
+        cached, literal = (model.generate(ids, new, attention_mask=attention_mask, temperature=temperature, top_k=top_k, top_p=top_p,
+                                          repetition_penalty=penalty, eos_token_id=eos, seed=seed, valid_vocab_size=valid,
+                                          num_return_sequences=copies, use_cache=use_cache) for use_cache in (True, False))
+        assert torch.equal(cached, literal) and torch.equal(cached[::copies, :length], ids)
 
 
 def test_cached_logits_and_the_work_of_a_step():
@@ -100,14 +106,31 @@ def test_cached_logits_and_the_work_of_a_step():
 @settings(max_examples=200, deadline=None)
 @given(values=st.lists(st.integers(-40, 40), min_size=1, max_size=60), rows=st.integers(1, 3), scale=st.sampled_from([0.5, 0.137]),
        dtype=st.sampled_from([torch.float32, torch.float64]), temperature=st.floats(0.05, 20), top_k=st.none() | st.integers(1, 80),
-       top_p=st.none() | st.floats(1e-9, 1.0))
-def test_filters_equal_hugging_face(values, rows, scale, dtype, temperature, top_k, top_p):
+       top_p=st.none() | st.floats(1e-9, 1.0), min_p=st.none() | st.floats(0, 1))
+def test_filters_equal_hugging_face(values, rows, scale, dtype, temperature, top_k, top_p, min_p):
     """Integers times a scale: ties everywhere."""
     logits = torch.stack([torch.tensor(values, dtype=dtype).roll(i) for i in range(rows)]) * scale
     before = logits.clone()
-    got = filter_logits(logits, temperature, top_k, top_p)
-    assert torch.equal(got, warpers(temperature, top_k, top_p)(None, logits)) and torch.equal(logits, before)
+    got = filter_logits(logits, temperature, top_k, top_p, min_p)
+    assert torch.equal(got, warpers(temperature, top_k, top_p, min_p)(None, logits)) and torch.equal(logits, before)
     assert got.isfinite().any(-1).all()
+
+
+@settings(max_examples=150, deadline=None)
+@given(V=st.integers(1, 40), rows=st.integers(1, 3), length=st.integers(1, 30), penalty=st.floats(0.1, 10), seed=st.integers(0, 99),
+       dtype=st.sampled_from([torch.float32, torch.float64]))
+def test_the_repetition_penalty_equals_hugging_face(V, rows, length, penalty, seed, dtype):
+    dice = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(rows, V, generator=dice, dtype=dtype) * 3).round(decimals=1)     # zeros too
+    ids = torch.randint(V + 5, (rows, length), generator=dice)                             # also ids beyond the logits' columns
+    before = logits.clone()
+    got = penalize_repetition(logits, ids, penalty)
+    assert torch.equal(got, RepetitionPenaltyLogitsProcessor(float(penalty))(ids, logits.clone())) and torch.equal(logits, before)
+    mask = (torch.arange(length) >= torch.randint(length, (rows, 1), generator=dice)).long()
+    masked = penalize_repetition(logits, ids, penalty, mask)
+    for row in range(rows):
+        alone = penalize_repetition(logits[row : row + 1], ids[row : row + 1, length - int(mask[row].sum()) :], penalty)
+        assert torch.equal(masked[row : row + 1], alone)
 
 
 def chi_squared(draws, probabilities):
@@ -121,19 +144,20 @@ def chi_squared(draws, probabilities):
     return ((observed - expected)[cells] ** 2 / expected[cells]).sum().item(), int(cells.sum()) - 1
 
 
-SAMPLERS = [dict(), dict(temperature=0.6), dict(temperature=1.7), dict(top_k=5), dict(top_p=0.8), dict(temperature=1.3, top_k=40, top_p=0.9)]
+SAMPLERS = [dict(), dict(temperature=0.6), dict(temperature=1.7), dict(top_k=5), dict(top_p=0.8), dict(min_p=0.3), dict(repetition_penalty=6.0),
+            dict(temperature=1.3, top_k=40, top_p=0.9, min_p=0.05, repetition_penalty=1.5)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
 def test_draws_have_the_right_distribution(sampler, device):
-    model, ids = model_of(torch.float32, tie_word_embeddings=False).to(device), prompt(1, 1).to(device)
+    model, ids = model_of(torch.float32, tie_word_embeddings=False).to(device), prompt(1, 12).to(device)
     with torch.no_grad():
         logits = model(ids)[:, -1] / 4
         model.lm_head.weight /= 4                      # flatter: more tokens are possible
-    draws = model.generate(ids.expand(20_000, 1), 1, seed=0, **sampler)[:, 1].cpu()
+    draws = model.generate(ids, 1, num_return_sequences=20_000, seed=0, **sampler)[:, -1].cpu()
     for other in SAMPLERS:
-        statistic, df = chi_squared(draws, warpers(**other)(None, logits).softmax(-1)[0].cpu())
+        statistic, df = chi_squared(draws, warpers(**other)(ids, logits).softmax(-1)[0].cpu())
         print(f"drawn with {sampler}, held against {other}: {statistic:.1f}, df {df}")
         assert (statistic < df + 5 * math.sqrt(2 * df)) == (other == sampler)
 
@@ -192,6 +216,114 @@ def test_padding_rows_are_never_chosen(sampler, use_cache):
     assert model.generate(ids % 40, 5, use_cache=use_cache, valid_vocab_size=40, **sampler).max() < 40
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.4])
+@pytest.mark.parametrize("greedy", [True, False])
+def test_hugging_faces_own_generate(greedy, penalty):
+    """Everything at once, their loop: the global random state serves both."""
+    ours, theirs = pair(torch.float64)
+    options = dict(temperature=0.9, top_k=60, top_p=0.97, min_p=0.01) if not greedy else {}
+    ids, ragged = prompt(), pad_left([prompt(1, n, n)[0].tolist() for n in (1, 7, 9)], 0)
+    for input_ids, mask in ((ids, torch.ones_like(ids)), ragged) if penalty == 1 else ((ids, torch.ones_like(ids)),):   # they penalise padding
+        torch.manual_seed(3)
+        expected = theirs.eval().generate(input_ids, attention_mask=mask, max_new_tokens=24, do_sample=not greedy, eos_token_id=None, pad_token_id=0,
+                                          repetition_penalty=penalty, num_return_sequences=1 if greedy else 2,
+                                          **(options if greedy else {"typical_p": 1.0, **options}))
+        torch.manual_seed(3)
+        got = ours.generate(input_ids, 24, attention_mask=mask, repetition_penalty=penalty, num_return_sequences=1 if greedy else 2,
+                            **(dict(temperature=0) if greedy else options))
+        assert torch.equal(got, expected) and len(got[:, 9:].unique()) > 8
+
+
+ROWS = [prompt(1, n, n)[0].tolist() for n in (1, 40, 7, 2, 13)]
+
+
+def test_pad_left():
+    input_ids, mask = pad_left([[5], [1, 2, 3], [7, 8]], 9)
+    assert input_ids.tolist() == [[9, 9, 5], [1, 2, 3], [9, 7, 8]] and mask.tolist() == [[0, 0, 1], [1, 1, 1], [0, 1, 1]]
+    assert input_ids.dtype == mask.dtype == torch.int64
+    for rows in ([], [[1], []]):
+        with pytest.raises(ValueError, match="at least one"):
+            pad_left(rows, 0)
+
+
+@pytest.mark.parametrize("shape, options", [*((shape, {}) for shape in SHAPES), ("plain", dict(repetition_penalty=1.3)),
+                                            ("plain", dict(use_cache=False)), ("plain", dict(valid_vocab_size=90))], ids=str)
+def test_each_row_of_a_ragged_batch_is_that_row_alone(shape, options):
+    model = model_of(torch.float32, **SHAPES[shape])
+    alone = [model.generate(torch.tensor([ids]), 15, temperature=0, return_logprobs=True, **options) for ids in ROWS]
+    for pad_id in (0, 77):                             # what stands in the padding does not matter
+        input_ids, mask = pad_left(ROWS, pad_id)
+        got, logprobs = model.generate(input_ids, 15, attention_mask=mask, temperature=0, return_logprobs=True, **options)
+        for row, (ids, (its_tokens, its_logprobs)) in enumerate(zip(ROWS, alone)):
+            assert got[row, 40 - len(ids):].tolist() == its_tokens[0].tolist(), (pad_id, len(ids))
+            assert (logprobs[row] - its_logprobs[0]).abs().max() < 1e-4
+        assert torch.equal(got[:, :40], input_ids) and len(got[:, 40:].unique()) > 20
+
+
+def test_padding_as_bool_and_a_mask_of_ones():
+    model = model_of()
+    input_ids, mask = pad_left(ROWS, 0)
+    expected = model.generate(input_ids, 5, attention_mask=mask, temperature=0)
+    assert torch.equal(model.generate(input_ids, 5, attention_mask=mask.bool(), temperature=0), expected)
+    assert torch.equal(model.generate(input_ids, 5, attention_mask=mask.float(), temperature=0), expected)
+    assert not torch.equal(model.generate(input_ids, 5, temperature=0), expected)
+    assert torch.equal(model.generate(prompt(), 5, attention_mask=torch.ones_like(prompt()), seed=0), model.generate(prompt(), 5, seed=0))
+
+
+def test_rows_of_a_ragged_batch_end_and_are_filled_up():
+    model = model_of()
+    input_ids, mask = pad_left(ROWS, 0)
+    free = model.generate(input_ids, 30, attention_mask=mask, temperature=0)
+    eos = int(free[0, 45])
+    got = model.generate(input_ids, 30, attention_mask=mask, temperature=0, eos_token_id=eos)
+    for row, free_row in zip(got[:, 40:], free[:, 40:]):
+        ends = (free_row == eos).nonzero()
+        stop = int(ends[0]) + 1 if len(ends) else len(row)
+        assert torch.equal(row[:stop], free_row[: min(stop, len(row))]) and (row[stop:] == eos).all()
+
+
+def test_samples_of_a_row_stand_together_and_read_the_prompt_once():
+    model, ids, read = model_of(), prompt(3), []
+    hook = model.model.register_forward_hook(lambda module, inputs, output: read.append(tuple(output.shape[:2])))
+    got = model.generate(ids, 6, num_return_sequences=4, seed=0)
+    hook.remove()
+    assert read == [(3, 9)] + [(12, 1)] * 5
+    assert got.shape == (12, 15) and torch.equal(got[:, :9], ids.repeat_interleave(4, 0))
+    assert len(got[:4].unique(dim=0)) == 4             # the samples of one row differ
+    assert torch.equal(got, model.generate(ids.repeat_interleave(4, 0), 6, seed=0))
+    input_ids, mask = pad_left(ROWS, 0)
+    ragged = model.generate(input_ids, 6, attention_mask=mask, num_return_sequences=2, seed=0)
+    again = model.generate(input_ids.repeat_interleave(2, 0), 6, attention_mask=mask.repeat_interleave(2, 0), seed=0)
+    assert torch.equal(ragged, again)
+    same = model.generate(ids, 6, num_return_sequences=2, temperature=0)
+    assert torch.equal(same[::2], same[1::2])
+
+
+@pytest.mark.parametrize("options", [dict(temperature=0), dict(seed=1, **MIXED), dict(seed=1, repetition_penalty=1.5, valid_vocab_size=90),
+                                     dict(seed=1, num_return_sequences=3)], ids=str)
+def test_log_probabilities_are_those_of_a_plain_forward(options):
+    model, ids = model_of(torch.float32), prompt()
+    tokens, logprobs = model.generate(ids, 20, return_logprobs=True, **options)
+    assert torch.equal(tokens, model.generate(ids, 20, **options)) and logprobs.shape == (len(tokens), 20) and not logprobs.requires_grad
+    with torch.no_grad():
+        expected = model(tokens)[:, 8:-1].log_softmax(-1).gather(-1, tokens[:, 9:, None])[..., 0]
+    torch.testing.assert_close(logprobs, expected, rtol=1e-4, atol=1e-4)
+    assert (logprobs < -0.1).any()
+    eos = int(tokens[0, 14])
+    ended, its = model.generate(ids, 20, return_logprobs=True, eos_token_id=eos, **options)
+    filled = torch.isin(ended[:, 9:], torch.tensor(eos)).cumsum(-1) - (ended[:, 9:] == eos).long() > 0
+    assert filled.any() and (its[filled] == 0).all() and torch.equal(its[~filled], logprobs[:, : its.shape[1]][~filled])
+    none, empty = model.generate(ids, 0, return_logprobs=True)
+    assert torch.equal(none, ids) and empty.shape == (3, 0)
+
+
+def test_a_penalised_model_repeats_less():
+    model, ids = model_of(), prompt()
+    for temperature in (0, 1.0):
+        plain, penalised = (model.generate(ids, 60, temperature=temperature, seed=0, repetition_penalty=p)[:, 9:] for p in (1.0, 1.5))
+        assert len(penalised.unique()) > len(plain.unique())
+
+
 REFUSED = [("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "1"), ("temperature", None),
            ("top_k", 0), ("top_k", -1), ("top_k", 2.0), ("top_k", True), ("top_p", 0), ("top_p", 1.5), ("top_p", math.nan), ("top_p", "0.9"),
            ("max_new_tokens", -1), ("max_new_tokens", 2.5), ("max_new_tokens", 120), ("input_ids", torch.zeros(1, 0, dtype=torch.int64)),
@@ -199,7 +331,12 @@ REFUSED = [("temperature", -0.1), ("temperature", math.nan), ("temperature", mat
            ("input_ids", torch.zeros(1, 3, dtype=torch.int32)), ("input_ids", torch.zeros(1, 3)), ("input_ids", [[1, 2]]),
            ("input_ids", torch.full((1, 3), 131)), ("input_ids", torch.full((1, 3), -1)), ("input_ids", torch.zeros(1, 125, dtype=torch.int64)),
            ("eos_token_id", 131), ("eos_token_id", -1), ("eos_token_id", [1, 1.5]), ("eos_token_id", "2"), ("seed", -1), ("seed", 0.5),
-           ("seed", 2**64), ("valid_vocab_size", 0), ("valid_vocab_size", 132)]
+           ("seed", 2**64), ("valid_vocab_size", 0), ("valid_vocab_size", 132), ("min_p", -0.1), ("min_p", 1.1), ("min_p", "0.1"), ("min_p", math.nan),
+           ("repetition_penalty", 0), ("repetition_penalty", -1.0), ("repetition_penalty", math.inf), ("repetition_penalty", None),
+           ("num_return_sequences", 0), ("num_return_sequences", 1.5), ("attention_mask", torch.ones(3, 8)), ("attention_mask", [[1] * 9] * 3),
+           ("attention_mask", torch.ones(9)), ("attention_mask", torch.zeros(3, 9)), ("attention_mask", torch.full((3, 9), 2)),
+           ("attention_mask", torch.tensor([[1] * 8 + [0]] * 3)), ("attention_mask", torch.tensor([[0, 1, 0, 1, 1, 1, 1, 1, 1]] * 3)),
+           ("attention_mask", torch.full((3, 9), math.nan)), ("attention_mask", torch.tensor([[0] * 9, [1] * 9, [1] * 9]))]
 
 
 @pytest.mark.parametrize("name, value", REFUSED, ids=lambda v: v if isinstance(v, str) else repr(v)[:25].replace("\n", ""))
@@ -216,7 +353,7 @@ def test_an_end_token_among_the_padding_rows_is_refused():
         model_of().generate(prompt(), 4, eos_token_id=100, valid_vocab_size=100)
 
 
-@pytest.mark.parametrize("name, value", [("temperature", 0), ("temperature", -1.0), ("top_k", 0), ("top_p", 0.0)])
+@pytest.mark.parametrize("name, value", [("temperature", 0), ("temperature", -1.0), ("top_k", 0), ("top_p", 0.0), ("min_p", 2)])
 def test_filter_logits_refuses(name, value):
     with pytest.raises(ValueError, match=name):
         filter_logits(torch.zeros(1, 4), **{name: value})
