@@ -177,11 +177,11 @@ def test_paired_difference():
 
 
 def test_loss_by_position():
-    mean, count = loss_by_position(MODEL, BYTES, TEXTS, context=14)
+    mean, count = loss_by_position(token_nats(MODEL, BYTES, TEXTS, context=14), 14)
     assert len(mean) == len(count) == 14 and count[0] == 4 and count[1] == 3 and count[13] == 2 and count[12] == 2
     assert math.isclose(mean[0], np.mean([nats_after(ids_of(t)[:1], ids_of(t)[1]) for t in TEXTS if t]), rel_tol=1e-5)
     assert math.isclose(mean[13], np.mean([nats_after(ids_of(t)[:14], ids_of(t)[14]) for t in (TEXTS[2], TEXTS[4])]), rel_tol=1e-5)
-    mean, count = loss_by_position(MODEL, BYTES, ["abc"])
+    mean, count = loss_by_position(token_nats(MODEL, BYTES, ["abc"]), 24)
     assert count[3] == 0 and np.isnan(mean[3]) and len(mean) == 24
 
 
@@ -444,7 +444,7 @@ def test_the_command(tmp_path, capsys):
     assert math.isclose(found["bits_per_byte"], expected.bits_per_byte, rel_tol=1e-6) and found["documents"] == len(held) < 60
     assert found["bytes"] == sum(len(t.encode()) for t in held) and found["pairs"]["all"]["total"] == 96
     assert [(b["first"], b["last"]) for b in found["loss_by_position"]] == [(0, 0), (1, 2), (3, 6), (7, 11)]
-    mean, _ = loss_by_position(MODEL, BYTES, held, context=12)
+    mean, _ = loss_by_position(token_nats(MODEL, BYTES, held, context=12), 12)
     assert math.isclose(found["loss_by_position"][2]["loss"], mean[3:7].mean(), rel_tol=1e-6)
     assert written["settings"]["context"] == 12 and set(written["baselines"]) == {"xz", "xz after the rest", "5-gram"}
     assert written["baselines"]["5-gram"]["bits_per_byte"] < 2 < found["bits_per_byte"]
