@@ -17,7 +17,6 @@ from .chat import open_model
 from .checkpoint import consolidate, save_checkpoint
 from .data import is_held_out, read_jsonl, stdlib_documents, wiki_documents, write_jsonl
 from .generate import complete
-from .chat import open_model
 from .hf import save_pretrained
 from .monitor import documents_of_step
 from .tokenizer import QWEN_SPECIAL_TOKENS, TiktokenTokenizer, train_bpe
