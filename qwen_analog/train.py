@@ -33,6 +33,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from .checkpoint import Checkpointer, CheckpointError, latest_checkpoint, load_model, read_state, restore_checkpoint
@@ -188,7 +189,8 @@ def train_step(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], bl
     for optimizer in optimizers:
         if finite:
             optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        # DDP's gradients are its buckets, which stay: letting go of them would make new ones beside
+        optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
     return nats / targets, grad_norm, finite
 
 # %% ../chapters/19_pretraining.ipynb #3f95439a
@@ -215,13 +217,14 @@ def evaluate(model: nn.Module, blocks: PackedBlocks, config: TrainConfig, proces
 # %% ../chapters/19_pretraining.ipynb #ccc22d84
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """While open, SIGTERM and SIGINT only set what the yielded function returns; a second one acts as usual."""
+    """While open, SIGTERM and SIGINT only set what the yielded function returns; another one, two seconds later or more, acts as usual."""
     received = []
 
     def handler(number, frame):
-        received.append(number)
-        for each, previous in old.items():
-            signal.signal(each, previous)
+        received.append(time.monotonic())
+        if received[-1] - received[0] > 2:
+            signal.signal(number, old[number])
+            os.kill(os.getpid(), number)
 
     old = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -177,7 +177,7 @@ def test_the_batch_script_is_valid_and_its_flags_exist(tmp_path):
     assert {"--nnodes=2", "--nproc-per-node=4", "--rdzv-backend=c10d", "--rdzv-endpoint=n1:21234", "--rdzv-id=41234"} <= set(given[:cut])
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    known = {flag for action in parser._actions for flag in action.option_strings} | {"--strategy"}
+    known = {flag for action in parser._actions for flag in action.option_strings}
     assert {word for word in given[cut:] if word.startswith("--")} <= known and "my data.jsonl" in given
     assert not (tmp_path / "queued").exists()
 
