@@ -212,8 +212,8 @@ def memory_ledger(config: QwenConfig, *, precision: str = "bf16", optimizer: str
     first's gradients are there. `strategy`: "ddp", "fsdp" or "hsdp", with `shards` GPUs sharing a model and `replicas` such groups.
     Inference reads `batch_size` prompts of `sequence_length` tokens into a KV cache of that length; its weights are of the computing type.
 
-    Not in it: the CUDA context (about half a GB), the allocator's gaps, workspaces inside kernels. ValueError for an unknown name
-    and for a count below 1.
+    Not in it: the CUDA context (about half a GB), the allocator's gaps, workspaces inside kernels, temporaries of the optimizer's
+    step. ValueError for an unknown name and for a count below 1.
     """
     known = {"precision": ("fp32", "bf16", "bf16-pure"), "optimizer": ("adamw", "adamw-bf16", "muon", None),
              "recompute": RECOMPUTE, "strategy": ("ddp", "fsdp", "hsdp")}

@@ -151,6 +151,20 @@ def test_what_a_block_keeps_is_what_is_listed(precision, documents):
     assert sum(sizes.values()) == sum(saved_activations(NARROW, 2, 48, precision=precision, document_masks=documents).values())
 
 
+@pytest.mark.parametrize("mode", RECOMPUTE)
+def test_a_block_more_keeps_what_the_mode_keeps(mode):
+    held = []
+    for layers in (1, 2):
+        model = QwenForCausalLM(QwenConfig.from_dict({**NARROW.to_dict(), "num_hidden_layers": layers}))
+        set_activation_checkpointing(model, mode)
+        ids, documents = batch(NARROW, 2, 48)
+        with StorageTracker(parameters=model.parameters()) as tracker:
+            loss = model(ids, ids, document_ids=documents)
+            held.append(tracker.timeline()[-1]["other"])
+        del loss
+    assert held[1] - held[0] == sum(saved_activations(NARROW, 2, 48, precision="fp32", recompute=mode).values())
+
+
 def test_muon_and_bfloat16_moments():
     model = QwenForCausalLM(NARROW)
     got = measured(model, build_optimizers(model, 1e-3, kind="muon"), 2, 64, "fp32")
