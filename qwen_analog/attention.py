@@ -48,5 +48,8 @@ class GQAttention(nn.Module):
         # is_causal aligns its triangle top-left: right only where no earlier keys came from a cache
         if mask is None and 1 < T < S:
             mask = causal_mask(T, S, device=x.device)
+        if mask is not None and q.is_cuda:
+            # no fused CUDA kernel takes a mask and shared heads together, and the one that does holds all scores
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))       # [B, K, S, h] -> [B, H, S, h]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T == S, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))            # [B, H, T, h] -> [B, T, H h] -> [B, T, D]

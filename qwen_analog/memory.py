@@ -212,8 +212,8 @@ def memory_ledger(config: QwenConfig, *, precision: str = "bf16", optimizer: str
     first's gradients are there. `strategy`: "ddp", "fsdp" or "hsdp", with `shards` GPUs sharing a model and `replicas` such groups.
     Inference reads `batch_size` prompts of `sequence_length` tokens into a KV cache of that length; its weights are of the computing type.
 
-    Not in it: the CUDA context (about half a GB), the allocator's gaps, workspaces inside kernels, temporaries of the optimizer's
-    step. ValueError for an unknown name and for a count below 1.
+    Not in it: the CUDA context (about half a GB), the allocator's gaps, workspaces inside kernels, and what an optimizer's step
+    takes, but for the float32 pieces of "adamw-bf16". ValueError for an unknown name and for a count below 1.
     """
     known = {"precision": ("fp32", "bf16", "bf16-pure"), "optimizer": ("adamw", "adamw-bf16", "muon", None),
              "recompute": RECOMPUTE, "strategy": ("ddp", "fsdp", "hsdp")}
@@ -297,7 +297,7 @@ def _training_moments(config: QwenConfig, precision: str, optimizer: str, recomp
     updating = 29 * min(_PIECE, max(V * D, D * F) // shards) if optimizer == "adamw-bf16" else 0
     return [
         MemoryLedger(**static, gradients=gradients, activations=updating, moment="the optimizer's step"),
-        MemoryLedger(**static, gradients=earlier + V * D * 4, activations=L * (sum(kept.values()) + copies) + around + N * D * stream,
+        MemoryLedger(**static, gradients=earlier + V * D * 4, activations=L * per_block + around + N * D * stream,
                      logits=N * D * stream + chunk + V * D * c * autocast, communication=wire, moment="the loss"),
         MemoryLedger(**static, gradients=earlier + 2 * head, activations=L * per_block + around, logits=2 * N * D * stream,
                      communication=wire, moment="the loss's backward pass"),

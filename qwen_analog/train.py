@@ -154,7 +154,8 @@ def forward_loss(model: nn.Module, blocks: Sequence[Block], config: TrainConfig,
     batch = {name: value.to(device, non_blocking=True) for name, value in collate(blocks).items()}
     if not config.isolate_documents:
         del batch["document_ids"]
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+    # its cache would hold rounded copies of all weights until the forward pass ends
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16", cache_enabled=False):
         return model(**batch, reduction="sum", z_loss=config.z_loss if model.training else 0.0)
 
 # %% ../chapters/19_pretraining.ipynb #52d38a68

@@ -45,7 +45,7 @@ def train(model, call, processes, accumulation=1, kind="adamw", precision="fp32"
         size = len(mine["targets"]) // accumulation
         for i in range(accumulation):
             with gradient_sync(call, i == accumulation - 1 and mutant != "never synchronised"), \
-                 torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                 torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
                 loss = call(**{name: value[i * size : (i + 1) * size] for name, value in mine.items()}, reduction="sum")
                 scale = 1 / real if mutant == "mean of each process" else processes.world_size / targets
                 (loss * scale).backward()

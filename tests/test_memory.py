@@ -28,7 +28,7 @@ def batch(config, B, T):
 
 
 def backward(model, ids, documents, precision):
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
         loss = model(ids, ids, document_ids=documents)
     loss.backward()
 
@@ -143,7 +143,7 @@ def test_what_a_block_keeps_is_what_is_listed(precision, documents):
     for layer in layers:
         layer.register_forward_pre_hook(lambda *_: marks.append(len(saved)))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t), \
-            torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
         model(ids, ids, document_ids=document_ids if documents else None)
     weights = {p.numel() for p in layers[1].parameters()}
     cos = NARROW.head_dim * 48 * (2 if documents else 1)
