@@ -294,7 +294,7 @@ def _training_moments(config: QwenConfig, precision: str, optimizer: str, recomp
     # FSDP: what lies outside the blocks, gathered for the whole pass; this block and the next; what is being reduced, in float32
     wire, gathered, reducing = root * c * sharded, 2 * block * c * sharded, 4 * block * sharded
     # AdamWBf16's float32 copies of a piece and what rounding them takes; the others update in place
-    updating = 29 * min(_PIECE, max(V * D, D * F) // shards) if optimizer == "adamw-bf16" else 0
+    updating = (31 if w == 2 else 23) * min(_PIECE, max(V * D, D * F) // shards) if optimizer == "adamw-bf16" else 0
     return [
         MemoryLedger(**static, gradients=gradients, activations=updating, moment="the optimizer's step"),
         MemoryLedger(**static, gradients=earlier + V * D * 4, activations=L * per_block + around + N * D * stream,
