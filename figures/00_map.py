@@ -53,14 +53,16 @@ box(8.95, 6.9, "configuration", "8", 2.6, face=SIDE)
 arrow((8.93, 7.25), (8.7, 7.25))
 ax.text(1.6, 12.05, "training", ha="center", va="center", fontsize=11, fontweight="bold")
 ax.text(10.25, 12.05, "use", ha="center", va="center", fontsize=11, fontweight="bold")
-for y, text, chapter in ((1.2, "data", "2"), (10.6, "loss", "10"), (9.3, "optimizer", "11"), (8.0, "checkpoints", "14"), (6.7, "pretraining", "19")):
+for y, text, chapter in ((1.2, "data", "2"), (10.6, "loss", "10"), (9.4, "optimizer", "11"), (8.2, "memory, GPUs", "12, 13"),
+                         (7.0, "checkpoints", "14"), (5.8, "watching", "18"), (4.6, "pretraining", "19")):
     box(0.3, y, text, chapter, 2.6, face=SIDE)
-for y, text, chapter in ((10.6, "generation", "15"), (9.3, "commands", "20")):
+for y, text, chapter in ((10.6, "generation", "15"), (9.6, "real weights", "16"), (8.6, "evaluation", "17"), (3.1, "commands", "20")):
     box(8.95, y, text, chapter, 2.6, face=SIDE)
 arrow((4.28, 1.55), (2.95, 1.55))
 arrow((4.28, 10.95), (2.95, 10.95))
 arrow((7.72, 10.95), (8.93, 10.95))
-for y in (10.58, 9.28, 7.98):
-    arrow((1.6, y), (1.6, y - 0.56))
-arrow((10.25, 10.58), (10.25, 10.02))
+for y in (10.58, 9.38, 8.18, 6.98, 5.78):
+    arrow((1.6, y), (1.6, y - 0.46))
+for y in (10.58, 9.58):
+    arrow((10.25, y), (10.25, y - 0.26))
 figure.savefig(HERE / "00_map.svg", metadata={"Date": None})
