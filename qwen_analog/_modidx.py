@@ -354,6 +354,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'qwen_analog/search.py'),
                                     'qwen_analog.search.PrefixCache.tokens': ('search.html#prefixcache.tokens', 'qwen_analog/search.py'),
                                     'qwen_analog.search.Speculation': ('search.html#speculation', 'qwen_analog/search.py'),
+                                    'qwen_analog.search._check_one_prompt': ('search.html#_check_one_prompt', 'qwen_analog/search.py'),
+                                    'qwen_analog.search._read': ('search.html#_read', 'qwen_analog/search.py'),
                                     'qwen_analog.search.beam_search': ('search.html#beam_search', 'qwen_analog/search.py'),
                                     'qwen_analog.search.speculate': ('search.html#speculate', 'qwen_analog/search.py')},
             'qwen_analog.tokenizer': { 'qwen_analog.tokenizer.HFTokenizer': ('tokenizer.html#hftokenizer', 'qwen_analog/tokenizer.py'),

@@ -16,6 +16,21 @@ from .generate import _check_arguments, _check_sampling, _check_whole, _choose, 
 from .kv_cache import KVCache
 from .model import QwenForCausalLM
 
+
+def _check_one_prompt(model: QwenForCausalLM, input_ids: torch.Tensor, *others) -> None:
+    _check_arguments(model, input_ids, *others)
+    if len(input_ids) != 1:
+        raise ValueError(f"input_ids must be one prompt, [1, T], not {list(input_ids.shape)}")
+
+
+def _read(model: QwenForCausalLM, ids: list[list[int]], cache: KVCache, last: int = 1) -> torch.Tensor:
+    """Read `ids` [B, T] behind what `cache` holds: the logits of the `last` last positions, [B, last, V] float32."""
+    with _evaluating(list(model.modules())):
+        logits = model(torch.tensor(ids, device=model.lm_head.weight.device), cache=cache, logits_to_keep=last).float()
+    if not logits.amax(-1).isfinite().all():
+        raise ValueError("the logits are not finite")
+    return logits
+
 # %% ../chapters/15b_search.ipynb #5d606147
 class Beam(NamedTuple):
     """A finished continuation: `tokens` [T + n], the prompt included, and its log-probability divided by n ** length_penalty."""
@@ -36,26 +51,22 @@ def beam_search(model: QwenForCausalLM, input_ids: torch.Tensor, max_new_tokens:
     `generate(num_beams=...)` with these settings. Raises ValueError naming the argument that is wrong.
     """
     eos_ids = _list_of_ids(eos_token_id)
-    _check_arguments(model, input_ids, max_new_tokens, eos_ids, None, valid_vocab_size)
-    candidates = num_beams * max(2, 1 + len(eos_ids)) if isinstance(num_beams, int) else 0
-    _check_whole("num_beams", num_beams, 1, model.config.vocab_size // max(2, 1 + len(eos_ids)))
+    _check_one_prompt(model, input_ids, max_new_tokens, eos_ids, None, valid_vocab_size)
+    _check_whole("max_new_tokens", max_new_tokens, 1)
+    spare = max(2, 1 + len(eos_ids))                               # candidates for each beam: all but one may end here
+    _check_whole("num_beams", num_beams, 1, (valid_vocab_size or model.config.vocab_size) // spare)
     _check_whole("num_return_sequences", num_return_sequences, 1, num_beams)
-    if len(input_ids) != 1:
-        raise ValueError(f"input_ids must be one prompt, [1, T], not {list(input_ids.shape)}")
     prompt, device = input_ids[0].tolist(), model.lm_head.weight.device
     cache = model.new_cache(1, len(prompt) + max_new_tokens)
     running: list[tuple[float, list[int]]] = [(0.0, [])]           # (log-probability, new tokens), best first
     finished: list[tuple[float, list[int]]] = []                   # (score, new tokens), best first
-    unread = input_ids
+    unread = [prompt]
     for n in range(1, max_new_tokens + 1):
-        with _evaluating(list(model.modules())):
-            logits = model(unread, cache=cache, logits_to_keep=1)[:, -1].float()                       # [beams, V]
-        scores = logits.log_softmax(-1) + torch.tensor([score for score, _ in running], device=device)[:, None]
-        if valid_vocab_size is not None:
-            scores[:, valid_vocab_size:] = -torch.inf
-        best, places = scores.flatten().topk(min(candidates, scores.numel()))                           # of [beams * V]
-        rows = (places // scores.shape[1]).tolist()
-        grown = [(score, [*running[row][1], token], row) for score, row, token in zip(best.tolist(), rows, (places % scores.shape[1]).tolist())]
+        logprobs = _read(model, unread, cache)[:, -1].log_softmax(-1)[:, :valid_vocab_size]              # [beams, V]
+        scores = logprobs + torch.tensor([score for score, _ in running], device=device)[:, None]
+        best, places = scores.flatten().topk(spare * num_beams)                                         # of [beams * V]
+        rows, new = (places // scores.shape[1]).tolist(), (places % scores.shape[1]).tolist()
+        grown = [(score, [*running[row][1], token], row) for score, row, token in zip(best.tolist(), rows, new)]
         full = len(finished) == num_beams
         for score, tokens, _ in grown[:num_beams]:                 # the others only stand in for those that end here
             if (tokens[-1] in eos_ids or n == max_new_tokens) and not (early_stopping and full):
@@ -67,7 +78,7 @@ def beam_search(model: QwenForCausalLM, input_ids: torch.Tensor, max_new_tokens:
         running = [(score, tokens) for score, tokens, _ in kept]
         origin = torch.tensor([row for *_, row in kept], device=device)
         cache.keys, cache.values = cache.keys.index_select(1, origin), cache.values.index_select(1, origin)
-        unread = torch.tensor([[tokens[-1]] for _, tokens in running], device=device)
+        unread = [[tokens[-1]] for _, tokens in running]
     return [Beam(torch.tensor([*prompt, *tokens], device=device), score) for score, tokens in finished[:num_return_sequences]]
 
 # %% ../chapters/15b_search.ipynb #9a6afcc4
@@ -93,23 +104,19 @@ def speculate(model: QwenForCausalLM, draft: QwenForCausalLM, input_ids: torch.T
     """
     eos_ids = _list_of_ids(eos_token_id)
     _check_sampling(temperature, top_k, top_p, min_p)
-    _check_arguments(model, input_ids, max_new_tokens, eos_ids, seed, valid_vocab_size)
     _check_whole("draft_tokens", draft_tokens, 1)
-    if len(input_ids) != 1:
-        raise ValueError(f"input_ids must be one prompt, [1, T], not {list(input_ids.shape)}")
     if draft.config.vocab_size != model.config.vocab_size:
         raise ValueError(f"draft has a vocabulary of {draft.config.vocab_size}, not of {model.config.vocab_size}: their tokens must be the same")
+    for each in (model, draft):
+        _check_one_prompt(each, input_ids, max_new_tokens, eos_ids, seed, valid_vocab_size)
     tokens, device = input_ids[0].tolist(), model.lm_head.weight.device
     end = len(tokens) + max_new_tokens
-    generator = torch.Generator(device)
-    generator.seed() if seed is None else generator.manual_seed(seed)
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     cache, draft_cache = model.new_cache(1, end + 1), draft.new_cache(1, end + 1)
 
     def distributions(which: QwenForCausalLM, cache: KVCache, ids: list[int], last: int) -> torch.Tensor:
         """After each of the `last` last tokens of `ids` the distribution of the next, [last, V]; what the cache holds is not read again."""
-        unread = torch.tensor([ids[cache.length :]], device=device)
-        with _evaluating(list(which.modules())):
-            logits = which(unread, cache=cache, logits_to_keep=last)[0, :, :valid_vocab_size].float()
+        logits = _read(which, [ids[cache.length :]], cache, last)[0, :, :valid_vocab_size]
         if temperature == 0:
             return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
         return filter_logits(logits, temperature, top_k, top_p, min_p).softmax(-1)
@@ -167,10 +174,11 @@ class PrefixCache:
 
     def _keep(self, ids: list[int], cache: KVCache) -> None:
         ids = tuple(ids[: cache.length])
+        if len(ids) > self.max_tokens or any(held[: len(ids)] == ids for held in self._held):
+            return
         for held in [held for held in self._held if held == ids[: len(held)]]:                          # what it begins with is in it
             del self._held[held]
-        if len(ids) <= self.max_tokens:
-            self._held[ids] = tuple(x[:, :, :, : len(ids)].clone() for x in (cache.keys, cache.values))
+        self._held[ids] = tuple(x[:, :, :, : len(ids)].clone() for x in (cache.keys, cache.values))
         while self.tokens > self.max_tokens:
             self._held.popitem(last=False)
 
@@ -181,9 +189,7 @@ class PrefixCache:
         """As `generate` for one prompt [1, T]: the tokens [1, T + n], and how many of the prompt's were not read again."""
         eos_ids = _list_of_ids(eos_token_id)
         _check_sampling(temperature, top_k, top_p, min_p)
-        _check_arguments(self.model, input_ids, max_new_tokens, eos_ids, seed, valid_vocab_size)
-        if len(input_ids) != 1:
-            raise ValueError(f"input_ids must be one prompt, [1, T], not {list(input_ids.shape)}")
+        _check_one_prompt(self.model, input_ids, max_new_tokens, eos_ids, seed, valid_vocab_size)
         tokens, device = input_ids[0].tolist(), self.model.lm_head.weight.device
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         known, held = self._longest(tokens)
@@ -194,9 +200,7 @@ class PrefixCache:
                 whole[:, :, :, :known] = part[:, :, :, :known]
             cache.lengths = [known] * len(cache.lengths)
         for _ in range(max_new_tokens):
-            unread = torch.tensor([tokens[cache.length :]], device=device)
-            with _evaluating(list(self.model.modules())):
-                logits = self.model(unread, cache=cache, logits_to_keep=1)[:, -1, :valid_vocab_size].float()
+            logits = _read(self.model, [tokens[cache.length :]], cache)[:, -1, :valid_vocab_size]
             tokens.append(_choose(logits, temperature, top_k, top_p, min_p, generator).item())
             if tokens[-1] in eos_ids:
                 break

@@ -64,7 +64,7 @@ def test_a_beam_finds_what_greedy_misses_and_all_beams_find_the_best():
     first = model(PROMPT)[0, -1].log_softmax(-1)
     pairs = torch.stack([first[a] + model(torch.cat((PROMPT, torch.tensor([[a]])), 1))[0, -1].log_softmax(-1) for a in range(24)])
     assert best.score * 2 == pytest.approx(pairs.max().item(), abs=1e-4)
-    assert best.score >= beam_search(model, PROMPT, 2, num_beams=1)[0].score
+    assert best.score >= beam_search(model, PROMPT, 2, num_beams=1)[0].score - 1e-5
 
 
 def chi_squared(counts, p):
@@ -156,12 +156,51 @@ def test_the_oldest_prefix_goes_first():
         cache.generate(torch.full((1, 9), start), 2, temperature=0)
     assert cache.tokens <= 25
     assert [cache.generate(torch.full((1, 9), start), 1, temperature=0)[1] for start in (3, 1)] == [8, 0]
-    cache.generate(torch.full((1, 60), 4), 2, temperature=0)      # longer than all room: not held, nothing else lost
+    cache.generate(torch.full((1, 60), 3), 2, temperature=0)      # longer than all room: not held, nothing else lost, not even what it begins with
     assert cache.generate(torch.full((1, 9), 3), 1, temperature=0)[1] == 8
+
+
+def test_what_is_in_a_held_sequence_is_not_held_twice():
+    cache = PrefixCache(tiny())
+    cache.generate(PROMPT, 9, temperature=0)
+    held = cache.tokens
+    cache.generate(PROMPT, 4, temperature=0)
+    assert cache.tokens == held == PROMPT.shape[1] + 8
+    longer = cache.generate(PROMPT, 12, temperature=0)[0]
+    assert cache.tokens == longer.shape[1] - 1
+
+
+def test_ids_of_padding_are_in_no_beam():
+    """As many beams as the valid ids allow: at the first step all of them are candidates."""
+    beams = beam_search(tiny(), PROMPT, 1, num_beams=4, num_return_sequences=4, valid_vocab_size=8)
+    assert all(beam.tokens[-1] < 8 and beam.score > -math.inf for beam in beams) and len(beams) == 4
+    with pytest.raises(ValueError, match="num_beams"):
+        beam_search(tiny(), PROMPT, 1, num_beams=5, valid_vocab_size=8)
+
+
+def test_without_a_seed_speculation_draws_from_torchs_own_numbers():
+    model, draft = tiny(0), tiny(5, layers=1)
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        drawn.append(speculate(model, draft, PROMPT, 20).tokens)
+    assert torch.equal(*drawn) and not torch.equal(drawn[0], speculate(model, draft, PROMPT, 20).tokens)
+
+
+@pytest.mark.parametrize("search", [lambda m: beam_search(m, PROMPT, 2), lambda m: speculate(m, m, PROMPT, 2, temperature=0),
+                                    lambda m: PrefixCache(m).generate(PROMPT, 2)])
+def test_logits_that_are_not_finite_are_refused(search):
+    model = tiny()
+    with torch.no_grad():
+        model.lm_head.weight[3] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        search(model)
 
 
 @pytest.mark.parametrize("call, message", [
     (lambda m: beam_search(m, PROMPT, 3, num_beams=0), "num_beams"), (lambda m: beam_search(m, PROMPT, 3, num_beams=13), "num_beams"),
+    (lambda m: beam_search(m, PROMPT, 0), "max_new_tokens"), (lambda m: beam_search(m, PROMPT, 3, num_beams=2.0), "num_beams"),
+    (lambda m: speculate(m, QwenForCausalLM(QwenConfig(**{**SHAPE, "max_position_embeddings": 9})), PROMPT, 3), "max_position_embeddings is 9"),
     (lambda m: beam_search(m, PROMPT, 3, num_beams=2, num_return_sequences=3), "num_return_sequences"),
     (lambda m: beam_search(m, PROMPT.repeat(2, 1), 3), "one prompt"), (lambda m: speculate(m, m, PROMPT.repeat(2, 1), 3), "one prompt"),
     (lambda m: speculate(m, m, PROMPT, 3, draft_tokens=0), "draft_tokens"), (lambda m: speculate(m, m, PROMPT, 300), "max_position_embeddings"),
