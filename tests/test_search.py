@@ -1,0 +1,211 @@
+"""Beams against Hugging Face's, speculation against the model's own distribution, prefixes against reading everything."""
+import math
+
+import pytest
+import torch
+from book import scramble_
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from qwen_analog import QwenConfig, QwenForCausalLM
+from qwen_analog import search as module
+from qwen_analog.search import PrefixCache, beam_search, speculate
+
+SHAPE = dict(vocab_size=24, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
+             max_position_embeddings=128, rope_theta=1e4)
+
+
+def tiny(seed=0, layers=2, flat=0.3, vocab_size=24):
+    """A scrambled model; `flat` makes its distributions less sharp."""
+    shape = {**SHAPE, "num_hidden_layers": layers, "vocab_size": vocab_size, "tie_word_embeddings": False}
+    model = scramble_(QwenForCausalLM(QwenConfig(**shape)), seed).eval()
+    with torch.no_grad():
+        model.lm_head.weight *= flat
+    return model
+
+
+def theirs(model):
+    values = model.config.to_dict()
+    rotation = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
+    del values["rope_scaling"], values["attention_bias"]
+    reference = Qwen2ForCausalLM(Qwen2Config(**values, rope_parameters=rotation)).eval()
+    reference.load_state_dict(model.state_dict())
+    reference.generation_config.eos_token_id = None
+    return reference
+
+
+PROMPT = torch.tensor([[3, 1, 4, 1, 5, 7, 2]])
+
+
+@pytest.mark.parametrize("early_stopping", [False, True])
+@pytest.mark.parametrize("length_penalty", [1.0, 0.0, -0.7, 2.0])
+def test_beams_are_hugging_faces(length_penalty, early_stopping):
+    for seed in range(3):
+        model = tiny(seed)
+        reference = theirs(model)
+        for num_beams, eos, steps in ((1, None, 6), (3, None, 9), (4, [7, 11], 20), (5, [0, 1, 2], 12)):
+            expected = reference.generate(PROMPT, num_beams=num_beams, num_return_sequences=num_beams, max_new_tokens=steps, do_sample=False,
+                                          length_penalty=length_penalty, early_stopping=early_stopping, eos_token_id=eos, pad_token_id=0,
+                                          return_dict_in_generate=True, output_scores=True)
+            found = beam_search(model, PROMPT, steps, num_beams=num_beams, num_return_sequences=num_beams, length_penalty=length_penalty,
+                                early_stopping=early_stopping, eos_token_id=eos)
+            if num_beams == 1:                        # of theirs that is greedy search, without a score
+                assert torch.equal(found[0].tokens, expected.sequences[0])
+                continue
+            assert len(found) == num_beams
+            for beam, tokens, score in zip(found, expected.sequences, expected.sequences_scores):
+                assert torch.equal(beam.tokens, tokens[: len(beam.tokens)]) and len(set(tokens[len(beam.tokens) :].tolist())) < 2    # the rest is filling
+                assert beam.score == pytest.approx(score.item(), abs=1e-4)
+
+
+def test_a_beam_finds_what_greedy_misses_and_all_beams_find_the_best():
+    """With as many beams as there are continuations, the search is exhaustive."""
+    model = tiny(1)
+    best = beam_search(model, PROMPT, 2, num_beams=12)[0]
+    first = model(PROMPT)[0, -1].log_softmax(-1)
+    pairs = torch.stack([first[a] + model(torch.cat((PROMPT, torch.tensor([[a]])), 1))[0, -1].log_softmax(-1) for a in range(24)])
+    assert best.score * 2 == pytest.approx(pairs.max().item(), abs=1e-4)
+    assert best.score >= beam_search(model, PROMPT, 2, num_beams=1)[0].score - 1e-5
+
+
+def chi_squared(counts, p):
+    """How unlikely the counts are under p: (statistic - degrees) / sqrt(2 * degrees), about normal. Rare cells are taken together."""
+    order = p.argsort(descending=True)
+    p, counts = p[order], counts[order]
+    many = int((p * counts.sum() > 5).sum())
+    p, counts = (torch.cat((x[:many], x[many:].sum(0, keepdim=True))) for x in (p, counts))
+    statistic = ((counts - p * counts.sum()) ** 2 / (p * counts.sum()).clamp(min=1)).sum().item()
+    degrees = many
+    return (statistic - degrees) / math.sqrt(2 * degrees)
+
+
+def pair_counts(draw, draws):
+    counts = torch.zeros(8, 8)
+    for seed in range(draws):
+        a, b = draw(seed)[0, -2:].tolist()
+        counts[a, b] += 1
+    return counts.flatten()
+
+
+def pair_distribution(model, **options):
+    """Of the first two new tokens, [8 * 8]."""
+    def after(ids):
+        return module.filter_logits(model(ids)[:, -1].float(), options.get("temperature", 1.0), options.get("top_k"), options.get("top_p")).softmax(-1)[0]
+    with torch.no_grad():
+        first = after(PROMPT)
+        return torch.cat([first[a] * after(torch.cat((PROMPT, torch.tensor([[a]])), 1)) for a in range(8)])
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 5}])
+def test_speculation_keeps_the_distribution(options):
+    model, draft = tiny(0, flat=0.6, vocab_size=8), tiny(5, layers=1, flat=0.6, vocab_size=8)
+    p = pair_distribution(model, **options)
+    counts = pair_counts(lambda seed: speculate(model, draft, PROMPT, 2, draft_tokens=3, seed=seed, **options).tokens, 700)
+    assert chi_squared(counts, p) < 4
+    assert chi_squared(pair_counts(lambda seed: draft.generate(PROMPT, 2, seed=seed, **options), 700), p) > 20     # the draft's own would be noticed
+
+
+def test_speculation_without_the_correction_is_noticed(monkeypatch):
+    """The mutant that takes the model's own draw where a proposal was refused."""
+    import inspect
+    source = inspect.getsource(module).replace("(p[i] - q[i]).clamp(min=0)", "p[i]")
+    mutant = type(module)("qwen_analog.mutant")
+    mutant.__package__ = "qwen_analog"
+    exec(source, mutant.__dict__)
+    model, draft = tiny(0, flat=0.6, vocab_size=8), tiny(5, layers=1, flat=0.6, vocab_size=8)
+    counts = pair_counts(lambda seed: mutant.speculate(model, draft, PROMPT, 2, draft_tokens=3, seed=seed).tokens, 700)
+    assert chi_squared(counts, pair_distribution(model)) > 8
+
+
+@pytest.mark.parametrize("draft_tokens", [1, 4, 9])
+def test_greedy_speculation_is_greedy_decoding(draft_tokens):
+    for seed in range(4):
+        model, draft = tiny(seed, flat=1.0), tiny(seed + 9, layers=1)
+        for steps in (0, 1, 2, 25):
+            found = speculate(model, draft, PROMPT, steps, draft_tokens=draft_tokens, temperature=0)
+            assert torch.equal(found.tokens, model.generate(PROMPT, steps, temperature=0))
+        ends = speculate(model, draft, PROMPT, 25, draft_tokens=draft_tokens, temperature=0, eos_token_id=[3, 8]).tokens
+        assert torch.equal(ends, model.generate(PROMPT, 25, temperature=0, eos_token_id=[3, 8]))
+
+
+def test_a_model_that_drafts_for_itself_is_always_believed():
+    model = tiny(2)
+    found = speculate(model, model, PROMPT, 20, draft_tokens=4, seed=1)
+    assert found.accepted == found.proposed and found.passes == 4
+
+
+def test_prefixes_change_nothing_but_the_work():
+    model = tiny(3, flat=1.0)
+    cache = PrefixCache(model, max_tokens=200)
+    system = torch.randint(24, (1, 40), generator=torch.Generator().manual_seed(0))
+    read = []
+    model.model.register_forward_pre_hook(lambda module, args: read.append(args[0].shape[1]))
+    for question in ([1, 2, 3], [1, 2, 9, 4], [5]):
+        ids = torch.cat((system, torch.tensor([question])), 1)
+        read.clear()
+        found, known = cache.generate(ids, 8, temperature=0.8, seed=7)
+        assert sum(read) == ids.shape[1] - known + 7
+        assert torch.equal(found, model.generate(ids, 8, temperature=0.8, seed=7))
+        assert known == {(1, 2, 3): 0, (1, 2, 9, 4): 42, (5,): 40}[tuple(question)]
+    again, known = cache.generate(found[:, :-1], 1, temperature=0)
+    assert known == found.shape[1] - 2 and torch.equal(again, model.generate(found[:, :-1], 1, temperature=0))
+
+
+def test_the_oldest_prefix_goes_first():
+    cache = PrefixCache(tiny(), max_tokens=25)
+    for start in (1, 2, 3):
+        cache.generate(torch.full((1, 9), start), 2, temperature=0)
+    assert cache.tokens <= 25
+    assert [cache.generate(torch.full((1, 9), start), 1, temperature=0)[1] for start in (3, 1)] == [8, 0]
+    cache.generate(torch.full((1, 60), 3), 2, temperature=0)      # longer than all room: not held, nothing else lost, not even what it begins with
+    assert cache.generate(torch.full((1, 9), 3), 1, temperature=0)[1] == 8
+
+
+def test_what_is_in_a_held_sequence_is_not_held_twice():
+    cache = PrefixCache(tiny())
+    cache.generate(PROMPT, 9, temperature=0)
+    held = cache.tokens
+    cache.generate(PROMPT, 4, temperature=0)
+    assert cache.tokens == held == PROMPT.shape[1] + 8
+    longer = cache.generate(PROMPT, 12, temperature=0)[0]
+    assert cache.tokens == longer.shape[1] - 1
+
+
+def test_ids_of_padding_are_in_no_beam():
+    """As many beams as the valid ids allow: at the first step all of them are candidates."""
+    beams = beam_search(tiny(), PROMPT, 1, num_beams=4, num_return_sequences=4, valid_vocab_size=8)
+    assert all(beam.tokens[-1] < 8 and beam.score > -math.inf for beam in beams) and len(beams) == 4
+    with pytest.raises(ValueError, match="num_beams"):
+        beam_search(tiny(), PROMPT, 1, num_beams=5, valid_vocab_size=8)
+
+
+def test_without_a_seed_speculation_draws_from_torchs_own_numbers():
+    model, draft = tiny(0), tiny(5, layers=1)
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        drawn.append(speculate(model, draft, PROMPT, 20).tokens)
+    assert torch.equal(*drawn) and not torch.equal(drawn[0], speculate(model, draft, PROMPT, 20).tokens)
+
+
+@pytest.mark.parametrize("search", [lambda m: beam_search(m, PROMPT, 2), lambda m: speculate(m, m, PROMPT, 2, temperature=0),
+                                    lambda m: PrefixCache(m).generate(PROMPT, 2)])
+def test_logits_that_are_not_finite_are_refused(search):
+    model = tiny()
+    with torch.no_grad():
+        model.lm_head.weight[3] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        search(model)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda m: beam_search(m, PROMPT, 3, num_beams=0), "num_beams"), (lambda m: beam_search(m, PROMPT, 3, num_beams=13), "num_beams"),
+    (lambda m: beam_search(m, PROMPT, 0), "max_new_tokens"), (lambda m: beam_search(m, PROMPT, 3, num_beams=2.0), "num_beams"),
+    (lambda m: speculate(m, QwenForCausalLM(QwenConfig(**{**SHAPE, "max_position_embeddings": 9})), PROMPT, 3), "max_position_embeddings is 9"),
+    (lambda m: beam_search(m, PROMPT, 3, num_beams=2, num_return_sequences=3), "num_return_sequences"),
+    (lambda m: beam_search(m, PROMPT.repeat(2, 1), 3), "one prompt"), (lambda m: speculate(m, m, PROMPT.repeat(2, 1), 3), "one prompt"),
+    (lambda m: speculate(m, m, PROMPT, 3, draft_tokens=0), "draft_tokens"), (lambda m: speculate(m, m, PROMPT, 300), "max_position_embeddings"),
+    (lambda m: speculate(m, QwenForCausalLM(QwenConfig(**{**SHAPE, "vocab_size": 25})), PROMPT, 3), "vocabulary of 25"),
+    (lambda m: PrefixCache(m, 0), "max_tokens"), (lambda m: PrefixCache(m).generate(PROMPT.repeat(2, 1), 3), "one prompt")])
+def test_wrong_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(tiny())
