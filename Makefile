@@ -23,8 +23,8 @@ train: .venv/installed data/wiki/tokenizer.tiktoken
 	$(BIN)/qwen-analog train --config qwen_analog/train_small.json --resume auto
 
 test: .venv/installed lint
-	$(BIN)/python -m pytest tests
-	PYTHONPATH=$(CURDIR)/tests/no_network HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout=300 --timeout=300 chapters
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests
+	PYTHONPATH=$(CURDIR)/tests/no_network HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=300 --timeout=300 chapters
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -34,7 +34,7 @@ def open_model(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[
         return load_gguf(smollm2_path(), dtype)
     if path.suffix == ".gguf":
         return load_gguf(path, dtype)
-    if path.is_file() or (path / "checkpoint.pt").is_file():
+    if path.is_file() or (path / "checkpoint.pt").is_file() or (path / "sharded").is_dir():
         model, tokenizer = load_model(path)
         return model.to(dtype), tokenizer
     return load_pretrained(source, dtype)

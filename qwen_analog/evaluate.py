@@ -21,10 +21,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .checkpoint import load_model
+from .chat import open_model
 from .data import find_files, is_held_out, read_jsonl
 from .generate import stream
-from .hf import load_gguf, load_pretrained, smollm2_path
 from .loss import bits_per_byte
 from .model import QwenForCausalLM
 from .tokenizer import Tokenizer
@@ -413,14 +412,6 @@ def xz_bits_per_byte(text: bytes, before: bytes = b"") -> float:
     return 8 * (size(before + text) - size(before)) / len(text)
 
 # %% ../chapters/17_evaluation.ipynb #ad34d9cc
-def _open(source: str) -> tuple[QwenForCausalLM, Tokenizer]:
-    """A checkpoint of ours, a .gguf file, `smollm2`, or a Hugging Face directory or repository."""
-    path = Path(source)
-    if source == "smollm2" or path.suffix == ".gguf":
-        return load_gguf(smollm2_path() if source == "smollm2" else path)
-    return load_model(path) if path.suffix == ".pt" or (path / "checkpoint.pt").is_file() else load_pretrained(source)
-
-
 def _position_bins(nats: Sequence[np.ndarray], context: int) -> list[dict]:
     """`loss_by_position` in bins that double in width: positions first .. last, mean nats, tokens."""
     mean, count = loss_by_position(nats, min(context, max(map(len, nats))))
@@ -471,7 +462,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"none of the {len(documents)} documents is held out: give more data or a larger --heldout-fraction")
     results, baselines = {}, {}
     for source in arguments.model:
-        model, tokenizer = _open(source)
+        model, tokenizer = open_model(source)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         nats = token_nats(model, tokenizer, texts, context=arguments.context, stride=arguments.stride)
         found = Evaluation.from_tokens(nats, texts)

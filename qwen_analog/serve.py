@@ -28,9 +28,9 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .checkpoint import load_model
+from .chat import open_model
 from .generate import TextStream, filter_logits, penalize_repetition
-from .hf import chat_ids, load_gguf, load_pretrained, smollm2_path
+from .hf import chat_ids
 from .kv_cache import KVCache
 from .model import QwenForCausalLM
 from .tokenizer import Tokenizer
@@ -662,13 +662,6 @@ def build_app(engine: Engine, model_name: str, *, max_body_bytes: int = 1_000_00
     return Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
 
 # %% ../chapters/17b_serving.ipynb #8d0314ac
-def _open(source: str) -> tuple[QwenForCausalLM, Tokenizer]:
-    path = Path(source)
-    if source == "smollm2" or path.suffix == ".gguf":
-        return load_gguf(smollm2_path() if source == "smollm2" else path)
-    return load_model(path) if path.is_file() or (path / "checkpoint.pt").is_file() else load_pretrained(source)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `qwen-analog serve`."""
     parser.add_argument("--model", metavar="SOURCE", help="a checkpoint, a Hugging Face directory, a .gguf file, owner/name on the hub, or smollm2 "
@@ -688,7 +681,7 @@ def run(arguments: argparse.Namespace) -> None:
     except ImportError:
         raise ValueError(_MISSING) from None
     source = arguments.model or ("checkpoints/final" if Path("checkpoints/final").is_dir() else "smollm2")
-    model, tokenizer = _open(source)
+    model, tokenizer = open_model(source)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     engine = Engine(model, tokenizer, max_batch=arguments.max_batch, max_context=arguments.max_context, max_queue=arguments.max_queue)
     name = Path(source).resolve().name if Path(source).exists() else source

@@ -789,7 +789,7 @@ def test_a_model_without_control_tokens():
 
 def test_a_template_and_end_tokens_of_its_own(tmp_path):
     save_pretrained(MODEL, TOKENIZER, tmp_path / "model")
-    model, tokenizer = serve._open(str(tmp_path / "model"))
+    model, tokenizer = serve.open_model(str(tmp_path / "model"))
     tokenizer.tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}"
     ids = [EOS + 1, *TOKENIZER.encode("Hi")]
     expected = alone(Request(ids, 9, temperature=0))
@@ -864,7 +864,7 @@ def test_a_signal_ends_the_command(checkpoint, number):
 def test_sources(checkpoint, name):
     if name == "hf-layout":
         save_pretrained(MODEL, TOKENIZER, checkpoint.parent / name)
-    model, tokenizer = serve._open(str(checkpoint.parent / name))
+    model, tokenizer = serve.open_model(str(checkpoint.parent / name))
     ids = torch.tensor([tokenizer.encode("same")])
     assert torch.equal(model(ids), MODEL(ids)) and tokenizer.encode("same") == TOKENIZER.encode("same")
 
@@ -872,7 +872,7 @@ def test_sources(checkpoint, name):
 @pytest.mark.parametrize("source", ["nowhere", "nowhere.gguf", "owner/no-such-model"])
 def test_sources_that_are_not_there(source):
     with pytest.raises((ValueError, OSError)) as error:
-        serve._open(source)
+        serve.open_model(source)
     assert source in str(error.value) and "\n" not in str(error.value)
 
 
