@@ -18,6 +18,7 @@ from qwen_analog.evaluate import (
     MINIMAL_PAIRS, Evaluation, NGram, _windows, add_arguments, document_nats, evaluate_documents, fit_scaling_law, lm_eval_model,
     loss_by_position, minimal_pair_accuracy, paired_difference, run, token_nats, wilson, xz_bits_per_byte)
 from qwen_analog.generate import generate
+from qwen_analog.hf import save_pretrained
 from qwen_analog.model import QwenForCausalLM
 from qwen_analog.tokenizer import BYTE_ORDER, TiktokenTokenizer, train_bpe
 
@@ -466,3 +467,15 @@ def test_the_command(tmp_path, capsys):
         run(parsed("--data", str(tmp_path / "data.jsonl"), "--heldout-fraction", "0"))
     with pytest.raises(ValueError, match="none of the 60 documents is held out"):
         run(parsed("--data", str(tmp_path / "data.jsonl"), "--heldout-fraction", "1e-9"))
+
+
+def test_the_command_opens_what_holds_a_model(tmp_path, capsys):
+    write_jsonl([{"text": "one text"}, {"text": "and another"}], tmp_path / "data.jsonl")
+    save_checkpoint(tmp_path / "ours", MODEL, BYTES)
+    save_pretrained(MODEL, BYTES, tmp_path / "theirs")
+    sources = [str(tmp_path / "ours"), str(tmp_path / "ours" / "checkpoint.pt"), str(tmp_path / "theirs")]
+    run(parsed("--model", *sources, "--data", str(tmp_path / "data.jsonl"), "--heldout-fraction", "1"))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and len({line.split(": ", 1)[1] for line in lines}) == 1 and "2 documents" in lines[0]
+    with pytest.raises(ValueError, match="nowhere"):
+        run(parsed("--model", "nowhere", "--data", str(tmp_path / "data.jsonl"), "--heldout-fraction", "1"))
