@@ -439,6 +439,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'qwen_analog/plan.py'),
                                   'qwen_analog.plan.Traffic._count': ('plan.html#traffic._count', 'qwen_analog/plan.py'),
                                   'qwen_analog.plan._as_text': ('plan.html#_as_text', 'qwen_analog/plan.py'),
+                                  'qwen_analog.plan._attention_flops': ('plan.html#_attention_flops', 'qwen_analog/plan.py'),
                                   'qwen_analog.plan._changes': ('plan.html#_changes', 'qwen_analog/plan.py'),
                                   'qwen_analog.plan._pretended': ('plan.html#_pretended', 'qwen_analog/plan.py'),
                                   'qwen_analog.plan.add_arguments': ('plan.html#add_arguments', 'qwen_analog/plan.py'),

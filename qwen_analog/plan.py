@@ -9,7 +9,7 @@ __all__ = ['CONTEXT', 'SLACK', 'Traffic', 'Simulation', 'simulate', 'ledger_of',
 # %% ../chapters/19b_plan.ipynb #p1900003
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -67,6 +67,17 @@ class Simulation:
     sent: dict[str, int]
 
 
+def _attention_flops(query: Sequence[int], key: Sequence[int], *_, **__) -> int:
+    """Of the products q k^T and p v, for shapes [B, H, T, h] and [B, K, S, h]."""
+    (B, H, T, h), S = query, key[2]
+    return 4 * B * H * T * S * h
+
+
+# the counter does not know the processor's kernel; backward as chapter 12 counts it, two products for each one
+_FLOPS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+          torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, query, key, *_, **__: 2 * _attention_flops(query, key)}
+
+
 @contextmanager
 def _pretended(world_size: int) -> Iterator[None]:
     """A process group of `world_size` ranks, of which only this one exists."""
@@ -121,7 +132,7 @@ def simulate(config: TrainConfig, world_size: int = 1) -> Simulation:
                     optimizer.zero_grad(set_to_none=True)
 
             tracker = StorageTracker(parameters=weights, gradients=[bucket for bucket in buckets if bucket is not None])
-            counter, passes, update = FlopCounterMode(display=False), Traffic(replicas, tracker), Traffic(replicas, tracker)
+            counter, passes, update = FlopCounterMode(display=False, custom_mapping=_FLOPS), Traffic(replicas, tracker), Traffic(replicas, tracker)
             step(counter)                               # not tracked: the counter itself keeps activations alive
             update.sent.clear()
             with tracker:

@@ -85,7 +85,7 @@ def test_the_cheapest_settings_fit_and_keep_the_step():
 
 def test_a_plan_that_does_not_fit_says_what_does():
     big = settings(model={**MODEL, "vocab_size": 150_000, "hidden_size": 1536, "num_hidden_layers": 2}, micro_batch_size=4, block_size=512, gradient_accumulation_steps=2)
-    tight = module.Gpu(8e9, 1e14, 1e12)
+    tight = module.Gpu(4.5e9, 1e14, 1e12)
     module.GPUS["tight"] = tight
     try:
         plan = report(big, "tight", 1, 0.4, 1e9)
