@@ -30,6 +30,8 @@ def open_model(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[
     the weights that pip brings, or `owner/name` on the hub. Raises ValueError saying what is wrong with it.
     """
     path = Path(source)
+    if not path.exists() and (path.name == "final" or path.name.startswith("step_")):
+        raise ValueError(f"there is no checkpoint at {source}: train one first, or name another model")
     if str(source) == "smollm2":
         return load_gguf(smollm2_path(), dtype)
     if path.suffix == ".gguf":
