@@ -45,7 +45,8 @@ def test_two_real_processes_hold_what_was_planned(tmp_path):
         real = [int((tmp_path / f"peak_{number}_{rank}").read_text()) for rank in range(2)]
         simulated, arithmetic = total(simulate(config, 2)), ledger_of(config, 2).total
         print(f"{name:32} real {real}, simulated {simulated:,}, arithmetic {arithmetic:,}")
-        assert abs(simulated / max(real) - 1) < 0.1 and abs(arithmetic / max(real) - 1) < 0.1, (name, real, simulated, arithmetic)
+        # gloo's threads give a buffer back when they get to it: how much longer a process holds it depends on the machine's load
+        assert abs(simulated / min(real) - 1) < 0.1 and abs(arithmetic / min(real) - 1) < 0.1, (name, real, simulated, arithmetic)
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(gradient_accumulation_steps=5), dict(activation_checkpointing="full")])

@@ -308,7 +308,7 @@ def test_generate_command(capsys):
     assert lines[-1].startswith("12: ab") and lines[-2:] == [lines[-1]] * 2
     assert cli(["generate", "x", "--checkpoint", "nowhere"]) == 2
     assert "there is no directory nowhere" in capsys.readouterr().err
-    assert cli(["generate", "x"]) == 0 and cli(["generate", "x", "--checkpoint", "checkpoints/step_99"]) == 2
+    assert cli(["generate", "x", "--max-new-tokens", "5"]) == 0 and cli(["generate", "x", "--checkpoint", "checkpoints/step_99"]) == 2
     assert "there is no checkpoint at checkpoints/step_99: train one first" in capsys.readouterr().err
 
 
