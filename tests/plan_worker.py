@@ -1,4 +1,4 @@
-"""One process of a real step: prints the bytes that the allocator handed out at the fullest moment of the second step."""
+"""One process of a real step: prints the bytes that the allocator handed out at the fullest moment of the third step."""
 import json
 import sys
 from pathlib import Path
@@ -22,7 +22,8 @@ with Processes() as processes:
         optimizers = build_optimizers(model, 1e-3, kind=config.optimizer)
         ids = torch.zeros(config.block_size, dtype=torch.int64)
         blocks = [Block(ids, ids, ids, [])] * (config.micro_batch_size * config.gradient_accumulation_steps)
-        train_step(wrapped, optimizers, blocks, config, processes)
+        for _ in range(2):                        # DDP arranges its buckets anew in the second step
+            train_step(wrapped, optimizers, blocks, config, processes)
         state = [value for optimizer in optimizers for values in optimizer.state.values() for value in values.values()]
         tensors = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in [*model.parameters(), *state] if isinstance(tensor, torch.Tensor)]
         held = sum(tensor.nbytes for tensor in tensors)
