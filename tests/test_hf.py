@@ -195,8 +195,8 @@ def test_what_is_switched_off_is_accepted(tmp_path, tokenizer_files):
     theirs(tmp_path, tokenizer_files, "qwen2")
     edit(tmp_path, use_sliding_window=True, sliding_window=16, max_window_layers=3, quantization_config=None, layer_types=None)
     load_pretrained(tmp_path)
-    edit(tmp_path, use_sliding_window=False, sliding_window=16, max_window_layers=0, rope_parameters=None, rope_scaling=None)
-    load_pretrained(tmp_path)
+    edit(tmp_path, use_sliding_window=False, sliding_window=16, max_window_layers=0, rope_parameters=None, rope_scaling=None, tie_word_embeddings="delete")
+    assert not load_pretrained(tmp_path)[0].config.tie_word_embeddings
 
 
 @pytest.mark.parametrize("name, message", [("attention_bias", r"attention_bias: true \(a bias on o_proj\) is not supported"), ("mlp_bias", "mlp_bias: true")])
