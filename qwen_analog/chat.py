@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['HELP', 'open_model', 'Chat', 'add_arguments', 'run']
 
-# %% ../chapters/16b_chat.ipynb #c3b71c1a
+# %% ../chapters/16b_chat.ipynb #966753c9
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -164,7 +165,7 @@ class Chat:
         self.reset()
         self.system, self.messages = system, messages
 
-# %% ../chapters/16b_chat.ipynb #69358a7a
+# %% ../chapters/16b_chat.ipynb #575ceece
 HELP = """/reset        forget the conversation
 /system TEXT  begin anew with TEXT as the system prompt
 /save FILE    write the conversation to FILE (JSON)
@@ -206,6 +207,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Talk to a model in the terminal. A model that was not trained for conversations continues what is typed."""
+    with contextlib.suppress(ImportError):      # line editing and history, where the system has them
+        import readline  # noqa: F401
     source = arguments.model or ("checkpoints/final" if Path("checkpoints/final").is_dir() else "smollm2")
     model, tokenizer = open_model(source)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -220,6 +223,7 @@ def run(arguments: argparse.Namespace) -> None:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
+            print()
             return
         except KeyboardInterrupt:
             print("\n(/exit or Ctrl-D ends)")

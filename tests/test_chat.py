@@ -116,9 +116,15 @@ def test_a_full_context_forgets_the_oldest_turns():
         said = "".join(chat.reply(f"Turn {turn}"))
         given = [{"role": "system", "content": "S"}, *before[chat.forgotten:], {"role": "user", "content": f"Turn {turn}"}]
         assert len(chat_ids(TOKENIZER, given)) <= 150 and said == answer(model, given, 50, **GREEDY)
+        assert chat.forgotten % 2 == 0
         if chat.forgotten > forgotten:
-            assert len(chat_ids(TOKENIZER, [given[0], *before[chat.forgotten - 2:], given[-1]])) > 75
+            assert len(chat_ids(TOKENIZER, given)) <= 75 < len(chat_ids(TOKENIZER, [given[0], *before[chat.forgotten - 2:], given[-1]]))
     assert chat.forgotten > 2 and chat.forgotten % 2 == 0 and len(chat.messages) == 24
+    long_questions = Chat(model, TOKENIZER, "S", max_new_tokens=1, **GREEDY)
+    for turn in range(6):
+        list(long_questions.reply("The cat sat on the mat. " * (turn + 2)))
+        assert long_questions.forgotten % 2 == 0
+    assert long_questions.forgotten
     with pytest.raises(ValueError, match="^the message makes a prompt of .* tokens; there is room for 150: send it in parts$"):
         chat.reply("x y " * 200)
     assert len(chat.messages) == 24
@@ -226,6 +232,18 @@ def test_terminal_interrupts(monkeypatch, capsys, directory):
     assert answer(model, [hello, {"role": "assistant", "content": said}, {"role": "user", "content": "again"}], **GREEDY) + "\n" in out
 
 
+def test_an_interrupt_while_a_piece_is_printed(monkeypatch, capsys, tmp_path, directory):
+    printed = []
+
+    def interrupted(*texts, **options):
+        printed.append(texts)
+        if len(printed) == 3:              # the greeting, a piece, a piece
+            raise KeyboardInterrupt
+    monkeypatch.setattr(chat_module, "print", interrupted, raising=False)
+    terminal(monkeypatch, capsys, directory, f"Hello\n/save {tmp_path / 'c.json'}\n")
+    assert json.loads((tmp_path / "c.json").read_text())[1]["content"] == printed[1][0] + printed[2][0] and printed[3] == (" (stopped)",)
+
+
 def test_terminal_says_what_it_forgets_and_what_is_too_long(monkeypatch, capsys, tmp_path):
     directory = save_pretrained(small(context=200), TOKENIZER, tmp_path / "short")
     out = terminal(monkeypatch, capsys, directory, "".join(f"The number {i}\n" for i in range(8)) + "x y " * 200 + "\n", "--system", "S")
@@ -256,4 +274,4 @@ def test_pipe(directory):
             f"run(p.parse_args(['--model', {str(directory)!r}, '--temperature', '0', '--max-new-tokens', '8']))")
     result = subprocess.run([sys.executable, "-c", code], input="Hello\n", capture_output=True, text=True, check=True)
     lines = result.stdout.split("\n", 1)
-    assert lines[0].startswith("A conversation with") and lines[1] == answer(small(), [{"role": "user", "content": "Hello"}], **GREEDY) + "\n"
+    assert lines[0].startswith("A conversation with") and lines[1] == answer(small(), [{"role": "user", "content": "Hello"}], **GREEDY) + "\n\n"

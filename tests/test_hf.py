@@ -195,8 +195,8 @@ def test_what_is_switched_off_is_accepted(tmp_path, tokenizer_files):
     theirs(tmp_path, tokenizer_files, "qwen2")
     edit(tmp_path, use_sliding_window=True, sliding_window=16, max_window_layers=3, quantization_config=None, layer_types=None)
     load_pretrained(tmp_path)
-    edit(tmp_path, use_sliding_window=False, sliding_window=16, max_window_layers=0, rope_parameters=None, rope_scaling=None)
-    load_pretrained(tmp_path)
+    edit(tmp_path, use_sliding_window=False, sliding_window=16, max_window_layers=0, rope_parameters=None, rope_scaling=None, tie_word_embeddings="delete")
+    assert not load_pretrained(tmp_path)[0].config.tie_word_embeddings
 
 
 @pytest.mark.parametrize("name, message", [("attention_bias", r"attention_bias: true \(a bias on o_proj\) is not supported"), ("mlp_bias", "mlp_bias: true")])
@@ -520,6 +520,21 @@ def test_smollm2_answers(smollm2):
     assert tokenizer.decode(written) == "The capital of France is Paris.<|im_end|>"
     # digits are split one by one before blanks are: llama.cpp's smollm, not its gpt-2
     assert [tokenizer.decode([i]) for i in tokenizer.encode("a   12")] == ["a", "   ", "1", "2"]
+
+
+def test_smollm2s_tokenizer_is_exported(smollm2, tmp_path):
+    _, tokenizer = smollm2
+    model = small(attention_bias=False, vocab_size=49152)
+    model.generation_config = {"eos_token_id": [2]}
+    directory = save_pretrained(model, tokenizer, tmp_path / "llama")
+    auto, (again, loaded) = AutoTokenizer.from_pretrained(directory), load_pretrained(directory)
+    for text in [*TEXTS, "a   12"]:
+        assert auto(text, add_special_tokens=False, split_special_tokens=True).input_ids == loaded.encode(text) == tokenizer.encode(text)
+    assert chat_ids(loaded, FRANCE) == chat_ids(tokenizer, FRANCE) and has_chat_format(again, loaded)
+    # beside a Qwen2 config.json, transformers would give it Qwen2's split
+    with pytest.raises(ValueError, match="a Qwen2 model needs a tokenizer of Qwen2's form"):
+        save_pretrained(small(vocab_size=49152), tokenizer, tmp_path / "qwen2")
+    assert [path.name for path in tmp_path.iterdir()] == ["llama"]
 
 
 def test_smollm2_path(monkeypatch, tmp_path):
