@@ -14,7 +14,6 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -297,14 +296,13 @@ def _check_rope(values: dict, where: Path) -> tuple[float, dict | None]:
     parameters = values.get("rope_parameters") or {"rope_theta": values.get("rope_theta", 10000.0), **(values.get("rope_scaling") or {})}
     theta = parameters.get("rope_theta", values.get("rope_theta", 10000.0))
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    scaling = {name: value for name, value in parameters.items() if name != "rope_theta"}
     if values.get("partial_rotary_factor", parameters.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ValueError(f"{where}: partial_rotary_factor is not supported, all of a head is rotated here")
     if kind == "default":
         return theta, None
-    if "rope_scaling" not in {f.name for f in fields(QwenConfig)}:
+    if kind != "yarn":
         raise ValueError(f"{where}: rope_scaling of type {kind!r} is not supported")
-    return theta, scaling
+    return theta, {"rope_type": kind, **{name: value for name, value in parameters.items() if name not in ("rope_theta", "rope_type", "type")}}
 
 
 def _read_config(values: dict, where: Path) -> QwenConfig:
@@ -329,12 +327,15 @@ def _read_config(values: dict, where: Path) -> QwenConfig:
             raise ValueError(f"{where}: {name} is missing")
     theta, scaling = _check_rope(values, where)
     try:
-        return QwenConfig(**{name: values[name] for name in shared}, rope_theta=theta, attention_bias=kind == "qwen2",
+        config = QwenConfig(**{name: values[name] for name in shared}, rope_theta=theta, attention_bias=kind == "qwen2",
                           num_key_value_heads=values.get("num_key_value_heads") or values["num_attention_heads"],
                           head_dim=values.get("head_dim"), tie_word_embeddings=values.get("tie_word_embeddings", False),
-                          initializer_range=values.get("initializer_range", 0.02), **({"rope_scaling": scaling} if scaling else {}))
+                          initializer_range=values.get("initializer_range", 0.02), rope_scaling=scaling)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+    if scaling:                       # files keep the trained length there, and YaRN is for more
+        config.max_position_embeddings = max(config.max_position_embeddings, int(scaling["factor"] * scaling["original_max_position_embeddings"]))
+    return config
 
 # %% ../chapters/16_real_weights.ipynb #9ce67c9e
 def _read_json(path: Path) -> dict:

