@@ -167,8 +167,8 @@ def fits(total: float, gpu: Gpu) -> bool:
 def cheapest_fit(config: TrainConfig, gpu: Gpu, world_size: int = 1, gpus_per_node: int = 8) -> TrainConfig | None:
     """The settings nearest to `config` that fit by arithmetic, or None.
 
-    The tokens of a step stay the same. What is changed, from the cheapest: how the model is spread, what is computed again (the fewest
-    operations first), the micro-batch; weights and optimizer states in bfloat16, which changes the result, come last.
+    The tokens of a step stay the same. What is changed, from the cheapest: how the model is spread, the micro-batch, what is computed again
+    (the fewest operations first); weights and optimizer states in bfloat16, which changes the result, come last.
     """
     spread = ["ddp", *(["hsdp"] if world_size > gpus_per_node and world_size % gpus_per_node == 0 else []), *(["fsdp"] if world_size > 1 else [])]
     sequences = config.micro_batch_size * config.gradient_accumulation_steps
