@@ -48,7 +48,8 @@ def write(arguments: argparse.Namespace) -> None:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     for prompt in arguments.prompt:
         print(complete(model, tokenizer, prompt, max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature,
-                       top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed))
+                       top_k=arguments.top_k, top_p=arguments.top_p, min_p=arguments.min_p, repetition_penalty=arguments.repetition_penalty,
+                       stop=arguments.stop, seed=arguments.seed))
 
 # %% ../chapters/20_commands.ipynb #20a10002
 def export_model(arguments: argparse.Namespace) -> None:
@@ -118,6 +119,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--temperature", type=float, default=0.7, metavar="T", help="0 takes the likeliest token (default: %(default)s)")
     command.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
     command.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that make up probability P")
+    command.add_argument("--min-p", type=float, metavar="P", help="draw from the tokens with at least P times the probability of the likeliest")
+    command.add_argument("--repetition-penalty", type=float, default=1.0, metavar="F", help="above 1: what was said becomes less likely (default: %(default)s)")
+    command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end where this text appears; may be given several times")
     command.add_argument("--seed", type=int, metavar="N", help="the same seed writes the same text")
     command.set_defaults(run=write)
 

@@ -7,6 +7,7 @@ __all__ = ['GPUS', 'RunLog', 'documents_of_step', 'Gpu', 'peak_flops', 'peak_mem
 
 # %% ../chapters/18_watching.ipynb #w1800003
 import json
+import re
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -105,7 +106,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> flo
     """FLOP/s of one device: the data sheet's for a GPU of `GPUS` in bfloat16, else those of the best of five large matrix products."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         for name, gpu in GPUS.items():
-            if name in torch.cuda.get_device_name(device):
+            if re.search(rf"\b{name}\b", torch.cuda.get_device_name(device)):          # an RTX A1000 is no A100
                 return gpu.flops
     size = 8192 if device.type == "cuda" else 1024
     generator = torch.Generator(device).manual_seed(0)        # a generator of its own: a resumed run's random numbers stay where they are

@@ -302,10 +302,14 @@ def test_errors_of_the_commands_are_one_line():
 
 def test_generate_command(capsys):
     train(settings())
-    arguments = ["generate", "12: ab", "--max-new-tokens", "5", "--seed", "1"]
+    arguments = ["generate", "12: ab", "--max-new-tokens", "5", "--seed", "1", "--min-p", "0.01", "--repetition-penalty", "1.1"]
     assert cli(arguments) == cli(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("12: ab") and lines[-2:] == [lines[-1]] * 2
+    assert cli(["generate", "12: ab", "--max-new-tokens", "30", "--temperature", "0"]) == 0
+    text = capsys.readouterr().out.rstrip("\n")
+    assert cli(["generate", "12: ab", "--max-new-tokens", "30", "--temperature", "0", "--stop", text[9:11], "--stop", "never"]) == 0
+    assert capsys.readouterr().out == text[: text.index(text[9:11], 6)] + "\n"
     assert cli(["generate", "x", "--checkpoint", "nowhere"]) == 2
     assert "there is no directory nowhere" in capsys.readouterr().err
     assert cli(["generate", "x", "--max-new-tokens", "5"]) == 0 and cli(["generate", "x", "--checkpoint", "checkpoints/step_99"]) == 2
