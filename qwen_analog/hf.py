@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
+from .checkpoint import _commit, _new_partial, hf_config
 from .config import QwenConfig
 from .model import QwenForCausalLM
 from .rope import interleaved_to_half
@@ -497,15 +498,11 @@ def _write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
 
 
 def _config_json(config: QwenConfig, dtype: torch.dtype, eos_ids: list[int]) -> dict:
-    """Qwen2's config.json, or Llama's where attention has no bias."""
-    qwen = config.attention_bias
-    if not qwen and config.hidden_size % config.num_attention_heads:
+    """`hf_config` with what only a whole model's directory says."""
+    if not config.attention_bias and config.hidden_size % config.num_attention_heads:
         raise ValueError(f"transformers' Llama wants hidden_size {config.hidden_size} to be a multiple of "
                          f"num_attention_heads {config.num_attention_heads}")
-    values = {name: value for name, value in config.to_dict().items() if name != "attention_bias" or not qwen}
-    return {"architectures": ["Qwen2ForCausalLM" if qwen else "LlamaForCausalLM"], "model_type": "qwen2" if qwen else "llama",
-            **values, "hidden_act": "silu", "attention_dropout": 0.0, "use_cache": True, "bos_token_id": None,
-            "eos_token_id": eos_ids, "torch_dtype": str(dtype).removeprefix("torch.")}
+    return {**hf_config(config), "bos_token_id": None, "eos_token_id": eos_ids, "torch_dtype": str(dtype).removeprefix("torch.")}
 
 
 def save_pretrained(model: QwenForCausalLM, tokenizer: Tokenizer, directory: str | Path, dtype: torch.dtype | None = None,
@@ -517,22 +514,18 @@ def save_pretrained(model: QwenForCausalLM, tokenizer: Tokenizer, directory: str
     text. The directory appears whole or not at all; one that exists already is a ValueError.
     """
     directory = Path(directory)
-    if directory.exists():
-        raise ValueError(f"{directory} exists already: delete it or choose another directory")
     dtype = dtype or model.lm_head.weight.dtype
     generation = getattr(model, "generation_config", {"eos_token_id": [tokenizer.eos_token_id], "pad_token_id": tokenizer.eos_token_id})
     weights = {name: weight.to(dtype).contiguous() for name, weight in model.state_dict().items()
                if not (name == "lm_head.weight" and model.config.tie_word_embeddings)}
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = _new_partial(directory)
     try:
         for name, values in (("config.json", _config_json(model.config, dtype, generation["eos_token_id"])),
                              ("generation_config.json", generation)):
             (partial / name).write_text(json.dumps(values, indent=1) + "\n")
         _write_tokenizer(tokenizer, partial)
         huggingface_hub.save_torch_state_dict(weights, partial, max_shard_size=max_shard_size or "1000TB", metadata={"format": "pt"})
-        partial.rename(directory)
+        _commit(partial, directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return directory

@@ -259,7 +259,7 @@ def test_export_in_bfloat16_with_end_ids(tmp_path):
 
 def test_export_is_whole_or_absent(tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
-    with pytest.raises(ValueError, match="there exists already: delete it or choose another directory"):
+    with pytest.raises(ValueError, match="there exists already: move it away or choose another output directory"):
         save_pretrained(small(), TOKENIZER, tmp_path / "there")
     assert not any((tmp_path / "there").iterdir())
 
