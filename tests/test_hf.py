@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from book import scramble_
@@ -409,6 +410,15 @@ def test_gguf_quantised(tmp_path):
     again, _ = load_gguf(write_gguf(tmp_path / "m.gguf", model, quantise=gguf.GGMLQuantizationType.Q8_0))
     a, b = again.model.layers[1].mlp.up_proj.weight, model.model.layers[1].mlp.up_proj.weight
     assert 0 < (a - b).abs().max() < b.abs().max() / 200
+
+
+def test_gguf_of_a_type_that_cannot_be_read(tmp_path, monkeypatch):
+    """Q8_1, blocks of 40 bytes for 32 numbers, is a type that the gguf package does not dequantise."""
+    monkeypatch.setattr(gguf.quants, "quantize", lambda data, _: np.zeros((*data.shape[:-1], data.shape[-1] // 32 * 40), dtype=np.uint8))
+    path = write_gguf(tmp_path / "m.gguf", small(hidden_size=96, intermediate_size=64), quantise=gguf.GGMLQuantizationType.Q8_1)
+    with pytest.raises(ValueError, match=r"m.gguf: \S+ is of type Q8_1, which is not supported") as error:
+        load_gguf(path)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("changes, message", [
