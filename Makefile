@@ -24,7 +24,8 @@ train: .venv/installed data/wiki/tokenizer.tiktoken
 
 test: .venv/installed lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests
-	PYTHONPATH=$(CURDIR)/tests/no_network HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=300 --timeout=300 chapters
+	$(BIN)/python tests/solve_exercises.py
+	PYTHONPATH=$(CURDIR)/tests/no_network HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=300 --timeout=300 build/solved/chapters
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -39,5 +40,6 @@ execute: .venv/installed
 figures: .venv/installed
 	for f in figures/*.py; do $(BIN)/python $$f || exit 1; done
 
+# the server's root is the project, so that ../figures is inside it
 lab: .venv/installed
-	$(BIN)/jupyter lab chapters
+	$(BIN)/jupyter lab --ServerApp.root_dir=$(CURDIR) $(LAB_OPTIONS) chapters/00_start_here.ipynb

@@ -1,6 +1,7 @@
 """The committed chapters: executed in order, without errors or machine paths; the package is what they export, byte for byte."""
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,18 @@ def test_committed_executed_in_order(path):
     assert any(c.outputs for c in code)
     assert not [o for c in code for o in c.outputs if o.output_type == "error"]
     assert not any(str(o).count(word) for c in code for o in c.outputs for word in ("/home/", "/root/", "/tmp/", "site-packages"))
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_an_exercise_is_open_and_may_be_solved(path):
+    cells = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
+    names = {n for c in cells for n in re.findall(r"^def (exercise_\d+)", c.source, re.MULTILINE)}
+    assert names
+    printed = "".join(o.text for c in cells for o in c.outputs if o.output_type == "stream")
+    for name in names:
+        assert f"{name}: not yet." in printed      # the check rejects what is there before it is solved
+    # `prove` raises for an answer that is accepted: the reader's own must not be among the wrong ones
+    assert not [c.source for c in cells if re.search(r"prove\([^)]*exercise_\d", c.source)]
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
