@@ -36,10 +36,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -54,8 +52,8 @@ from .chat import open_model
 from .checkpoint import (Checkpointer, CheckpointError, claim, latest_checkpoint, load_model, newest_whole, read_state,
                                     restore_checkpoint)
 from .config import QwenConfig, parameter_ledger
-from .data import (Block, DataError, PackedBlocks, StreamedBlocks, collate, data_difference, find_files, open_stream,
-                              tokenize_files)
+from .data import (Block, DataError, PackedBlocks, StreamedBlocks, collate, data_difference, find_files, held_out_blocks,
+                              open_stream, skipped_lines, tokenize_files)
 from .generate import complete
 from .loss import IGNORE_INDEX, bits_per_byte
 from .memory import RECOMPUTE, flops_per_token, memory_ledger, require_memory, set_activation_checkpointing
@@ -245,24 +243,21 @@ def open_data(config: TrainConfig, tokenizer: Tokenizer, processes: Processes,
     if not (config.stream or config.data[0].startswith("hf:")):
         with processes.local_first():
             documents = tokenize_files(find_files(config.data), tokenizer, config.heldout_fraction, config.skip_bad_lines)
-        bad = [row["source"] for row in documents.select(np.flatnonzero(np.array(documents["num_tokens"]) == 0))]
+        bad, first = skipped_lines(documents)
         if bad and processes.rank == 0:
-            print(f"skipped {len(bad)} bad lines, the first at {bad[0]}", file=sys.stderr)
+            print(f"skipped {bad} bad lines, the first at {first}", file=sys.stderr)
         blocks = PackedBlocks(documents, config.block_size, config.seed)
-        hold_out = partial(PackedBlocks, documents, config.block_size, held_out=True)
+        held_out = held_out_blocks(documents, config.block_size)
     else:
         stream = open_stream(config.data, config.skip_bad_lines)
         blocks = StreamedBlocks(stream, tokenizer, config.block_size, config.seed, config.heldout_fraction)
-        hold_out = partial(blocks.held_out_blocks, config.eval_blocks)
-    if not config.heldout_fraction:
-        return blocks, None
-    try:
-        return blocks, hold_out()
-    except DataError as error:
-        if insist or not str(error).startswith("no document held out"):
-            raise
-        _note("there is one document only: nothing is held out, and nothing is evaluated", processes)
-        return blocks, None
+        held_out = blocks.held_out_blocks(config.eval_blocks)
+    if config.heldout_fraction and held_out is None:
+        if insist:
+            raise DataError(f"heldout_fraction {config.heldout_fraction:g}: one document cannot be divided: give more, or set it to 0")
+        if processes.rank == 0:
+            print("note: one document is not divided: nothing is held out, nothing is evaluated", file=sys.stderr)
+    return blocks, held_out
 
 # %% ../chapters/19_pretraining.ipynb #b8523f77
 def forward_loss(model: nn.Module, blocks: Sequence[Block], config: TrainConfig, device: torch.device) -> torch.Tensor:
@@ -431,6 +426,7 @@ class _Setup:
     tokenizer: Tokenizer
     blocks: PackedBlocks | StreamedBlocks
     held_out: PackedBlocks | None
+    data: dict                          # what identifies it
     start: int = 0                      # steps that are done
     tokens: int = 0                     # that were read
     sharded: bool = False
@@ -486,7 +482,7 @@ def _run(setup: _Setup, processes: Processes) -> dict[str, float]:
         nonlocal saved
         if step > saved:
             state = {"step": step, "data": position, "train_config": config.model_dump(), "spike_watch": watch.state_dict(),
-                     "tokens": tokens, "data_fingerprint": blocks.fingerprint}
+                     "tokens": tokens, "data_fingerprint": setup.data}
             checkpointer.save(name, model, optimizers, state, {"rng": rng_state(device)}, final=name == "final")
             saved = step
 
@@ -587,9 +583,13 @@ def _set_up(config: TrainConfig, path: str | None, init_from: str | None, new_da
     for note in notes if not finished else ():
         _note(note, processes)
     blocks, held_out = open_data(config, tokenizer, processes, insist=not path and "heldout_fraction" in config.model_fields_set)
+    data = blocks.fingerprint
+    firsts = processes.broadcast(data)
     with processes.together():
-        same = not path or _same_data(config, path, state, blocks, new_data, processes)
-    setup = _Setup(config, tokenizer, blocks, held_out, state.get("step", 0), sharded=mesh is not None)
+        if other := data_difference(firsts, data):
+            raise DataError(f"this process, rank {processes.rank}, reads other data than the first one ({other})")
+        same = not path or _same_data(config, path, state, data, new_data, processes)
+    setup = _Setup(config, tokenizer, blocks, held_out, data, state.get("step", 0), sharded=mesh is not None)
     if finished:
         if processes.rank == 0:
             print(f"{path} has done all of its {config.max_steps:,} steps: nothing to train")
@@ -621,12 +621,12 @@ def _make_model(setup: _Setup, mesh: DeviceMesh | None, source: QwenForCausalLM 
 def _owned(output: Path) -> Iterator[None]:
     """`output` is this run's; where nothing was written into it, nothing stays."""
     made = not output.exists()
-    try:
-        with claim(output):
+    with claim(output):
+        try:
             yield
-    finally:
-        if made:
-            with suppress(OSError):          # it is not empty
+        finally:
+            if made and [path.name for path in output.iterdir()] == ["run.lock"]:
+                (output / "run.lock").unlink()
                 output.rmdir()
 
 
@@ -642,10 +642,11 @@ def _settings_on_top(path: str | Path, config: TrainConfig) -> TrainConfig:
 def _newest_for_good(output: Path) -> Path | None:
     """The newest whole checkpoint; damaged ones that are newer make room for it to go on."""
     path = newest_whole(output)
-    newest = latest_checkpoint(output)
-    while path is not None and newest != path:
-        newest.rename(newest.with_name(newest.name + ".damaged"))
-        newest = latest_checkpoint(output)
+    while path is not None and (newest := latest_checkpoint(output)) != path:
+        aside = newest.with_name(newest.name + ".damaged")
+        while aside.exists():
+            aside = aside.with_name(aside.name + "_")
+        newest.rename(aside)
     return path
 
 
@@ -774,10 +775,12 @@ def _note(text: str, processes: Processes) -> None:
         print(f"note: {text}", file=sys.stderr)
 
 
-def _same_data(config: TrainConfig, path: str | Path, state: dict, blocks: PackedBlocks | StreamedBlocks, new_data: bool,
-               processes: Processes) -> bool:
-    """Whether the run goes on in the data of its checkpoint. CheckpointError where they have changed, and `new_data` does not allow it."""
-    before, now = state.get("data_fingerprint"), blocks.fingerprint
+def _same_data(config: TrainConfig, path: str | Path, state: dict, now: dict, new_data: bool, processes: Processes) -> bool:
+    """Whether the run goes on in the data of its checkpoint; `now` identifies the present ones.
+
+    CheckpointError where they have changed, and `new_data` does not allow it.
+    """
+    before = state.get("data_fingerprint")
     names, given = state["train_config"].get("data"), ", ".join(config.data)
     if before is None:
         changed = "they have other names" if _places(names) != _places(config.data) else None
