@@ -28,7 +28,7 @@ from .generate import complete, sampling_defaults
 from .hf import save_pretrained
 from .memory import add_ignore_memory, memory_ledger, number, require_memory, whole
 from .monitor import documents_of_step
-from .tokenizer import QWEN_SPECIAL_TOKENS, TiktokenTokenizer, train_bpe
+from .tokenizer import QWEN_SPECIAL_TOKENS, TiktokenTokenizer, text_pieces, train_bpe
 from .train import report_errors
 
 # %% ../chapters/20_commands.ipynb #39a8b884
@@ -70,17 +70,15 @@ def prepare(arguments: argparse.Namespace) -> None:
 LEARN_FROM = 2**26           # bytes of text that a vocabulary is learned from at most
 
 
-def _sample(texts: Iterator[str], total: int, count: list[int], piece: int = 2**16) -> Iterator[str]:
+def _sample(texts: Iterator[str], total: int, count: list[int]) -> Iterator[str]:
     """Evenly spread pieces of the texts, about LEARN_FROM bytes of `total` in all; `count` becomes [bytes given]."""
     seen = 0
-    for text in texts:
-        for start in range(0, len(text), piece):
-            part = text[start : start + piece]
-            size = len(part.encode())
-            if count[0] * total <= seen * LEARN_FROM:
-                count[0] += size
-                yield part
-            seen += size
+    for part in (part for text in texts for part in text_pieces(text, 2**16)):
+        size = len(part.encode())
+        if count[0] * total <= seen * LEARN_FROM:
+            count[0] += size
+            yield part
+        seen += size
 
 
 def learn_vocabulary(arguments: argparse.Namespace) -> None:
@@ -88,7 +86,8 @@ def learn_vocabulary(arguments: argparse.Namespace) -> None:
     output, name = Path(arguments.output), "tokenizer.tiktoken"
     with _new_files(output, name) as scratch:
         files = find_files(arguments.data)
-        held, skip = held_out_lines(files, arguments.heldout_fraction, arguments.skip_bad_lines), arguments.skip_bad_lines
+        skip = arguments.skip_bad_lines
+        held = held_out_lines(read_jsonl(files, skip), arguments.heldout_fraction)
         total = sum(len(text.encode()) for text in texts_of(files, held, skip, held=False))
         if not total:
             raise ValueError(f"no text to learn from in {', '.join(files)}: all of it is held out")
@@ -158,15 +157,15 @@ def _beginnings(file: str, numbers: list[int]) -> dict[int, str]:
     wanted, texts = set(numbers), {}
     try:
         for document in read_jsonl([file], skip_bad_lines=True):
-            number = int(document.source.rpartition(":")[2])
-            if number in wanted:
-                texts[number] = f"{document.text[:80]!r}"
-            if number >= max(wanted):
+            line = int(document.source.rpartition(":")[2])
+            if line in wanted:
+                texts[line] = f"{document.text[:80]!r}"
+            if line >= max(wanted):
                 break
     except (ValueError, OSError) as error:
         print(f"note: the texts cannot be shown: {error}", file=sys.stderr)
         return texts
-    return {number: texts.get(number, "(the file has no such line any more)") for number in numbers}
+    return {line: texts.get(line, "(the file has no such line any more)") for line in numbers}
 
 
 def trace(arguments: argparse.Namespace) -> None:
@@ -177,8 +176,8 @@ def trace(arguments: argparse.Namespace) -> None:
         documents.setdefault(file, []).append(int(line))
     for file, numbers in documents.items():
         texts = _beginnings(file, numbers)
-        for number in numbers:
-            print(f"{file}:{number}" + (f"  {texts[number]}" if number in texts else ""))
+        for line in numbers:
+            print(f"{file}:{line}" + (f"  {texts[line]}" if line in texts else ""))
 
 # %% ../chapters/20_commands.ipynb #f8d91c51
 class Parser(argparse.ArgumentParser):

@@ -29,7 +29,7 @@ import torch
 from .chat import open_model
 from .checkpoint import read_state
 from .config import QwenConfig
-from .data import find_files, held_out_mask, is_held_out, read_jsonl
+from .data import Document, find_files, held_out_mask, is_held_out, read_jsonl
 from .generate import stream
 from .loss import bits_per_byte
 from .memory import add_ignore_memory, number, require_memory, whole
@@ -511,7 +511,7 @@ HELDOUT_FRACTION = 0.05          # of a model that does not say how it was train
 
 
 def _training(source: str) -> dict:
-    """What a checkpoint of this package says about the training; {} for any other source, or a damaged one."""
+    """What a checkpoint of this package says about its training; {} for any other source, or a damaged one."""
     path = Path(source)
     if path.suffix == ".gguf" or not (path.is_file() or (path / "checkpoint.pt").is_file() or (path / "sharded").is_dir()):
         return {}
@@ -519,36 +519,68 @@ def _training(source: str) -> dict:
         state = read_state(path)
     except (ValueError, OSError):          # opening the model will say what is wrong
         return {}
-    settings = state.get("train_config")
-    return settings if isinstance(settings, dict) else {}
+    return state if isinstance(state.get("train_config"), dict) else {}
 
 
-def _share(sources: Sequence[str], given: float | None) -> float:
-    """The part of the documents to evaluate, and a line that says why: `given`, or what all `sources` held out.
+def _shares(sources: Sequence[str]) -> dict[str, float]:
+    """The part of the documents that each of `sources` held out in training, where it says so."""
+    shares = {source: _training(source).get("train_config", {}).get("heldout_fraction") for source in sources}
+    return {source: share for source, share in shares.items() if isinstance(share, (int, float)) and 0 <= share < 1}
 
-    ValueError where one of them was trained on all documents.
-    """
-    shares = {source: _training(source).get("heldout_fraction") for source in sources}
-    shares = {source: share for source, share in shares.items() if isinstance(share, (int, float)) and 0 <= share < 1}
-    least = min(shares, key=shares.get, default=None)
-    if given is not None:
-        if least is not None and shares[least] < given:
-            print(f"note: {least} was trained with heldout_fraction {shares[least]:g}: if these are the documents that it "
-                  "was trained on, it has seen some of those that are evaluated", file=sys.stderr)
-        return given
-    if least is None:
+
+def _share(shares: dict[str, float]) -> float:
+    """What all models held out; said in a line. ValueError where one was trained on all documents."""
+    if not shares:
         return HELDOUT_FRACTION
-    if not shares[least]:
-        raise ValueError(f"{least} was trained with heldout_fraction 0, on all documents: name others with --data, "
+    source = min(shares, key=shares.get)
+    if not shares[source]:
+        raise ValueError(f"{source} was trained with heldout_fraction 0, on all documents: name others with --data, "
                          "and evaluate them all with --heldout-fraction 1")
-    print(f"evaluated is what {least} held out in training: heldout_fraction {shares[least]:g}")
-    return shares[least]
+    print(f"evaluated is what {source} held out in training: heldout_fraction {shares[source]:g}")
+    return shares[source]
 
 # %% ../chapters/17_evaluation.ipynb #9f01b78e
-def held_out_lines(files: Sequence[str], fraction: float, skip_bad_lines: bool) -> bytearray:
-    """For each line of `files` 1 where its document is held out, else 0; one byte a line. 1: all documents are."""
+def _noted(documents: Iterable[Document], sizes: dict[str, list[int]]) -> Iterator[Document]:
+    """The documents, while `sizes` collects by file's name how many there are, and their bytes."""
+    for document in documents:
+        size = sizes.setdefault(Path(document.source.rpartition(":")[0]).name, [0, 0])
+        size[0] += not document.error
+        size[1] += len(document.text.encode())
+        yield document
+
+
+def _other_data(source: str, sizes: dict[str, list[int]]) -> str | None:
+    """How the data differs from what `source` was trained on; None where it does not, or nothing is known."""
+    before = {}
+    try:
+        for file in _training(source)["data_fingerprint"]["files"]:
+            size = before.setdefault(file["name"], [0, 0])
+            size[0] += file["documents"]
+            size[1] += file["bytes"]
+    except (KeyError, TypeError):
+        return None
+    for name in before.keys() | sizes.keys():
+        if before.get(name) != sizes.get(name):
+            said = [f"{side[name][0]:,} documents, {side[name][1]:,} bytes" if name in side else "none" for side in (before, sizes)]
+            return f"{name}: {said[0]} then, {said[1]} now"
+    return None
+
+
+def _warn(shares: dict[str, float], fraction: float, sizes: dict[str, list[int]]) -> None:
+    """Lines on stderr where a model may have seen what is evaluated, or the data is not that of its training."""
+    for source, share in shares.items():
+        difference = _other_data(source, sizes)
+        if difference is not None:
+            print(f"note: this is not the data that {source} was trained on ({difference})", file=sys.stderr)
+        elif share < fraction:
+            print(f"note: {source} was trained with heldout_fraction {share:g}: if it was on these documents, "
+                  "it has seen some of those that are evaluated", file=sys.stderr)
+
+# %% ../chapters/17_evaluation.ipynb #87c572be
+def held_out_lines(documents: Iterable[Document], fraction: float) -> bytearray:
+    """For each of `documents` 1 where it is held out, as `held_out_mask` says, else 0; one byte a document, whatever their size."""
     chosen, lines, keys, sides = bytearray(), [], [], set()
-    for document in read_jsonl(files, skip_bad_lines):
+    for document in documents:
         held = not document.error and (fraction == 1 or is_held_out(document.key, fraction))
         chosen.append(held)
         if len(sides) < 2 and not document.error:
@@ -731,10 +763,12 @@ def run(arguments: argparse.Namespace) -> None:
     partial = _reserve(path) if path and (path.is_dir() or path.is_file() or not path.exists()) else None
     try:
         files = find_files(arguments.data)
-        fraction = _share(arguments.model, given)
-        chosen = held_out_lines(files, fraction, arguments.skip_bad_lines)
+        shares, sizes = _shares(arguments.model), {}
+        fraction = _share(shares) if given is None else given
+        chosen = held_out_lines(_noted(read_jsonl(files, arguments.skip_bad_lines), sizes), fraction)
         if not any(chosen):
             raise ValueError(f"none of the {len(chosen)} documents is held out: give more data or a larger --heldout-fraction")
+        _warn(shares, fraction, sizes)
         results, failed, baselines = {}, {}, {}
         for source in arguments.model:
             try:
