@@ -136,10 +136,10 @@ def _place_tensors(data: mmap.mmap, table: list[tuple], start: int) -> dict[str,
     return tensors
 
 # %% ../chapters/16_real_weights.ipynb #4bb2b514
-def _first_line(error: BaseException) -> str:
-    """An error of a library in one line: its type and the first line of what it says."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+def _in_one_line(error: BaseException) -> str:
+    """What went wrong in a library: the error's type and what it says, in one line of bounded length."""
+    said = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def _gguf_tables(data: mmap.mmap) -> tuple[dict, dict[str, _Tensor]]:
@@ -332,7 +332,7 @@ def _gguf_tokenizer(metadata: dict, path: Path) -> HFTokenizer:
             Path(directory, "tokenizer_config.json").write_text(json.dumps(settings))
             return HFTokenizer(directory)
         except Exception as error:       # a vocabulary that does not hold its merges' tokens, and much else
-            reason = _first_line(error).replace(directory, "made from it")
+            reason = _in_one_line(error).replace(directory, "made from it")
             raise ValueError(f"{path}: no tokenizer can be made from its metadata ({reason})") from None
 
 # %% ../chapters/16_real_weights.ipynb #5b0c64bc
@@ -395,8 +395,11 @@ class _Templates:
         if self._process is None or self._process.poll() is not None:
             places = [place for place in sys.path if place]
             # a session of its own: Ctrl-C is for the program that asks
-            self._process = subprocess.Popen([sys.executable, "-I", "-c", _RENDERER, *places], stdin=subprocess.PIPE,
-                                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+            try:
+                self._process = subprocess.Popen([sys.executable, "-I", "-c", _RENDERER, *places], stdin=subprocess.PIPE,
+                                                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+            except OSError as error:
+                raise ValueError(f"no process for the chat template can be started ({_in_one_line(error)})") from None
         return self._process
 
     def render(self, template: str, values: dict, most: int) -> str:
@@ -592,7 +595,7 @@ def _check_rope(values: dict, where: Path) -> tuple[float, dict | None]:
     parameters = values.get("rope_parameters") or {"rope_theta": values.get("rope_theta", 10000.0), **(values.get("rope_scaling") or {})}
     theta = parameters.get("rope_theta", values.get("rope_theta", 10000.0))
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if values.get("partial_rotary_factor", parameters.get("partial_rotary_factor", 1.0)) != 1.0:
+    if values.get("partial_rotary_factor", parameters.get("partial_rotary_factor")) not in (None, 1.0):
         raise ValueError(f"{where}: partial_rotary_factor is not supported, all of a head is rotated here")
     if kind == "default":
         return theta, None
@@ -678,7 +681,7 @@ def _opened(path: Path) -> Iterator[safe_open]:
         with safe_open(path, "pt") as file:
             yield file
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged, fetch it again ({_first_line(error)})") from None
+        raise ValueError(f"{path} is damaged, fetch it again ({_in_one_line(error)})") from None
 
 # %% ../chapters/16_real_weights.ipynb #e24e58df
 def _check_weights(directory: Path, config: QwenConfig) -> dict[Path, list[str]]:
@@ -713,6 +716,9 @@ def _read_weights(names: dict[Path, list[str]], dtype: torch.dtype) -> dict[str,
 # %% ../chapters/16_real_weights.ipynb #ace0bbb1
 def _read_tokenizer(directory: Path) -> HFTokenizer:
     """The directory's tokenizer; ValueError that names the damaged file, where one is."""
+    from transformers.utils import logging       # heavy, and needed with a tokenizer.json only
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()                # what it thinks of a config.json is no concern of the reader's
     try:
         tokenizer = HFTokenizer(directory)
         _template(tokenizer.tokenizer)
@@ -723,7 +729,10 @@ def _read_tokenizer(directory: Path) -> HFTokenizer:
         for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json"):
             if (directory / name).is_file():
                 _read_json(directory / name)
-        raise ValueError(f"{directory}: the tokenizer cannot be read, fetch its files again ({_first_line(error)})") from None
+        raise ValueError(f"{directory}: the tokenizer cannot be read, look at tokenizer.json, tokenizer_config.json and config.json "
+                         f"({_in_one_line(error.__cause__ or error)})") from None
+    finally:
+        logging.set_verbosity(level)
 
 
 _TOKEN_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
@@ -759,7 +768,7 @@ def _directory(source: str | Path, patterns: Sequence[str] = _FILES) -> Path:
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(patterns)))
     except Exception as error:          # no network, no such repository, no access: many types, messages of several lines
         raise ValueError(f"there is no directory {source}, and the hub's {source} cannot be fetched from here "
-                         f"({_first_line(error)})") from None
+                         f"({_in_one_line(error)})") from None
 
 
 def config_of(source: str | Path) -> QwenConfig:
@@ -891,7 +900,7 @@ def save_pretrained(model: QwenForCausalLM, tokenizer: Tokenizer, directory: str
             shutil.copymode(partial / "config.json", path)
         _commit(partial, directory)
     except (OSError, SafetensorError) as error:
-        raise OSError(f"{directory} cannot be written ({_first_line(error)})") from error
+        raise OSError(f"{directory} cannot be written ({_in_one_line(error)})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return directory
