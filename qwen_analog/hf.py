@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -117,22 +118,25 @@ def _read_tensor(cursor: _Cursor) -> tuple[str, gguf.GGMLQuantizationType, list[
     return name, gguf.GGMLQuantizationType(kind), shape, offset
 
 
-def _place_tensors(data: mmap.mmap, table: list[tuple], start: int) -> dict[str, _Tensor]:
-    """The tensors by name; ValueError for one that leaves the file, overlaps another or has another's name."""
+def _place_tensors(data: mmap.mmap, table: list[tuple], start: int, alignment: int) -> dict[str, _Tensor]:
+    """The tensors by name; ValueError where they do not lie one after the other up to the end of the file."""
     tensors, end = {}, 0
     for name, kind, shape, offset in sorted(table, key=lambda entry: entry[3]):
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         n_elements = math.prod(shape)
         n_bytes = n_elements // block * block_bytes
         if n_elements == 0 or shape[-1] % block:
-            raise ValueError(f"{shown(name)} has the shape {shape}, which type {kind.name} cannot have")
-        if offset < end or start + offset + n_bytes > len(data):
-            raise ValueError(f"{shown(name)} lies at byte {start + offset}, over another tensor or outside the file")
+            raise ValueError(f"{shown(name)} has the shape {shown(shape)}, which type {kind.name} cannot have")
+        if offset != end or start + offset + n_bytes > len(data):
+            raise ValueError(f"{shown(name)} begins at {offset} and takes {n_bytes} bytes of type {kind.name}; "
+                             f"the one before it ends at {end}, the file at {len(data) - start}")
         if name in tensors:
             raise ValueError(f"there are two tensors {shown(name)}")
-        end = offset + n_bytes
         piece = np.frombuffer(data, np.uint8, n_bytes, start + offset).reshape(*shape[:-1], -1)
         tensors[name] = _Tensor(kind, shape, n_elements, n_bytes, piece)
+        end = offset + -(-n_bytes // alignment) * alignment
+    if len(data) - start > end:
+        raise ValueError(f"the tensors end at {end}, the file at {len(data) - start}")
     return tensors
 
 # %% ../chapters/16_real_weights.ipynb #4bb2b514
@@ -164,7 +168,7 @@ def _gguf_tables(data: mmap.mmap) -> tuple[dict, dict[str, _Tensor]]:
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1 or alignment & alignment - 1:
         raise ValueError(f"general.alignment must be a power of two, not {shown(alignment)}")
-    return metadata, _place_tensors(data, table, -(-cursor.at // alignment) * alignment)
+    return metadata, _place_tensors(data, table, -(-cursor.at // alignment) * alignment, alignment)
 
 
 def _read_gguf(path: Path) -> tuple[dict, dict[str, _Tensor]]:
@@ -318,9 +322,15 @@ def _gguf_tokenizer(metadata: dict, path: Path) -> HFTokenizer:
     kinds = {number: [(token, i) for i, (token, t) in enumerate(zip(tokens, types)) if t == number] for number in set(types)}
     Type = gguf.TokenType
     # unused tokens, which pad the embedding, are left out
-    vocabulary = {token: i for number in (Type.NORMAL, Type.CONTROL, Type.USER_DEFINED) for token, i in kinds.get(number, ())}
+    used = [entry for number in (Type.NORMAL, Type.CONTROL, Type.USER_DEFINED) for entry in kinds.get(number, ())]
+    vocabulary = dict(used)
+    if len(vocabulary) < len(used):
+        token = Counter(token for token, _ in used).most_common(1)[0][0]
+        raise ValueError(f"{path}: tokenizer.ggml.tokens holds {shown(token)} twice")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokens[_gguf_ends(metadata, path, len(tokens))[0]]}
     template = metadata.get("tokenizer.chat_template")
+    if not isinstance(template, (str, type(None))):
+        raise ValueError(f"{path}: tokenizer.chat_template must be a text, not {shown(template)}")
     if template is not None:
         settings["chat_template"] = template
     with tempfile.TemporaryDirectory() as directory:
