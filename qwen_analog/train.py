@@ -43,7 +43,6 @@ import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -109,6 +108,7 @@ class TrainConfig(BaseModel):
     parallel: Literal[STRATEGIES] = Field("ddp", description="ddp copies the model to each process; fsdp splits it over all; hsdp over groups of shard_size")
     shard_size: int = Field(0, ge=0, description="hsdp: processes that share one copy of the model; 0: those of one machine")
     reshard_after_forward: bool = Field(True, description="fsdp, hsdp: give a block's weights back after its forward pass, fetch them again for the backward")
+    collective_timeout_minutes: float = Field(10.0, gt=0, description="a process for which the others wait longer ends the run, with one line")
     compile: bool = Field(False, description="compile each block with torch.compile: minutes at the start, faster steps on a GPU")
     seed: int = Field(0, ge=0, description="of the weights and of the order of the data")
     output_dir: str = Field("checkpoints", min_length=1, description="where checkpoints, metrics.jsonl and loss.png go")
@@ -321,8 +321,6 @@ def evaluate(model: nn.Module, blocks: PackedBlocks, config: TrainConfig, proces
         nats += forward_loss(model, batch, config, processes.device).item()
         targets += sum((block.targets != IGNORE_INDEX).sum().item() for block in batch)
     model.train()
-    if isinstance(model, FSDPModule):
-        model.reshard()                  # no backward pass follows that would free the embedding and the head
     nats, targets = processes.sum(nats, targets)
     return {"loss": nats / targets, "bits_per_byte": bits_per_byte(nats / targets, 1) * blocks.tokens_per_epoch / blocks.bytes_per_epoch}
 
@@ -388,7 +386,10 @@ def restore(path: str | Path, config: TrainConfig, model: QwenForCausalLM, optim
 
     With `new_data` the place in the data is left out: `blocks` begin where they are.
     """
-    state = check_resumable(path, config, tokenizer)
+    with processes.together():           # where only some processes see it, they are named
+        state = check_resumable(path, config, tokenizer)
+    # a directory that the machines do not share may hold another run's under the same name
+    processes.agree({name: state.get(name) for name in ("step", "data", "spike_watch", "train_config")}, f"checkpoint {path}")
     if set(state["data"]) != set(blocks.state_dict()):
         raise CheckpointError(f"{path} was trained with another kind of run: this run cannot go on from it")
     model.generation_config = restore_checkpoint(path, model, optimizers).get("generation_config") or {}
@@ -406,15 +407,15 @@ def restore(path: str | Path, config: TrainConfig, model: QwenForCausalLM, optim
 
 
 def take_blocks(blocks: PackedBlocks | StreamedBlocks, config: TrainConfig, processes: Processes) -> list[Block]:
-    """This process's blocks of the next step. Where one process cannot read its data, all of them raise a DataError."""
+    """This process's blocks of the next step. Where one process cannot read its data, the others raise a DataError."""
     taken, problem = [], None
     try:
         taken = blocks.take(config.micro_batch_size * config.gradient_accumulation_steps, processes.rank, processes.world_size)
-    except DataError as error:
+    except (DataError, OSError) as error:
         problem = error
-    (failed,) = processes.sum(problem is not None)
-    if failed:
-        raise problem or DataError("another process cannot read its data")
+    failed = processes.sum(*(problem is not None and rank == processes.rank for rank in range(processes.world_size)))
+    if any(failed):
+        raise problem or DataError(f"another process, rank {failed.index(1)}, cannot read its data")
     return taken
 
 # %% ../chapters/19_pretraining.ipynb #4c371f9f
@@ -447,10 +448,13 @@ def train(config: TrainConfig, resume_from: str | None = None, *, from_checkpoin
     with data that are not the checkpoint's, from their beginning. `ignore_memory` tries what will not fit into memory or on the disk.
     Raises ValueError with one line that says what is wrong.
     """
-    with Processes() as processes, ExitStack() as held:
+    with Processes(config.collective_timeout_minutes) as processes, ExitStack() as held:
+        # the paths of data and tokenizer may differ: what they hold is compared later
+        own = {"data", "tokenizer", "output_dir"}
+        processes.agree(config.model_dump(exclude=own), "setting")
         config, path = _decide(config, resume_from, from_checkpoint, init_from, processes, held)
-        setup = _set_up(config, path, init_from, new_data, ignore_memory, processes)
-        summary = {"step": setup.start} if setup.model is None else _run(setup, processes)
+        # nothing of the model stays when the processes part
+        summary = _run(_set_up(config, path, init_from, new_data, ignore_memory, processes), processes)
     if processes.rank == 0 and summary["step"] >= config.max_steps:
         _write_samples(config)
     return summary
@@ -471,6 +475,8 @@ def _decide(config: TrainConfig, resume_from: str | None, from_checkpoint: bool,
 # %% ../chapters/19_pretraining.ipynb #cf78e844
 def _run(setup: _Setup, processes: Processes) -> dict[str, float]:
     """The loop, from `setup.start` to the end or to a signal; returns the summary."""
+    if setup.model is None:
+        return {"step": setup.start}
     config, model, wrapped, optimizers, watch = setup.config, setup.model, setup.wrapped, setup.optimizers, setup.watch
     blocks, held_out, start = setup.blocks, setup.held_out, setup.start
     main_process, device, output = processes.rank == 0, processes.device, Path(config.output_dir)
@@ -508,7 +514,7 @@ def _run(setup: _Setup, processes: Processes) -> dict[str, float]:
                 save(f"step_{step}", step, position)
                 checkpointer.wait()
                 raise DataError(f"{error}; the {step:,} steps before are saved: mend the data, then --resume auto") from None
-            step += 1
+            processes.step = step = step + 1
             tokens += tokens_per_step
             log.consume(step, position, taken)
             entry = {"learning_rate": learning_rate_at(step - 1, learning_rate=config.learning_rate, max_steps=config.max_steps,
