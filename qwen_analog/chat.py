@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint import load_model
-from .generate import TextStream, filter_logits, penalize_repetition, stream
+from .generate import Sampling, TextStream, _check_whole, _short, draw, end_ids, sampling_defaults, stream
 from .hf import chat_ids, has_chat_format, load_gguf, load_pretrained, smollm2_path
 from .kv_cache import KVCache
 from .model import QwenForCausalLM
@@ -56,17 +56,21 @@ class Chat:
                  seed: int | None = None, **sampling):
         if not has_chat_format(model, tokenizer):
             raise ValueError("this model was not trained for conversations; it continues text: use qwen-analog generate")
+        if not isinstance(system, str | None):
+            raise ValueError(f"system must be a text or None, not {_short(system)}")
+        _check_whole("max_new_tokens", max_new_tokens, 1)
+        if seed is not None:
+            _check_whole("seed", seed, 0, 2**64 - 1)
+        own = sampling_defaults(model)
+        self.sampling = {**(own if "temperature" in own else {"temperature": 0.2, "top_p": 0.9, **own}), **sampling}
+        Sampling(**self.sampling)                                                # checks them
         self.model, self.tokenizer, self.system = model, tokenizer, system
         config, weight = model.config, model.lm_head.weight
         self.context = config.max_position_embeddings
-        self.max_new_tokens = min(max_new_tokens, self.context // 4)
-        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-        own = {name: value for name, value in model.generation_config.items() if name in names and value is not None}
-        self.sampling = {**(own if "temperature" in own else {"temperature": 0.2, "top_p": 0.9, **own}), **sampling}
-        stream(model, tokenizer, [0], max_new_tokens=0, seed=seed, **self.sampling)      # checks them
+        self.max_new_tokens = min(max_new_tokens, max(1, self.context // 4))
         self._generator = torch.Generator(weight.device)
         self._generator.seed() if seed is None else self._generator.manual_seed(seed)
-        self._ends = {*model.generation_config["eos_token_id"], tokenizer.eos_token_id}
+        self._ends = set(end_ids(model, tokenizer))
         self._cache = KVCache(config.num_hidden_layers, 1, config.num_key_value_heads, config.head_dim, self.context, weight.dtype,
                               weight.device, growable=True)
         self._held: list[int] = []          # the tokens in the cache
@@ -100,19 +104,12 @@ class Chat:
         self._cache.crop(known)
         del self._held[known:]
         self.reused, new = known, prompt[known:]
-        temperature, penalty = self.sampling["temperature"], self.sampling.get("repetition_penalty", 1.0)
-        filters = {name: self.sampling[name] for name in ("top_k", "top_p", "min_p") if name in self.sampling}
-        device = self.model.lm_head.weight.device
+        sampling, device = Sampling(**self.sampling), self.model.lm_head.weight.device
         for _ in range(self.max_new_tokens):
             logits = self.model(torch.tensor([new], device=device), cache=self._cache, logits_to_keep=1)
             self._held += new
             logits = logits[:, -1, : self.tokenizer.vocab_size].float()                                         # [1, V]
-            logits = penalize_repetition(logits, torch.tensor([self._held], device=device), penalty)
-            if temperature > 0:
-                p = filter_logits(logits, temperature, **filters).softmax(-1)
-                token = torch.multinomial(p, 1, generator=self._generator).item()
-            else:
-                token = logits.argmax(-1).item()
+            token = draw(logits, sampling, torch.tensor([self._held], device=device), generator=self._generator).item()
             if token in self._ends:
                 return
             yield token

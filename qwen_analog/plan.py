@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .data import Block
-from .memory import RECOMPUTE, MemoryLedger, StorageTracker, flops_per_token, memory_ledger, set_activation_checkpointing
+from .memory import RECOMPUTE, MemoryLedger, StorageTracker, flops_per_token, memory_ledger, number, set_activation_checkpointing, whole
 from .model import QwenForCausalLM
 from .monitor import GPUS, Gpu
 from .optim import build_optimizers
@@ -212,10 +212,10 @@ def _changes(before: TrainConfig, after: TrainConfig) -> dict:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The GPUs and the length of the run, and every setting of `train`."""
     parser.add_argument("--gpu", choices=GPUS, default="H100", help="which GPU (default: %(default)s)")
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="how many in all (default: %(default)s)")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="how many in a machine (default: %(default)s)")
-    parser.add_argument("--mfu", type=float, default=0.4, metavar="F", help="part of the peak that training reaches (default: %(default)s)")
-    parser.add_argument("--tokens", type=float, metavar="N", help="tokens of the whole run (default: max_steps steps)")
+    parser.add_argument("--gpus", type=whole(1, 2**16), default=1, metavar="N", help="how many in all (default: %(default)s)")
+    parser.add_argument("--gpus-per-node", type=whole(1, 2**16), default=8, metavar="N", help="how many in a machine (default: %(default)s)")
+    parser.add_argument("--mfu", type=number(0, 1, above=True), default=0.4, metavar="F", help="part of the peak that training reaches (default: %(default)s)")
+    parser.add_argument("--tokens", type=number(0, 1e21, above=True), metavar="N", help="tokens of the whole run (default: max_steps steps)")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     add_settings(parser)
 
@@ -223,11 +223,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Say what a run will need, before any GPU is paid for."""
     config = config_from_arguments(arguments)
-    for name in ("gpus", "gpus_per_node"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(arguments, name)}")
-    if not 0 < arguments.mfu <= 1:
-        raise ValueError(f"--mfu is a part of the peak, above 0 and at most 1, not {arguments.mfu}")
     step = config.block_size * config.micro_batch_size * config.gradient_accumulation_steps * arguments.gpus
     tokens = config.max_steps * step if arguments.tokens is None else arguments.tokens
     plan = report(config, arguments.gpu, arguments.gpus, arguments.mfu, tokens, arguments.gpus_per_node)

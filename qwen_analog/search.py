@@ -6,30 +6,31 @@
 __all__ = ['Beam', 'beam_search', 'Speculation', 'speculate', 'PrefixCache']
 
 # %% ../chapters/15b_search.ipynb #0dd3e118
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from .generate import _check_arguments, _check_sampling, _check_whole, _choose, _evaluating, _list_of_ids, filter_logits
+from .generate import (Sampling, _check_arguments, _check_logits, _check_number, _check_whole, _evaluating, _short,
+                                  distribution, draw, pad_left)
 from .kv_cache import KVCache
 from .model import QwenForCausalLM
 
 
-def _check_one_prompt(model: QwenForCausalLM, input_ids: torch.Tensor, *others) -> None:
-    _check_arguments(model, input_ids, *others)
+def _check_one_prompt(model: QwenForCausalLM, input_ids: torch.Tensor, *others) -> list[int]:
+    """As `_check_arguments`, whose `others` are: the end tokens. ValueError for several prompts."""
+    eos_ids = _check_arguments(model, input_ids, *others)
     if len(input_ids) != 1:
         raise ValueError(f"input_ids must be one prompt, [1, T], not {list(input_ids.shape)}")
+    return eos_ids
 
 
 def _read(model: QwenForCausalLM, ids: list[list[int]], cache: KVCache, last: int = 1) -> torch.Tensor:
     """Read `ids` [B, T] behind what `cache` holds: the logits of the `last` last positions, [B, last, V] float32."""
     with _evaluating(list(model.modules())):
-        logits = model(torch.tensor(ids, device=model.lm_head.weight.device), cache=cache, logits_to_keep=last).float()
-    if not logits.amax(-1).isfinite().all():
-        raise ValueError("the logits are not finite")
-    return logits
+        return model(torch.tensor(ids, device=model.lm_head.weight.device), cache=cache, logits_to_keep=last).float()
 
 # %% ../chapters/15b_search.ipynb #5d606147
 class Beam(NamedTuple):
@@ -39,20 +40,30 @@ class Beam(NamedTuple):
     score: float
 
 
+def _check_beams(early_stopping: object, length_penalty: object, max_new_tokens: int) -> None:
+    """ValueError for what has no meaning here, or would lead out of the range of floating point."""
+    if not isinstance(early_stopping, bool) and not (isinstance(early_stopping, str) and early_stopping == "never"):
+        raise ValueError(f'early_stopping must be True, False or "never", not {_short(early_stopping)}')
+    most = int(600 / math.log(max(2, max_new_tokens)))
+    wanted = f"a number from {-most} to {most} for {max_new_tokens} new tokens"
+    _check_number("length_penalty", length_penalty, wanted, -most, most)
+
+
 @torch.no_grad()
 def beam_search(model: QwenForCausalLM, input_ids: torch.Tensor, max_new_tokens: int = 100, *, num_beams: int = 4, length_penalty: float = 1.0,
-                early_stopping: bool = False, eos_token_id: int | Sequence[int] | None = None, num_return_sequences: int = 1,
+                early_stopping: bool | str = False, eos_token_id: int | Sequence[int] | None = None, num_return_sequences: int = 1,
                 valid_vocab_size: int | None = None) -> list[Beam]:
     """The best continuations of `input_ids` [1, T] that keeping `num_beams` of them at each step finds, best first.
 
     A continuation is finished by an end token or at `max_new_tokens`; its score is its log-probability over its length to the power
     `length_penalty` (above 0 favours long ones). The search ends when no running beam, at its present length, scores above the worst
-    of `num_beams` finished ones; with `early_stopping` as soon as there are that many. Tokens and scores are those of Hugging Face's
-    `generate(num_beams=...)` with these settings. Raises ValueError naming the argument that is wrong.
+    of `num_beams` finished ones; with `early_stopping` as soon as there are that many; with "never" only when none can come to
+    score above it, even at `max_new_tokens`. Tokens and scores are those of Hugging Face's `generate(num_beams=...)` with these
+    settings. End tokens are `generate`'s. Raises ValueError naming the argument that is wrong.
     """
-    eos_ids = _list_of_ids(eos_token_id)
-    _check_one_prompt(model, input_ids, max_new_tokens, eos_ids, None, valid_vocab_size)
+    eos_ids = _check_one_prompt(model, input_ids, max_new_tokens, eos_token_id, None, valid_vocab_size)
     _check_whole("max_new_tokens", max_new_tokens, 1)
+    _check_beams(early_stopping, length_penalty, max_new_tokens)
     spare = max(2, 1 + len(eos_ids))                               # candidates for each beam: all but one may end here
     _check_whole("num_beams", num_beams, 1, (valid_vocab_size or model.config.vocab_size) // spare)
     _check_whole("num_return_sequences", num_return_sequences, 1, num_beams)
@@ -62,18 +73,22 @@ def beam_search(model: QwenForCausalLM, input_ids: torch.Tensor, max_new_tokens:
     finished: list[tuple[float, list[int]]] = []                   # (score, new tokens), best first
     unread = [prompt]
     for n in range(1, max_new_tokens + 1):
-        logprobs = _read(model, unread, cache)[:, -1].log_softmax(-1)[:, :valid_vocab_size]              # [beams, V]
+        logits = _read(model, unread, cache)[:, -1]                # [beams, V]
+        _check_logits(logits)
+        logprobs = logits.log_softmax(-1)[:, :valid_vocab_size]
         scores = logprobs + torch.tensor([score for score, _ in running], device=device)[:, None]
         best, places = scores.flatten().topk(spare * num_beams)                                         # of [beams * V]
         rows, new = (places // scores.shape[1]).tolist(), (places % scores.shape[1]).tolist()
         grown = [(score, [*running[row][1], token], row) for score, row, token in zip(best.tolist(), rows, new)]
         full = len(finished) == num_beams
         for score, tokens, _ in grown[:num_beams]:                 # the others only stand in for those that end here
-            if (tokens[-1] in eos_ids or n == max_new_tokens) and not (early_stopping and full):
+            if (tokens[-1] in eos_ids or n == max_new_tokens) and not (early_stopping is True and full):
                 finished.append((score / n**length_penalty, tokens))
         finished = sorted(finished, key=lambda beam: -beam[0])[:num_beams]
         kept = [candidate for candidate in grown if candidate[1][-1] not in eos_ids][:num_beams]
-        if len(finished) == num_beams and (early_stopping or kept[0][0] / n**length_penalty <= finished[-1][0]) or n == max_new_tokens:
+        length = max_new_tokens if early_stopping == "never" and length_penalty > 0 else n    # at which running beams are judged
+        over = len(finished) == num_beams and (early_stopping is True or kept[0][0] / length**length_penalty <= finished[-1][0])
+        if over or n == max_new_tokens:
             break
         running = [(score, tokens) for score, tokens, _ in kept]
         origin = torch.tensor([row for *_, row in kept], device=device)
@@ -94,21 +109,21 @@ class Speculation(NamedTuple):
 @torch.no_grad()
 def speculate(model: QwenForCausalLM, draft: QwenForCausalLM, input_ids: torch.Tensor, max_new_tokens: int = 100, *, draft_tokens: int = 4,
               temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
-              eos_token_id: int | Sequence[int] | None = None, seed: int | None = None, valid_vocab_size: int | None = None) -> Speculation:
+              repetition_penalty: float = 1.0, eos_token_id: int | Sequence[int] | None = None, seed: int | None = None,
+              valid_vocab_size: int | None = None) -> Speculation:
     """Continue `input_ids` [1, T] as `model` would, several tokens a pass: a small `draft` model proposes, `model` judges.
 
     A proposal x, drawn from the draft's q, is accepted with probability min(1, p(x) / q(x)), p being the model's; the first that is
     not is replaced by a draw from max(p - q, 0), normalised, so that every token has distribution p (Leviathan et al. 2023,
-    theorem 1). p and q are what temperature and filters leave; at temperature 0 the tokens are those of greedy decoding. Each
-    round proposes `draft_tokens`. Raises ValueError naming the argument that is wrong.
+    theorem 1). p and q are what penalty, temperature and filters leave; at temperature 0 the tokens are those of greedy decoding.
+    Each round proposes `draft_tokens`. End tokens are `generate`'s. Raises ValueError naming the argument that is wrong.
     """
-    eos_ids = _list_of_ids(eos_token_id)
-    _check_sampling(temperature, top_k, top_p, min_p)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     _check_whole("draft_tokens", draft_tokens, 1)
     if draft.config.vocab_size != model.config.vocab_size:
         raise ValueError(f"draft has a vocabulary of {draft.config.vocab_size}, not of {model.config.vocab_size}: their tokens must be the same")
-    for each in (model, draft):
-        _check_one_prompt(each, input_ids, max_new_tokens, eos_ids, seed, valid_vocab_size)
+    eos_ids = _check_one_prompt(model, input_ids, max_new_tokens, eos_token_id, seed, valid_vocab_size)
+    _check_one_prompt(draft, input_ids, max_new_tokens, eos_ids, seed, valid_vocab_size)
     tokens, device = input_ids[0].tolist(), model.lm_head.weight.device
     end = len(tokens) + max_new_tokens
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
@@ -117,11 +132,12 @@ def speculate(model: QwenForCausalLM, draft: QwenForCausalLM, input_ids: torch.T
     def distributions(which: QwenForCausalLM, cache: KVCache, ids: list[int], last: int) -> torch.Tensor:
         """After each of the `last` last tokens of `ids` the distribution of the next, [last, V]; what the cache holds is not read again."""
         logits = _read(which, [ids[cache.length :]], cache, last)[0, :, :valid_vocab_size]
-        if temperature == 0:
-            return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
-        return filter_logits(logits, temperature, top_k, top_p, min_p).softmax(-1)
+        if repetition_penalty == 1:
+            return distribution(logits, sampling)
+        seen, mask = pad_left([ids[: len(ids) - last + 1 + i] for i in range(last)], 0)        # what stands before each of them
+        return distribution(logits, sampling, seen.to(device), mask.to(device))
 
-    def draw(p: torch.Tensor) -> int:
+    def chosen(p: torch.Tensor) -> int:
         return torch.multinomial(p, 1, generator=generator).item()
 
     passes = proposed = accepted = 0
@@ -129,19 +145,20 @@ def speculate(model: QwenForCausalLM, draft: QwenForCausalLM, input_ids: torch.T
         guesses, q = list(tokens), []
         for _ in range(min(draft_tokens, end - len(tokens) - 1)):
             q.append(distributions(draft, draft_cache, guesses, 1)[0])
-            guesses.append(draw(q[-1]))
+            guesses.append(chosen(q[-1]))
         p = distributions(model, cache, guesses, len(q) + 1)                                                  # [proposals + 1, V]
         passes, proposed = passes + 1, proposed + len(q)
         for i, guess in enumerate(guesses[len(tokens) :]):
             if torch.rand((), generator=generator, device=device) * q[i][guess] >= p[i, guess]:
-                tokens.append(draw((p[i] - q[i]).clamp(min=0)))
+                rest = (p[i] - q[i]).clamp(min=0)
+                tokens.append(chosen(rest if rest.any() else p[i]))            # where they differ by rounding only, nothing may be left
                 break
             accepted += 1
             tokens.append(guess)
             if guess in eos_ids:
                 break
         else:
-            tokens.append(draw(p[-1]))                             # all were accepted: one more comes for free
+            tokens.append(chosen(p[-1]))                           # all were accepted: one more comes for free
         for each in (cache, draft_cache):
             each.crop(min(each.length, len(tokens) - 1))
     return Speculation(torch.tensor([tokens], device=device), passes, proposed, accepted)
@@ -184,12 +201,12 @@ class PrefixCache:
 
     @torch.no_grad()
     def generate(self, input_ids: torch.Tensor, max_new_tokens: int = 100, *, temperature: float = 1.0, top_k: int | None = None,
-                 top_p: float | None = None, min_p: float | None = None, eos_token_id: int | Sequence[int] | None = None,
-                 seed: int | None = None, valid_vocab_size: int | None = None) -> tuple[torch.Tensor, int]:
+                 top_p: float | None = None, min_p: float | None = None, repetition_penalty: float = 1.0,
+                 eos_token_id: int | Sequence[int] | None = None, seed: int | None = None,
+                 valid_vocab_size: int | None = None) -> tuple[torch.Tensor, int]:
         """As `generate` for one prompt [1, T]: the tokens [1, T + n], and how many of the prompt's were not read again."""
-        eos_ids = _list_of_ids(eos_token_id)
-        _check_sampling(temperature, top_k, top_p, min_p)
-        _check_one_prompt(self.model, input_ids, max_new_tokens, eos_ids, seed, valid_vocab_size)
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        eos_ids = _check_one_prompt(self.model, input_ids, max_new_tokens, eos_token_id, seed, valid_vocab_size)
         tokens, device = input_ids[0].tolist(), self.model.lm_head.weight.device
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         known, held = self._longest(tokens)
@@ -201,7 +218,8 @@ class PrefixCache:
             cache.lengths = [known] * len(cache.lengths)
         for _ in range(max_new_tokens):
             logits = _read(self.model, [tokens[cache.length :]], cache)[:, -1, :valid_vocab_size]
-            tokens.append(_choose(logits, temperature, top_k, top_p, min_p, generator).item())
+            seen = None if repetition_penalty == 1 else torch.tensor([tokens], device=device)
+            tokens.append(draw(logits, sampling, seen, generator=generator).item())
             if tokens[-1] in eos_ids:
                 break
         if max_new_tokens:

@@ -10,7 +10,8 @@ from transformers.generation.logits_process import (LogitsProcessorList, MinPLog
                                                     TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 
 from qwen_analog import QwenConfig, QwenForCausalLM
-from qwen_analog.generate import _padded, filter_logits, generate, pad_left, penalize_repetition
+from qwen_analog.generate import (LogitsError, Sampling, _padded, distribution, draw, filter_logits, generate, pad_left, penalize_repetition,
+                                  sampling_defaults)
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 MIXED = dict(temperature=0.8, top_k=30, top_p=0.95, min_p=0.02)
@@ -347,7 +348,10 @@ def test_a_penalised_model_repeats_less():
         assert len(penalised.unique()) > len(plain.unique())
 
 
-REFUSED = [("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "1"), ("temperature", None),
+REFUSED = [*((name, value) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "seed", "eos_token_id",
+                                        "num_return_sequences", "valid_vocab_size")
+             for value in (True, False, math.nan, math.inf, -math.inf, -1, "1", [[1]], torch.ones(2, 2), 10**400 if name != "top_k" else 1j)),
+           ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "1"), ("temperature", None),
            ("top_k", 0), ("top_k", -1), ("top_k", 2.0), ("top_k", True), ("top_p", 0), ("top_p", 1.5), ("top_p", math.nan), ("top_p", "0.9"),
            ("max_new_tokens", -1), ("max_new_tokens", 2.5), ("max_new_tokens", 120), ("input_ids", torch.zeros(1, 0, dtype=torch.int64)),
            ("input_ids", torch.zeros(0, 3, dtype=torch.int64)), ("input_ids", torch.zeros(3, dtype=torch.int64)),
@@ -392,9 +396,115 @@ def test_logits_that_are_not_finite(sampler, bad):
     assert model.training
 
 
-def test_a_temperature_too_small_for_float32():
-    with pytest.raises(ValueError, match="temperature 1e-45"):
-        model_of().generate(prompt(), 4, temperature=1e-45)
+EXTREMES = [dict(temperature=t) for t in (5e-324, 1e-310, 1e-300, 1e-40, 1e-20, 1e20, 1e40, 1e300, 10**300)]
+EXTREMES += [dict(repetition_penalty=p) for p in (5e-324, 1e-300, 1e-40, 1e40, 1e300)]
+EXTREMES += [dict(top_p=1e-300), dict(top_p=5e-324), dict(min_p=1), dict(min_p=1e-300), dict(top_k=10**30)]
+EXTREMES += [dict(temperature=1e-40, top_k=10**9, top_p=1e-300, min_p=1.0, repetition_penalty=p) for p in (1e-300, 1e300)]
+
+
+def hostile_logits():
+    """[12, 31] float32: finite largest values, whatever else."""
+    dice, number = torch.Generator().manual_seed(0), torch.finfo(torch.float32)
+    logits = torch.randn(12, 31, generator=dice) * torch.logspace(-40, 37, 12)[:, None]
+    logits[1] = 0
+    logits[3] = number.min
+    logits[4, :16], logits[4, 16:] = number.max, number.min
+    logits[5, 5:] = -math.inf
+    logits[6] = -number.tiny
+    logits[7, 1:] = -math.inf
+    return logits
+
+
+@pytest.mark.parametrize("settings", EXTREMES, ids=str)
+def test_every_legal_setting_draws_from_finite_logits(settings):
+    logits, seen = hostile_logits(), torch.randint(31, (12, 6), generator=torch.Generator().manual_seed(1))
+    for options in (settings, {**settings, "temperature": 0}, {"repetition_penalty": 1e-40, **settings}):
+        p = distribution(logits, Sampling(**options), seen)
+        assert p.isfinite().all() and (p >= 0).all() and torch.allclose(p.sum(-1), torch.ones(12))
+        assert not p[logits == -math.inf].any()        # what is forbidden stays so
+        assert draw(logits, Sampling(**options), seen).shape == (12,)
+    assert model_of(torch.float32).generate(prompt(), 3, seed=0, **settings).shape == (3, 12)
+
+
+def test_extremes_are_limits():
+    logits = torch.tensor([[3.0, 1.0, 3.0, -2.0]])
+    for temperature in (5e-324, 1e-40, 1e-20):
+        assert distribution(logits, Sampling(temperature)).tolist() == [[0.5, 0, 0.5, 0]]
+    for temperature in (1e30, 1e300):
+        assert distribution(logits, Sampling(temperature)).tolist() == [[0.25] * 4]
+    for penalty in (5e-324, 1e-40):                    # of what has occurred the largest positive one
+        assert distribution(logits, Sampling(repetition_penalty=penalty), torch.tensor([[1, 2, 3]])).tolist() == [[0, 0, 1, 0]]
+    for penalty in (1e40, 1e300):
+        expected = torch.tensor([[3.0, 0.0, 0.0, -math.inf]]).softmax(-1)
+        torch.testing.assert_close(distribution(logits, Sampling(repetition_penalty=penalty), torch.tensor([[1, 2, 3]])), expected)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, "nothing"])
+@pytest.mark.parametrize("sampling", [Sampling(0), Sampling(), Sampling(top_p=0.5, repetition_penalty=1.3)], ids=str)
+def test_rows_without_a_choice_are_named(bad, sampling):
+    logits = torch.randn(5, 9, generator=torch.Generator().manual_seed(0))
+    for row in (1, 4):
+        if bad == "nothing":
+            logits[row] = -math.inf
+        else:
+            logits[row, 3] = bad
+    with pytest.raises(LogitsError, match="^the logits are not finite in 2 of 5 rows: ") as error:
+        draw(logits, sampling, torch.zeros(5, 2, dtype=torch.int64))
+    assert error.value.rows == [1, 4] and isinstance(error.value, ValueError)
+    with pytest.raises(LogitsError, match="^the logits are not finite in row 1 of 4: ") as error:
+        draw(logits[:4], sampling)
+    with pytest.raises(LogitsError, match="^the logits are not finite: "):
+        draw(logits[4:], sampling)
+    assert draw(logits[[0, 2, 3]], sampling).shape == (3,)
+
+
+def test_the_models_own_end_tokens_end():
+    model, ids = model_of(), prompt()
+    free = model.generate(ids, 30, temperature=0)
+    own = [int(free[0, 12]), int(free[1, 20])]
+    expected = model.generate(ids, 30, temperature=0, eos_token_id=own)
+    assert expected.shape[1] <= free.shape[1] and not torch.equal(expected, free[:, : expected.shape[1]])
+    for names in (own, own[:1]):
+        model.generation_config = {"eos_token_id": names if len(names) > 1 else names[0]}
+        assert torch.equal(model.generate(ids, 30, temperature=0), model.generate(ids, 30, temperature=0, eos_token_id=names))
+        assert torch.equal(model.generate(ids, 30, temperature=0, eos_token_id=[]), free)          # the caller's word counts
+        other = model.generate(ids, 30, temperature=0, eos_token_id=own[1])
+        assert torch.equal(other[1, :21], free[1, :21]) and (other[1, 21:] == own[1]).all()
+    model.generation_config = {"eos_token_id": [100, own[0]]}
+    assert torch.equal(model.generate(ids % 40, 9, seed=0, valid_vocab_size=100), model.generate(ids % 40, 9, seed=0, valid_vocab_size=100, eos_token_id=[own[0]] if own[0] < 100 else []))
+    for wrong in (131, -1, "2", [1.5], True):
+        model.generation_config = {"eos_token_id": wrong}
+        with pytest.raises(ValueError, match="eos_token_id of the model's generation_config"):
+            model.generate(ids, 3)
+    for nothing in ({}, {"eos_token_id": None}, {"eos_token_id": []}):
+        model.generation_config = nothing
+        assert torch.equal(model.generate(ids, 30, temperature=0), free)
+
+
+@pytest.mark.parametrize("own, expected", [
+    ({}, {}), ({"eos_token_id": [1], "max_length": 20}, {}), ({"temperature": 0.7, "top_k": 20, "do_sample": True}, {"temperature": 0.7, "top_k": 20}),
+    ({"temperature": 0.7, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}, {"temperature": 0.7}),
+    ({"temperature": 0.7, "top_k": None, "top_p": None, "min_p": None, "repetition_penalty": None}, {"temperature": 0.7}),
+    ({"do_sample": False, "temperature": 1.5, "top_k": 5, "top_p": 0.8}, {"temperature": 0}),
+    ({"do_sample": False, "repetition_penalty": 1.1}, {"temperature": 0, "repetition_penalty": 1.1}),
+    ({"do_sample": True}, {"temperature": 1.0}), ({"do_sample": True, "top_k": 0, "top_p": 0.5}, {"temperature": 1.0, "top_p": 0.5}),
+    ({"do_sample": None, "temperature": None}, {}), ({"temperature": 0}, {"temperature": 0}), ({"do_sample": True, "top_p": 0}, {"temperature": 0}),
+    ({"repetition_penalty": 1.2}, {"repetition_penalty": 1.2})], ids=str)
+def test_what_generation_settings_mean(own, expected):
+    model = model_of()
+    model.generation_config = own
+    assert sampling_defaults(model) == expected
+    Sampling(**expected)
+
+
+@pytest.mark.parametrize("name, value", [("temperature", -1), ("temperature", "hot"), ("temperature", True), ("top_k", -1), ("top_k", 2.5), ("top_p", 2),
+                                         ("min_p", math.nan), ("repetition_penalty", 0), ("repetition_penalty", [1.1])])
+def test_settings_that_mean_nothing_are_named(name, value):
+    model = model_of()
+    model.generation_config = {"temperature": 0.5, name: value}
+    with pytest.raises(ValueError, match=f"^the model's generation_config: {name} must be ") as error:
+        sampling_defaults(model)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("device", DEVICES)

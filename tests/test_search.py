@@ -8,6 +8,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qwen_analog import QwenConfig, QwenForCausalLM
 from qwen_analog import search as module
+from qwen_analog.generate import filter_logits
 from qwen_analog.search import PrefixCache, beam_search, speculate
 
 SHAPE = dict(vocab_size=24, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
@@ -89,7 +90,7 @@ def pair_counts(draw, draws):
 def pair_distribution(model, **options):
     """Of the first two new tokens, [8 * 8]."""
     def after(ids):
-        return module.filter_logits(model(ids)[:, -1].float(), options.get("temperature", 1.0), options.get("top_k"), options.get("top_p")).softmax(-1)[0]
+        return filter_logits(model(ids)[:, -1].float(), options.get("temperature", 1.0), options.get("top_k"), options.get("top_p")).softmax(-1)[0]
     with torch.no_grad():
         first = after(PROMPT)
         return torch.cat([first[a] * after(torch.cat((PROMPT, torch.tensor([[a]])), 1)) for a in range(8)])
