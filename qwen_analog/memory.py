@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['RECOMPUTE', 'StorageTracker', 'saved_activations', 'set_activation_checkpointing', 'flops_per_token', 'MemoryLedger',
-           'memory_ledger']
+           'memory_ledger', 'available_memory', 'require_memory']
 
 # %% ../chapters/12_memory.ipynb #ce30871d
+import os
+import resource
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 from torch.distributed._tools.common_utils import get_untyped_storages
@@ -310,3 +313,100 @@ def _training_moments(config: QwenConfig, precision: str, optimizer: str, recomp
         MemoryLedger(**static, gradients=gradients + waits + head * summed, activations=N * D * stream,
                      communication=wire + 4 * root * sharded, moment="the embedding's backward pass"),
     ]
+
+# %% ../chapters/12_memory.ipynb #071c984b
+def _number(path: Path) -> int | None:
+    """The whole number that a file of the kernel holds; None where there is none ("max")."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _reclaimable(directory: Path, names: tuple[str, ...]) -> int:
+    """Bytes of files' pages that the kernel gives up first."""
+    try:
+        rows = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
+        return int(next((rows[name] for name in names if name in rows), 0))
+    except (OSError, ValueError):
+        return 0
+
+
+# root of the control groups' files, limit, use, reclaimable: version 2, then version 1
+_CGROUPS = {"": ("", "memory.max", "memory.current", ("inactive_file",)),
+            "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
+                       ("total_inactive_file", "inactive_file"))}
+
+
+def _cgroup_rooms(proc: Path, mount: Path) -> list[int]:
+    """Bytes that each control group of this process, or above it, still allows."""
+    try:
+        lines = (proc / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    rooms = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        for controller in {"", "memory"} & set(controllers.split(",")):
+            below, limit, used, files = _CGROUPS[controller]
+            inside = Path(path.strip("/"))
+            # a container may see its own group as the root, whatever its path is outside
+            for part in dict.fromkeys((inside, *inside.parents, Path())):
+                directory = mount / below / part
+                most, now = _number(directory / limit), _number(directory / used)
+                if most is not None and now is not None:
+                    rooms.append(most - now + _reclaimable(directory, files))
+    return rooms
+
+# %% ../chapters/12_memory.ipynb #14b85f62
+def _free_pages(proc: Path) -> int:
+    """Bytes that the machine has free or can free; all it has where the system does not say."""
+    try:
+        rows = dict(line.split(":") for line in (proc / "meminfo").read_text().splitlines())
+        return int(rows["MemAvailable"].split()[0]) * 1024
+    except (OSError, ValueError, KeyError, IndexError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _address_room(proc: Path) -> list[int]:
+    """Bytes of addresses that `ulimit -v` still allows; empty where it does not limit them."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        used = int((proc / "self" / "statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        used = 0
+    return [] if limit == resource.RLIM_INFINITY else [limit - used]
+
+
+def available_memory(device: torch.device | str = "cpu", *, proc: str | Path = "/proc",
+                     cgroups: str | Path = "/sys/fs/cgroup") -> int:
+    """Bytes that this process can still take on `device`.
+
+    On a CPU the least of what the machine has free, what the control groups (versions 1 and 2) allow and what
+    `ulimit -v` allows; on a GPU what is free there, with what PyTorch holds and does not use. `proc` and
+    `cgroups` are where the kernel says so.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    proc = Path(proc)
+    return max(0, min([_free_pages(proc), *_address_room(proc), *_cgroup_rooms(proc, Path(cgroups))]))
+
+
+def _size(number: float) -> str:
+    return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:,.0f} MB"
+
+
+def require_memory(needed: float, device: torch.device | str, what: str, cure: str, check: bool = True) -> None:
+    """Refuse what cannot fit: ValueError of one line where `needed` bytes are more than `device` has left.
+
+    `what` needs the memory, a noun ("training this model"); `cure` says what to change ("choose a smaller --model").
+    Nothing is asked where `check` is false.
+    """
+    if not check:
+        return
+    left = available_memory(device)
+    if needed > left:
+        raise ValueError(f"{what} needs about {_size(needed)} of memory, and {device} has {_size(left)} left: "
+                         f"{cure}, or pass --ignore-memory to try it all the same")

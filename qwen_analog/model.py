@@ -113,6 +113,7 @@ class QwenForCausalLM(nn.Module):
     def __init__(self, config: QwenConfig):
         super().__init__()
         self.config = config
+        self.generation_config: dict = {}    # what came with the weights: end ids, sampling (Hugging Face's names)
         self.model = QwenModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.init_weights()

@@ -1,5 +1,6 @@
 """Activation checkpointing changes memory and work but no gradient; the ledger's arithmetic is what a tracker measures."""
 import itertools
+import os
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
+from qwen_analog import memory
 from qwen_analog.config import QwenConfig
 from qwen_analog.memory import RECOMPUTE, MemoryLedger, StorageTracker, flops_per_token, memory_ledger, saved_activations, set_activation_checkpointing
 from qwen_analog.model import QwenForCausalLM
@@ -258,3 +260,54 @@ def test_the_selective_policy_compiles():
         backward(model, *batch(NARROW, 1, 32), "fp32")
         gradients[mode] = nn.utils.parameters_to_vector(p.grad for p in model.parameters())
     torch.testing.assert_close(gradients["selective"], gradients["none"])
+
+
+def machine(path, files):
+    """Files as the kernel shows them below `path`: /proc as "proc/...", control groups as "cgroup/..."."""
+    for name, text in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(text)
+    return {"proc": path / "proc", "cgroups": path / "cgroup"}
+
+
+@pytest.mark.parametrize("files, left", [
+    ({}, 8000 * 1024),
+    ({"cgroup/memory.max": "5000000", "cgroup/memory.current": "1000000"}, 4_000_000),
+    ({"cgroup/memory.max": "max", "cgroup/memory.current": "1000000"}, 8000 * 1024),
+    ({"cgroup/a/b/memory.max": "max", "cgroup/a/b/memory.current": "5", "cgroup/a/memory.max": "3000000", "cgroup/a/memory.current": "2000000",
+      "cgroup/a/memory.stat": "anon 7\ninactive_file 500000\n"}, 1_500_000),
+    ({"cgroup/memory.max": "1000000", "cgroup/memory.current": "2000000"}, 0),
+    ({"proc/self/cgroup": "7:cpu,cpuacct:/x\n4:memory:/a\n0::/\n", "cgroup/memory/a/memory.limit_in_bytes": "6000000",
+      "cgroup/memory/a/memory.usage_in_bytes": "2000000", "cgroup/memory/a/memory.stat": "total_inactive_file 1000000\n"}, 5_000_000),
+    # a container without a name space of its own: the path is the host's, the group's files are at the root
+    ({"proc/self/cgroup": "4:memory:/docker/0123\n", "cgroup/memory/memory.limit_in_bytes": "2000000",
+      "cgroup/memory/memory.usage_in_bytes": "500000"}, 1_500_000),
+    ({"proc/self/cgroup": "4:memory:/\n", "cgroup/memory/memory.limit_in_bytes": "9223372036854771712",
+      "cgroup/memory/memory.usage_in_bytes": "500000"}, 8000 * 1024),
+])
+def test_what_is_left_is_the_least_of_the_machine_and_its_control_groups(tmp_path, files, left):
+    kernel = {"proc/meminfo": "MemTotal: 16000 kB\nMemFree: 10 kB\nMemAvailable: 8000 kB\n", "proc/self/cgroup": "0::/a/b\n"}
+    assert memory.available_memory("cpu", **machine(tmp_path, kernel | files)) == left
+
+
+def test_where_the_kernel_says_nothing_the_machine_counts(tmp_path):
+    left = memory.available_memory("cpu", proc=tmp_path, cgroups=tmp_path)
+    assert left == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_limit_of_addresses_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory.resource, "getrlimit", lambda which: (3_000_000, -1) if which == memory.resource.RLIMIT_AS else (-1, -1))
+    page = os.sysconf("SC_PAGE_SIZE")
+    kernel = {"proc/meminfo": "MemAvailable: 8000 kB\n", "proc/self/statm": "100 50 0 0 0 0 0\n"}
+    assert memory.available_memory("cpu", **machine(tmp_path, kernel)) == 3_000_000 - 100 * page
+
+
+def test_what_cannot_fit_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda device: 2_000_000_000)
+    with pytest.raises(ValueError) as refused:
+        memory.require_memory(12.3e9, "cpu", "training this model", "choose a smaller --model")
+    message = str(refused.value)
+    assert all(part in message for part in ("training this model", "12.3 GB", "2.0 GB", "choose a smaller --model", "--ignore-memory"))
+    assert "\n" not in message
+    memory.require_memory(2e9, "cpu", "training this model", "-")
+    memory.require_memory(12.3e9, "cpu", "training this model", "-", check=False)
