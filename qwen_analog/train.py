@@ -34,7 +34,6 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -95,6 +94,7 @@ class TrainConfig(BaseModel):
     eval_every: int = Field(1000, ge=1, description="steps between evaluations on the held-out part")
     eval_blocks: int = Field(64, ge=1, description="at most so many held-out sequences an evaluation")
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
+    collective_timeout_minutes: float = Field(10.0, gt=0, description="a process for which the others wait longer ends the run, with one line")
     tensorboard: bool = Field(True, description="write the metrics for TensorBoard as well")
     peak_tflops: float = Field(0.0, ge=0, description="what one device can do at most, for the MFU; 0: by its name, or measured")
     profile_steps: int = Field(0, ge=0, description="trace so many steps, from the third on, for Perfetto")
@@ -212,8 +212,6 @@ def evaluate(model: nn.Module, blocks: PackedBlocks, config: TrainConfig, proces
         nats += forward_loss(model, batch, config, processes.device).item()
         targets += sum((block.targets != IGNORE_INDEX).sum().item() for block in batch)
     model.train()
-    if isinstance(model, FSDPModule):
-        model.reshard()                  # no backward pass follows that would free the embedding and the head
     nats, targets = processes.sum(nats, targets)
     return {"loss": nats / targets, "bits_per_byte": bits_per_byte(nats / targets, 1) * blocks.tokens_per_epoch / blocks.bytes_per_epoch}
 
@@ -248,7 +246,10 @@ def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
 def restore(path: str | Path, config: TrainConfig, model: QwenForCausalLM, optimizers: Sequence[torch.optim.Optimizer],
             blocks: PackedBlocks | StreamedBlocks, tokenizer: Tokenizer, watch: SpikeWatch, processes: Processes) -> int:
     """Load a checkpoint into all that carries state; return the step it was written after. CheckpointError if it belongs to another run."""
-    state = read_state(path)
+    with processes.together():           # where only some processes see it, they are named
+        state = read_state(path)
+    # a directory that the machines do not share may hold another run's under the same name
+    processes.agree({name: state.get(name) for name in ("step", "data", "spike_watch", "train_config")}, f"checkpoint {path}")
     if not {"step", "data", "tokenizer_fingerprint", "train_config"} <= state.keys():
         raise CheckpointError(f"{path} holds no training state: it cannot be resumed")
     if state["config"] != model.config.to_dict():
@@ -274,15 +275,15 @@ def restore(path: str | Path, config: TrainConfig, model: QwenForCausalLM, optim
 
 
 def take_blocks(blocks: PackedBlocks | StreamedBlocks, config: TrainConfig, processes: Processes) -> list[Block]:
-    """This process's blocks of the next step. Where one process cannot read its data, all of them raise a DataError."""
+    """This process's blocks of the next step. Where one process cannot read its data, the others raise a DataError."""
     taken, problem = [], None
     try:
         taken = blocks.take(config.micro_batch_size * config.gradient_accumulation_steps, processes.rank, processes.world_size)
-    except DataError as error:
+    except (DataError, OSError) as error:
         problem = error
-    (failed,) = processes.sum(problem is not None)
-    if failed:
-        raise problem or DataError("another process cannot read its data")
+    failed = processes.sum(*(problem is not None and rank == processes.rank for rank in range(processes.world_size)))
+    if any(failed):
+        raise problem or DataError(f"another process, rank {failed.index(1)}, cannot read its data")
     return taken
 
 # %% ../chapters/19_pretraining.ipynb #d8a6e5f4
@@ -293,13 +294,16 @@ def train(config: TrainConfig, resume_from: str | None = None) -> dict[str, floa
     checkpoint.pt, a checkpoint's directory, or "auto": the newest checkpoint in `output_dir`, or a new run where there is none.
     Raises ValueError with one line that says what is wrong.
     """
-    with Processes() as processes:
+    with Processes(config.collective_timeout_minutes) as processes:
+        # the paths of data and tokenizer may differ: what they hold is compared later
+        own = {"data", "tokenizer", "output_dir"}
+        processes.agree(config.model_dump(exclude=own), "setting")
         return _train(config, resume_from, processes)
 
 
 def _train(config: TrainConfig, resume_from: str | None, processes: Processes) -> dict[str, float]:
     main_process, device, output = processes.rank == 0, processes.device, Path(config.output_dir)
-    newest = latest_checkpoint(output)
+    newest = processes.broadcast(latest_checkpoint(output))       # one decides for all: listings may differ
     if resume_from == "auto":
         resume_from = newest
     tokenizer = load_tokenizer(config.tokenizer)
@@ -356,7 +360,7 @@ def _train(config: TrainConfig, resume_from: str | None, processes: Processes) -
                 save(f"step_{step}", step, position)
                 checkpointer.wait()
                 raise DataError(f"{error}; the {step:,} steps before are saved: mend the data, then --resume auto") from None
-            step += 1
+            processes.step = step = step + 1
             log.consume(step, position, taken)
             entry = {"learning_rate": learning_rate_at(step - 1, learning_rate=config.learning_rate, max_steps=config.max_steps,
                                                        warmup_steps=config.warmup_steps, schedule=config.schedule, min_ratio=config.min_learning_rate_ratio)}
