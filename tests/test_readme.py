@@ -1,0 +1,132 @@
+"""The commands of the README files, run as they are printed, on a small model and little text."""
+import itertools
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen_analog import QwenConfig, QwenForCausalLM
+from qwen_analog.checkpoint import save_checkpoint
+from qwen_analog.data import stdlib_documents
+from qwen_analog.hf import save_pretrained
+from qwen_analog.tokenizer import BYTE_ORDER, TiktokenTokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+READMES = ("README.md", "README.ru.md")
+
+# what makes a command small: a flag that comes last is the one that counts
+SMALL_RUN = ("--tokenizer tiktoken:tokenizer.tiktoken --block-size 32 --micro-batch-size 1 --gradient-accumulation-steps 1 "
+             "--warmup-steps 0 --no-tensorboard --peak-tflops 1 --sample-tokens 2 --no-compile").split()
+
+
+def commands(readme: str) -> list[str]:
+    """The lines of its shell blocks, continued ones joined, without comments."""
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [" ".join(line.split()) for line in (re.sub(r"(^|\s)#.*", "", line) for line in lines) if line.strip()]
+
+
+def program(command: str) -> str:
+    words = shlex.split(command)
+    return " ".join(words[:2]) if words[0] in ("qwen-analog", "make", "python", ".") else words[0]
+
+
+RUN = [command for command in commands("README.md") if program(command).split()[0] not in ("make", ".")]
+
+
+def test_one_line_first_makes_the_commands_known():
+    for readme in READMES:
+        found = commands(readme)
+        programs = [program(command) for command in found]
+        first = next(i for i, name in enumerate(programs) if not name.startswith("make"))
+        assert programs[first] == ". .venv/bin/activate", readme
+        assert programs.count(". .venv/bin/activate") == 1
+
+
+def test_the_russian_readme_has_the_same_commands():
+    def words(readme):
+        return [shlex.split(command) for command in commands(readme)]
+    assert words("README.ru.md") == words("README.md")
+
+
+def test_make_knows_its_targets():
+    for readme in READMES:
+        for command in commands(readme):
+            if program(command).startswith("make"):
+                subprocess.run([*shlex.split(command), "-n"], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder as a reader has it after `make train`, with a small model in place of the trained one, and a free port."""
+    path = tmp_path_factory.mktemp("reader")
+    for name in (".venv", "qwen_analog"):
+        (path / name).symlink_to(Path(sys.prefix) if name == ".venv" else ROOT / name)
+    with open(path / "my.jsonl", "w") as file:
+        for document in itertools.islice(stdlib_documents(), 40):
+            file.write(json.dumps({"text": document["text"][:2000]}) + "\n")
+    tokenizer = TiktokenTokenizer({token: rank for rank, token in enumerate(BYTE_ORDER)})
+    tokenizer.save(path)
+    torch.manual_seed(0)
+    model = QwenForCausalLM(QwenConfig.from_preset("tiny")).eval()
+    save_checkpoint(path / "checkpoints" / "final", model, tokenizer)
+    save_pretrained(model, tokenizer, path / "a_model")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return path, s.getsockname()[1]
+
+
+def small(command: str, port: int) -> list[str]:
+    """`command` with flags at its end that make its work small, and with what a reader fills in."""
+    command = command.replace("/path/to/Qwen2.5-0.5B", "a_model").replace("FIRST_MACHINE:29400", f"127.0.0.1:{port}")
+    command = re.sub(r"--nnodes=\d+ ", "--nnodes=1 ", re.sub(r"--nproc_per_node=\d+", "--nproc_per_node=2", command))
+    if " chat " not in command:
+        command = command.replace("smollm2", "a_model", 1)
+    words = shlex.split(command)
+    if "qwen_analog.train" in words or "train" in words[:2]:
+        words += SMALL_RUN + ([] if "--resume" in words else ["--max-steps", "2"])
+        if "a_model" not in words and "qwen_analog/train_laptop.json" not in words:
+            words += ["--model", "tiny"]
+        return words
+    small_work = {"tokenizer": ["--vocab-size", "300"], "plan": ["--model", "tiny", "--block-size", "64"], "generate": ["--max-new-tokens", "2"],
+                  "eval": ["--data", "my.jsonl", "--heldout-fraction", "0.2"], "serve": ["--port", str(port)]}
+    return words + small_work.get(words[1], [])
+
+
+@pytest.mark.xdist_group("readme")
+@pytest.mark.parametrize("command", RUN)
+def test_a_command_runs_as_printed(command, home):
+    path, port = home
+    activation = next(line for line in commands("README.md") if program(line).startswith("."))
+    line = f"{activation} && exec {shlex.join(small(command, port))}"
+    environment = {name: value for name, value in os.environ.items() if name not in ("PATH", "VIRTUAL_ENV")}
+    environment |= {"PATH": "/usr/local/bin:/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with open(path / "said", "w+") as said:
+        process = subprocess.Popen(["sh", "-c", line], cwd=path, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+        if " serve " in command:
+            wait_for_server(port, process)
+            process.terminate()
+        code = process.wait(120)
+        said.seek(0)
+        text = said.read()
+    assert code == 0 and "Traceback" not in text, f"{line}\n{text[-3000:]}"
+
+
+def wait_for_server(port: int, process: subprocess.Popen) -> None:
+    for _ in range(300):
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5).read()
+            return
+        except OSError:
+            assert process.poll() is None
+            time.sleep(0.1)
