@@ -195,6 +195,7 @@ def _lines(file: io.BufferedIOBase, limit: int, chunk: int = 1 << 20) -> Iterato
                     part = file.readline(chunk)
         if long:
             yield long
+            long.clear()                # done with before the next is asked for
 
 
 def _regular(path: str) -> None:
