@@ -26,7 +26,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
 
@@ -49,6 +49,7 @@ from .model import QwenForCausalLM
 from .tokenizer import Tokenizer, load_tokenizer
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)   # one process is no mistake here
+warnings.filterwarnings("ignore", message="TypedStorage is deprecated", category=UserWarning)      # torch's reader, of a damaged file
 
 # %% ../chapters/14_checkpoints.ipynb #90cb1656
 class CheckpointError(ValueError):
@@ -173,6 +174,9 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
     torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)}
 
 
+_MOST_INSTRUCTIONS = 5_000_000        # each byte may make an object of 64; a real checkpoint has some ten thousand
+
+
 def _check_archive(file: Path | IO[bytes], size: int, checksums: bool) -> bytes:
     """The pickle in an archive of `size` bytes; ValueError where torch.save would not have written such an archive."""
     with zipfile.ZipFile(file) as archive:
@@ -185,7 +189,9 @@ def _check_archive(file: Path | IO[bytes], size: int, checksums: bool) -> bytes:
         if checksums and archive.testzip() is not None:
             raise ValueError("a checksum is wrong")
         pickled = archive.read(pickles[0])
-    for opcode, name, _ in pickletools.genops(pickled):
+    for count, (opcode, name, _) in enumerate(pickletools.genops(pickled)):
+        if count > _MOST_INSTRUCTIONS:
+            raise ValueError("it holds too many values beside its tensors")
         if opcode.name == "GLOBAL" and name not in _NAMES and name.removeprefix("torch ") not in _DTYPES:
             raise _Forbidden(".".join(name.split()))
     return pickled
@@ -522,13 +528,14 @@ def claim(directory: str | Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         except BlockingIOError:
             holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "unknown"
             raise CheckpointError(f"{directory} is in use by another run ({holder}): wait for its end or choose another output directory") from None
         except OSError as error:
             print(f"warning: {file} cannot be locked ({_reason(error)}): see to it that no other run uses {directory}", file=sys.stderr)
+        with suppress(OSError):         # who it is says the file where it can: a full disk comes to light soon enough
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield
     finally:
         if handle in _held:
