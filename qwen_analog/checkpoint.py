@@ -33,7 +33,7 @@ from typing import IO, Annotated, Any, Literal
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed._shard._utils import narrow_tensor_by_index
@@ -285,6 +285,24 @@ class _Optimizer(BaseModel):
     param_groups: list[_Group]
 
 # %% ../chapters/14_checkpoints.ipynb #2635e071
+class _Rank(BaseModel):
+    """What one process keeps: a random state, or one by the name of each device."""
+
+    model_config = _STRICT
+
+    rng: torch.Tensor | dict[str, torch.Tensor] = {}
+
+    @field_validator("rng")
+    @classmethod
+    def _is_a_state(cls, rng):
+        for device, state in (rng if isinstance(rng, dict) else {"cpu": rng}).items():
+            if state.dtype != torch.uint8 or state.dim() != 1:
+                raise ValueError("is no random state")
+            if device == "cpu":
+                torch.Generator().set_state(state.clone())      # says what is wrong
+        return rng
+
+
 class _Entries(BaseModel):
     """The entries of a checkpoint that are read again; there may be others."""
 
@@ -300,7 +318,7 @@ class _Entries(BaseModel):
     data_fingerprint: dict = {}
     train_config: dict[str, Any] = {}
     spike_watch: dict[str, list[float]] = {}
-    rank_states: list[dict | None] = []
+    rank_states: list[_Rank | None] = []
     optimizer_state_dicts: list[_Optimizer] = []
     optimizer_parameters: list[list[Annotated[str, Field(pattern="^[^/]+$")]]] = []
     optimizer_types: list[str] = []
@@ -320,7 +338,7 @@ def _check_entries(contents: dict, file: Path) -> QwenConfig:
         raise CheckpointError(
             f"{file} is not a checkpoint of this package: its entry {where}: {first['msg']}"
         ) from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{file} is not a checkpoint of this package: {_reason(error)}"
         ) from None
