@@ -26,7 +26,7 @@ def shown(value) -> str:
     short.maxstring = short.maxother = 100
     short.maxdict = short.maxlist = 8
     try:
-        return short.repr(value)
+        return " ".join(short.repr(value).split())
     except ValueError:           # a whole number of more than 4300 digits
         return "a number of thousands of digits"
 

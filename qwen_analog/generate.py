@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['pad_left', 'filter_logits', 'Sampling', 'penalize_repetition', 'LogitsError', 'distribution', 'draw', 'generate',
-           'end_ids', 'sampling_defaults', 'TextStream', 'stream', 'complete', 'complete_many']
+           'end_ids', 'sampling_defaults', 'TextStream', 'StopFinder', 'stream', 'complete', 'complete_many']
 
 # %% ../chapters/15_generation.ipynb #7ac0de25
 import math
 import reprlib
+from bisect import bisect_left, bisect_right
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -356,16 +358,16 @@ class TextStream:
 
     A character comes whole or not at all, and what may be the beginning of a string in `stop` waits until it is decided.
     Of several stop strings the one that is complete first counts. `context` holds the ids that stand before: a tokenizer
-    may decode a blank only where text precedes it. Each push decodes a window of at most some 64 ids after it.
+    may decode a blank only where text precedes it. Each push decodes a window of at most some 64 ids after it. All pushes
+    together take time in proportion to the text, however many and long the stop strings are.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] = (), context: Sequence[int] = ()):
-        self.stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        if not all(isinstance(text, str) and text for text in self.stop):
-            raise ValueError(f"stop must be a string or several, none of them empty, not {stop!r}")
+        self.stop = _stop_strings(stop)
         self.stopped = False
         self._decode = tokenizer.decode
-        self._waiting = ""                             # decoded, and perhaps the beginning of a stop string
+        self._finder = StopFinder(self.stop)
+        self._waiting: deque[str] = deque()            # characters that are perhaps the beginning of a stop string
         self._move_to(list(context))
 
     def _move_to(self, context: list[int]) -> None:
@@ -391,8 +393,7 @@ class TextStream:
     def finish(self) -> str:
         """The rest, after the last token."""
         piece = self._release(self._window()[self._shown :])
-        rest, self._waiting = self._waiting, ""
-        return piece + rest
+        return piece + self._take(len(self._waiting))
 
     def _window(self) -> str:
         text = self._decode(self._context + self._ids)
@@ -401,23 +402,98 @@ class TextStream:
 
     def _release(self, piece: str) -> str:
         """Add `piece` to what waits; return what cannot belong to a stop string any more."""
-        if self.stopped:
-            return ""
-        text = self._waiting + piece
-        found = [(text.index(stop) + len(stop), text.index(stop)) for stop in self.stop if stop in text]
-        if found:
-            self.stopped, self._waiting = True, ""
-            return text[: min(found)[1]]
-        waits = max((n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-        self._waiting = text[len(text) - waits :]
-        return text[: len(text) - waits]
+        for character in "" if self.stopped else piece:
+            self._waiting.append(character)
+            complete = self._finder.push(character)
+            if complete:
+                self.stopped = True
+                text = self._take(len(self._waiting) - complete)
+                self._waiting.clear()
+                return text
+        return self._take(len(self._waiting) - self._finder.begun)
+
+    def _take(self, count: int) -> str:
+        """The first `count` characters of what waits."""
+        return "".join(self._waiting.popleft() for _ in range(count))
+
+# %% ../chapters/15_generation.ipynb #46d061a4
+class StopFinder:
+    """Finds the first of several strings that is complete in a text that comes in characters; time is linear in the text.
+
+    A state is a beginning of some of the strings, which stand together in their sorted list; state 0 is the empty one.
+    """
+
+    def __init__(self, strings: Sequence[str]):
+        self._strings = sorted(set(strings))
+        self._among = [(0, len(self._strings))]        # of each state: the part of the list that begins with it
+        self._length = [0]
+        self._complete = [0]                           # the length of the longest of the strings that the state ends with
+        self._shorter = [0]                            # the longest other state that the state ends with
+        self._next: list[dict[str, int]] = [{}]
+        self._state = 0
+
+    @property
+    def begun(self) -> int:
+        """The length of the longest end of the text that begins a string."""
+        return self._length[self._state]
+
+    def push(self, character: str) -> int:
+        """The length of the longest string that `character` completes, 0 for none."""
+        state, made = self._state, []
+        while True:
+            child = self._next[state].get(character)
+            if child is not None:
+                break
+            if self._make(state, character):
+                made.append(len(self._length) - 1)
+            if state == 0:
+                child = 0
+                break
+            state = self._shorter[state]
+        for new in reversed(made):                     # the shortest first: each ends with the one before it
+            self._shorter[new] = child
+            self._complete[new] = self._complete[new] or self._complete[child]
+            child = new
+        self._state = child
+        return self._complete[child]
+
+    def _make(self, state: int, character: str) -> bool:
+        """Add the state that follows `state` with `character`, if any string begins so."""
+        (low, high), length = self._among[state], self._length[state]
+
+        def following(text: str) -> str:
+            return text[length : length + 1]
+
+        low = bisect_left(self._strings, character, low, high, key=following)
+        high = bisect_right(self._strings, character, low, high, key=following)
+        if low == high:
+            return False
+        self._next[state][character] = len(self._length)
+        self._among.append((low, high))
+        self._length.append(length + 1)
+        # of strings that begin alike the shortest comes first
+        self._complete.append(length + 1 if len(self._strings[low]) == length + 1 else 0)
+        self._shorter.append(0)
+        self._next.append({})
+        return True
+
+
+def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    """`stop` as a tuple. ValueError unless it is a string or several, none empty."""
+    stops = (stop,) if isinstance(stop, str) else () if stop is None else stop
+    if not isinstance(stops, (list, tuple, set, frozenset)) or not all(isinstance(text, str) and text for text in stops):
+        raise ValueError(f"stop must be a string or several, none of them empty, not {_short(stop)}")
+    return tuple(stops)
 
 # %% ../chapters/15_generation.ipynb #f5e814eb
 def _prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int] | torch.Tensor) -> list[int]:
     """A text becomes the start of a document; ids, [T] or [1, T], stay as they are."""
     if isinstance(prompt, str):
         return [tokenizer.eos_token_id, *tokenizer.encode(prompt)]
-    ids = torch.as_tensor(prompt)
+    try:
+        ids = torch.as_tensor(prompt)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"prompt must be a text or the ids of one row, not {_short(prompt)}") from None
     if ids.dtype != torch.int64 or ids.ndim not in (1, 2) or not ids.numel() or ids.shape[-1] != ids.numel():
         raise ValueError(f"prompt must be a text or the ids of one row, not {ids.dtype} {list(ids.shape)}")
     return ids.flatten().tolist()
@@ -458,12 +534,18 @@ def stream(model: QwenForCausalLM, tokenizer: Tokenizer, prompt: str | Sequence[
 
 def complete(model: QwenForCausalLM, tokenizer: Tokenizer, prompt: str, *, stop: str | Sequence[str] = (), **options) -> str:
     """`prompt` and what `stream` writes after it."""
+    if not isinstance(prompt, str):
+        raise ValueError(f"prompt must be a text, not {_short(prompt)}")
     return prompt + "".join(stream(model, tokenizer, prompt, stop=stop, **options))
 
 
 def complete_many(model: QwenForCausalLM, tokenizer: Tokenizer, prompts: Sequence[str], *, max_new_tokens: int = 100,
                   stop: str | Sequence[str] = (), **options) -> list[str]:
     """Each of `prompts` and its continuation, all written in one batch; the arguments are `stream`'s."""
+    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"prompts must be a list of texts, not {_short(prompts)}")
+    if not prompts:
+        return []
     pieces = _texts(model, tokenizer, prompts, stop, max_new_tokens, options)
     return [prompt + "".join(row) for prompt, row in zip(prompts, zip(*pieces))]
 

@@ -4,28 +4,38 @@
 
 # %% auto #0
 __all__ = ['SMOLLM2_SHA256', 'QWEN_CHAT_TEMPLATE', 'smollm2_path', 'chat_ids', 'Difference', 'first_difference', 'load_gguf',
-           'has_chat_format', 'load_pretrained', 'merge_of', 'to_fast', 'save_pretrained']
+           'has_chat_format', 'config_of', 'load_pretrained', 'merge_of', 'to_fast', 'save_pretrained']
 
 # %% ../chapters/16_real_weights.ipynb #b4fabe94
+import contextlib
+import dataclasses
 import hashlib
 import importlib.util
 import json
+import math
+import mmap
+import os
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import gguf
 import huggingface_hub
+import numpy as np
 import tokenizers
 import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from .checkpoint import _commit, _new_partial, hf_config
-from .config import QwenConfig
+from .config import QwenConfig, check_generation_config, shown
 from .model import QwenForCausalLM
 from .rope import interleaved_to_half
 from .tokenizer import (BYTE_ORDER, DEFAULT_SYSTEM, QWEN_PATTERN, QWEN_SPECIAL_TOKENS, HFTokenizer, TiktokenTokenizer,
@@ -50,24 +60,137 @@ def smollm2_path() -> Path:
     return path
 
 # %% ../chapters/16_real_weights.ipynb #6357a899
-def _read_gguf(path: Path) -> tuple[dict, dict[str, gguf.ReaderTensor]]:
+_NUMBERS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
+_STRING, _ARRAY, _LONGEST_ARRAY = 8, 9, 2**22
+
+
+class _Cursor:
+    """Reads a GGUF file's tables from the front, and never past their end: ValueError."""
+
+    def __init__(self, data: mmap.mmap):
+        self.data, self.at = data, 0
+
+    def numbers(self, kind: str, count: int) -> np.ndarray:
+        size = count * np.dtype(kind).itemsize
+        if size > len(self.data) - self.at:
+            raise ValueError(f"{size} bytes are announced at byte {self.at}, and the file has {len(self.data)}")
+        self.at += size
+        return np.frombuffer(self.data, kind, count, self.at - size)
+
+    def number(self, kind: str) -> int | float | bool:
+        return self.numbers(kind, 1)[0].item()
+
+    def text(self) -> str:
+        return self.numbers("<u1", self.number("<u8")).tobytes().decode("utf-8")
+
+    def value(self, kind: int) -> int | float | bool | str | list:
+        if kind == _STRING:
+            return self.text()
+        if kind != _ARRAY:
+            return self.number(_NUMBERS[kind])
+        kind, count = self.number("<u4"), self.number("<u8")
+        if count > _LONGEST_ARRAY:
+            raise ValueError(f"an array of {count} values is announced at byte {self.at}")
+        if kind == _STRING:
+            return [self.text() for _ in range(count)]
+        return self.numbers(_NUMBERS[kind], count).tolist()
+
+# %% ../chapters/16_real_weights.ipynb #e02e5cab
+class _Tensor(NamedTuple):
+    """A tensor of a GGUF file: its shape, outermost dimension first, and its bytes, still in the file."""
+
+    tensor_type: gguf.GGMLQuantizationType
+    shape: list[int]
+    n_elements: int
+    n_bytes: int
+    data: np.ndarray
+
+
+def _read_tensor(cursor: _Cursor) -> tuple[str, gguf.GGMLQuantizationType, list[int], int]:
+    """A line of the table of tensors: name, type, shape and offset."""
+    name, dimensions = cursor.text(), cursor.number("<u4")
+    if not 1 <= dimensions <= 4:
+        raise ValueError(f"{shown(name)} has {dimensions} dimensions")
+    shape = cursor.numbers("<u8", dimensions).tolist()[::-1]       # the file counts from the innermost
+    kind, offset = cursor.number("<u4"), cursor.number("<u8")
+    if kind not in iter(gguf.GGMLQuantizationType):
+        raise ValueError(f"{shown(name)} is of type {kind}, which is not known")
+    return name, gguf.GGMLQuantizationType(kind), shape, offset
+
+
+def _place_tensors(data: mmap.mmap, table: list[tuple], start: int, alignment: int) -> dict[str, _Tensor]:
+    """The tensors by name; ValueError where they do not lie one after the other up to the end of the file."""
+    tensors, end = {}, 0
+    for name, kind, shape, offset in sorted(table, key=lambda entry: entry[3]):
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        n_elements = math.prod(shape)
+        n_bytes = n_elements // block * block_bytes
+        if n_elements == 0 or shape[-1] % block:
+            raise ValueError(f"{shown(name)} has the shape {shown(shape)}, which type {kind.name} cannot have")
+        if offset != end or start + offset + n_bytes > len(data):
+            raise ValueError(f"{shown(name)} begins at {offset} and takes {n_bytes} bytes of type {kind.name}; "
+                             f"the one before it ends at {end}, the file at {len(data) - start}")
+        if name in tensors:
+            raise ValueError(f"there are two tensors {shown(name)}")
+        piece = np.frombuffer(data, np.uint8, n_bytes, start + offset).reshape(*shape[:-1], -1)
+        tensors[name] = _Tensor(kind, shape, n_elements, n_bytes, piece)
+        end = offset + -(-n_bytes // alignment) * alignment
+    if len(data) - start > end:
+        raise ValueError(f"the tensors end at {end}, the file at {len(data) - start}")
+    return tensors
+
+# %% ../chapters/16_real_weights.ipynb #4bb2b514
+def _in_one_line(error: BaseException) -> str:
+    """What went wrong in a library: the error's type and what it says, in one line of bounded length."""
+    said = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def _gguf_tables(data: mmap.mmap) -> tuple[dict, dict[str, _Tensor]]:
+    cursor = _Cursor(data)
+    if cursor.numbers("<u1", 4).tobytes() != b"GGUF":
+        raise ValueError("it does not begin with GGUF")
+    version, n_tensors, n_values = cursor.number("<u4"), cursor.number("<u8"), cursor.number("<u8")
+    if version not in (2, 3):
+        raise ValueError(f"version {version} is not supported, or the file is big-endian: convert the model again")
+    metadata = {}
+    for _ in range(n_values):
+        name = cursor.text()
+        if name in metadata:
+            raise ValueError(f"{shown(name)} is there twice")
+        try:
+            metadata[name] = cursor.value(cursor.number("<u4"))
+        except KeyError as error:
+            raise ValueError(f"{shown(name)} is of type {error}, which is not known") from None
+        except ValueError as error:
+            raise ValueError(f"{shown(name)}: {error}") from None
+    table = [_read_tensor(cursor) for _ in range(n_tensors)]
+    alignment = metadata.get("general.alignment", 32)
+    if type(alignment) is not int or alignment < 1 or alignment & alignment - 1:
+        raise ValueError(f"general.alignment must be a power of two, not {shown(alignment)}")
+    return metadata, _place_tensors(data, table, -(-cursor.at // alignment) * alignment, alignment)
+
+
+def _read_gguf(path: Path) -> tuple[dict, dict[str, _Tensor]]:
     """Metadata and tensors of a GGUF file; the tensors' bytes stay in the file until they are read."""
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     try:
-        reader = gguf.GGUFReader(path)
-        return {name: field.contents() for name, field in reader.fields.items()}, {tensor.name: tensor for tensor in reader.tensors}
-    except Exception as error:      # on a damaged file, the reader fails in many ways
-        raise ValueError(f"{path} is damaged or not a GGUF file ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+        with path.open("rb") as file:
+            return _gguf_tables(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or not a GGUF file, fetch it again ({error})") from None
 
 # %% ../chapters/16_real_weights.ipynb #ac0dae5b
 def _listed(names: Sequence[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    """Names from a file: as they are where they are plain, and not all of many."""
+    plain = [name if name.isprintable() and len(name) < 100 else shown(name) for name in names[:most]]
+    return ", ".join(plain) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _check_tensors(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]], where: str | Path) -> None:
     """Compare the names and shapes in a file with a model's; one ValueError lists all that differs."""
-    shapes = [f"{name} is {list(found[name])}, not {list(expected[name])}" for name in expected if name in found
+    shapes = [f"{name} is {shown(list(found[name]))}, not {list(expected[name])}" for name in expected if name in found
               and tuple(found[name]) != tuple(expected[name])]
     problems = [f"{title}: {_listed(names)}" for title, names in (
         ("missing", [name for name in expected if name not in found]),
@@ -83,6 +206,16 @@ def _without_weights(config: QwenConfig) -> QwenForCausalLM:
         return QwenForCausalLM(config)
 
 
+def _shapes(config: QwenConfig) -> dict[str, list[int]]:
+    """Names and shapes of the weights, from a model of one layer: a file may announce any number of layers."""
+    one = _without_weights(dataclasses.replace(config, num_hidden_layers=1)).state_dict()
+    shapes = {name: list(weight.shape) for name, weight in one.items() if not name.startswith("model.layers.")}
+    layer = {name: list(weight.shape) for name, weight in one.items() if name.startswith("model.layers.")}
+    for i in range(config.num_hidden_layers):
+        shapes |= {name.replace(".0.", f".{i}.", 1): shape for name, shape in layer.items()}
+    return shapes
+
+
 def _fill(model: QwenForCausalLM, weights: dict[str, torch.Tensor], generation_config: dict) -> QwenForCausalLM:
     """The model in eval mode, made of `weights` themselves: no second copy of them is ever held."""
     model.load_state_dict(weights, assign=True)
@@ -90,28 +223,42 @@ def _fill(model: QwenForCausalLM, weights: dict[str, torch.Tensor], generation_c
     return model.eval()
 
 # %% ../chapters/16_real_weights.ipynb #33ec26bd
-def _gguf_config(metadata: dict, tensors: dict[str, gguf.ReaderTensor], path: Path) -> QwenConfig:
+_GGUF_FIELDS = {"hidden_size": "embedding_length", "num_hidden_layers": "block_count", "num_attention_heads": "attention.head_count",
+                "intermediate_size": "feed_forward_length", "max_position_embeddings": "context_length",
+                "rms_norm_eps": "attention.layer_norm_rms_epsilon", "num_key_value_heads": "attention.head_count_kv",
+                "head_dim": "attention.key_length", "rope_theta": "rope.freq_base"}
+
+
+def _gguf_config(metadata: dict, tensors: Mapping[str, _Tensor], path: Path) -> QwenConfig:
     kind = metadata.get("general.architecture")
     if kind not in ("llama", "qwen2"):
-        raise ValueError(f"{path}: architecture {kind!r} is not supported, only 'llama' and 'qwen2'")
+        raise ValueError(f"{path}: architecture {shown(kind)} is not supported, only 'llama' and 'qwen2'")
+    if metadata.get("split.count", 0) not in (0, 1):
+        raise ValueError(f"{path} is one part of several: join them with llama.cpp's llama-gguf-split --merge")
     for name in ("rope.scaling.type", "expert_count", "attention.sliding_window"):
         if metadata.get(f"{kind}.{name}") not in (None, "none", 0):
-            raise ValueError(f"{path}: {kind}.{name} {metadata[f'{kind}.{name}']!r} is not supported")
+            raise ValueError(f"{path}: {kind}.{name} {shown(metadata[f'{kind}.{name}'])} is not supported")
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list):
+        raise ValueError(f"{path}: tokenizer.ggml.tokens must be a list, not {shown(tokens)}")
+
+    found = {field: metadata.get(f"{kind}.{key}") for field, key in _GGUF_FIELDS.items()}
+    optional = {"num_key_value_heads": found["num_attention_heads"], "head_dim": None, "rope_theta": 10000.0}
+    for field, value in found.items():
+        if value is None and field not in optional:
+            raise ValueError(f"{path}: the metadata has no {kind}.{_GGUF_FIELDS[field]}")
+    given = {field: value for field, value in found.items() if value is not None}
     try:
-        heads, width = metadata[f"{kind}.attention.head_count"], metadata[f"{kind}.embedding_length"]
-        head_dim = metadata.get(f"{kind}.attention.key_length", width // heads)
-        if metadata.get(f"{kind}.rope.dimension_count", head_dim) != head_dim:
-            raise ValueError(f"{kind}.rope.dimension_count differs from the {head_dim} of a head, all of which is rotated here")
-        return QwenConfig(vocab_size=len(metadata["tokenizer.ggml.tokens"]), hidden_size=width, head_dim=head_dim, num_attention_heads=heads,
-                          num_hidden_layers=metadata[f"{kind}.block_count"], intermediate_size=metadata[f"{kind}.feed_forward_length"],
-                          num_key_value_heads=metadata.get(f"{kind}.attention.head_count_kv", heads),
-                          max_position_embeddings=metadata[f"{kind}.context_length"],
-                          rope_theta=metadata.get(f"{kind}.rope.freq_base", 10000.0), attention_bias=kind == "qwen2",
-                          rms_norm_eps=metadata[f"{kind}.attention.layer_norm_rms_epsilon"], tie_word_embeddings="output.weight" not in tensors)
-    except KeyError as error:
-        raise ValueError(f"{path}: the metadata has no {error.args[0]}") from None
+        config = QwenConfig(**{**optional, **given}, vocab_size=len(tokens), attention_bias=kind == "qwen2",
+                            tie_word_embeddings="output.weight" not in tensors)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        field = next((field for field in _GGUF_FIELDS if str(error).startswith(f"{field} ")), None)
+        meant = f" ({field} is {kind}.{_GGUF_FIELDS[field]})" if field else ""
+        raise ValueError(f"{path}: {error}{meant}") from None
+    for name in ("rope.dimension_count", "attention.value_length"):
+        if metadata.get(f"{kind}.{name}", config.head_dim) != config.head_dim:
+            raise ValueError(f"{path}: {kind}.{name} differs from the {config.head_dim} of a head, all of which is rotated here")
+    return config
 
 # %% ../chapters/16_real_weights.ipynb #81af6a46
 def _byte_level(vocabulary: dict[str, int], merges: list[tuple[str, str]], qwen: bool) -> tokenizers.Tokenizer:
@@ -127,58 +274,217 @@ def _byte_level(vocabulary: dict[str, int], merges: list[tuple[str, str]], qwen:
     fast.decoder = decoders.ByteLevel()
     return fast
 
+# %% ../chapters/16_real_weights.ipynb #f2045487
+def _gguf_ends(metadata: dict, path: Path, vocab_size: int) -> list[int]:
+    """The ids that end a text or a turn, the end of text first; ValueError for one that is no id, and where there are none."""
+    names = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
+    if names[0] not in metadata:
+        raise ValueError(f"{path}: the metadata has no {names[0]}")
+    for name in names:
+        if type(metadata.get(name, 0)) is not int or not 0 <= metadata.get(name, 0) < vocab_size:
+            raise ValueError(f"{path}: {name} {shown(metadata[name])} is no id of this model, whose ids end at {vocab_size - 1}")
+    return list(dict.fromkeys(metadata[name] for name in names if name in metadata))
+
+
+# llama.cpp's names of the settings that Hugging Face keeps in generation_config.json
+_GGUF_SAMPLING = {"general.sampling.temp": "temperature", "general.sampling.top_k": "top_k", "general.sampling.top_p": "top_p",
+                  "general.sampling.min_p": "min_p", "general.sampling.penalty_repeat": "repetition_penalty",
+                  "tokenizer.ggml.bos_token_id": "bos_token_id", "tokenizer.ggml.padding_token_id": "pad_token_id"}
+
+
+def _gguf_generation(metadata: dict, path: Path, vocab_size: int) -> dict:
+    given = {name: metadata[key] for key, name in _GGUF_SAMPLING.items() if key in metadata}
+    return check_generation_config({**given, "eos_token_id": _gguf_ends(metadata, path, vocab_size)}, vocab_size, path)
+
 # %% ../chapters/16_real_weights.ipynb #95a3b249
+def _gguf_tokens(metadata: dict, path: Path) -> tuple[list[str], list[int], list[tuple[str, ...]]]:
+    """Tokens, their types and the merges; ValueError naming the entry that is not as it should be."""
+    tokens, types, merges = (metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type", "merges"))
+    for name, values, sort in (("tokens", tokens, str), ("token_type", types, int), ("merges", merges, str)):
+        if not isinstance(values, list) or not all(type(value) is sort for value in values):
+            raise ValueError(f"{path}: tokenizer.ggml.{name} must be a list of {sort.__name__}, not {shown(values)}")
+    if len(types) != len(tokens) or not set(types) <= set(gguf.TokenType):
+        raise ValueError(f"{path}: tokenizer.ggml.token_type must hold a type from 1 to 6 for each of {len(tokens)} tokens")
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    if not all(len(pair) == 2 for pair in pairs):
+        wrong = next(merge for merge, pair in zip(merges, pairs) if len(pair) != 2)
+        raise ValueError(f"{path}: tokenizer.ggml.merges must hold two tokens with a space between, not {shown(wrong)}")
+    return tokens, types, pairs
+
+
 def _gguf_tokenizer(metadata: dict, path: Path) -> HFTokenizer:
     """Byte-level BPE from the metadata: tokens, merges, the kind of split, and which tokens are control tokens."""
     kind, split = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if kind != "gpt2" or split not in ("qwen2", "smollm"):
-        raise ValueError(f"{path}: a tokenizer of model {kind!r} with the split {split!r} is not supported, "
+        raise ValueError(f"{path}: a tokenizer of model {shown(kind)} with the split {shown(split)} is not supported, "
                          "only 'gpt2' with 'qwen2' or 'smollm'")
-    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    tokens, types, merges = _gguf_tokens(metadata, path)
     kinds = {number: [(token, i) for i, (token, t) in enumerate(zip(tokens, types)) if t == number] for number in set(types)}
     Type = gguf.TokenType
     # unused tokens, which pad the embedding, are left out
-    vocabulary = {token: i for number in (Type.NORMAL, Type.CONTROL, Type.USER_DEFINED) for token, i in kinds.get(number, ())}
-    fast = _byte_level(vocabulary, [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]], qwen=split == "qwen2")
-    fast.add_special_tokens([AddedToken(token, normalized=False, special=True) for token, _ in kinds.get(Type.CONTROL, ())])
-    fast.add_tokens([AddedToken(token, normalized=False) for token, _ in kinds.get(Type.USER_DEFINED, ())])
+    used = [entry for number in (Type.NORMAL, Type.CONTROL, Type.USER_DEFINED) for entry in kinds.get(number, ())]
+    vocabulary = dict(used)
+    if len(vocabulary) < len(used):
+        token = Counter(token for token, _ in used).most_common(1)[0][0]
+        raise ValueError(f"{path}: tokenizer.ggml.tokens holds {shown(token)} twice")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokens[_gguf_ends(metadata, path, len(tokens))[0]]}
+    template = metadata.get("tokenizer.chat_template")
+    if not isinstance(template, (str, type(None))):
+        raise ValueError(f"{path}: tokenizer.chat_template must be a text, not {shown(template)}")
+    if template is not None:
+        settings["chat_template"] = template
     with tempfile.TemporaryDirectory() as directory:
-        fast.save(f"{directory}/tokenizer.json")
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokens[metadata["tokenizer.ggml.eos_token_id"]]}
-        if "tokenizer.chat_template" in metadata:
-            settings["chat_template"] = metadata["tokenizer.chat_template"]
-        Path(directory, "tokenizer_config.json").write_text(json.dumps(settings))
-        return HFTokenizer(directory)
+        try:
+            fast = _byte_level(vocabulary, merges, qwen=split == "qwen2")
+            fast.add_special_tokens([AddedToken(token, normalized=False, special=True) for token, _ in kinds.get(Type.CONTROL, ())])
+            fast.add_tokens([AddedToken(token, normalized=False) for token, _ in kinds.get(Type.USER_DEFINED, ())])
+            fast.save(f"{directory}/tokenizer.json")
+            Path(directory, "tokenizer_config.json").write_text(json.dumps(settings))
+            return HFTokenizer(directory)
+        except Exception as error:       # a vocabulary that does not hold its merges' tokens, and much else
+            reason = _in_one_line(error).replace(directory, "made from it")
+            raise ValueError(f"{path}: no tokenizer can be made from its metadata ({reason})") from None
+
+# %% ../chapters/16_real_weights.ipynb #5b0c64bc
+# what the other Python runs: a line with [template, values, most characters] in, a line with the text or an error out
+_RENDERER = r"""
+import datetime, json, sys
+sys.path += sys.argv[1:]
+from jinja2 import TemplateError, ext, sandbox
+try:
+    import resource
+except ImportError:          # Windows: the caller's clock alone ends it
+    resource = None
+
+class Generation(ext.Extension):
+    tags = {"generation"}
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+def refuse(message):
+    raise TemplateError(message)
+
+def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+def limit(kind, most):
+    hard = resource.getrlimit(kind)[1]
+    resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+
+environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols])
+environment.filters["tojson"] = tojson
+environment.globals.update(raise_exception=refuse, strftime_now=lambda form: datetime.datetime.now().strftime(form))
+if resource:
+    limit(resource.RLIMIT_CORE, 0)
+    limit(resource.RLIMIT_AS, 2**30)
+for line in sys.stdin.buffer:
+    template, values, most = json.loads(line)
+    if resource:
+        limit(resource.RLIMIT_CPU, int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2])) + 3)
+    try:
+        text = environment.from_string(template).render(values)
+        answer = {"text": text} if len(text) <= most else {"error": f"it writes {len(text)} characters, more than {most}"}
+    except BaseException as error:
+        answer = {"error": ((str(error).strip() or type(error).__name__).splitlines())[0][:300]}
+    sys.stdout.write(json.dumps(answer) + chr(10))
+    sys.stdout.flush()
+"""
+
+# %% ../chapters/16_real_weights.ipynb #23f0aaa2
+class _Templates:
+    """Fills in chat templates in a process of their own, which ends with this one."""
+
+    def __init__(self):
+        self.forget()
+
+    def forget(self) -> None:
+        self._lock, self._process = threading.Lock(), None
+
+    def _started(self) -> subprocess.Popen:
+        if self._process is None or self._process.poll() is not None:
+            places = [place for place in sys.path if place]
+            # a session of its own: Ctrl-C is for the program that asks
+            try:
+                self._process = subprocess.Popen([sys.executable, "-I", "-c", _RENDERER, *places], stdin=subprocess.PIPE,
+                                                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+            except OSError as error:
+                raise ValueError(f"no process for the chat template can be started ({_in_one_line(error)})") from None
+        return self._process
+
+    def render(self, template: str, values: dict, most: int) -> str:
+        """The template's text; ValueError where it refuses, and where it passes a limit."""
+        line = json.dumps([template, values, most], default=str).encode() + b"\n"
+        answer = b""
+        with self._lock:
+            process = self._started()
+            clock = threading.Timer(60, process.kill)
+            clock.start()
+            try:
+                process.stdin.write(line)
+                process.stdin.flush()
+                answer = process.stdout.readline()
+            except BrokenPipeError:          # it has ended already
+                pass
+            finally:
+                clock.cancel()
+                if not answer.endswith(b"\n"):          # too late, too large, or Ctrl-C here
+                    process.kill()
+                    process.communicate()
+        if not answer.endswith(b"\n"):
+            raise ValueError("the chat template takes more than 2 seconds or 1 GiB of memory: use another one")
+        answer = json.loads(answer)
+        if "error" in answer:
+            raise ValueError(f"the chat template does not take this conversation: {answer['error']}")
+        return answer["text"]
+
+
+_TEMPLATES = _Templates()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_TEMPLATES.forget)       # a copy of this process starts one of its own
 
 # %% ../chapters/16_real_weights.ipynb #9b86becb
+def _template(fast) -> str | None:
+    """The chat template of a fast tokenizer, where it has one."""
+    template = getattr(fast, "chat_template", None)
+    if isinstance(template, dict):               # several, by name
+        template = template.get("default", template)
+    if not isinstance(template, (str, type(None))):
+        raise ValueError(f"the tokenizer's chat_template must be a text, or have one named default, not {shown(template)}")
+    return template
+
+
 def chat_ids(tokenizer: Tokenizer, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> list[int]:
     """Token ids of a conversation in the tokenizer's own form: its chat template where it has one, else Qwen's (`encode_chat`).
 
-    The ids are those of `apply_chat_template`, except that nothing in a content ever becomes a control token.
+    The ids are those of `apply_chat_template`, except that nothing in a content ever becomes a control token. Raises
+    ValueError for a conversation that the template does not take, and for a template that takes too long or writes too much.
     """
     fast = getattr(tokenizer, "tokenizer", None)
-    if getattr(fast, "chat_template", None) is None:
+    template = _template(fast)
+    if template is None:
         return encode_chat(tokenizer, messages, add_generation_prompt)
     for message in messages:
         if message.get("role") not in ("system", "user", "assistant") or not isinstance(message.get("content"), str):
-            raise ValueError(f"a message needs a role (system, user or assistant) and a content that is text, not {message!r}")
-    controls = {token.content: i for i, token in fast.backend_tokenizer.get_added_tokens_decoder().items() if token.special}
+            raise ValueError(f"a message needs a role (system, user or assistant) and a content that is text, not {shown(message)}")
+    added = fast.backend_tokenizer.get_added_tokens_decoder()
+    controls = {token.content: i for i, token in added.items() if token.special and token.content}
     text = "".join(message["content"] for message in messages)
-    mark = next(chr(c) for c in range(0xE000, 0xF900) if chr(c) not in text)      # a private character that no message holds
+    mark = next((chr(c) for c in range(0xE000, 0xF900) if chr(c) not in text), None)      # a private character that no message holds
+    if mark is None:
+        raise ValueError("the messages hold every private character (U+E000 to U+F8FF): leave one out")
     hidden = {name: f"{mark}{i}{mark}" for name, i in controls.items()}
-    anywhere = re.compile("|".join(map(re.escape, sorted(controls, key=len, reverse=True))))
+    shown_again = {spelling: name for name, spelling in hidden.items()}
+    anywhere = re.compile("|".join(map(re.escape, sorted(controls, key=len, reverse=True))) or "(?!)")
     safe = [{**message, "content": anywhere.sub(lambda match: hidden[match[0]], message["content"])} for message in messages]
-    try:
-        form = fast.apply_chat_template(safe, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except Exception as error:           # a template may refuse a conversation
-        raise ValueError(f"the chat template does not take this conversation: {str(error).splitlines()[0]}") from None
-    shown = {i: name for name, i in hidden.items()}
+    form = _TEMPLATES.render(template, {**fast.special_tokens_map, "messages": safe, "tools": None, "documents": None,
+                                        "add_generation_prompt": add_generation_prompt}, most=10**6 + 8 * len(text))
     ids: list[int] = []
     for part in re.split(f"({anywhere.pattern})", form):
         if part in controls:
             ids.append(controls[part])
         else:
-            ids += tokenizer.encode(re.sub(f"{mark}\\d+{mark}", lambda match: shown[match[0]], part))
+            ids += tokenizer.encode(re.sub(f"{mark}\\d+{mark}", lambda match: shown_again.get(match[0], match[0]), part))
     return ids
 
 # %% ../chapters/16_real_weights.ipynb #177a511b
@@ -237,12 +543,18 @@ def first_difference(ours: torch.nn.Module, reference: torch.nn.Module, input_id
     return search([*inside, found.where])
 
 # %% ../chapters/16_real_weights.ipynb #fd3788a9
-def _check_ids(config: QwenConfig, tokenizer: Tokenizer, eos_ids: list, where: str | Path) -> None:
+def _check_vocabulary(config: QwenConfig, tokenizer: Tokenizer, where: str | Path) -> None:
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"{where}: the tokenizer's ids go up to {tokenizer.vocab_size - 1}, but the model has {config.vocab_size} rows")
-    for i in eos_ids:
-        if not isinstance(i, int) or not 0 <= i < config.vocab_size:
-            raise ValueError(f"{where}: eos_token_id {i!r} is no id of this model")
+
+
+def _dequantised(tensor: _Tensor, name: str, path: Path) -> torch.Tensor:
+    """A tensor of the file in float32, its own copy."""
+    try:
+        with np.errstate(all="ignore"):          # a damaged scale makes infinite weights, no text on the terminal
+            return torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type)))
+    except (NotImplementedError, TypeError):     # torch has no tensors of some of numpy's types
+        raise ValueError(f"{path}: {name} is of type {tensor.tensor_type.name}, which is not supported") from None
 
 
 def load_gguf(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[QwenForCausalLM, HFTokenizer]:
@@ -254,29 +566,22 @@ def load_gguf(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Qwe
     path = Path(path)
     metadata, tensors = _read_gguf(path)
     config = _gguf_config(metadata, tensors, path)
-    model = _without_weights(config)
-    shapes = {name: weight.shape for name, weight in model.state_dict().items() if not (name == "lm_head.weight" and config.tie_word_embeddings)}
+    shapes = {name: shape for name, shape in _shapes(config).items() if not (name == "lm_head.weight" and config.tie_word_embeddings)}
     architecture = gguf.MODEL_ARCH.QWEN2 if config.attention_bias else gguf.MODEL_ARCH.LLAMA
-    known = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    names = {name: known.get_name(name, try_suffixes=(".weight", ".bias")) for name in shapes}
-    # GGUF counts a tensor's dimensions from the innermost
-    _check_tensors({name: tensor.shape[::-1].tolist() for name, tensor in tensors.items()},
-                   {names[name]: shape for name, shape in shapes.items()}, path)
+    known = gguf.get_tensor_name_map(architecture, min(config.num_hidden_layers, len(tensors)))
+    names = {name: known.get_name(name, try_suffixes=(".weight", ".bias")) or name for name in shapes}
+    _check_tensors({name: tensor.shape for name, tensor in tensors.items()}, {names[name]: shape for name, shape in shapes.items()}, path)
+    tokenizer = _gguf_tokenizer(metadata, path)
+    _check_vocabulary(config, tokenizer, path)
+    generation = _gguf_generation(metadata, path, config.vocab_size)
     weights = {}
     for name in shapes:
-        tensor = tensors[names[name]]
-        try:
-            weight = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
-        except NotImplementedError:
-            raise ValueError(f"{path}: {names[name]} is of type {tensor.tensor_type.name}, which is not supported") from None
+        weight = _dequantised(tensors[names[name]], names[name], path)
         if not config.attention_bias and name.endswith(("q_proj.weight", "k_proj.weight")):
             heads = config.num_attention_heads if name.endswith("q_proj.weight") else config.num_key_value_heads
             weight = interleaved_to_half(weight, heads)      # llama.cpp rotates neighbouring pairs in the Llama layout
-        weights[name] = weight.to(dtype, copy=True)
-    ends = [metadata[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot") if f"tokenizer.ggml.{name}_token_id" in metadata]
-    tokenizer = _gguf_tokenizer(metadata, path)
-    _check_ids(config, tokenizer, ends, path)
-    return _fill(model, weights, {"eos_token_id": list(dict.fromkeys(ends))}), tokenizer
+        weights[name] = weight.to(dtype).contiguous()
+    return _fill(_without_weights(config), weights, generation), tokenizer
 
 # %% ../chapters/16_real_weights.ipynb #db0677a2
 def has_chat_format(model: QwenForCausalLM, tokenizer: Tokenizer) -> bool:
@@ -284,7 +589,7 @@ def has_chat_format(model: QwenForCausalLM, tokenizer: Tokenizer) -> bool:
 
     A base model often comes with a chat template too, but its `generation_config` ends at the end of text only.
     """
-    ends = getattr(model, "generation_config", {}).get("eos_token_id", [])
+    ends = model.generation_config.get("eos_token_id", [])
     conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
     try:
         return any(i in ends for i in chat_ids(tokenizer, conversation, add_generation_prompt=False)[-3:])
@@ -294,15 +599,18 @@ def has_chat_format(model: QwenForCausalLM, tokenizer: Tokenizer) -> bool:
 # %% ../chapters/16_real_weights.ipynb #65a41b4a
 def _check_rope(values: dict, where: Path) -> tuple[float, dict | None]:
     """`(theta, scaling)` of a config.json: `rope_parameters` since transformers 5, `rope_theta` and `rope_scaling` before."""
+    for name in ("rope_parameters", "rope_scaling"):
+        if not isinstance(values.get(name), (dict, type(None))):
+            raise ValueError(f"{where}: {name} must be an object or null, not {shown(values[name])}")
     parameters = values.get("rope_parameters") or {"rope_theta": values.get("rope_theta", 10000.0), **(values.get("rope_scaling") or {})}
     theta = parameters.get("rope_theta", values.get("rope_theta", 10000.0))
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if values.get("partial_rotary_factor", parameters.get("partial_rotary_factor", 1.0)) != 1.0:
+    if values.get("partial_rotary_factor", parameters.get("partial_rotary_factor")) not in (None, 1.0):
         raise ValueError(f"{where}: partial_rotary_factor is not supported, all of a head is rotated here")
     if kind == "default":
         return theta, None
     if kind != "yarn":
-        raise ValueError(f"{where}: rope_scaling of type {kind!r} is not supported")
+        raise ValueError(f"{where}: rope_scaling of type {shown(kind)} is not supported")
     return theta, {"rope_type": kind, **{name: value for name, value in parameters.items() if name not in ("rope_theta", "rope_type", "type")}}
 
 
@@ -310,13 +618,15 @@ def _read_config(values: dict, where: Path) -> QwenConfig:
     """The `QwenConfig` of a config.json; what this model does not have is a ValueError that names the field."""
     kind = values.get("model_type")
     if kind not in ("qwen2", "llama"):
-        raise ValueError(f"{where}: model_type {kind!r} is not supported, only 'qwen2' and 'llama'")
-    layers = values.get("num_hidden_layers", 0)
-    sliding = values.get("use_sliding_window") and values.get("sliding_window") and values.get("max_window_layers", 28) < layers
+        raise ValueError(f"{where}: model_type {shown(kind)} is not supported, only 'qwen2' and 'llama'")
+    layers, first, kinds = values.get("num_hidden_layers"), values.get("max_window_layers", 28), values.get("layer_types")
+    everywhere = not isinstance(first, int) or not isinstance(layers, int)
+    sliding = values.get("use_sliding_window") and values.get("sliding_window") and (everywhere or first < layers)
+    sliding = sliding or kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds))
     refused = {"attention_bias: true (a bias on o_proj)": kind == "llama" and values.get("attention_bias"),
                "mlp_bias: true": values.get("mlp_bias"),
-               f"hidden_act {values.get('hidden_act')!r}": values.get("hidden_act", "silu") not in ("silu", "swish"),
-               "sliding-window attention": sliding or "sliding_attention" in (values.get("layer_types") or ()),
+               f"hidden_act {shown(values.get('hidden_act'))}": values.get("hidden_act", "silu") not in ("silu", "swish"),
+               "sliding-window attention": sliding,
                "quantization_config": values.get("quantization_config")}
     for name, present in refused.items():
         if present:
@@ -327,22 +637,26 @@ def _read_config(values: dict, where: Path) -> QwenConfig:
         if name not in values:
             raise ValueError(f"{where}: {name} is missing")
     theta, scaling = _check_rope(values, where)
+    key_value_heads = values.get("num_key_value_heads")
+    if key_value_heads is None:
+        key_value_heads = values["num_attention_heads"]
     try:
         config = QwenConfig(**{name: values[name] for name in shared}, rope_theta=theta, attention_bias=kind == "qwen2",
-                          num_key_value_heads=values.get("num_key_value_heads") or values["num_attention_heads"],
-                          head_dim=values.get("head_dim"), tie_word_embeddings=values.get("tie_word_embeddings", False),
-                          initializer_range=values.get("initializer_range", 0.02), rope_scaling=scaling)
+                            num_key_value_heads=key_value_heads, rope_scaling=scaling, head_dim=values.get("head_dim"),
+                            tie_word_embeddings=values.get("tie_word_embeddings", False),
+                            initializer_range=values.get("initializer_range", 0.02))
+        if scaling:                   # files keep the trained length there, and YaRN is for more
+            reach = int(scaling["factor"] * scaling["original_max_position_embeddings"])
+            config = dataclasses.replace(config, max_position_embeddings=max(config.max_position_embeddings, reach))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    if scaling:                       # files keep the trained length there, and YaRN is for more
-        config.max_position_embeddings = max(config.max_position_embeddings, int(scaling["factor"] * scaling["original_max_position_embeddings"]))
     return config
 
 # %% ../chapters/16_real_weights.ipynb #9ce67c9e
 def _read_json(path: Path) -> dict:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):         # no JSON, no UTF-8, or nested without end
         raise ValueError(f"{path} is not JSON: the file is damaged, fetch it again") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no JSON object: the file is damaged, fetch it again")
@@ -356,11 +670,12 @@ def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
         return {single: None}
     if not index.is_file():
         raise ValueError(f"{directory} has no model.safetensors and no model.safetensors.index.json: files that can run code "
-                         "(pytorch_model.bin) are not read")
+                         "(pytorch_model.bin) are not read; save the model again with transformers' save_pretrained")
     files: dict[Path, set[str] | None] = {}
     weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) and Path(file).name == file for file in weight_map.values()):
-        raise ValueError(f"{index}: weight_map must give a file name of this directory for each tensor")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors")
+                                                   for file in weight_map.values()):
+        raise ValueError(f"{index}: weight_map must give a file name of this directory, one that ends in .safetensors, for each tensor")
     for name, file in weight_map.items():
         files.setdefault(directory / file, set()).add(name)
     missing = [path.name for path in files if not path.is_file()]
@@ -369,48 +684,111 @@ def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
     return files
 
 
-def _read_weights(directory: Path, model: QwenForCausalLM, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """`model`'s tensors in `dtype`. Names, shapes and types are checked in all files before the first tensor is read."""
-    expected = {name: weight.shape for name, weight in model.state_dict().items()}
-    found, files = {}, _weight_files(directory)
-    for path, promised in files.items():
-        try:
-            with safe_open(path, "pt") as file:
-                slices = {name: file.get_slice(name) for name in file.keys()}
-                # tables of rotary frequencies, which some Llama files of 2023 hold and transformers ignores as well
-                shapes = {name: piece.get_shape() for name, piece in slices.items() if not name.endswith("rotary_emb.inv_freq")}
-                types = {name: slices[name].get_dtype() for name in shapes}
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged, fetch it again ({str(error).splitlines()[0]})") from None
-        if promised is not None and promised != set(slices):
-            raise ValueError(f"{path}: the index names other tensors for this file: {_listed(sorted(promised ^ set(slices)))}")
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    """A safetensors file; ValueError for a damaged one."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged, fetch it again ({_in_one_line(error)})") from None
+
+# %% ../chapters/16_real_weights.ipynb #e24e58df
+def _check_weights(directory: Path, config: QwenConfig) -> dict[Path, list[str]]:
+    """The names to read from each file. Names, shapes and types are checked in all files, and no tensor is read."""
+    expected, found, names = _shapes(config), {}, {}
+    for path, promised in _weight_files(directory).items():
+        with _opened(path) as file:
+            pieces = {name: file.get_slice(name) for name in file.keys()}
+        if promised is not None and promised != set(pieces):
+            raise ValueError(f"{path}: the index names other tensors for this file: {_listed(sorted(promised ^ set(pieces)))}")
+        # tables of rotary frequencies, which some Llama files of 2023 hold and transformers ignores as well
+        pieces = {name: piece for name, piece in pieces.items() if not name.endswith("rotary_emb.inv_freq")}
+        types = {name: piece.get_dtype() for name, piece in pieces.items()}
         strange = sorted(name for name, kind in types.items() if kind not in ("F64", "F32", "F16", "BF16"))
         if strange:
             raise ValueError(f"{path}: tensors of type {types[strange[0]]} are not supported: {_listed(strange)}")
-        found |= shapes
-    if model.config.tie_word_embeddings and "lm_head.weight" not in found:
+        found |= {name: piece.get_shape() for name, piece in pieces.items()}
+        names[path] = list(pieces)
+    if config.tie_word_embeddings and "lm_head.weight" not in found:
         del expected["lm_head.weight"]
     _check_tensors(found, expected, directory)
+    return names
+
+
+def _read_weights(names: dict[Path, list[str]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     weights = {}
-    for path in files:
-        with safe_open(path, "pt") as file:
-            weights |= {name: file.get_tensor(name).to(dtype) for name in file.keys() if name in expected}
+    for path, wanted in names.items():
+        with _opened(path) as file:
+            weights |= {name: file.get_tensor(name).to(dtype) for name in wanted}
     return weights
 
-# %% ../chapters/16_real_weights.ipynb #2f3bee05
-def _directory(source: str | Path) -> Path:
-    """`source` itself, or the local copy of the hub repository `owner/name` that it names."""
-    if Path(source).is_dir():
-        return Path(source)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        raise ValueError(f"there is no directory {source}, and a name on the hub has the form owner/name")
-    patterns = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*",
-                "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"]
+# %% ../chapters/16_real_weights.ipynb #ace0bbb1
+def _read_tokenizer(directory: Path) -> HFTokenizer:
+    """The directory's tokenizer; ValueError that names the damaged file, where one is."""
+    from transformers.utils import logging       # heavy, and needed with a tokenizer.json only
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()                # what it thinks of a config.json is no concern of the reader's
     try:
-        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=patterns))
+        tokenizer = HFTokenizer(directory)
+        _template(tokenizer.tokenizer)
+        return tokenizer
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except BaseException as error:               # the library's panics are no Exception
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json"):
+            if (directory / name).is_file():
+                _read_json(directory / name)
+        raise ValueError(f"{directory}: the tokenizer cannot be read, look at tokenizer.json, tokenizer_config.json and config.json "
+                         f"({_in_one_line(error.__cause__ or error)})") from None
+    finally:
+        logging.set_verbosity(level)
+
+
+_TOKEN_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
+
+
+def _generation_config(directory: Path, values: dict, config: QwenConfig, tokenizer: HFTokenizer) -> dict:
+    """generation_config.json, completed by config.json's `values`, and by the tokenizer where neither names an end."""
+    path, sampling = directory / "generation_config.json", ()
+    generation = {}
+    if path.is_file():
+        generation = check_generation_config(_read_json(path), config.vocab_size, path)
+    else:
+        sampling = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    older = {name: values[name] for name in (*_TOKEN_IDS, *sampling) if values.get(name) is not None and name not in generation}
+    generation |= check_generation_config(older, config.vocab_size, directory / "config.json")
+    if "eos_token_id" not in generation:
+        ends = {"eos_token_id": [i for i in (tokenizer.tokenizer.eos_token_id, tokenizer.eos_token_id) if i is not None]}
+        generation |= check_generation_config(ends, config.vocab_size, f"{directory}: the tokenizer")
+    return generation
+
+# %% ../chapters/16_real_weights.ipynb #2f3bee05
+_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*",
+          "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+
+
+def _directory(source: str | Path, patterns: Sequence[str] = _FILES) -> Path:
+    """`source` itself, or the local copy of the hub repository `owner/name` that it names, with files of the `patterns`."""
+    if str(source) and Path(source).is_dir():
+        return Path(source)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(source), re.ASCII):
+        raise ValueError(f"there is no directory {str(source) or repr('')}, and a name on the hub has the form owner/name")
+    try:
+        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(patterns)))
     except Exception as error:          # no network, no such repository, no access: many types, messages of several lines
         raise ValueError(f"there is no directory {source}, and the hub's {source} cannot be fetched from here "
-                         f"({type(error).__name__}: {str(error).splitlines()[0]})") from None
+                         f"({_in_one_line(error)})") from None
+
+
+def config_of(source: str | Path) -> QwenConfig:
+    """The configuration of a .gguf file, a Hugging Face directory or a repository on the hub; no weights are read or fetched."""
+    if Path(source).suffix == ".gguf":
+        return _gguf_config(*_read_gguf(Path(source)), Path(source))
+    path = _directory(source, ["config.json"]) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path.parent} has no config.json: it is not a model that transformers' save_pretrained wrote")
+    return _read_config(_read_json(path), path)
 
 
 def load_pretrained(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[QwenForCausalLM, Tokenizer]:
@@ -426,15 +804,15 @@ def load_pretrained(source: str | Path, dtype: torch.dtype = torch.float32) -> t
             raise ValueError(f"{directory} has no {name}: it is not a model that transformers' save_pretrained wrote")
     values = _read_json(directory / "config.json")
     config = _read_config(values, directory / "config.json")
-    model = _without_weights(config)
-    weights = _read_weights(directory, model, dtype)
-    tokenizer = HFTokenizer(directory)
-    path = directory / "generation_config.json"
-    generation = _read_json(path) if path.is_file() else {}
-    eos = next((i for i in (generation.get("eos_token_id"), values.get("eos_token_id")) if i is not None), tokenizer.eos_token_id)
-    eos = eos if isinstance(eos, list) else [eos]
-    _check_ids(config, tokenizer, eos, directory)
-    return _fill(model, weights, {**generation, "eos_token_id": eos}), tokenizer
+    names = _check_weights(directory, config)
+    tokenizer = _read_tokenizer(directory)
+    _check_vocabulary(config, tokenizer, directory)
+    generation = _generation_config(directory, values, config, tokenizer)
+    weights = _read_weights(names, dtype)
+    try:
+        return _fill(_without_weights(config), weights, generation), tokenizer
+    except ValueError as error:         # a head that is not the embedding's matrix, though the configuration says so
+        raise ValueError(f"{directory}: {error}") from None
 
 # %% ../chapters/16_real_weights.ipynb #f3a6d5fb
 # Hugging Face's spelling of bytes in a vocabulary: printable ones are themselves, the others follow from U+0100 on
@@ -497,12 +875,12 @@ def _write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
                          "a Qwen2 model needs a tokenizer of Qwen2's form")
 
 
-def _config_json(config: QwenConfig, dtype: torch.dtype, eos_ids: list[int]) -> dict:
+def _config_json(config: QwenConfig, dtype: torch.dtype, generation: dict) -> dict:
     """`hf_config` with what only a whole model's directory says."""
     if not config.attention_bias and config.hidden_size % config.num_attention_heads:
         raise ValueError(f"transformers' Llama wants hidden_size {config.hidden_size} to be a multiple of "
                          f"num_attention_heads {config.num_attention_heads}")
-    return {**hf_config(config), "bos_token_id": None, "eos_token_id": eos_ids, "torch_dtype": str(dtype).removeprefix("torch.")}
+    return {**hf_config(config), **{name: generation.get(name) for name in _TOKEN_IDS}, "torch_dtype": str(dtype).removeprefix("torch.")}
 
 
 def save_pretrained(model: QwenForCausalLM, tokenizer: Tokenizer, directory: str | Path, dtype: torch.dtype | None = None,
@@ -510,22 +888,29 @@ def save_pretrained(model: QwenForCausalLM, tokenizer: Tokenizer, directory: str
     """Write a directory that `transformers` loads: config.json, generation_config.json, safetensors and the tokenizer.
 
     `dtype` (default: the model's) is what the weights are stored in; with `max_shard_size` ("5GB", or bytes) a larger model is
-    split into files with an index. `model.generation_config` is written where the model has one, else the tokenizer's end of
-    text. The directory appears whole or not at all; one that exists already is a ValueError.
+    split into files with an index. `model.generation_config` is written, with the tokenizer's end of text where it names none.
+    The directory appears whole or not at all. Raises ValueError for one that exists already and for settings that are wrong,
+    OSError where it cannot be written.
     """
     directory = Path(directory)
     dtype = dtype or model.lm_head.weight.dtype
-    generation = getattr(model, "generation_config", {"eos_token_id": [tokenizer.eos_token_id], "pad_token_id": tokenizer.eos_token_id})
+    generation = check_generation_config(model.generation_config, model.config.vocab_size, "model.generation_config")
+    if "eos_token_id" not in generation:
+        generation |= {"eos_token_id": [tokenizer.eos_token_id], "pad_token_id": tokenizer.eos_token_id}
     weights = {name: weight.to(dtype).contiguous() for name, weight in model.state_dict().items()
                if not (name == "lm_head.weight" and model.config.tie_word_embeddings)}
     partial = _new_partial(directory)
     try:
-        for name, values in (("config.json", _config_json(model.config, dtype, generation["eos_token_id"])),
+        for name, values in (("config.json", _config_json(model.config, dtype, generation)),
                              ("generation_config.json", generation)):
             (partial / name).write_text(json.dumps(values, indent=1) + "\n")
         _write_tokenizer(tokenizer, partial)
         huggingface_hub.save_torch_state_dict(weights, partial, max_shard_size=max_shard_size or "1000TB", metadata={"format": "pt"})
+        for path in partial.rglob("*"):         # the library makes files that only their owner may read
+            shutil.copymode(partial / "config.json", path)
         _commit(partial, directory)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{directory} cannot be written ({_in_one_line(error)})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return directory

@@ -55,6 +55,28 @@ class Processes:
         dist.all_reduce(total)
         return total.tolist()
 
+    def broadcast(self, value):
+        """Rank 0's `value`, plain Python data, on all processes."""
+        if self.world_size == 1:
+            return value
+        carried = [value]
+        dist.broadcast_object_list(carried, src=0, device=self.device)
+        return carried[0]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """An error in the body on any process ends all: it is raised where it arose, and elsewhere as a ValueError."""
+        problem = None
+        try:
+            yield
+        except Exception as error:
+            problem = error
+        ranks = self.sum(*(problem is not None and self.rank == rank for rank in range(self.world_size)))
+        if problem is not None:
+            raise problem
+        if any(ranks):
+            raise ValueError(f"another process, rank {ranks.index(1)}, had an error: see its line")
+
     @contextmanager
     def local_first(self) -> Iterator[None]:
         """The first process of each machine runs the body before the others, which then find its work cached."""

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'open_data', 'forward_loss', 'accumulate_gradients', 'train_step', 'evaluate', 'stop_signals',
-           'rng_state', 'restore', 'take_blocks', 'train', 'add_arguments', 'config_from_arguments', 'run', 'main']
+           'rng_state', 'restore', 'take_blocks', 'train', 'add_arguments', 'config_from_arguments', 'run',
+           'report_errors', 'main']
 
 # %% ../chapters/19_pretraining.ipynb #ab7c6916
 import sys
@@ -19,12 +20,13 @@ import argparse
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from typing import Literal
 
@@ -451,19 +453,62 @@ def run(arguments: argparse.Namespace) -> None:
         for prompt in config.sample_prompts:
             print("\n" + complete(model, tokenizer, prompt, max_new_tokens=config.sample_tokens, temperature=0.7, top_p=0.95, seed=config.seed))
 
+# %% ../chapters/19_pretraining.ipynb #c3b886bf
+_NO_MEMORY = re.compile(
+    r"out of memory|can(?:no|')t allocate memory|ALLOC_FAILED|not enough memory", re.I)
 
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """A GPU's, torch's on the processor (a plain RuntimeError), or Python's own."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error)))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _say_error(prog: str, text: str) -> int:
+    with suppress(OSError, ValueError):          # stderr may be closed
+        print(f"{prog}: error: {text}" if prog else f"error: {text}", file=sys.stderr)
+    return 2
+
+
+def report_errors(prog: str, action: Callable[[], None]) -> int:
+    """Call `action`; return the exit code of the command `prog`, 0 if it went well.
+
+    What a user can mend (ValueError, OSError, torch.distributed's errors, no memory)
+    becomes one line on stderr and 2, Ctrl-C 130, an output that nobody reads any more 141.
+    """
+    try:
+        action()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        with suppress(OSError, ValueError):
+            print(f"{prog}: interrupted" if prog else "interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        with suppress(OSError, ValueError):      # Python flushes stdout once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if _is_out_of_memory(error):
+            line = next(iter(str(error).strip().splitlines()), "")
+            said = line if "memory" in line.lower() else f"out of memory: {line}"
+            return _say_error(prog, f"{said} (for training, `qwen-analog plan` finds "
+                                    "settings that fit)")
+        if isinstance(error, (ValueError, OSError, torch.distributed.DistError)):
+            return _say_error(prog, _one_line(error))
+        raise
+    return 0
+
+# %% ../chapters/19_pretraining.ipynb #c7ca6adc
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="qwen_analog.train", description=__doc__)
     add_arguments(parser)
-    try:
-        run(parser.parse_args(argv))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError as error:
-        print(f"error: {str(error).splitlines()[0]} `qwen-analog plan` finds settings that fit", file=sys.stderr)
-        return 2
-    return 0
+    arguments = parser.parse_args(argv)
+    return report_errors("", lambda: run(arguments))
 
 # %% ../chapters/19_pretraining.ipynb #7f27bd0c
 if __name__ == "__main__" and "__file__" in globals():

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as Raw, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from qwen_analog import QwenConfig, QwenForCausalLM
-from qwen_analog.generate import TextStream, complete, complete_many, stream
+from qwen_analog.generate import StopFinder, TextStream, complete, complete_many, end_ids, stream
 from qwen_analog.tokenizer import BYTE_ORDER, HFTokenizer, SentencePieceTokenizer, TiktokenTokenizer
 
 BYTES = TiktokenTokenizer({token: rank for rank, token in enumerate(BYTE_ORDER)})
@@ -174,7 +174,37 @@ def test_after_a_stop_nothing_comes():
     assert not text.stopped
 
 
-@pytest.mark.parametrize("stop", ["", ["a", ""], [1]])
+@settings(max_examples=200, deadline=None)
+@given(st.text("ab", max_size=20), st.lists(st.text("ab", min_size=1, max_size=5), max_size=5))
+def test_the_finder_knows_what_is_complete_and_what_is_begun(text, strings):
+    finder = StopFinder(strings)
+    for n, character in enumerate(text, 1):
+        ends = {text[i:n] for i in range(n + 1)}
+        assert finder.push(character) == max((len(string) for string in strings if string in ends), default=0)
+        assert finder.begun == max(k for string in [*strings, ""] for k in range(len(string) + 1) if string[:k] in ends)
+
+
+@pytest.mark.parametrize("stop", [["a" * 900_000], ["a" * 900_000 + "b", "ab" * 400_000], [f"{i}" for i in range(20_000)],
+                                  ["a" * n + "b" for n in range(3, 2000)]], ids=["long", "two long", "many", "nested"])
+def test_the_work_for_stop_strings_is_linear_in_the_text(stop, monkeypatch):
+    """Whatever the stop strings are: for each character of the text at most one new state and two looks at the sorted strings."""
+    made, make = [], StopFinder._make
+    monkeypatch.setattr(StopFinder, "_make", lambda self, *new: made.append(1) or make(self, *new))
+    text = TextStream(Characters(1), stop)
+    shown = "".join(text.push(character) for character in "a" * 3000 + "c" + "a" * 100 + "c")
+    assert shown == "a" * 3000 + "c" + "a" * 100 + "c" and not text.stopped
+    assert len(made) <= 2 * 3102 and len(text._finder._length) <= 3103
+
+
+def test_what_waits_for_a_long_stop_string_comes_in_the_end():
+    text = TextStream(Characters(1), "a" * 2000)
+    assert not any(text.push("a") for _ in range(1999)) and text.push("b") == "a" * 1999 + "b"
+    assert not any(text.push("a") for _ in range(1500)) and text.finish() == "a" * 1500
+    stopped = TextStream(Characters(1), "a" * 2000)
+    assert "".join(stopped.push(c) for c in "b" + "a" * 2001) == "b" and stopped.stopped and stopped.finish() == ""
+
+
+@pytest.mark.parametrize("stop", ["", ["a", ""], [1], 5, b"a", {"a": 1}, ["a", None], float("nan")])
 def test_stop_strings_that_make_no_sense(stop):
     with pytest.raises(ValueError, match="stop must be") as error:
         TextStream(BYTES, stop)
@@ -245,6 +275,36 @@ def test_end_tokens_of_the_caller_and_of_the_tokenizer():
     assert early == BYTES.decode(written[: written.index(new)])
 
 
+def test_text_ends_at_the_models_own_end_tokens():
+    model, options = writer(), dict(max_new_tokens=60, seed=3)
+    ids = [BYTES.eos_token_id, *BYTES.encode("Hello")]
+    written = model.generate(torch.tensor([ids]), valid_vocab_size=BYTES.vocab_size, **options)[0, len(ids):].tolist()
+    new = next(token for i, token in enumerate(written) if i > 5 and token not in written[:i])
+    expected = BYTES.decode(written[: written.index(new)])
+    free = "".join(stream(model, BYTES, "Hello", **options))
+    for own in (new, [new], [BYTES.vocab_size + 1, new]):              # the second is a row of padding, which is never chosen
+        model.generation_config = {"eos_token_id": own}
+        assert end_ids(model, BYTES) == [new, BYTES.eos_token_id]
+        assert "".join(stream(model, BYTES, "Hello", **options)) == expected
+        assert "".join(stream(model, BYTES, "Hello", eos_token_id=None, **options)) == expected
+        assert complete(model, BYTES, "Hello", **options) == "Hello" + expected
+        assert complete_many(model, BYTES, ["Hello"], **options) == ["Hello" + expected]
+        assert "".join(stream(model, BYTES, "Hello", eos_token_id=BYTES.eos_token_id, **options)) == free      # the caller's word counts
+    model.generation_config = {"eos_token_id": BYTES.eos_token_id}
+    assert end_ids(model, BYTES) == [BYTES.eos_token_id]
+    del model.generation_config
+    assert end_ids(model, BYTES) == [BYTES.eos_token_id] and "".join(stream(model, BYTES, "Hello", **options)) == free
+
+
+def test_no_prompts_and_prompts_that_are_no_texts():
+    assert complete_many(writer(), BYTES, []) == []
+    for prompts in ("Hello", [[1, 2]], ["a", None]):
+        with pytest.raises(ValueError, match="^prompts must be a list of texts"):
+            complete_many(writer(), BYTES, prompts)
+    with pytest.raises(ValueError, match="^prompt must be a text"):
+        complete(writer(), BYTES, [1, 2])
+
+
 def test_many_prompts_are_each_alone():
     model = writer()
     prompts = ["", "a", "Hello world, " * 6, "Привет", "🙂 and"]
@@ -280,7 +340,7 @@ def test_the_blank_between_prompt_and_continuation_is_kept(every, kind):
     assert blanks
 
 
-@pytest.mark.parametrize("prompt", [torch.zeros(2, 3, dtype=torch.int64), torch.zeros(3), [], [1.5], torch.zeros(1, 1, 1, dtype=torch.int64)])
+@pytest.mark.parametrize("prompt", [torch.zeros(2, 3, dtype=torch.int64), torch.zeros(3), [], [1.5], torch.zeros(1, 1, 1, dtype=torch.int64), None, {}, ["a"], [[1], [2, 3]]])
 def test_prompts_that_are_none(prompt):
     with pytest.raises(ValueError, match="prompt must be") as error:
         writer().stream(BYTES, prompt)                         # at once, not at the first piece

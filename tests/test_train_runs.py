@@ -140,13 +140,35 @@ def test_metrics_tensorboard_profile_and_summary():
     assert json.loads(Path("checkpoints/summary.json").read_text()) == summary and summary["tokens"] == 6 * 128
 
 
-def test_out_of_memory_is_one_line(monkeypatch, capsys):
-    def full(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB.\nmore")
-    monkeypatch.setattr(module, "train", full)
+def raises(error):
+    def action(*_, **__):
+        raise error
+    return action
+
+
+CPU = "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\nmore"
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB.\nmore"), RuntimeError(CPU), MemoryError(),
+                                   RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), MemoryError("Unable to allocate 9 TiB")])
+def test_out_of_memory_is_one_line_from_every_allocator(error, monkeypatch, capsys):
+    monkeypatch.setattr(module, "train", raises(error))
     assert module.main(["--data", "corpus.jsonl"]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "out of memory" in error and "qwen-analog plan" in error
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "memory" in said and "qwen-analog plan" in said and said.startswith("error: ")
+
+
+def test_how_a_command_ends(capsys):
+    report = module.report_errors
+    for error, code, line in ((ValueError("two\nlines"), 2, "p: error: two lines\n"), (OSError(28, "No space left", "f"), 2, "p: error: [Errno 28] No space left: 'f'\n"),
+                              (ValueError(), 2, "p: error: ValueError\n"), (KeyboardInterrupt(), 130, "p: interrupted\n"), (BrokenPipeError(), 141, ""),
+                              (torch.distributed.DistBackendError("gone"), 2, "p: error: gone\n")):
+        assert report("p", raises(error)) == code
+        assert capsys.readouterr().err == line
+    assert report("p", lambda: None) == 0
+    for mistake in (TypeError("a mistake in the program"), RuntimeError("another")):       # is shown whole
+        with pytest.raises(type(mistake)):
+            report("p", raises(mistake))
 
 
 def test_sharding_needs_processes_that_divide():
