@@ -124,7 +124,7 @@ def test_a_checkpoint_holds_what_the_contract_says():
     names = {path.name for path in Path("checkpoints/final").iterdir()}
     assert names == {"checkpoint.pt", "model.safetensors", "config.json", "tokenizer.tiktoken"}
     assert {path.name for path in Path("checkpoints").iterdir()} == {"step_2", "step_4", "final", "metrics.jsonl", "ledger", "tensorboard",
-                                                                    "loss.png", "summary.json"}
+                                                                    "loss.png", "summary.json", "run.lock"}
 
 
 def test_hugging_face_reads_the_final_directory():
