@@ -893,6 +893,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'qwen_analog.train._set_up': ('pretraining.html#_set_up', 'qwen_analog/train.py'),
                                    'qwen_analog.train._settings_on_top': ('pretraining.html#_settings_on_top', 'qwen_analog/train.py'),
                                    'qwen_analog.train._tokens_before': ('pretraining.html#_tokens_before', 'qwen_analog/train.py'),
+                                   'qwen_analog.train._with_vocabulary': ('pretraining.html#_with_vocabulary', 'qwen_analog/train.py'),
                                    'qwen_analog.train._without_repeats': ('pretraining.html#_without_repeats', 'qwen_analog/train.py'),
                                    'qwen_analog.train._write_samples': ('pretraining.html#_write_samples', 'qwen_analog/train.py'),
                                    'qwen_analog.train._wrong_setting': ('pretraining.html#_wrong_setting', 'qwen_analog/train.py'),
