@@ -297,12 +297,13 @@ def _check_archive(file: Path | IO[bytes], size: int, checksums: bool) -> bytes:
 
 def _check_values(contents: Any, most: int, size: int) -> None:
     """ValueError for values nested too deeply, for more than `most` of them, and for tensors that claim far more than `size` bytes."""
-    count, tensors, level = 0, {}, [contents]
+    count, tensors, storages, level = 0, {}, {}, [contents]
     for _ in range(64):
         below = []
         for value in level:
             if isinstance(value, torch.Tensor):
                 tensors[id(value)] = value.numel() * value.element_size()
+                storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
             elif isinstance(value, (dict, list, tuple, set)):
                 count += len(value)
                 if count > most:
@@ -311,7 +312,7 @@ def _check_values(contents: Any, most: int, size: int) -> None:
         level = below
     if level:
         raise ValueError("it is nested too deeply")
-    if sum(tensors.values()) > 2 * size + 2**16:         # twice: a tied head is listed beside the embedding
+    if sum(storages.values()) > size or sum(tensors.values()) > 2 * size:         # twice: a tied head is listed beside the embedding
         raise ValueError("its tensors claim more bytes than it has")
 
 # %% ../chapters/14_checkpoints.ipynb #1618e038
@@ -345,7 +346,7 @@ class _Entries(BaseModel):
     data: dict = {}
     data_fingerprint: dict = {}
     train_config: dict[str, Any] = {}
-    spike_watch: dict = {}
+    spike_watch: dict[str, list[float]] = {}
     rank_states: list[dict | None] = []
     optimizer_state_dicts: list[_Optimizer] = []
     optimizer_parameters: list[list[Annotated[str, Field(pattern="^[^/]+$")]]] = []

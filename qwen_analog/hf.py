@@ -173,8 +173,8 @@ def _gguf_tables(data: mmap.mmap) -> tuple[dict, dict[str, _Tensor]]:
 
 def _read_gguf(path: Path) -> tuple[dict, dict[str, _Tensor]]:
     """Metadata and tensors of a GGUF file; the tensors' bytes stay in the file until they are read."""
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
+    if not os.path.isfile(path):
+        raise ValueError(f"there is no file {_listed([str(path)])}")
     try:
         with path.open("rb") as file:
             return _gguf_tables(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
@@ -678,7 +678,7 @@ def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
         raise ValueError(f"{index}: weight_map must give a file name of this directory, one that ends in .safetensors, for each tensor")
     for name, file in weight_map.items():
         files.setdefault(directory / file, set()).add(name)
-    missing = [path.name for path in files if not path.is_file()]
+    missing = [path.name for path in files if not os.path.isfile(path)]      # also for a name that no file can have
     if missing:
         raise ValueError(f"{directory}: files named by {index.name} are missing: {_listed(sorted(missing))}")
     return files
@@ -739,6 +739,8 @@ def _read_tokenizer(directory: Path) -> HFTokenizer:
         for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json"):
             if (directory / name).is_file():
                 _read_json(directory / name)
+        if isinstance(error.__cause__, UnicodeDecodeError):
+            raise ValueError(f"{directory / 'chat_template.jinja'} is not UTF-8: fetch it again") from None
         raise ValueError(f"{directory}: the tokenizer cannot be read, look at tokenizer.json, tokenizer_config.json and config.json "
                          f"({_in_one_line(error.__cause__ or error)})") from None
     finally:
@@ -770,14 +772,15 @@ _FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.
 
 def _directory(source: str | Path, patterns: Sequence[str] = _FILES) -> Path:
     """`source` itself, or the local copy of the hub repository `owner/name` that it names, with files of the `patterns`."""
-    if str(source) and Path(source).is_dir():
+    if os.path.isdir(source):
         return Path(source)
+    name = _listed([str(source)]) or repr("")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(source), re.ASCII):
-        raise ValueError(f"there is no directory {str(source) or repr('')}, and a name on the hub has the form owner/name")
+        raise ValueError(f"there is no directory {name}, and a name on the hub has the form owner/name")
     try:
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(patterns)))
     except Exception as error:          # no network, no such repository, no access: many types, messages of several lines
-        raise ValueError(f"there is no directory {source}, and the hub's {source} cannot be fetched from here "
+        raise ValueError(f"there is no directory {name}, and the hub's {name} cannot be fetched from here "
                          f"({_in_one_line(error)})") from None
 
 

@@ -1,5 +1,7 @@
 """Checkpoints: every layout into every other, bit for bit; kills, full disks, damage, files that would run code."""
 import errno
+import fcntl
+import io
 import json
 import multiprocessing
 import os
@@ -10,6 +12,8 @@ import shutil
 import signal
 import time
 import traceback
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -20,8 +24,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from book import scramble_
-from qwen_analog.checkpoint import (Checkpointer, CheckpointError, consolidate, latest_checkpoint, load_checkpoint, load_model, prune_checkpoints,
-                                    read_state, restore_checkpoint, save_checkpoint)
+from qwen_analog.checkpoint import (Checkpointer, CheckpointError, claim, consolidate, latest_checkpoint, load_checkpoint, load_model, newest_whole,
+                                    prune_checkpoints, read_config, read_state, restore_checkpoint, save_checkpoint)
 from qwen_analog.config import QwenConfig
 from qwen_analog.model import QwenForCausalLM
 from qwen_analog.optim import build_optimizers
@@ -419,6 +423,422 @@ def test_no_file_can_run_code():
             load("bomb.pt")
     torch.load("bomb.pt", weights_only=False)
     assert Path("the_bomb_went_off").exists()       # it is one
+
+
+# ---------------------------------------------------------------- files that claim what is not so
+
+@pytest.fixture(scope="module")
+def trained():
+    model, optimizers = fresh()
+    train(model, optimizers, 1)
+    return model, optimizers
+
+
+def one_line(directory, *functions):
+    """Each of `functions` refuses in one line that names `directory`; returns the last line."""
+    for function in functions:
+        with pytest.raises(CheckpointError) as raised:
+            function()
+        line = str(raised.value)
+        assert "\n" not in line and str(directory) in line and len(line) < 800, line
+    return line
+
+
+def changed(directory, change, file="checkpoint.pt"):
+    """Change what torch.load finds in a file."""
+    path = Path(directory, file)
+    contents = torch.load(path, weights_only=True)
+    change(contents)
+    torch.save(contents, path)
+
+
+def deep(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def doubled(depth):
+    """A list that is small in a file and has 2**depth entries for whoever walks through it."""
+    value = [1]
+    for _ in range(depth):
+        value = [value, value]
+    return value
+
+
+WEIGHTS = {"missing: model.norm.weight": lambda w: w.pop("model.norm.weight"), "of another shape": lambda w: w.update({"model.norm.weight": torch.ones(3)}),
+           "not of this model: extra": lambda w: w.update(extra=torch.ones(3)), "not floating point": lambda w: w.update({"model.norm.weight": torch.ones(32).long()}),
+           "model_state_dict.model.norm.weight": lambda w: w.update({"model.norm.weight": "ones"}), "keys|string": lambda w: w.update({5: torch.ones(3)})}
+
+
+@pytest.mark.parametrize("word", WEIGHTS)
+def test_weights_that_do_not_fit_are_one_line(word, trained):
+    save_checkpoint("bad", trained[0], TOKENIZER, optimizers=trained[1])
+    changed("bad", lambda state: WEIGHTS[word](state["model_state_dict"]))
+    before = contents(*fresh(seed=5))
+    other = fresh(seed=5)
+    line = one_line("bad", lambda: restore_checkpoint("bad", *other), lambda: load_model("bad"))
+    assert any(each in line for each in word.split("|")) and same(contents(*other), before)
+
+
+ENTRIES = {"model_state_dict": [1, 2], "config": {"hidden_size": 10**12, "head_dim": None}, "tokenizer": 5, "tokenizer_fingerprint": None, "step": float("nan"),
+           "generation_config": {"temperature": "hot"}, "rank_states": [5], "train_config": "none", "optimizer_types": [None], "data": 3, "spike_watch": {"losses": ["x"]}}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_an_entry_of_another_kind_is_named(name, trained):
+    save_checkpoint("runs/step_1", trained[0], TOKENIZER, optimizers=trained[1], step=1)
+    changed("runs/step_1", lambda state: state[name].update(ENTRIES[name]) if name == "config" else state.update({name: ENTRIES[name]}))
+    bad = Path("runs/step_1")
+    one_line("runs", lambda: newest_whole("runs"))
+    line = one_line(bad, lambda: load_model(bad), lambda: load_checkpoint(bad), lambda: read_state(bad), lambda: restore_checkpoint(bad, *trained))
+    assert name in line or "hidden_size" in line
+
+
+@pytest.mark.parametrize("config", [{"num_hidden_layers": 10_000}, {"vocab_size": 2**23}, {"hidden_size": True}, {"rope_theta": "x"}, {"x": 1}, {5: 1}])
+def test_a_configuration_beyond_the_weights_is_refused_before_memory_is_taken(config, trained):
+    save_checkpoint("bad", trained[0], TOKENIZER)
+    changed("bad", lambda state: state["config"].update(config))
+    one_line("bad", lambda: load_model("bad"))
+    save_checkpoint("good", trained[0], TOKENIZER)
+    assert read_config("good") == CONFIG
+
+
+def optimizer_state(state):
+    return state["optimizer_state_dicts"][0]["state"]
+
+
+STATES = {"a single number": lambda s: [v.update(exp_avg=torch.ones(())) for v in s.values()], "another shape": lambda s: s[3].update(exp_avg=torch.ones(3)),
+          "one element": lambda s: [v.update(exp_avg=torch.ones(1), exp_avg_sq=torch.ones(1)) for v in s.values()], "none": lambda s: s[3].pop("exp_avg_sq"),
+          "no number": lambda s: s[3].update(exp_avg=None), "of a parameter missing": lambda s: s.pop(3), "of a parameter too many": lambda s: s.update({99: {}}),
+          "integers": lambda s: s[3].update(exp_avg=s[3]["exp_avg"].long()), "a step that is many": lambda s: s[3].update(step=torch.ones(2)),
+          "a step that is nan": lambda s: s[3].update(step=torch.tensor(float("nan"))), "a step below 0": lambda s: s[3].update(step=torch.tensor(-1.0)),
+          "a name with a slash": lambda s: s[3].update({"a/b": torch.ones(3)}), "a list": lambda s: s.update({3: [1]}), "a key of text": lambda s: s.update(x={})}
+
+
+@pytest.mark.parametrize("label", STATES)
+def test_optimizer_state_that_does_not_fit_is_refused(label, trained):
+    save_checkpoint("bad", trained[0], TOKENIZER, optimizers=trained[1], step=1)
+    changed("bad", lambda state: STATES[label](optimizer_state(state)))
+    before = contents(*fresh(seed=5))
+    other = fresh(seed=5)
+    one_line("bad", lambda: restore_checkpoint("bad", *other))
+    assert same(contents(*other), before)
+
+
+def test_groups_and_names_that_do_not_number_the_parameters_are_refused(trained):
+    for change in (lambda s: s["optimizer_state_dicts"][0]["param_groups"].pop(), lambda s: s["optimizer_state_dicts"][0]["param_groups"][0].update(params=[0, 0]),
+                   lambda s: s["optimizer_parameters"][0].pop(), lambda s: s.update(optimizer_parameters=[]), lambda s: s["optimizer_state_dicts"].append({})):
+        save_checkpoint("bad", trained[0], TOKENIZER, optimizers=trained[1], step=1)
+        changed("bad", change)
+        one_line("bad", lambda: restore_checkpoint("bad", *fresh(seed=5)))
+        shutil.rmtree("bad")
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon", "adamw-bf16"])
+def test_a_run_goes_on_in_another_precision(kind):
+    model, optimizers = fresh(kind=kind)
+    train(model, optimizers, 1)
+    save_checkpoint("step_1", model, TOKENIZER, optimizers=optimizers)
+    other = scramble_(QwenForCausalLM(CONFIG), 5).to(torch.bfloat16)
+    its_optimizers = build_optimizers(other, 1e-3, kind=kind)
+    restore_checkpoint("step_1", other, its_optimizers)
+    train(other, its_optimizers, 1)
+    assert all(p.isfinite().all() for p in other.parameters())
+
+
+@pytest.mark.parametrize("options", [PLAIN, SHARDED])
+def test_generation_settings_and_tokenizer_come_back_and_are_compared(options):
+    model, _ = fresh()
+    model.generation_config = {"eos_token_id": [258, 256], "do_sample": True, "top_k": 17}
+    checkpointer("runs", **options).save("step_1", model, [], {})
+    assert json.loads(Path("runs/step_1/generation_config.json").read_text()) == model.generation_config
+    assert load_model("runs/step_1")[0].generation_config == model.generation_config == read_state("runs/step_1")["generation_config"]
+    if options:
+        consolidate("runs/step_1")
+        assert load_model("runs/step_1")[0].generation_config == model.generation_config
+        Path("runs/step_1/checkpoint.pt").unlink()
+    file = Path("runs/step_1/tokenizer.tiktoken")
+    rows = [line.split() for line in file.read_text().splitlines()]
+    rows[70][0], rows[75][0] = rows[75][0], rows[70][0]
+    file.write_text("".join(" ".join(row) + "\n" for row in rows))
+    assert "tokenizer.tiktoken, which is damaged or was replaced" in one_line("runs/step_1", lambda: load_model("runs/step_1"))
+    file.write_text("no ranks")
+    one_line("runs/step_1", lambda: load_model("runs/step_1"))
+
+
+def test_a_checkpoint_without_generation_settings_has_none(trained):
+    save_checkpoint("old", trained[0], TOKENIZER)
+    changed("old", lambda state: state.pop("generation_config"))
+    assert load_model("old")[0].generation_config == {} and not Path("old/generation_config.json").exists()
+
+
+@pytest.mark.parametrize("spec", ["", "tiktoken", "tiktoken:", "tiktoken:../outside.tiktoken", "hf:Qwen/Qwen2.5-0.5B", "hf:.", "hf:..", "other:tokenizer.tiktoken",
+                                  "sentencepiece:tokenizer.tiktoken", "tiktoken:/etc/passwd", "tiktoken:a\nb"])
+def test_a_tokenizer_outside_of_the_checkpoint_is_refused(spec, trained):
+    TOKENIZER.save(".")
+    Path("tokenizer.tiktoken").rename("outside.tiktoken")
+    save_checkpoint("bad", trained[0], TOKENIZER)
+    changed("bad", lambda state: state.update(tokenizer=spec))
+    one_line("bad", lambda: load_model("bad"))
+
+
+# ---------------------------------------------------------------- archives and indexes
+
+def rewritten(change, compress=zipfile.ZIP_STORED, twice=False):
+    """checkpoint.pt in `bad`, with another pickle in the same archive."""
+    with zipfile.ZipFile("bad/checkpoint.pt") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    (name,) = (name for name in members if name.endswith("data.pkl"))
+    members[name] = change(members[name])
+    with zipfile.ZipFile("bad/checkpoint.pt", "w", compress) as archive:
+        for key, data in members.items():
+            archive.writestr(key, data)
+        if twice:
+            archive.writestr(name.replace("data", "DATA"), members[name])
+
+
+def call(name, argument):
+    """A pickle of {"config": name(argument)}."""
+    return b"\x80\x02}X\x06\x00\x00\x00configc" + name.replace(" ", "\n").encode() + b"\n" + pickle.dumps(argument, 2)[2:-1] + b"\x85Rs."
+
+
+def test_what_an_archive_costs_is_in_proportion_to_its_size(trained):
+    save_checkpoint("bad", trained[0], TOKENIZER, optimizers=trained[1], step=1)
+    good = Path("bad/checkpoint.pt").read_bytes()
+    loads = (lambda: load_model("bad"), lambda: load_checkpoint("bad"), lambda: read_state("bad"), lambda: restore_checkpoint("bad", *trained))
+    bombs = {"compressed": lambda: rewritten(lambda data: b"\x80\x02" + b"}0" * 50_000_000, zipfile.ZIP_DEFLATED),
+             "two pickles": lambda: rewritten(lambda data: data, twice=True),
+             "memory on request": lambda: rewritten(lambda data: call("__builtin__ bytearray", 10**11)),
+             "a tensor without storage": lambda: rewritten(lambda data: call("torch._utils _rebuild_meta_tensor_no_storage", 1)),
+             "a list that doubles": lambda: changed("bad", lambda state: state.update(extra=doubled(60))),
+             "nested": lambda: changed("bad", lambda state: state.update(extra=deep(200))),
+             "a tensor that is one number": lambda: changed("bad", lambda state: state.update(extra=torch.zeros(1).expand(10**9))),
+             "a storage beyond its bytes": lambda: rewritten(lambda data: data.replace((32 * 32).to_bytes(2, "little"), (2**15).to_bytes(2, "little")))}
+    for label, bomb in bombs.items():
+        bomb()
+        tracemalloc.start()
+        one_line("bad", *loads)
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000, label
+        tracemalloc.stop()
+        Path("bad/checkpoint.pt").write_bytes(good)
+    load_model("bad")
+
+
+def chunk(index, name="weights/model.norm.weight"):
+    return index[name]["chunks"][0]
+
+
+INDEXES = {"no chunks": lambda i: i["weights/model.norm.weight"].update(chunks=[]), "a gap": lambda i: chunk(i)[1].__setitem__(0, 31),
+           "the same twice": lambda i: i["weights/model.norm.weight"]["chunks"].append(chunk(i)), "beyond the shape": lambda i: chunk(i)[0].__setitem__(0, 8),
+           "a negative offset": lambda i: chunk(i)[0].__setitem__(0, -1), "a start beyond the file": lambda i: chunk(i).__setitem__(3, 10**9),
+           "a length beyond the file": lambda i: chunk(i).__setitem__(4, 10**9), "a length too short": lambda i: chunk(i).__setitem__(4, 100),
+           "another tensor's bytes": lambda i: chunk(i).__setitem__(slice(2, None), chunk(i, "weights/model.embed_tokens.weight")[2:]),
+           "another file": lambda i: chunk(i).__setitem__(2, "../state.pt"), "a file that is not listed": lambda i: chunk(i).__setitem__(2, "x"),
+           "a type of tensors": lambda i: i["weights/model.norm.weight"].update(dtype="nn"), "a huge shape": lambda i: i["weights/model.norm.weight"].update(shape=[10**15]),
+           "a negative shape": lambda i: i["weights/model.norm.weight"].update(shape=[-32]), "text for a number": lambda i: chunk(i).__setitem__(3, "0"),
+           "a weight too many": lambda i: i.update({"weights/extra": i.pop("weights/model.norm.weight")}), "a name": lambda i: i.update(x=i.pop("weights/model.norm.weight")),
+           "an optimizer of nothing": lambda i: i.update({"optimizer/nothing/step": i.pop("optimizer/model.norm.weight/step")}),
+           "a list": lambda i: i.update({"weights/model.norm.weight": [1]})}
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory, trained):
+    directory = tmp_path_factory.mktemp("sharded")
+    checkpointer(directory, **SHARDED).save("step_1", *trained, {"step": 1})
+    return directory / "step_1"
+
+
+@pytest.mark.parametrize("label", INDEXES)
+def test_an_index_that_is_wrong_is_refused(label, sharded):
+    shutil.copytree(sharded, "bad")
+    file = Path("bad/sharded/index.json")
+    index = json.loads(file.read_text())
+    INDEXES[label](index)
+    file.write_text(json.dumps(index))
+    rehash(Path("bad"))
+    before = contents(*fresh(seed=5))
+    other = fresh(seed=5)
+    loads = [lambda: restore_checkpoint("bad", *other)]
+    if "optimizer" not in label:
+        loads += [lambda: load_model("bad"), lambda: consolidate("bad")]
+    one_line("bad", *loads)
+    assert same(contents(*other), before) and not list(Path("bad").glob("*.pt*"))[1:]
+
+
+@pytest.mark.parametrize("text", ["{}", '{"files": {}, "sha256": ""}', '{"files": [], "sha256": 1}', "[" * 100_000, "\xff", "null", '{"files": {"state.pt": 5}, "sha256": 1}'])
+def test_a_manifest_that_lists_nothing_verifies_nothing(text, sharded):
+    shutil.copytree(sharded, "bad")
+    Path("bad/manifest.json").write_text(text)
+    one_line("bad/manifest.json", lambda: restore_checkpoint("bad", *fresh()), lambda: load_model("bad"), lambda: consolidate("bad"))
+    from qwen_analog.checkpoint import _write_manifest
+    _write_manifest(Path("bad"), {})
+    assert "does not list sharded/index.json and state.pt" in one_line("bad/manifest.json", lambda: load_model("bad"), lambda: restore_checkpoint("bad", *fresh()))
+
+
+def test_a_shard_holds_tensors_of_its_own_bytes_only(sharded):
+    """Chunks are archives too: one that claims more bytes than it has, or is compressed, is refused."""
+    for label in ("compressed", "another type", "a storage beyond its bytes"):
+        shutil.copytree(sharded, "bad")
+        file = Path("bad/sharded/index.json")
+        index = json.loads(file.read_text())
+        data = io.BytesIO()
+        torch.save({"a": 1} if label == "another type" else torch.ones(1000), data)
+        if label != "another type":
+            with zipfile.ZipFile(data) as archive:
+                members = {name: archive.read(name) for name in archive.namelist()}
+            data = io.BytesIO()
+            with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED if label == "compressed" else zipfile.ZIP_STORED) as archive:
+                for name, member in members.items():
+                    archive.writestr(name, member.replace(b"M\xe8\x03", b"M\xff\xff") if name.endswith("data.pkl") else member)
+        place = chunk(index)
+        shard = Path("bad/sharded", place[2])
+        place[3:] = [shard.stat().st_size, len(data.getvalue())]
+        shard.write_bytes(shard.read_bytes() + data.getvalue())
+        file.write_text(json.dumps(index))
+        rehash(Path("bad"))
+        one_line("bad", lambda: load_model("bad"), lambda: restore_checkpoint("bad", *fresh()))
+        shutil.rmtree("bad")
+
+
+# ---------------------------------------------------------------- directories
+
+def test_the_newest_whole_checkpoint_is_found_and_the_damaged_ones_are_named(trained, capsys):
+    assert newest_whole("runs") is None
+    for options, damaged in ((PLAIN, "checkpoint.pt"), (SHARDED, "sharded/__0_0.distcp")):
+        writer = checkpointer("runs", **options)
+        for step in (1, 2, 3):
+            writer.save(f"step_{step}", *trained, {"step": step})
+        writer.save("final", *trained, {"step": 4}, final=True)
+        capsys.readouterr()
+        assert newest_whole("runs").name == "final" and capsys.readouterr().err == ""
+        for name, (_, data) in zip(("final", "step_3"), damages(Path("runs/step_3", damaged).read_bytes())):
+            Path("runs", name, damaged).write_bytes(data)
+        assert newest_whole("runs").name == "step_2"
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "final, step_3 passed over" in said and "runs/step_2" in said
+        writer.save("step_3", *trained, {"step": 3})                # a run that goes on from step_2 comes by here again
+        assert newest_whole("runs").name == "step_3" and Path("runs/step_3.damaged").is_dir()
+        with pytest.raises(CheckpointError, match="runs/step_3 exists already"):
+            writer.save("step_3", *trained, {"step": 3})
+        for step in ("final", "step_1", "step_2", "step_3"):
+            Path("runs", step, damaged).write_bytes(b"")
+        assert "holds no whole checkpoint" in one_line("runs", lambda: newest_whole("runs"))
+        shutil.rmtree("runs")
+
+
+def hold(directory, told, child=False):
+    with claim(directory):
+        if child and os.fork() == 0:
+            time.sleep(60)
+            os._exit(0)
+        told.put(os.getpid())
+        time.sleep(60)
+
+
+def test_a_directory_is_claimed_by_one_run_and_set_free_by_its_death():
+    told = multiprocessing.get_context("fork").Queue()
+    process = in_a_fork(hold, "new/runs", told)
+    pid = told.get(timeout=30)
+    line = one_line("new/runs", lambda: claim("new/runs").__enter__())
+    assert f"in use by another run (process {pid} on " in line
+    process.kill()
+    process.join()
+    with claim("new/runs"):
+        one_line("new/runs", lambda: claim("new/runs").__enter__())
+    with claim("new/runs"):
+        pass
+
+
+def test_a_child_does_not_hold_the_claim_of_its_parent():
+    ready, tell = os.pipe()
+    with claim("runs"):
+        child = os.fork()
+        if child == 0:
+            os.write(tell, b".")
+            time.sleep(60)
+            os._exit(0)
+        os.read(ready, 1)
+    try:
+        with claim("runs"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(ready)
+        os.close(tell)
+
+
+def test_a_file_system_without_locks_is_said(monkeypatch, capsys):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with claim("runs"):
+        assert "runs/run.lock cannot be locked" in capsys.readouterr().err
+    Path("file").touch()
+    with pytest.raises(OSError, match="file/runs cannot be written"), claim("file/runs"):
+        pass
+
+
+def test_modes_follow_the_umask(trained):
+    before = os.umask(0o027)
+    try:
+        save_checkpoint("plain", *trained[:1], TOKENIZER, safetensors=True)
+        checkpointer("runs", **SHARDED).save("step_1", *trained, {})
+        consolidate("runs/step_1")
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for root in ("plain", "runs") for path in Path(root).rglob("*") if path.is_file()}
+    assert modes == {0o640} and Path("plain").stat().st_mode & 0o777 == 0o750
+
+
+@pytest.mark.parametrize("options", [PLAIN, SHARDED])
+def test_what_a_checkpoint_relies_on_is_on_the_disk_before_it(options, trained, monkeypatch):
+    events, fsync, rename = [], os.fsync, Path.rename
+    here = Path.cwd()
+
+    def noted(handle):
+        events.append(os.readlink(f"/proc/self/fd/{handle}"))
+        fsync(handle)
+
+    def renamed(path, target):
+        events.append(f"-> {target}")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(Path, "rename", renamed)
+    writer = checkpointer("a/b/runs", **options)
+    writer.save("step_1", *trained, {})
+    assert {str(here), str(here / "a"), str(here / "a/b"), str(here / "a/b/runs")} <= set(events)
+    Path("a/b/runs/ledger").mkdir()
+    for name in ("metrics.jsonl", "ledger/rank_0.jsonl"):
+        Path("a/b/runs", name).write_text("{}\n")
+    del events[:]
+    writer.save("step_2", *trained, {})
+    before = events[: events.index("-> a/b/runs/step_2")]
+    assert {str(here / "a/b/runs" / name) for name in ("metrics.jsonl", "ledger", "ledger/rank_0.jsonl", "step_2.partial")} <= set(before)
+
+
+@pytest.mark.parametrize("wrong", [{"keep_last": 0}, {"keep_last": -1}, {"keep_last": float("nan")}, {"keep_last": True}, {"keep_every": -1}, {"keep_every": "2"}])
+def test_numbers_that_are_none_are_refused_by_name(wrong, trained):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        checkpointer("runs", **wrong)
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        prune_checkpoints("runs", **{"keep_last": 1, **wrong})
+    with pytest.raises(ValueError, match="called final or step_N, not '../x'"):
+        checkpointer("runs").save("../x", *trained, {})
+
+
+def test_names_that_are_no_steps_are_no_checkpoints(trained):
+    for name in ("step_" + "9" * 5000, "step_\u0663", "step_-1"):
+        with pytest.raises(OSError) if len(name) > 255 else open(os.devnull):
+            Path("runs", name).mkdir(parents=True)
+            Path("runs", name, "checkpoint.pt").touch()
+    assert latest_checkpoint("runs") is None
+    Path("loop").symlink_to("loop")
+    one_line("loop", lambda: load_model("loop"), lambda: read_state("loop"))
 
 
 # ---------------------------------------------------------------- two processes

@@ -308,7 +308,7 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path, monkeypatch):
     assert "is not a SentencePiece model" in refusal("sentencepiece:text.model", tmp_path)
     assert "no Hugging Face tokenizer nobody/nothing" in refusal("hf:nobody/nothing", tmp_path)
     assert "no Hugging Face tokenizer" in refusal("hf:empty", tmp_path)
-    assert "no Hugging Face tokenizer" in refusal("hf:cut", tmp_path)
+    assert "tokenizer.json, line 1: not JSON" in refusal("hf:cut", tmp_path)
 
     def no_network(name):
         raise ConnectionError("unreachable")
