@@ -8,6 +8,7 @@ __all__ = ['STRATEGIES', 'BEAT', 'GRACE', 'ProcessGroup', 'Processes', 'make_mes
 
 # %% ../chapters/13_many_gpus.ipynb #a524c52f
 import ctypes
+import faulthandler
 import hashlib
 import json
 import os
@@ -482,6 +483,7 @@ class _Watch:
         self.seen: dict[int, int] = {}       # the same, one beat ago
         self.behind: dict[int, int] = defaultdict(int)       # for how many beats
         self.left = self.closing = False
+        self.nowhere = open(os.devnull, "w")
         self.selector = selectors.DefaultSelector()
         self.thread = threading.Thread(target=self._run, daemon=True)
 
@@ -505,6 +507,9 @@ class _Watch:
             first, self.failure = self.failure is None, self.failure or text
             self.news.notify_all()
         if first:
+            # libraries can hang at the program's end, where no thread of Python runs
+            faulthandler.dump_traceback_later(2 * GRACE * BEAT, exit=True,
+                                              file=self.nowhere)
             for line in list(self.lines.values()):
                 line.send("failed", text)
 
@@ -704,8 +709,9 @@ class Lifeline(_Judge):
 def _close_groups(failed: bool) -> None:
     if not dist.is_initialized():
         return
-    with _quiet(), suppress(RuntimeError) if failed else nullcontext():
-        if failed and dist.get_backend() == "nccl":
-            dist.distributed_c10d._abort_process_group()     # waits for nobody
-        else:
+    with _quiet():
+        if not failed:
             dist.destroy_process_group()
+        elif dist.get_backend() == "nccl":
+            dist.distributed_c10d._abort_process_group()     # waits for nobody
+    # after a failure gloo's groups stay: their end can wait for the lost process
