@@ -620,8 +620,8 @@ def _read_config(values: dict, where: Path) -> QwenConfig:
     if kind not in ("qwen2", "llama"):
         raise ValueError(f"{where}: model_type {shown(kind)} is not supported, only 'qwen2' and 'llama'")
     layers, first, kinds = values.get("num_hidden_layers"), values.get("max_window_layers", 28), values.get("layer_types")
-    everywhere = not isinstance(first, int) or not isinstance(layers, int)
-    sliding = values.get("use_sliding_window") and values.get("sliding_window") and (everywhere or first < layers)
+    some = isinstance(layers, int) and (not isinstance(first, int) or first < layers)
+    sliding = some and values.get("use_sliding_window") and values.get("sliding_window")
     sliding = sliding or kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds))
     refused = {"attention_bias: true (a bias on o_proj)": kind == "llama" and values.get("attention_bias"),
                "mlp_bias: true": values.get("mlp_bias"),
@@ -740,8 +740,8 @@ def _read_tokenizer(directory: Path) -> HFTokenizer:
 _TOKEN_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
 
 
-def _generation_config(directory: Path, values: dict, config: QwenConfig, tokenizer: HFTokenizer) -> dict:
-    """generation_config.json, completed by config.json's `values`, and by the tokenizer where neither names an end."""
+def _generation_config(directory: Path, values: dict, config: QwenConfig) -> dict:
+    """generation_config.json, completed by config.json's `values`."""
     path, sampling = directory / "generation_config.json", ()
     generation = {}
     if path.is_file():
@@ -749,11 +749,7 @@ def _generation_config(directory: Path, values: dict, config: QwenConfig, tokeni
     else:
         sampling = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     older = {name: values[name] for name in (*_TOKEN_IDS, *sampling) if values.get(name) is not None and name not in generation}
-    generation |= check_generation_config(older, config.vocab_size, directory / "config.json")
-    if "eos_token_id" not in generation:
-        ends = {"eos_token_id": [i for i in (tokenizer.tokenizer.eos_token_id, tokenizer.eos_token_id) if i is not None]}
-        generation |= check_generation_config(ends, config.vocab_size, f"{directory}: the tokenizer")
-    return generation
+    return generation | check_generation_config(older, config.vocab_size, directory / "config.json")
 
 # %% ../chapters/16_real_weights.ipynb #2f3bee05
 _FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*",
@@ -798,9 +794,12 @@ def load_pretrained(source: str | Path, dtype: torch.dtype = torch.float32) -> t
     values = _read_json(directory / "config.json")
     config = _read_config(values, directory / "config.json")
     names = _check_weights(directory, config)
+    generation = _generation_config(directory, values, config)
     tokenizer = _read_tokenizer(directory)
     _check_vocabulary(config, tokenizer, directory)
-    generation = _generation_config(directory, values, config, tokenizer)
+    if "eos_token_id" not in generation:         # the end of a turn, maybe, and the end of text
+        ends = [i for i in (tokenizer.tokenizer.eos_token_id, tokenizer.eos_token_id) if i is not None]
+        generation |= check_generation_config({"eos_token_id": ends}, config.vocab_size, f"{directory}: the tokenizer")
     weights = _read_weights(names, dtype)
     try:
         return _fill(_without_weights(config), weights, generation), tokenizer
