@@ -19,15 +19,15 @@ from pathlib import Path
 
 import torch
 
-from qwen_analog.config import QwenConfig
+from qwen_analog.config import QwenConfig, parameter_ledger
 from qwen_analog.data import PackedBlocks, tokenize_files, wiki_documents, write_jsonl
-from qwen_analog.memory import flops_per_token, set_activation_checkpointing
+from qwen_analog.memory import flops_per_token, require_memory, set_activation_checkpointing
 from qwen_analog.monitor import GPUS, peak_flops, peak_memory
 from qwen_analog.optim import build_optimizers
 from qwen_analog.parallel import Processes, build_model, make_mesh
-from qwen_analog.plan import report
+from qwen_analog.plan import ledger_of, report
 from qwen_analog.tokenizer import load_tokenizer
-from qwen_analog.train import TrainConfig, add_arguments, config_from_arguments, train_step
+from qwen_analog.train import TrainConfig, add_arguments, config_from_arguments, report_errors, train_step
 
 RESULTS = Path(__file__).with_name("gpu_pretrain.json")
 DEFAULTS = dict(max_steps=30, gradient_accumulation_steps=4, compile=True)
@@ -60,20 +60,35 @@ def measure(config: TrainConfig, processes: Processes) -> dict:
     return {"losses": losses, "seconds": seconds, "peak_memory": peak_memory(processes.device)}
 
 
+def check_memory(config: TrainConfig, processes: Processes, check: bool) -> None:
+    """ValueError of one line where the run cannot fit, before anything is allocated."""
+    gpus, here = processes.world_size, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    needed = ledger_of(config, gpus, here).total * (1 if processes.device.type == "cuda" else here)
+    require_memory(needed, processes.device, f"this run of {sum(parameter_ledger(config.qwen_config()).values()):,} parameters",
+                   "choose a smaller --model, --micro-batch-size or --block-size, or --parallel fsdp on more GPUs", check)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
+    if not any("--ignore-memory" in action.option_strings for action in parser._actions):
+        parser.add_argument("--ignore-memory", action="store_true")
     arguments = parser.parse_args()
+    return report_errors("gpu_pretrain", lambda: run(arguments))
+
+
+def run(arguments: argparse.Namespace) -> None:
     given = {name: getattr(arguments, name) for name in TrainConfig.model_fields if getattr(arguments, name) is not None}
     for name, value in DEFAULTS.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
     config = config_from_arguments(arguments)
     with Processes() as processes:
+        check_memory(config, processes, not arguments.ignore_memory)
         found, device = measure(config, processes), processes.device
         rank, gpus = processes.rank, processes.world_size
     if rank:
-        return 0
+        return
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     tokens = config.block_size * config.micro_batch_size * config.gradient_accumulation_steps * gpus
     speed = tokens / statistics.median(found["seconds"][len(found["seconds"]) // 3 :])        # compilation is over by then
@@ -89,8 +104,9 @@ def main() -> int:
     if name:
         key = ("device", "gpus", "settings", "torch")
         others = [old for old in (json.loads(RESULTS.read_text()) if RESULTS.exists() else []) if any(old[k] != result[k] for k in key)]
-        RESULTS.write_text(json.dumps([*others, result], indent=1) + "\n")
-    return 0
+        partial = RESULTS.with_name(RESULTS.name + ".partial")
+        partial.write_text(json.dumps([*others, result], indent=1) + "\n")
+        partial.replace(RESULTS)
 
 
 if __name__ == "__main__":
