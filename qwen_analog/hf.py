@@ -232,15 +232,15 @@ _GGUF_FIELDS = {"hidden_size": "embedding_length", "num_hidden_layers": "block_c
 def _gguf_config(metadata: dict, tensors: Mapping[str, _Tensor], path: Path) -> QwenConfig:
     kind = metadata.get("general.architecture")
     if kind not in ("llama", "qwen2"):
-        raise ValueError(f"{path}: architecture {shown(kind)} is not supported, only 'llama' and 'qwen2'")
+        raise ValueError(f"{path}: general.architecture {shown(kind)} is not supported, only 'llama' and 'qwen2'")
     if metadata.get("split.count", 0) not in (0, 1):
         raise ValueError(f"{path} is one part of several: join them with llama.cpp's llama-gguf-split --merge")
     for name in ("rope.scaling.type", "expert_count", "attention.sliding_window"):
         if metadata.get(f"{kind}.{name}") not in (None, "none", 0):
             raise ValueError(f"{path}: {kind}.{name} {shown(metadata[f'{kind}.{name}'])} is not supported")
     tokens = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list):
-        raise ValueError(f"{path}: tokenizer.ggml.tokens must be a list, not {shown(tokens)}")
+    if not isinstance(tokens, list) or not tokens:
+        raise ValueError(f"{path}: tokenizer.ggml.tokens must be a list of tokens, not {shown(tokens)}")
 
     found = {field: metadata.get(f"{kind}.{key}") for field, key in _GGUF_FIELDS.items()}
     optional = {"num_key_value_heads": found["num_attention_heads"], "head_dim": None, "rope_theta": 10000.0}
@@ -316,7 +316,7 @@ def _gguf_tokenizer(metadata: dict, path: Path) -> HFTokenizer:
     """Byte-level BPE from the metadata: tokens, merges, the kind of split, and which tokens are control tokens."""
     kind, split = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if kind != "gpt2" or split not in ("qwen2", "smollm"):
-        raise ValueError(f"{path}: a tokenizer of model {shown(kind)} with the split {shown(split)} is not supported, "
+        raise ValueError(f"{path}: tokenizer.ggml.model {shown(kind)} with tokenizer.ggml.pre {shown(split)} is not supported, "
                          "only 'gpt2' with 'qwen2' or 'smollm'")
     tokens, types, merges = _gguf_tokens(metadata, path)
     kinds = {number: [(token, i) for i, (token, t) in enumerate(zip(tokens, types)) if t == number] for number in set(types)}
@@ -381,7 +381,7 @@ if resource:
 for line in sys.stdin.buffer:
     template, values, most = json.loads(line)
     if resource:
-        limit(resource.RLIMIT_CPU, int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2])) + 3)
+        limit(resource.RLIMIT_CPU, int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2])) + 2)
     try:
         text = environment.from_string(template).render(values)
         answer = {"text": text} if len(text) <= most else {"error": f"it writes {len(text)} characters, more than {most}"}
@@ -620,8 +620,8 @@ def _read_config(values: dict, where: Path) -> QwenConfig:
     if kind not in ("qwen2", "llama"):
         raise ValueError(f"{where}: model_type {shown(kind)} is not supported, only 'qwen2' and 'llama'")
     layers, first, kinds = values.get("num_hidden_layers"), values.get("max_window_layers", 28), values.get("layer_types")
-    everywhere = not isinstance(first, int) or not isinstance(layers, int)
-    sliding = values.get("use_sliding_window") and values.get("sliding_window") and (everywhere or first < layers)
+    some = isinstance(layers, int) and (not isinstance(first, int) or first < layers)
+    sliding = some and values.get("use_sliding_window") and values.get("sliding_window")
     sliding = sliding or kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds))
     refused = {"attention_bias: true (a bias on o_proj)": kind == "llama" and values.get("attention_bias"),
                "mlp_bias: true": values.get("mlp_bias"),
@@ -725,33 +725,23 @@ def _read_weights(names: dict[Path, list[str]], dtype: torch.dtype) -> dict[str,
 
 # %% ../chapters/16_real_weights.ipynb #ace0bbb1
 def _read_tokenizer(directory: Path) -> HFTokenizer:
-    """The directory's tokenizer; ValueError that names the damaged file, where one is."""
-    from transformers.utils import logging       # heavy, and needed with a tokenizer.json only
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()                # what it thinks of a config.json is no concern of the reader's
+    """The directory's tokenizer; ValueError that names the file, or says what the library says."""
     try:
         tokenizer = HFTokenizer(directory)
         _template(tokenizer.tokenizer)
         return tokenizer
-    except (KeyboardInterrupt, MemoryError):
-        raise
-    except BaseException as error:               # the library's panics are no Exception
-        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json"):
-            if (directory / name).is_file():
-                _read_json(directory / name)
-        if isinstance(error.__cause__, UnicodeDecodeError):
-            raise ValueError(f"{directory / 'chat_template.jinja'} is not UTF-8: fetch it again") from None
-        raise ValueError(f"{directory}: the tokenizer cannot be read, look at tokenizer.json, tokenizer_config.json and config.json "
-                         f"({_in_one_line(error.__cause__ or error)})") from None
-    finally:
-        logging.set_verbosity(level)
+    except ValueError as error:
+        if error.__cause__ is None and str(directory) in str(error):
+            raise
+        raise ValueError(f"{directory}: the tokenizer cannot be read, look at tokenizer.json, tokenizer_config.json, "
+                         f"chat_template.jinja and config.json ({_in_one_line(error.__cause__ or error)})") from None
 
 
 _TOKEN_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
 
 
-def _generation_config(directory: Path, values: dict, config: QwenConfig, tokenizer: HFTokenizer) -> dict:
-    """generation_config.json, completed by config.json's `values`, and by the tokenizer where neither names an end."""
+def _generation_config(directory: Path, values: dict, config: QwenConfig) -> dict:
+    """generation_config.json, completed by config.json's `values`."""
     path, sampling = directory / "generation_config.json", ()
     generation = {}
     if path.is_file():
@@ -759,11 +749,7 @@ def _generation_config(directory: Path, values: dict, config: QwenConfig, tokeni
     else:
         sampling = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     older = {name: values[name] for name in (*_TOKEN_IDS, *sampling) if values.get(name) is not None and name not in generation}
-    generation |= check_generation_config(older, config.vocab_size, directory / "config.json")
-    if "eos_token_id" not in generation:
-        ends = {"eos_token_id": [i for i in (tokenizer.tokenizer.eos_token_id, tokenizer.eos_token_id) if i is not None]}
-        generation |= check_generation_config(ends, config.vocab_size, f"{directory}: the tokenizer")
-    return generation
+    return generation | check_generation_config(older, config.vocab_size, directory / "config.json")
 
 # %% ../chapters/16_real_weights.ipynb #2f3bee05
 _FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*",
@@ -808,9 +794,12 @@ def load_pretrained(source: str | Path, dtype: torch.dtype = torch.float32) -> t
     values = _read_json(directory / "config.json")
     config = _read_config(values, directory / "config.json")
     names = _check_weights(directory, config)
+    generation = _generation_config(directory, values, config)
     tokenizer = _read_tokenizer(directory)
     _check_vocabulary(config, tokenizer, directory)
-    generation = _generation_config(directory, values, config, tokenizer)
+    if "eos_token_id" not in generation:         # the end of a turn, maybe, and the end of text
+        ends = [i for i in (tokenizer.tokenizer.eos_token_id, tokenizer.eos_token_id) if i is not None]
+        generation |= check_generation_config({"eos_token_id": ends}, config.vocab_size, f"{directory}: the tokenizer")
     weights = _read_weights(names, dtype)
     try:
         return _fill(_without_weights(config), weights, generation), tokenizer
