@@ -173,8 +173,8 @@ def _gguf_tables(data: mmap.mmap) -> tuple[dict, dict[str, _Tensor]]:
 
 def _read_gguf(path: Path) -> tuple[dict, dict[str, _Tensor]]:
     """Metadata and tensors of a GGUF file; the tensors' bytes stay in the file until they are read."""
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
+    if not os.path.isfile(path):
+        raise ValueError(f"there is no file {_listed([str(path)])}")
     try:
         with path.open("rb") as file:
             return _gguf_tables(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
@@ -232,15 +232,15 @@ _GGUF_FIELDS = {"hidden_size": "embedding_length", "num_hidden_layers": "block_c
 def _gguf_config(metadata: dict, tensors: Mapping[str, _Tensor], path: Path) -> QwenConfig:
     kind = metadata.get("general.architecture")
     if kind not in ("llama", "qwen2"):
-        raise ValueError(f"{path}: architecture {shown(kind)} is not supported, only 'llama' and 'qwen2'")
+        raise ValueError(f"{path}: general.architecture {shown(kind)} is not supported, only 'llama' and 'qwen2'")
     if metadata.get("split.count", 0) not in (0, 1):
         raise ValueError(f"{path} is one part of several: join them with llama.cpp's llama-gguf-split --merge")
     for name in ("rope.scaling.type", "expert_count", "attention.sliding_window"):
         if metadata.get(f"{kind}.{name}") not in (None, "none", 0):
             raise ValueError(f"{path}: {kind}.{name} {shown(metadata[f'{kind}.{name}'])} is not supported")
     tokens = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list):
-        raise ValueError(f"{path}: tokenizer.ggml.tokens must be a list, not {shown(tokens)}")
+    if not isinstance(tokens, list) or not tokens:
+        raise ValueError(f"{path}: tokenizer.ggml.tokens must be a list of tokens, not {shown(tokens)}")
 
     found = {field: metadata.get(f"{kind}.{key}") for field, key in _GGUF_FIELDS.items()}
     optional = {"num_key_value_heads": found["num_attention_heads"], "head_dim": None, "rope_theta": 10000.0}
@@ -316,7 +316,7 @@ def _gguf_tokenizer(metadata: dict, path: Path) -> HFTokenizer:
     """Byte-level BPE from the metadata: tokens, merges, the kind of split, and which tokens are control tokens."""
     kind, split = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if kind != "gpt2" or split not in ("qwen2", "smollm"):
-        raise ValueError(f"{path}: a tokenizer of model {shown(kind)} with the split {shown(split)} is not supported, "
+        raise ValueError(f"{path}: tokenizer.ggml.model {shown(kind)} with tokenizer.ggml.pre {shown(split)} is not supported, "
                          "only 'gpt2' with 'qwen2' or 'smollm'")
     tokens, types, merges = _gguf_tokens(metadata, path)
     kinds = {number: [(token, i) for i, (token, t) in enumerate(zip(tokens, types)) if t == number] for number in set(types)}
@@ -381,7 +381,7 @@ if resource:
 for line in sys.stdin.buffer:
     template, values, most = json.loads(line)
     if resource:
-        limit(resource.RLIMIT_CPU, int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2])) + 3)
+        limit(resource.RLIMIT_CPU, int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2])) + 2)
     try:
         text = environment.from_string(template).render(values)
         answer = {"text": text} if len(text) <= most else {"error": f"it writes {len(text)} characters, more than {most}"}
@@ -678,7 +678,7 @@ def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
         raise ValueError(f"{index}: weight_map must give a file name of this directory, one that ends in .safetensors, for each tensor")
     for name, file in weight_map.items():
         files.setdefault(directory / file, set()).add(name)
-    missing = [path.name for path in files if not path.is_file()]
+    missing = [path.name for path in files if not os.path.isfile(path)]      # also for a name that no file can have
     if missing:
         raise ValueError(f"{directory}: files named by {index.name} are missing: {_listed(sorted(missing))}")
     return files
@@ -725,24 +725,16 @@ def _read_weights(names: dict[Path, list[str]], dtype: torch.dtype) -> dict[str,
 
 # %% ../chapters/16_real_weights.ipynb #ace0bbb1
 def _read_tokenizer(directory: Path) -> HFTokenizer:
-    """The directory's tokenizer; ValueError that names the damaged file, where one is."""
-    from transformers.utils import logging       # heavy, and needed with a tokenizer.json only
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()                # what it thinks of a config.json is no concern of the reader's
+    """The directory's tokenizer; ValueError that names the file, or says what the library says."""
     try:
         tokenizer = HFTokenizer(directory)
         _template(tokenizer.tokenizer)
         return tokenizer
-    except (KeyboardInterrupt, MemoryError):
-        raise
-    except BaseException as error:               # the library's panics are no Exception
-        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json"):
-            if (directory / name).is_file():
-                _read_json(directory / name)
-        raise ValueError(f"{directory}: the tokenizer cannot be read, look at tokenizer.json, tokenizer_config.json and config.json "
-                         f"({_in_one_line(error.__cause__ or error)})") from None
-    finally:
-        logging.set_verbosity(level)
+    except ValueError as error:
+        if error.__cause__ is None and str(directory) in str(error):
+            raise
+        raise ValueError(f"{directory}: the tokenizer cannot be read, look at tokenizer.json, tokenizer_config.json, "
+                         f"chat_template.jinja and config.json ({_in_one_line(error.__cause__ or error)})") from None
 
 
 _TOKEN_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
@@ -770,14 +762,15 @@ _FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.
 
 def _directory(source: str | Path, patterns: Sequence[str] = _FILES) -> Path:
     """`source` itself, or the local copy of the hub repository `owner/name` that it names, with files of the `patterns`."""
-    if str(source) and Path(source).is_dir():
+    if os.path.isdir(source):
         return Path(source)
+    name = _listed([str(source)]) or repr("")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(source), re.ASCII):
-        raise ValueError(f"there is no directory {str(source) or repr('')}, and a name on the hub has the form owner/name")
+        raise ValueError(f"there is no directory {name}, and a name on the hub has the form owner/name")
     try:
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(patterns)))
     except Exception as error:          # no network, no such repository, no access: many types, messages of several lines
-        raise ValueError(f"there is no directory {source}, and the hub's {source} cannot be fetched from here "
+        raise ValueError(f"there is no directory {name}, and the hub's {name} cannot be fetched from here "
                          f"({_in_one_line(error)})") from None
 
 

@@ -60,6 +60,24 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 # %% ../chapters/09_model.ipynb #7358eaec
+def _check_ids(input_ids: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """ValueError unless `input_ids` is [B, T] of whole numbers and the `others` that are given have its shape; nothing waits for a GPU."""
+    if not isinstance(input_ids, torch.Tensor):
+        raise ValueError(f"input_ids must be a tensor [batch, seq], not a {type(input_ids).__name__}")
+    if input_ids.ndim != 2 or 0 in input_ids.shape:
+        raise ValueError(f"input_ids must be [batch, seq], not of shape {list(input_ids.shape)}, with at least one token")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"input_ids must be torch.int64 or torch.int32, not {input_ids.dtype}")
+    for name, value in others.items():
+        if value is None:
+            continue
+        if not isinstance(value, torch.Tensor) or value.shape != input_ids.shape:
+            shape = list(value.shape) if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+            raise ValueError(f"{name} must have the shape of input_ids, {list(input_ids.shape)}, not {shape}")
+        if value.dtype.is_floating_point or value.dtype == torch.bool:
+            raise ValueError(f"{name} must be whole numbers, not {value.dtype}")
+
+
 class QwenModel(nn.Module):
     """Token embedding, `num_hidden_layers` blocks, final norm: ids [B, T] -> hidden states [B, T, D]."""
 
@@ -77,10 +95,7 @@ class QwenModel(nn.Module):
 
     def embed(self, input_ids: torch.Tensor, start: int) -> torch.Tensor:
         """`input_ids` [B, T], the first at position `start` -> [B, T, D]; ValueError where `forward` promises one."""
-        if input_ids.ndim != 2:
-            raise ValueError(f"input_ids must be [batch, seq], not of shape {list(input_ids.shape)}")
-        if input_ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"input_ids must be torch.int64 or torch.int32, not {input_ids.dtype}")
+        _check_ids(input_ids)
         end = start + input_ids.shape[1]
         if end > self.max_position_embeddings:
             raise ValueError(f"{end} positions, {start} of them in the cache, exceed max_position_embeddings {self.max_position_embeddings}")
@@ -144,10 +159,11 @@ class QwenForCausalLM(nn.Module):
         `targets[b, t]` is the token to predict after `input_ids[b, t]` (-100: none); the logits are then never held whole.
         `document_ids` [B, T] keeps packed documents apart (positions and attention); it takes the place of
         `position_ids` and `mask`. `logits_to_keep` n > 0 gives the last n positions only. `reduction` and `z_loss` are `linear_cross_entropy`'s.
-        Raises ValueError for targets of another shape than the ids', and where `QwenModel.forward` does.
+        Raises ValueError for targets or document ids of another shape than the ids', and where `QwenModel.forward` does.
         """
-        if targets is not None and targets.shape != input_ids.shape:
-            raise ValueError(f"targets must have the shape of input_ids, {list(input_ids.shape)}, not {list(targets.shape)}")
+        _check_ids(input_ids, targets=targets, document_ids=document_ids)
+        if logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep must be at least 0 (0 keeps all), not {logits_to_keep}")
         if document_ids is not None:
             if mask is not None or position_ids is not None or cache is not None:
                 raise ValueError("document_ids sets mask and position_ids itself and does not go with a cache")

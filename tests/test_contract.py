@@ -1,4 +1,6 @@
 """The names others depend on, the published counts, the cache and packed documents."""
+import dataclasses
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -9,7 +11,7 @@ from book import scramble_
 from hypothesis import given, settings, strategies as st
 
 from qwen_analog import PRESETS, KVCache, QwenConfig, QwenForCausalLM
-from qwen_analog.config import parameter_ledger
+from qwen_analog.config import check_generation_config, parameter_ledger
 from qwen_analog.loss import linear_cross_entropy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +37,66 @@ def test_parameter_counts(name):
 
 def test_default_config_is_the_card():
     assert QwenConfig() == QwenConfig.from_preset("card") and set(COUNTS) < set(PRESETS)
+
+
+NONSENSE = [None, True, "x", "1e4", [], {}, float("nan"), float("inf"), -1, 0, 2.5j, 10**30, 10**5000]
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(QwenConfig)])
+def test_every_field_refuses_nonsense_in_one_line_that_names_it(field):
+    fine = {"head_dim": [None], "rope_scaling": [None], "tie_word_embeddings": [True], "attention_bias": [True]}
+    for value in NONSENSE:
+        if any(value is right for right in fine.get(field, ())):
+            continue
+        with pytest.raises(ValueError) as error:
+            QwenConfig.from_dict({field: value})
+        assert field in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 250, value
+
+
+@pytest.mark.parametrize("name", ["factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"])
+def test_every_number_of_a_stretched_rotation_is_checked(name):
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    QwenConfig(rope_scaling=yarn)
+    for value in NONSENSE:
+        with pytest.raises(ValueError, match=f"rope_scaling's {name} must be a positive number"):
+            QwenConfig(rope_scaling={**yarn, name: value})
+
+
+def test_a_configuration_that_is_no_mapping_and_a_preset_that_is_no_name():
+    for values in ([1], None, "tiny", 5):
+        with pytest.raises(ValueError, match="a model's configuration must be fields and their values"):
+            QwenConfig.from_dict(values)
+    for values in ({5: 1}, {"a\nb" * 1000: 1}):
+        with pytest.raises(ValueError, match="unknown model field") as error:
+            QwenConfig.from_dict(values)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    for name in (["card"], None, "crad"):
+        with pytest.raises(ValueError, match="unknown preset"):
+            QwenConfig.from_preset(name)
+
+
+def test_generation_settings_keep_their_meaning():
+    given = {"eos_token_id": 5, "bos_token_id": 1, "pad_token_id": None, "do_sample": False, "temperature": 0, "top_k": 0, "top_p": 1.0,
+             "min_p": None, "repetition_penalty": 1.2, "max_new_tokens": 2048, "stop_strings": ["x"], "_from": {"a": [None, 1.5]}}
+    checked = check_generation_config(given, 10, "g.json")
+    assert checked == {**{name: value for name, value in given.items() if name != "pad_token_id"}, "eos_token_id": [5]}
+    assert check_generation_config(checked, 10, "g.json") == checked and json.loads(json.dumps(checked)) == checked
+    assert check_generation_config({"eos_token_id": [7, 5, 7]}, 10, "g.json") == {"eos_token_id": [7, 5]}
+    nothing = {"eos_token_id": None, "bos_token_id": -1, "pad_token_id": 10, "a": float("nan"), "b": {5: 1}, "c": object(), 7: 1, "d": 2**70}
+    assert check_generation_config(nothing, 10, "g.json") == {} == check_generation_config({"eos_token_id": []}, 10, "g.json")
+
+
+@pytest.mark.parametrize("name, values", [
+    ("eos_token_id", [10, -1, True, "5", 5.0, [5, None], [[5]], {}, 2**70]), ("do_sample", [1, "yes", []]),
+    ("temperature", [float("nan"), float("inf"), -0.1, "1", True, [1], 10**400]), ("top_k", [-1, 2.0, True, "5", 2**40, float("nan")]),
+    ("top_p", [1.1, -0.1, float("nan"), "1", True]), ("min_p", [1.1, -1, "x", {}]), ("repetition_penalty", [0, -1, 1e-300, 1e300, "1", True])])
+def test_wrong_generation_settings_are_refused_by_file_and_name(name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=f"^g.json: {name} ") as error:
+            check_generation_config({name: value}, 10, "g.json")
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="^g.json: generation settings must be names and their values"):
+        check_generation_config([1], 10, "g.json")
 
 
 @pytest.mark.parametrize("field, value", [("vocab_size", 0), ("hidden_size", 2.5), ("num_hidden_layers", True), ("head_dim", 3),

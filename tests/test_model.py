@@ -1,5 +1,7 @@
 """What the model refuses, the import inside the package folder, and Llama's layout."""
+import copy
 import os
+import pickle
 import subprocess
 import sys
 import sysconfig
@@ -27,6 +29,9 @@ def model():
     (torch.ones(1, 3, dtype=torch.int16), "not torch.int16"),
     (torch.ones(3, dtype=torch.int64), r"input_ids must be \[batch, seq\], not of shape \[3\]"),
     (torch.ones(1, 1, 3, dtype=torch.int64), "input_ids must be"),
+    (torch.ones(1, 0, dtype=torch.int64), r"not of shape \[1, 0\], with at least one token"),
+    (torch.ones(0, 3, dtype=torch.int64), r"not of shape \[0, 3\], with at least one token"),
+    ([[1, 2]], r"input_ids must be a tensor \[batch, seq\], not a list"),
     (torch.ones(1, 257, dtype=torch.int64), "257 positions, 0 of them in the cache, exceed max_position_embeddings 256"),
     (torch.tensor([[5, 512]]), r"input_ids must lie in 0 .. 511, not 5 .. 512"),
     (torch.tensor([[-1, 5]]), r"input_ids must lie in 0 .. 511, not -1 .. 5"),
@@ -54,6 +59,28 @@ def test_the_cache_counts_towards_the_positions_and_is_left_alone(model):
 def test_targets_of_another_shape_are_refused(model, targets):
     with pytest.raises(ValueError, match=r"targets must have the shape of input_ids, \[2, 2\]"):
         model(torch.ones(2, 2, dtype=torch.int64), targets=targets)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"targets": torch.zeros(1, 3)}, "targets must be whole numbers, not torch.float32"),
+    ({"targets": [[1, 2, 3]]}, r"targets must have the shape of input_ids, \[1, 3\], not a list"),
+    ({"document_ids": torch.zeros(1, 2, dtype=torch.int64)}, r"document_ids must have the shape of input_ids, \[1, 3\], not \[1, 2\]"),
+    ({"document_ids": torch.zeros(1, 3)}, "document_ids must be whole numbers"),
+    ({"logits_to_keep": -1}, "logits_to_keep must be at least 0")])
+def test_other_arguments_that_do_not_fit_are_refused(model, arguments, message):
+    with pytest.raises(ValueError, match=message) as error:
+        model(torch.zeros(1, 3, dtype=torch.int64), **arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_generation_settings_belong_to_one_model_and_go_where_it_goes():
+    model, other = QwenForCausalLM(TINY), QwenForCausalLM(TINY)
+    assert model.generation_config == {} and model.generation_config is not other.generation_config
+    model.generation_config = {"eos_token_id": [5], "top_k": 3}
+    other.load_state_dict(model.state_dict())
+    assert other.generation_config == {} and not any("generation" in name for name in model.state_dict())
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.to(torch.float64)):
+        assert again.generation_config == {"eos_token_id": [5], "top_k": 3}
 
 
 def test_int32_ids_and_a_compiled_model_give_the_same(model):
