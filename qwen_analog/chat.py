@@ -9,38 +9,142 @@ __all__ = ['HELP', 'open_model', 'Chat', 'add_arguments', 'run']
 import argparse
 import contextlib
 import json
+import os
+import re
+import stat
 import sys
+import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
 
+import huggingface_hub
 import torch
 
-from .checkpoint import load_model
+from .checkpoint import load_model, read_config
+from .config import QwenConfig, parameter_ledger
 from .generate import Sampling, TextStream, _check_whole, _short, draw, end_ids, sampling_defaults, stream
-from .hf import chat_ids, has_chat_format, load_gguf, load_pretrained, smollm2_path
+from .hf import chat_ids, config_of, has_chat_format, load_gguf, load_pretrained, smollm2_path
 from .kv_cache import KVCache
+from .memory import add_ignore_memory, number, require_memory, whole
 from .model import QwenForCausalLM
 from .tokenizer import Tokenizer
 
 # %% ../chapters/16b_chat.ipynb #455de9e2
-def open_model(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[QwenForCausalLM, Tokenizer]:
+def open_model(source: str | Path, dtype: torch.dtype = torch.float32, *, check_memory: bool = True) -> tuple[QwenForCausalLM, Tokenizer]:
     """Model and tokenizer from whatever holds them, in eval mode on the CPU.
 
     `source` is a checkpoint of this package (the file or its directory), a Hugging Face directory, a .gguf file, "smollm2" for
-    the weights that pip brings, or `owner/name` on the hub. Raises ValueError saying what is wrong with it.
+    the weights that pip brings, or `owner/name` on the hub. Raises ValueError saying what is wrong with it; with
+    `check_memory` also before any weight is read where the memory does not suffice.
     """
-    path = Path(source)
-    if not path.exists() and (path.name == "final" or path.name.startswith("step_")):
-        raise ValueError(f"there is no checkpoint at {source}: train one first, or name another model")
-    if str(source) == "smollm2":
-        return load_gguf(smollm2_path(), dtype)
-    if path.suffix == ".gguf":
-        return load_gguf(path, dtype)
-    if path.is_file() or (path / "checkpoint.pt").is_file() or (path / "sharded").is_dir():
-        model, tokenizer = load_model(path)
+    kind, place = _find(source)
+    if kind == "checkpoint":
+        if check_memory:
+            _check_memory(source, read_config(place), max(dtype.itemsize, 4))        # read as stored, and then converted
+        model, tokenizer = load_model(place)
         return model.to(dtype), tokenizer
-    return load_pretrained(source, dtype)
+    if check_memory and (kind == "directory" or Path(place).is_file()):
+        _check_memory(source, config_of(place), dtype.itemsize)
+    return (load_gguf if kind == "gguf" else load_pretrained)(place, dtype)
+
+
+def _check_memory(source: str | Path, config: QwenConfig, itemsize: int) -> None:
+    require_memory(sum(parameter_ledger(config).values()) * itemsize, "cpu", f"the model of {source}", "choose a smaller one")
+
+# %% ../chapters/16b_chat.ipynb #2536d88a
+_SOURCES = "name a checkpoint (its directory or checkpoint.pt), a Hugging Face directory, a .gguf file, owner/name on the hub, or smollm2"
+
+
+def _find(source: str | Path) -> tuple[str, str | Path]:
+    """What `source` is (checkpoint, gguf or directory) and where it lies. ValueError for what is no model."""
+    name = os.fspath(source) if isinstance(source, str | Path) else ""
+    if not name.strip() or any(ord(character) < 32 for character in name):
+        raise ValueError(f"{_short(source)} is no source of a model: {_SOURCES}")
+    if name == "smollm2":
+        return "gguf", smollm2_path()
+    path = Path(os.path.expanduser(name))
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        mode = None
+    except OSError as error:
+        raise ValueError(f"{_short(name)} cannot be read: {error.strerror}") from None
+    if mode is not None and stat.S_ISDIR(mode):
+        return _find_directory(path)
+    if mode is not None and not stat.S_ISREG(mode):
+        raise ValueError(f"{source} is neither a file nor a directory: {_SOURCES}")
+    if path.suffix == ".gguf":
+        return "gguf", path
+    if mode is not None:
+        return _find_file(path)
+    if path.name == "final" or path.name.startswith("step_"):
+        raise ValueError(f"there is no checkpoint at {source}: train one first, or name another model")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII):
+        raise ValueError(f"there is no directory {source} and no file of this name: {_SOURCES}")
+    return "directory", name if _hub_answers() else _fetched_earlier(name)
+
+
+def _find_file(path: Path) -> tuple[str, Path]:
+    """A file is a checkpoint.pt, which is a zip file, or a GGUF file under another name."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start == b"GGUF":
+        raise ValueError(f"{path} is a GGUF file without the ending .gguf: rename it")
+    if path.suffix == ".safetensors" or path.name in ("config.json", "tokenizer.json", "model.safetensors.index.json"):
+        raise ValueError(f"{path} is one file of a Hugging Face model: name its directory, {path.parent}")
+    if path.suffix != ".pt" and start != b"PK\x03\x04":
+        raise ValueError(f"{path} is no model: {_SOURCES}")
+    if path.name.startswith("pytorch_model"):
+        raise ValueError(f"{path} may run code when it is read: name a directory with model.safetensors")
+    return "checkpoint", path
+
+
+def _find_directory(path: Path) -> tuple[str, Path]:
+    if (path / "checkpoint.pt").is_file() or (path / "sharded").is_dir():
+        return "checkpoint", path
+    if (path / "config.json").is_file():
+        return "directory", path
+    inside = sorted(part.name for part in path.iterdir() if part.name == "final" or re.fullmatch(r"step_\d+", part.name))
+    if inside:
+        raise ValueError(f"{path} holds checkpoints and is none: name one of them, {path / inside[0]}, say")
+    files = sorted(part.name for part in path.iterdir() if part.suffix == ".gguf")
+    if files:
+        raise ValueError(f"{path} holds GGUF files: name one of them, {path / files[0]}, say")
+    raise ValueError(f"{path} holds no model (no checkpoint.pt, no config.json): {_SOURCES}")
+
+
+def _hub_answers(seconds: float = 8.0) -> bool:
+    """Whether the hub can be reached from here, found out in at most `seconds`."""
+    answered = threading.Event()
+
+    def ask() -> None:
+        try:
+            request = urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD")
+            urllib.request.urlopen(request, timeout=seconds).close()
+        except urllib.error.HTTPError:                 # an answer, too
+            pass
+        except (OSError, ValueError):
+            return
+        answered.set()
+
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return False
+    asking = threading.Thread(target=ask, daemon=True)           # a look-up of a name cannot be broken off
+    asking.start()
+    asking.join(seconds)
+    return answered.is_set()
+
+
+def _fetched_earlier(name: str) -> str:
+    """The directory of a repository that an earlier call has fetched."""
+    try:
+        return huggingface_hub.snapshot_download(name, local_files_only=True)
+    except (OSError, ValueError):
+        raise ValueError(f"there is no directory {name}, and the hub's {name} cannot be fetched from here: the hub does not answer, "
+                         "and nothing was fetched earlier") from None
 
 # %% ../chapters/16b_chat.ipynb #8b8b3f29
 class Chat:
@@ -56,8 +160,7 @@ class Chat:
                  seed: int | None = None, **sampling):
         if not has_chat_format(model, tokenizer):
             raise ValueError("this model was not trained for conversations; it continues text: use qwen-analog generate")
-        if not isinstance(system, str | None):
-            raise ValueError(f"system must be a text or None, not {_short(system)}")
+        system = None if system is None else _plain("system", system)
         _check_whole("max_new_tokens", max_new_tokens, 1)
         if seed is not None:
             _check_whole("seed", seed, 0, 2**64 - 1)
@@ -88,12 +191,13 @@ class Chat:
             return chat_ids(self.tokenizer, [*system, *self.messages[self.forgotten:], {"role": "user", "content": text}])
 
         room = self.context - self.max_new_tokens
-        prompt = ids()
+        forgotten, prompt = self.forgotten, ids()
         if len(prompt) > room:
             while len(prompt) > room // 2 and self.forgotten < len(self.messages):
                 self.forgotten += 2
                 prompt = ids()
         if len(prompt) > room:
+            self.forgotten = forgotten
             raise ValueError(f"the message makes a prompt of {len(prompt)} tokens; there is room for {room}: send it in parts")
         return prompt
 
@@ -120,6 +224,7 @@ class Chat:
 
         Raises ValueError, before the first piece, for a text that does not fit into the context.
         """
+        text = _plain("text", text)
         return self._answer(text, self._prompt(text))
 
     def _answer(self, text: str, prompt: list[int]) -> Iterator[str]:
@@ -141,26 +246,56 @@ class Chat:
     def save(self, path: str | Path) -> None:
         """Write the conversation as JSON, a list of messages. ValueError where the file exists."""
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        try:
-            with Path(path).open("x", encoding="utf-8") as file:
-                json.dump([*system, *self.messages], file, indent=1, ensure_ascii=False)
-        except FileExistsError:
-            raise ValueError(f"{path} exists already: choose another name") from None
+        _write_new(Path(os.path.expanduser(path)), json.dumps([*system, *self.messages], indent=1, ensure_ascii=False))
 
     def load(self, path: str | Path) -> None:
         """Go on with a conversation that `save` wrote. ValueError for any other file; the present one then stays."""
-        try:
-            messages = json.loads(Path(path).read_text(encoding="utf-8"))
-            if not isinstance(messages, list):
-                raise ValueError
-            system = messages.pop(0)["content"] if messages and messages[0]["role"] == "system" else None
-            expected = ["user", "assistant"] * (len(messages) // 2)
-            if [message["role"] for message in messages] != expected or not all(isinstance(m["content"], str) for m in messages):
-                raise ValueError
-        except (ValueError, TypeError, KeyError):
-            raise ValueError(f"{path} holds no conversation: a list of user and assistant messages in turn, a system message before them at most") from None
+        system, messages = _read_messages(Path(os.path.expanduser(path)))
         self.reset()
         self.system, self.messages = system, messages
+
+# %% ../chapters/16b_chat.ipynb #ab6cb068
+def _plain(name: str, text: object) -> str:
+    """`text` as it can be encoded. ValueError unless it is a string."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be a text, not {_short(text)}")
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _write_new(path: Path, text: str) -> None:
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            try:
+                file.write(text)
+                file.flush()
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
+    except FileExistsError:
+        raise ValueError(f"{path} exists already: choose another name") from None
+
+
+def _read_messages(path: Path, most: int = 2**24) -> tuple[str | None, list[dict[str, str]]]:
+    """The system text and the messages of a saved conversation. ValueError for any other file."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file")
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"{path} is larger than {most // 2**20} MiB: no conversation is as long")
+    try:
+        messages = json.loads(data)
+        if not isinstance(messages, list):
+            raise ValueError
+        turns = [(message["role"], message["content"]) for message in messages]
+        system = turns.pop(0)[1] if turns and turns[0][0] == "system" else None
+        expected = ["user", "assistant"] * (len(turns) // 2)
+        if [role for role, _ in turns] != expected:
+            raise ValueError
+        messages = [{"role": role, "content": _plain(role, content)} for role, content in turns]
+        return None if system is None else _plain("system", system), messages
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise ValueError(f"{path} holds no conversation: a list of user and assistant messages in turn, a system message before them at most") from None
 
 # %% ../chapters/16b_chat.ipynb #575ceece
 HELP = """/reset        forget the conversation
@@ -179,7 +314,7 @@ def _command(chat: Chat, line: str) -> str:
         chat.reset()
         return "(a new conversation)"
     if name == "/system" and argument:
-        chat.system = argument
+        chat.system = _plain("system", argument)
         chat.reset()
         return "(a new conversation with this system prompt)"
     if name == "/save" and argument:
@@ -196,19 +331,65 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="SOURCE", help="a checkpoint, a Hugging Face directory, a .gguf file, owner/name on the hub, or smollm2 "
                         "(default: checkpoints/final where there is one, else smollm2)")
     parser.add_argument("--system", metavar="TEXT", help="system prompt (default: the model's own)")
-    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer, in tokens (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token (default: the model's own, or 0.2)")
-    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that make up probability P (default: the model's own, or 0.9)")
-    parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answers")
+    parser.add_argument("--max-new-tokens", type=whole(1), default=512, metavar="N", help="longest answer, in tokens (default: %(default)s)")
+    parser.add_argument("--temperature", type=number(), metavar="T", help="0 takes the likeliest token (default: the model's own, or 0.2)")
+    parser.add_argument("--top-p", type=number(0, 1, above=True), metavar="P",
+                        help="draw from the likeliest tokens that make up probability P (default: the model's own, or 0.9)")
+    parser.add_argument("--seed", type=whole(0, 2**64 - 1), metavar="N", help="the same seed gives the same answers")
+    add_ignore_memory(parser)
+
+
+def _continue(model: QwenForCausalLM, tokenizer: Tokenizer, line: str, options: dict) -> Iterator[str]:
+    """The continuation of `line` by a model that knows no conversations, as far as its context goes."""
+    ids = [tokenizer.eos_token_id, *tokenizer.encode(_plain("text", line))]
+    room = model.config.max_position_embeddings - len(ids)
+    if room < 1:
+        raise ValueError(f"the text makes a prompt of {len(ids)} tokens; the model reads {model.config.max_position_embeddings}")
+    options = {**sampling_defaults(model), **options, "max_new_tokens": min(options["max_new_tokens"], room)}
+    return stream(model, tokenizer, ids, **options)
+
+
+def _answer(model: QwenForCausalLM, tokenizer: Tokenizer, chat: Chat | None, line: str, options: dict) -> None:
+    """Carry out one line of the terminal, and print what comes of it. Ctrl-C ends it and nothing else."""
+    pieces = iter(())
+    try:
+        if chat is not None and line.startswith("/"):
+            print(_command(chat, line))
+            return
+        forgotten = 0 if chat is None else chat.forgotten
+        pieces = _continue(model, tokenizer, line, options) if chat is None else chat.reply(line)
+        if chat is not None and chat.forgotten > forgotten:
+            print(f"(the context is full: the first {chat.forgotten} messages are no longer read)")
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+    except KeyboardInterrupt:
+        if hasattr(pieces, "close"):
+            pieces.close()
+        print(" (stopped)")
+    except BrokenPipeError:                                      # nobody is there to read a line about it
+        raise
+    except (ValueError, OSError) as error:
+        print(f"({' '.join(str(error).split())})")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Talk to a model in the terminal. A model that was not trained for conversations continues what is typed."""
     with contextlib.suppress(ImportError):      # line editing and history, where the system has them
         import readline  # noqa: F401
-    source = arguments.model or ("checkpoints/final" if Path("checkpoints/final").is_dir() else "smollm2")
-    model, tokenizer = open_model(source)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if sys.stdin is None:
+        raise ValueError("chat reads what is typed from the standard input, which is closed")
+    for side in (sys.stdin, sys.stdout):        # bytes that are no text, characters that the terminal does not know
+        if hasattr(side, "reconfigure"):
+            side.reconfigure(errors="replace")
+    source = "smollm2" if arguments.model is None else arguments.model
+    if arguments.model is None and Path("checkpoints/final").is_dir():
+        source = "checkpoints/final"
+    check = not getattr(arguments, "ignore_memory", False)
+    model, tokenizer = open_model(source, check_memory=check)
+    if torch.cuda.is_available():
+        require_memory(sum(weight.nbytes for weight in model.parameters()), "cuda", f"the model of {source}", "choose a smaller one", check)
+        model.to("cuda")
     options = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p", "seed") if getattr(arguments, name) is not None}
     chat = Chat(model, tokenizer, arguments.system, **options) if has_chat_format(model, tokenizer) else None
     if chat is None:
@@ -227,22 +408,5 @@ def run(arguments: argparse.Namespace) -> None:
             continue
         if line == "/exit":
             return
-        if not line:
-            continue
-        try:
-            if chat is not None and line.startswith("/"):
-                print(_command(chat, line))
-                continue
-            forgotten = 0 if chat is None else chat.forgotten
-            pieces = stream(model, tokenizer, line, **options) if chat is None else chat.reply(line)
-            if chat is not None and chat.forgotten > forgotten:
-                print(f"(the context is full: the first {chat.forgotten} messages are no longer read)")
-            try:
-                for piece in pieces:
-                    print(piece, end="", flush=True)
-                print()
-            except KeyboardInterrupt:
-                pieces.close()
-                print(" (stopped)")
-        except (ValueError, OSError) as error:
-            print(f"({error})")
+        if line:
+            _answer(model, tokenizer, chat, line, options)

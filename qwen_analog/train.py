@@ -211,12 +211,10 @@ def fitted(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
     if config.schedule == "wsd" and level < round(0.2 * steps):
         notes.append(f"warmup_steps {config.warmup_steps:,} leaves {level:,} of {steps:,} "
                      "steps: schedule wsd has no level part and a shorter decay")
-    for name, instead in (("save_every", "only final is saved"),
-                          ("eval_every", "evaluated after the last step only"),
-                          ("log_every", "logged after the last step only")):
-        if getattr(config, name) > steps:
-            notes.append(f"{name} {getattr(config, name):,} does not come up in "
-                         f"{steps:,} steps: {instead}")
+    rare = [f"{name} {getattr(config, name):,}" for name in
+            ("save_every", "eval_every", "log_every") if getattr(config, name) > steps]
+    if rare:
+        notes.append(f"{', '.join(rare)}: in {steps:,} steps only after the last one")
     if config.keep_every and math.lcm(config.keep_every, config.save_every) > steps:
         notes.append(f"keep_every {config.keep_every:,} meets no checkpoint of save_every "
                      f"{config.save_every:,}: none is kept for good")
@@ -579,6 +577,7 @@ def _set_up(config: TrainConfig, path: str | None, init_from: str | None, new_da
             state = check_resumable(path, config, tokenizer)
         else:
             tokenizer = load_tokenizer(config.tokenizer)
+            config = _with_vocabulary(config, tokenizer)
         _check_fit(config, tokenizer)
         check_data(config)
     mesh = make_mesh(config.parallel, processes.world_size, processes.device.type, config.shard_size or None)
@@ -693,8 +692,21 @@ def _of_checkpoint(config: TrainConfig, path: str | Path) -> tuple[TrainConfig, 
     config = TrainConfig.create({**config.model_dump(exclude_unset=True), **unnamed}, f"the settings in {path}")
     there = Path(config.tokenizer.partition(":")[2]).exists()
     if before.get("tokenizer") != config.tokenizer or there:
-        return config, load_tokenizer(config.tokenizer)
-    return config, load_tokenizer(state["tokenizer"], path if Path(path).is_dir() else Path(path).parent)
+        tokenizer = load_tokenizer(config.tokenizer)
+    else:
+        tokenizer = load_tokenizer(state["tokenizer"], path if Path(path).is_dir() else Path(path).parent)
+    return _with_vocabulary(config, tokenizer), tokenizer
+
+
+def _with_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
+    """A shape that leaves vocab_size out, and whose default does not fit, gets the tokenizer's."""
+    if isinstance(config.model, str) or "vocab_size" in config.model:
+        return config
+    try:
+        check_vocab_size(tokenizer, config.qwen_config().vocab_size)
+    except ValueError:
+        return config.model_copy(update={"model": {**config.model, "vocab_size": tokenizer.vocab_size}})
+    return config
 
 
 def _of_source(config: TrainConfig, source: str, model: QwenForCausalLM, tokenizer: Tokenizer) -> TrainConfig:

@@ -2,16 +2,21 @@
 import argparse
 import io
 import json
+import re
 import shutil
+import socket
 import subprocess
 import sys
+import threading
+import zipfile
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from book import scramble_
 
-from qwen_analog import chat as chat_module
+from qwen_analog import chat as chat_module, memory as memory_module
 from qwen_analog.chat import Chat, add_arguments, open_model, run
 from qwen_analog.checkpoint import save_checkpoint
 from qwen_analog.config import QwenConfig
@@ -80,6 +85,48 @@ def test_defaults_are_the_models_own():
         Chat(small(trained=False), TOKENIZER)
 
 
+@pytest.mark.parametrize("own, expected", [
+    ({"do_sample": False, "temperature": 1.5, "top_k": 3}, {"temperature": 0}), ({"do_sample": True, "temperature": 1.5, "top_k": 0}, {"temperature": 1.5}),
+    ({"do_sample": True, "temperature": 1.5, "top_k": None, "top_p": 1.0}, {"temperature": 1.5}), ({"do_sample": True}, {"temperature": 1.0}),
+    ({"repetition_penalty": 1.1}, {"temperature": 0.2, "top_p": 0.9, "repetition_penalty": 1.1})], ids=str)
+def test_generation_settings_keep_their_meaning(own, expected):
+    assert Chat(small(**own), TOKENIZER).sampling == expected
+    assert Chat(small(**own), TOKENIZER, temperature=0.3).sampling == {**expected, "temperature": 0.3}
+
+
+def test_every_setting_answers_or_is_named():
+    model = small()
+    for options in (dict(temperature=1e-40), dict(temperature=5e-324), dict(temperature=1e300), dict(repetition_penalty=1e-300), dict(top_p=1e-300),
+                    dict(top_k=10**20), dict(min_p=1.0, repetition_penalty=1e300)):
+        list(Chat(model, TOKENIZER, max_new_tokens=4, seed=0, **options).reply("Hello"))
+    for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "seed"):
+        for value in (float("nan"), float("inf"), -1, True, "1"):
+            with pytest.raises(ValueError, match=f"^{name} must be "):
+                Chat(model, TOKENIZER, **{name: value})
+    for value in (3, ["S"], b"S"):
+        with pytest.raises(ValueError, match="^system must be a text"):
+            Chat(model, TOKENIZER, value)
+        with pytest.raises(ValueError, match="^text must be a text"):
+            Chat(model, TOKENIZER).reply(value)
+    assert "".join(Chat(model, TOKENIZER, max_new_tokens=4, **GREEDY).reply("\ud800 \x00\x1b[31m")) == "".join(
+        Chat(model, TOKENIZER, max_new_tokens=4, **GREEDY).reply("? \x00\x1b[31m"))
+
+
+def test_logits_that_are_not_finite_are_a_line_and_end_nothing():
+    model = small()
+    chat = Chat(model, TOKENIZER, max_new_tokens=4, seed=0)
+    said = "".join(chat.reply("Hello"))
+    head = model.lm_head.weight.detach().clone()
+    with torch.no_grad():
+        model.lm_head.weight[3] = torch.nan
+    with pytest.raises(ValueError, match="^the logits are not finite"):
+        list(chat.reply("And?"))
+    with torch.no_grad():
+        model.lm_head.weight.copy_(head)
+    assert len(chat.messages) == 2 and chat.messages[1]["content"] == said
+    assert list(chat.reply("And?"))
+
+
 def test_end_token_ends_and_stays_out_of_the_history(monkeypatch):
     model = small()
     ids = TOKENIZER.encode("The cat") + [END] + TOKENIZER.encode("never")
@@ -130,6 +177,14 @@ def test_a_full_context_forgets_the_oldest_turns():
     assert len(chat.messages) == 24
 
 
+def test_a_message_that_is_refused_makes_nothing_forgotten():
+    chat = Chat(small(context=300), TOKENIZER, max_new_tokens=8, **GREEDY)
+    list(chat.reply("Hello"))
+    with pytest.raises(ValueError, match="send it in parts"):
+        chat.reply("x y " * 200)
+    assert chat.forgotten == 0 and len(chat.messages) == 2
+
+
 def test_save_and_load(tmp_path):
     chat = Chat(small(), TOKENIZER, "Système", max_new_tokens=4, **GREEDY)
     for text in ("Привет", "B"):
@@ -144,11 +199,59 @@ def test_save_and_load(tmp_path):
     kept = list(other.messages)
     user, said = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     for wrong in ("{", "{}", "3", "[3]", json.dumps([user]), json.dumps([said, user]), json.dumps([user, {**said, "content": 1}]),
-                  json.dumps([user, user]), json.dumps([{"role": "system"}])):
+                  json.dumps([user, user]), json.dumps([{"role": "system"}]), json.dumps([{"role": "system", "content": 1}]), "[" * 100_000,
+                  '{"a":' * 100_000, json.dumps([[user, said]]), json.dumps([{**user, "role": ["user"]}, said]), "null", "", "\xff", "1" * 10_000, "[NaN]"):
         (tmp_path / "w.json").write_text(wrong)
         with pytest.raises(ValueError, match="w.json holds no conversation"):
             other.load(tmp_path / "w.json")
-    assert other.messages == kept
+    (tmp_path / "w.json").write_bytes(b"\xff\xfe[")
+    with pytest.raises(ValueError, match="w.json holds no conversation"):
+        other.load(tmp_path / "w.json")
+    (tmp_path / "big.json").write_text("[" + " " * 2**24 + "]")
+    with pytest.raises(ValueError, match="big.json is larger than 16 MiB"):
+        other.load(tmp_path / "big.json")
+    for place in (tmp_path, "/dev/zero"):
+        with pytest.raises(ValueError, match="is no file"):
+            other.load(place)
+    assert other.messages == kept and other.system == "Système"
+    (tmp_path / "w.json").write_text(json.dumps([{**user, "name": {"a": 1}}, {**said, "content": "\ud800!"}]))
+    other.load(tmp_path / "w.json")                    # of a message the role and the text count
+    assert other.messages == [user, {**said, "content": "?!"}] and other.system is None
+
+
+def test_nothing_half_written_is_left(tmp_path, monkeypatch):
+    chat = Chat(small(), TOKENIZER, max_new_tokens=4, **GREEDY)
+    list(chat.reply("Hello"))
+    for place in (tmp_path / "no" / "c.json", tmp_path / ("n" * 300), "a\0b"):
+        with pytest.raises((OSError, ValueError)) as error:
+            chat.save(place)
+        assert "\n" not in str(error.value)
+    with pytest.raises(OSError, match="No space left"):
+        chat_module._write_new(Full(tmp_path / "c.json"), "text")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    chat.save("~/c.json")
+    chat.load("~/c.json")
+    assert (tmp_path / "c.json").is_file() and len(chat.messages) == 2
+
+
+class Full(type(Path())):
+    """A path on a full disk."""
+
+    def open(self, *arguments, **options):
+        file = super().open(*arguments, **options)
+
+        class Writer:
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_):
+                file.close()
+
+            def write(self, text):
+                file.write(text[:1])
+                raise OSError(28, "No space left on device")
+        return Writer()
 
 
 # ---- where models come from
@@ -161,7 +264,7 @@ def test_open_model(tmp_path, monkeypatch):
     for source in (tmp_path / "final", str(tmp_path / "final"), tmp_path / "final" / "checkpoint.pt", tmp_path / "hf"):
         again, tokenizer = open_model(source)
         assert torch.equal(again(ids), model(ids)) and tokenizer.encode("The cat") == TOKENIZER.encode("The cat")
-        assert hasattr(again, "generation_config") == (Path(source).name == "hf")
+        assert again.generation_config["eos_token_id"] == [END, TOKENIZER.eos_token_id]
     assert open_model(tmp_path / "final", torch.bfloat16)[0].lm_head.weight.dtype == torch.bfloat16
     asked = []
     monkeypatch.setattr(chat_module, "load_gguf", lambda path, dtype: asked.append((str(path), dtype)))
@@ -171,6 +274,92 @@ def test_open_model(tmp_path, monkeypatch):
     assert asked == [("some.gguf", torch.float32), ("where/it/is.gguf", torch.bfloat16)]
     with pytest.raises(ValueError, match="there is no directory nothing"):
         open_model("nothing")
+
+
+HF_NAMES = ("config.json", "tokenizer.json", "model.safetensors")
+
+
+@pytest.mark.parametrize("source, message", [
+    ("", "'' is no source of a model: name a checkpoint"), ("  ", "is no source of a model"), ("a\nb", "is no source of a model"), ("a\0b", "is no source"),
+    (None, "None is no source of a model"), (3, "3 is no source of a model"), ("empty", "empty holds no model .no checkpoint.pt, no config.json.: name a"),
+    ("runs", "runs holds checkpoints and is none: name one of them, runs/final, say"), ("quants", "quants holds GGUF files: name one of them, quants/a.gguf"),
+    *((f"hf/{name}", f"hf/{name} is one file of a Hugging Face model: name its directory, hf") for name in HF_NAMES),
+    ("hf/pytorch_model.bin", "pytorch_model.bin may run code when it is read"), ("other.zip", "other.zip"), ("notes.txt", "notes.txt is no model: name a"),
+    ("odd.bin", "odd.bin is a GGUF file without the ending .gguf"), ("some.gguf", "some.gguf"), ("no.gguf", "there is no file no.gguf"), ("no.pt", "there is no directory no.pt and no file"),
+    ("/dev/null", "/dev/null is neither a file nor a directory"), ("checkpoints/final", "there is no checkpoint at checkpoints/final: train one first"),
+    ("a/b/c", "there is no directory a/b/c and no file"), ("../x/y", "there is no directory ../x/y"), ("x" * 5000, "cannot be read: File name too long"),
+    ("owner/name", "hub's owner/name cannot be fetched from here"), (b"hf", "is no source of a model"), ("a b/c", "there is no directory a b/c")], ids=lambda v: repr(v)[:24])
+def test_what_is_no_source_is_one_line(tmp_path, monkeypatch, source, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "runs/final", "runs/step_3", "quants", "hf"):
+        Path(name).mkdir(parents=True)
+    for name in (*(f"hf/{name}" for name in HF_NAMES), "quants/a.gguf", "notes.txt", "some.gguf"):
+        Path(name).write_text("text")
+    for name in ("hf/pytorch_model.bin", "other.zip"):
+        with zipfile.ZipFile(name, "w") as file:
+            file.writestr("a/data.pkl", b"junk")
+    Path("odd.bin").write_bytes(b"GGUF....")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=message) as error:
+        open_model(source)
+    assert "\n" not in str(error.value)
+
+
+def test_paths_with_blanks_and_a_tilde(tmp_path, monkeypatch, directory):
+    model = small()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_checkpoint(tmp_path / "my runs" / "final", model, TOKENIZER)
+    shutil.copytree(directory, tmp_path / "a model")
+    for source in ("~/my runs/final", "~/a model", tmp_path / "my runs" / "final"):
+        assert torch.equal(open_model(source)[0](torch.arange(5)[None]), model(torch.arange(5)[None]))
+
+
+def test_the_memory_is_asked_before_a_weight_is_read(tmp_path, monkeypatch, directory):
+    model = small()
+    save_checkpoint(tmp_path / "final", model, TOKENIZER)
+    need = sum(weight.numel() for weight in model.parameters()) * 4
+    reads = []
+    for name in ("load_model", "load_pretrained", "load_gguf"):
+        monkeypatch.setattr(chat_module, name, lambda *_, name=name: reads.append(name) or (torch.nn.Linear(1, 1), None))
+    for source in (tmp_path / "final", directory):
+        monkeypatch.setattr(memory_module, "available_memory", lambda device: need - 1)
+        with pytest.raises(ValueError, match=f"^the model of {re.escape(str(source))} needs about .* of memory, and cpu has .* left: .*--ignore-memory"):
+            open_model(source)
+        assert reads == []
+        open_model(source, check_memory=False)
+        monkeypatch.setattr(memory_module, "available_memory", lambda device: need)
+        open_model(source)
+        assert len(reads) == 2
+        reads.clear()
+
+
+def test_a_hub_that_does_not_answer(monkeypatch, tmp_path):
+    """A silent server: a look at the hub ends after the given time, and what was fetched earlier is opened."""
+    silent = socket.create_server(("127.0.0.1", 0))
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    assert not chat_module._hub_answers(seconds=0.2)
+    monkeypatch.setattr(chat_module, "_hub_answers", lambda: False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, local_files_only: str(tmp_path / name))
+    monkeypatch.setattr(chat_module, "load_pretrained", lambda source, dtype: source)
+    assert open_model("owner/name", check_memory=False) == str(tmp_path / "owner" / "name")
+    silent.close()
+
+
+@pytest.mark.parametrize("status", ["200 OK", "404 Not Found", "503 Unavailable"])
+def test_a_hub_that_answers(monkeypatch, status):
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def answer_once():
+        connection, _ = server.accept()
+        connection.recv(10_000)
+        connection.sendall(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
+        connection.close()
+    threading.Thread(target=answer_once, daemon=True).start()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    assert chat_module._hub_answers()
+    server.close()
 
 
 # ---- the terminal
@@ -230,6 +419,67 @@ def test_terminal_interrupts(monkeypatch, capsys, directory):
     assert out.split("\n")[1] == said + " (stopped)" and 0 < len(said) and answer(model, [hello], **GREEDY).startswith(said)
     assert "(/exit or Ctrl-D ends)" in out
     assert answer(model, [hello, {"role": "assistant", "content": said}, {"role": "user", "content": "again"}], **GREEDY) + "\n" in out
+
+
+@pytest.mark.parametrize("where", ["_command", "has_chat_format", "chat_ids"])
+def test_ctrl_c_at_other_moments(monkeypatch, capsys, directory, where):
+    """In a command and while a prompt is made it stops that; while the model is opened it ends the program, as an exception for its caller."""
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(chat_module, where, interrupted)
+    if where == "has_chat_format":
+        with pytest.raises(KeyboardInterrupt):
+            terminal(monkeypatch, capsys, directory, "Hello\n")
+    else:
+        out = terminal(monkeypatch, capsys, directory, "/help\n" if where == "_command" else "Hello\n")
+        assert out.endswith(" (stopped)\n\n")
+
+
+def test_an_output_that_nobody_reads_ends_the_program(monkeypatch, capsys, directory):
+    printed = []
+
+    def broken(*texts, **options):
+        printed.append(texts)
+        if len(printed) > 1:
+            raise BrokenPipeError
+    monkeypatch.setattr(chat_module, "print", broken, raising=False)
+    with pytest.raises(BrokenPipeError):
+        terminal(monkeypatch, capsys, directory, "Hello\nHello\n")
+    assert len(printed) == 2
+
+
+def test_input_that_is_no_text(monkeypatch, capsys, directory):
+    """Bytes that are no UTF-8, control characters, a closed input."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    arguments = parser.parse_args(["--model", str(directory), "--max-new-tokens", "8", "--temperature", "0"])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\x00\x1b[31m\nHello\n"), encoding="utf-8"))
+    run(arguments)
+    model, first = small(), {"role": "user", "content": "\ufffd\ufffd\x00\x1b[31m"}
+    said = answer(model, [first], **GREEDY)
+    out = capsys.readouterr().out
+    assert said + "\n" in out
+    assert answer(model, [first, {"role": "assistant", "content": said}, {"role": "user", "content": "Hello"}], **GREEDY) + "\n" in out
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ValueError, match="standard input, which is closed"):
+        run(arguments)
+
+
+@pytest.mark.parametrize("flag, value", [(flag, value) for flag in ("--max-new-tokens", "--temperature", "--top-p", "--seed")
+                                         for value in ("nan", "inf", "-1", "x", "1e400")])
+def test_flags_are_named(capsys, flag, value):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args([f"{flag}={value}"])
+    assert f"argument {flag}: must be a " in capsys.readouterr().err
+
+
+def test_a_context_shorter_than_the_longest_answer(monkeypatch, capsys, tmp_path):
+    """A model that continues text is asked for as many tokens as its context has room for."""
+    save_checkpoint(tmp_path / "final", small(trained=False, context=40), TOKENIZER)
+    out = terminal(monkeypatch, capsys, tmp_path / "final", "The cat\n" + "x y " * 40 + "\n", "--max-new-tokens", "512")
+    assert re.search(r"\(the text makes a prompt of \d+ tokens; the model reads 40\)", out) and "max_position" not in out
 
 
 def test_an_interrupt_while_a_piece_is_printed(monkeypatch, capsys, tmp_path, directory):

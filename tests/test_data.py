@@ -1,9 +1,13 @@
 """Hostile files, the held-out split, the cache, and the blocks: every token once, resumable at any cut, shared by ranks."""
+import errno
 import gc
 import gzip
 import json
+import math
 import os
 import sys
+import threading
+import tracemalloc
 import weakref
 from pathlib import Path
 
@@ -16,8 +20,9 @@ import zstandard
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from qwen_analog import data
-from qwen_analog.data import (DataError, Document, PackedBlocks, StreamedBlocks, collate, find_files, is_held_out, open_stream, read_jsonl,
-                              stdlib_documents, tokenize_files, wiki_documents, write_jsonl)
+from qwen_analog.data import (DataError, Document, PackedBlocks, StreamedBlocks, collate, data_difference, find_files, held_out_blocks,
+                              held_out_mask, is_held_out, open_stream, read_jsonl, skipped_lines, stdlib_documents, tokenize_files,
+                              train_vocabulary, wiki_documents, write_jsonl)
 from qwen_analog.loss import IGNORE_INDEX
 from qwen_analog.tokenizer import BYTE_ORDER, TiktokenTokenizer
 
@@ -111,6 +116,63 @@ def test_a_line_of_ten_megabytes():
     assert [len(d.text) for d in read_jsonl(["long.jsonl"])] == [10_000_000, 1]
 
 
+# ---- lines without an end
+
+@pytest.mark.parametrize("suffix, compress", [("jsonl", bytes), ("jsonl.gz", gzip.compress), ("jsonl.zst", zstandard.compress)])
+def test_a_line_beyond_the_limit_is_bad_and_never_held(suffix, compress, monkeypatch):
+    monkeypatch.setattr(data, "LINE_LIMIT", 3_000_000)
+    path = f"long.{suffix}"
+    Path(path).write_bytes(compress(lines({"text": "one"}, b'{"text": "' + b"a" * 60_000_000 + b'"}', {"text": "b" * 2_000_000}, b"[" * 4_000_000)))
+    with pytest.raises(DataError, match=f"^{path}, line 2: longer than 3,000,000 bytes"):
+        list(read_jsonl([path]))
+    tracemalloc.start()
+    found = [(len(d.text), d.source, d.error) for d in read_jsonl([path], skip_bad_lines=True)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == [(3, f"{path}:1", ""), (0, f"{path}:2", "longer than 3,000,000 bytes"), (2_000_000, f"{path}:3", ""),
+                     (0, f"{path}:4", "longer than 3,000,000 bytes")]
+    assert peak < 20_000_000
+
+
+@pytest.mark.parametrize("ascii_only", [True, False])
+@pytest.mark.parametrize("block", ["ab cd", "\u044f \u4e2d", "a\U0001f600", "\\ \" \n", "\\u0041\\", "\u2028\0/"])
+def test_long_lines_hold_what_json_says(ascii_only, block):
+    record = {"x": [1, {"y": "z" * 100_000}], "title": "t" * 70_000, "text": block * 300_000}
+    line = json.dumps(record, ensure_ascii=ascii_only).encode()
+    Path("long.jsonl").write_bytes(lines(line, {"text": "b"}))
+    first, second = read_jsonl(["long.jsonl"])
+    assert (first.text, first.key, second.text) == (record["text"], record["title"], "b")
+
+
+@pytest.mark.parametrize("line, message", [
+    (b'{"text": "' + b"a" * 2_000_000, "not JSON"), (b'{"text": "' + b'\\" ' * 1_000_000, "not JSON"),
+    (b'{"text": "' + b"a" * 2_000_000 + b'\\ud83d"}', "holds half a surrogate pair"),
+    (b'{"text": "' + b"a" * 2_000_000 + b'\xff"}', "not UTF-8"), (b'{"text": "' + b"\\q" * 1_000_000 + b'"}', "not JSON"),
+    (b'{"text": "a", "x": [' + b"{}," * 8_000_000 + b"1]}", "more than 8,000,000 bytes beside"), (b"\0" * 2_000_000, "not JSON"),
+])
+def test_long_lines_that_are_bad(line, message):
+    Path("long.jsonl").write_bytes(lines(line, {"text": "b"}))
+    first, second = read_jsonl(["long.jsonl"], skip_bad_lines=True)
+    assert message in first.error and second.text == "b"
+
+
+def test_a_wide_character_must_not_multiply_the_memory(monkeypatch):
+    monkeypatch.setattr(data, "LINE_LIMIT", 2_000_000)
+    write("wide.jsonl", json.dumps({"text": "a" * 1_500_000 + "\U0001f600"}, ensure_ascii=False).encode())
+    with pytest.raises(DataError, match="line 1: a string that takes 6,000,004 bytes of memory, more than 4,000,000"):
+        list(read_jsonl(["wide.jsonl"]))
+
+
+def test_what_is_no_file_is_not_opened():
+    os.mkfifo("pipe.jsonl")
+    os.mkdir("d")
+    os.mkfifo("d/pipe.jsonl")
+    for read in (lambda: list(read_jsonl(["pipe.jsonl"])), lambda: tokenized("pipe.jsonl"), lambda: list(read_jsonl(find_files(["d"]))),
+                 lambda: open_stream(["d"]), lambda: tokenized("/dev/zero")):
+        with pytest.raises(DataError, match="cannot be read: it is no regular file"):
+            read()
+
+
 # ---- files
 
 @pytest.mark.parametrize("suffix, compress", [("gz", gzip.compress), ("zst", zstandard.ZstdCompressor(write_checksum=True).compress)])
@@ -158,6 +220,29 @@ def test_find_files():
         find_files([])
 
 
+def test_hidden_files_are_left_out_of_directories():
+    for name in ("d/a.jsonl", "d/.ipynb_checkpoints/a-checkpoint.jsonl", "d/._a.jsonl", "d/sub/.b.jsonl", ".hidden/c.jsonl"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        write(name, {"text": name})
+    assert find_files(["d"]) == find_files(["d/"]) == find_files(["d/**/*.jsonl"]) == ["d/a.jsonl"]
+    assert find_files(["d/._a.jsonl", ".hidden"]) == ["d/._a.jsonl", ".hidden/c.jsonl"]        # named directly
+
+
+def test_a_file_counts_once_whatever_it_is_called():
+    os.makedirs("d/sub")
+    write("d/a.jsonl", {"text": "a"})
+    write("b.jsonl", {"text": "b"})
+    os.symlink("d/a.jsonl", "link.jsonl")
+    os.link("d/a.jsonl", "hard.jsonl")
+    os.symlink("../d", "d/again")                                                     # a folder that contains itself
+    os.symlink("../../b.jsonl", "d/sub/b.jsonl")
+    names = ["d/a.jsonl", "./d/a.jsonl", os.path.abspath("d/a.jsonl"), "d/../d/a.jsonl", "link.jsonl", "hard.jsonl", "d/again/a.jsonl"]
+    assert find_files(names) == ["d/a.jsonl"] and find_files(names[::-1]) == ["d/again/a.jsonl"]
+    assert find_files(["d"]) == ["d/a.jsonl", "d/sub/b.jsonl"] and find_files(["d", "b.jsonl", "*.jsonl"]) == ["d/a.jsonl", "d/sub/b.jsonl"]
+    os.symlink("d", "linked")
+    assert find_files(["linked"]) == ["linked/a.jsonl", "linked/sub/b.jsonl"]
+
+
 def test_files_that_cannot_be_opened():
     os.mkdir("folder")
     for path in ("missing.jsonl", "folder"):
@@ -194,6 +279,29 @@ def test_write_jsonl(name):
             write_jsonl(broken, name)
     assert Path(name).read_bytes() == before and len(list(Path(name).parent.glob("*a.jsonl*"))) == 1
     assert write_jsonl([], name) == 0 and list(read_jsonl([name])) == []
+
+
+def test_a_corpus_is_on_the_disk_before_it_has_its_name(monkeypatch):
+    events, fsync, replace = [], os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (events.append(os.readlink(f"/proc/self/fd/{handle}")), fsync(handle))[1])
+    monkeypatch.setattr(Path, "replace", lambda self, target: (events.append(f"rename {os.path.abspath(self)}"), replace(self, target))[1])
+    write_jsonl([{"text": "a"}], "new/er/a.jsonl")
+    here = os.getcwd()
+    partial = events[2]
+    assert events == [here, f"{here}/new", partial, f"rename {partial}", f"{here}/new/er"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst", "a.jsonl.gz"])
+def test_a_full_disk_is_named(name, monkeypatch):
+    with pytest.raises(DataError, match="^/dev/full/a.jsonl.* cannot be written"):
+        write_jsonl([{"text": "a"}], f"/dev/full/{name}")
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match=f"^{name} cannot be written: No space left on device$"):
+        write_jsonl([{"text": "a"}], name)
+    assert not os.listdir()
 
 
 def test_a_file_can_be_rewritten_from_itself():
@@ -282,6 +390,258 @@ def test_tokenized_once_and_again_when_something_changes():
     assert encoded() == (2, [4, 6])
     assert encoded("a.jsonl", Counting({**RANKS, b"th": 256})) == (2, [4, 5])         # another vocabulary
     assert encoded("a.jsonl", None, 0.5)[0] == 0 and encoded()[0] == 0                # who is held out is no part of the cache
+
+
+def cache_files():
+    return sorted(Path("cache").rglob("*.*"))
+
+
+def test_the_cache_knows_files_by_their_content():
+    def encoded():
+        Counting.encoded = 0
+        tokenize_files(["a.jsonl"], Counting(RANKS), cache_dir="cache")
+        return Counting.encoded
+    write("a.jsonl", {"text": "one"}, {"text": "two"})
+    assert encoded() == 2
+    stat = os.stat("a.jsonl")
+    os.utime("a.jsonl", ns=(0, 0))                                                    # copied, touched, moved back and forth
+    assert encoded() == 0
+    write("a.jsonl", {"text": "six"}, {"text": "ten"})
+    os.utime("a.jsonl", ns=(stat.st_atime_ns, stat.st_mtime_ns))                      # edited: the same size and the same time
+    assert encoded() == 2 and len(cache_files()) == 2
+
+
+DAMAGE = {"flipped first bit": lambda b: bytes([b[0] ^ 1]) + b[1:], "flipped bit": lambda b: b[:9] + bytes([b[9] ^ 64]) + b[10:],
+          "flipped last bit": lambda b: b[:-1] + bytes([b[-1] ^ 1]), "cut": lambda b: b[: len(b) // 2], "empty": lambda b: b"",
+          "grown": lambda b: b + b"x", "zeros": lambda b: bytes(len(b)), "another file": lambda b: b"{}"}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_cache_is_made_again(damage, capsys):
+    write("a.jsonl", *texts([3, 1, 2]))
+    healthy = tokenized("a.jsonl")["input_ids"][:]
+    (path,) = cache_files()
+    content = path.read_bytes()
+    path.write_bytes(DAMAGE[damage](content))
+    assert tokenized("a.jsonl")["input_ids"][:] == healthy and path.read_bytes() == content
+    assert capsys.readouterr().err.count("\n") == 1 and cache_files() == [path]
+
+
+def test_what_a_killed_writer_leaves_is_no_cache():
+    write("a.jsonl", {"text": "one"})
+    Path("cache/qwen_analog").mkdir(parents=True)
+    old, new = Path("cache/qwen_analog/x.partial"), Path("cache/qwen_analog/y.partial")
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    assert len(tokenized("a.jsonl")) == 1 and not old.exists() and new.exists()       # the second may still be written
+
+
+def test_a_cache_that_cannot_be_written_is_named(monkeypatch):
+    write("a.jsonl", {"text": "one"})
+    Path("file").touch()
+    with pytest.raises(DataError, match="^the cache of tokens file/qwen_analog cannot be used: Not a directory. Set HF_DATASETS_CACHE"):
+        tokenize_files(["a.jsonl"], TOKENIZER, cache_dir="file")
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(data.shutil, "copyfileobj", full)
+    with pytest.raises(DataError, match="cache/qwen_analog cannot be used: No space left on device"):
+        tokenized("a.jsonl")
+    assert not cache_files()
+
+
+def test_two_runs_that_make_one_cache_do_not_harm_each_other():
+    write("a.jsonl", *texts(range(1, 60)))
+    ready, found = threading.Barrier(4), []
+
+    class Waiting(TiktokenTokenizer):
+        def encode(self, text, special=False):
+            if text == "0.":
+                ready.wait(20)                                                        # all have seen that there is no cache
+            return super().encode(text, special)
+
+    def run():
+        found.append(tokenize_files(["a.jsonl"], Waiting(RANKS), cache_dir="cache")["input_ids"][:])
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and all(ids == tokenized("a.jsonl")["input_ids"][:] for ids in found) and len(cache_files()) == 1
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused():
+    write("a.jsonl", {"text": "one"})
+
+    class Writing(TiktokenTokenizer):
+        def encode(self, text, special=False):
+            write("a.jsonl", {"text": "one"}, {"text": "two"})
+            return super().encode(text, special)
+    with pytest.raises(DataError, match="a.jsonl: changed while it was read"):
+        tokenize_files(["a.jsonl"], Writing(RANKS), cache_dir="cache")
+    assert not cache_files()
+
+
+def test_memory_does_not_grow_with_documents():
+    write("a.jsonl", *({"text": f"{i} " + "a word and " * 80_000} for i in range(12)))
+    tracemalloc.start()
+    rows = tokenized("a.jsonl", 0.1)
+    blocks = PackedBlocks(rows, 64)
+    blocks.take(20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert blocks.tokens_per_epoch > 8_000_000 and peak < 25_000_000
+    assert rows[3]["input_ids"][1:] == TOKENIZER.encode("3 " + "a word and " * 80_000)
+
+
+def test_skipped_lines():
+    write("a.jsonl", {"text": "a"}, b"{", {"text": "b"}, b"")
+    assert skipped_lines(tokenized("a.jsonl", skip_bad_lines=True)) == (2, "a.jsonl:2")
+    assert skipped_lines(tokenized(write("b.jsonl", {"text": "a"}))) == (0, "")
+
+
+# ---- few documents
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text(max_size=3), max_size=12), st.floats(0, 1))
+def test_held_out_mask(keys, fraction):
+    mask, by_hash = held_out_mask(keys, fraction), [is_held_out(key, fraction) for key in keys]
+    assert mask.dtype == bool and mask.shape == (len(keys),)
+    if len(keys) >= 2 and 0 < fraction < 1 and len(set(by_hash)) == 1:
+        assert mask.any() and not mask.all()
+    elif len(keys) == 1 and fraction < 1:
+        assert not mask.any()
+    else:
+        assert mask.tolist() == by_hash
+
+
+def test_the_document_with_the_smallest_hash_is_held_out():
+    keys = [f"document {i}" for i in range(60)]
+    (chosen,) = np.flatnonzero(held_out_mask(keys, 1e-9))
+    fraction = next(f for f in np.linspace(0, 0.2, 2001) if is_held_out(keys[chosen], f))
+    assert not any(is_held_out(key, fraction - 1e-4) for key in keys)
+
+
+@pytest.mark.parametrize("count", [2, 3, 60])
+@pytest.mark.parametrize("fraction", [1e-9, 0.01, 1 - 1e-9])
+def test_few_documents_train_without_a_word_about_the_fraction(count, fraction):
+    write("few.jsonl", *({"text": f"document {i}"} for i in range(count)))
+    rows = tokenized("few.jsonl", fraction)
+    training, held_out = PackedBlocks(rows, 8), held_out_blocks(rows, 8)
+    expected = [f"few.jsonl:{i}" for i in 1 + np.flatnonzero(held_out_mask([f"document {i}" for i in range(count)], fraction))]
+    sources = {s for b in held_out.epoch() for s in b.sources}
+    assert sources == set(expected) and len(training.rows) == count - len(expected) > 0
+    streamed = StreamedBlocks(open_stream(["few.jsonl"]), TOKENIZER, 8, heldout_fraction=fraction, buffer_size=7)
+    held_out = streamed.held_out_blocks(10**6)
+    assert {s for b in held_out.epoch() for s in b.sources} == set(expected)
+    trained = {s for b in streamed.take(count * 3) for s in b.sources}
+    assert not trained & set(expected) and len(trained) == count - len(expected)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 1 - 1e-9])
+def test_a_document_alone_is_trained_on(fraction):
+    write("one.jsonl", {"text": "alone"})
+    rows = tokenized("one.jsonl", fraction)
+    assert held_out_blocks(rows, 4) is None and PackedBlocks(rows, 4).take(3)
+    streamed = StreamedBlocks(open_stream(["one.jsonl"]), TOKENIZER, 4, heldout_fraction=fraction)
+    assert streamed.held_out_blocks(4) is None and streamed.take(3)
+
+
+@pytest.mark.parametrize("fraction", [math.nan, math.inf, -0.1, 1.1, "0.1", None])
+def test_fractions_that_are_none(fraction):
+    write("a.jsonl", {"text": "a"})
+    for call in (lambda: is_held_out("a", fraction), lambda: held_out_mask(["a"], fraction), lambda: tokenized("a.jsonl", fraction),
+                 lambda: StreamedBlocks(open_stream(["a.jsonl"]), TOKENIZER, 4, heldout_fraction=fraction), lambda: train_vocabulary(["a.jsonl"], 300, fraction)):
+        with pytest.raises(ValueError, match="heldout_fraction must be a number from 0 to 1"):
+            call()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1, 1.5, "3", None, True])
+def test_whole_numbers_that_are_none(value):
+    rows, stream = tokenized(write("a.jsonl", {"text": "a"})), open_stream(["a.jsonl"])
+    for name, call in {"block_size": lambda: PackedBlocks(rows, value), "seed": lambda: PackedBlocks(rows, 4, value),
+                       "buffer_size": lambda: StreamedBlocks(stream, TOKENIZER, 4, buffer_size=value), "vocab_size": lambda: train_vocabulary(["a.jsonl"], value)}.items():
+        with pytest.raises(ValueError, match=f"{name} must be a whole number"):
+            call()
+    for state in ({"position": value}, {}, None, {"epoch": 0, "document": value, "offset": 0}):
+        for blocks in (PackedBlocks(rows, 4), StreamedBlocks(stream, TOKENIZER, 4)):
+            with pytest.raises(DataError, match="no position in this data"):
+                blocks.load_state_dict(state)
+
+
+# ---- the same data or not
+
+def identified(path, *arguments):
+    return json.loads(json.dumps(PackedBlocks(tokenized(path, *arguments), 8).fingerprint))
+
+
+def test_what_differs_is_said():
+    write("d.jsonl", *texts([1, 2, 3, 4]))
+    before = identified("d.jsonl", 0.3)
+    os.mkdir("elsewhere")
+    for path, expected in {"d.jsonl": None, "elsewhere/d.jsonl": None}.items():
+        write(path, *texts([1, 2, 3, 4]))
+        assert data_difference(before, identified(path, 0.3)) is expected
+    assert data_difference(before, PackedBlocks(tokenized("d.jsonl", 0.3), 99, 5, True).fingerprint) is None
+    assert data_difference(before, identified("d.jsonl", 0.9)) == "other documents are held out"
+    for lines_now, phrase in ((texts([1, 2, 3, 4, 5]), "d.jsonl: 4 documents then, 5 now"), (texts([1, 2, 3, 5]), "d.jsonl: 20 bytes then, 22 now"),
+                              (texts([1, 2, 3, 4])[::-1], "d.jsonl: other text, or the same in another order"),
+                              ([*texts([1, 2, 3]), {"text": "4!" * 4}], "d.jsonl: other text, or the same in another order")):
+        write("d.jsonl", *lines_now)
+        assert data_difference(before, identified("d.jsonl", 0.3)) == phrase
+    for name in ("e.jsonl", "f.jsonl"):
+        write(name, {"text": "x"})
+    two, turned, other = (PackedBlocks(tokenize_files(files, TOKENIZER, cache_dir="cache"), 8).fingerprint
+                          for files in (["e.jsonl", "f.jsonl"], ["f.jsonl", "e.jsonl"], ["e.jsonl", "d.jsonl"]))
+    assert data_difference(two, turned).startswith("files in another order: e.jsonl, f.jsonl then")
+    assert data_difference(two, other).startswith("other files: e.jsonl, f.jsonl then, e.jsonl, d.jsonl now")
+
+
+def test_a_fingerprint_does_not_depend_on_where_the_rows_are():
+    rows = tokenized(write("a.jsonl", *texts([1, 2, 3, 4, 5, 6])), 0.3)
+    held_in_memory = datasets.Dataset.from_list(list(rows))
+    assert data.fingerprint(held_in_memory) == data.fingerprint(rows) == data.fingerprint(rows.select(range(6)))
+    assert data.fingerprint(rows.select([1, 0, 2, 3, 4, 5])) != data.fingerprint(rows)
+
+
+def test_a_stream_knows_its_files():
+    def identified(paths=("d",), fraction=0.1):
+        return json.loads(json.dumps(StreamedBlocks(open_stream(paths), TOKENIZER, 8, heldout_fraction=fraction).fingerprint))
+    write_jsonl(texts([1, 2]), "d/a.jsonl")
+    write_jsonl(texts([3]), "d/b.jsonl.gz")
+    before = identified()
+    assert data_difference(before, identified(["d/a.jsonl", "d/b.jsonl.gz"])) is None
+    assert data_difference(before, identified(["d/b.jsonl.gz", "d/a.jsonl"])).startswith("files in another order")
+    assert data_difference(before, identified(fraction=0.2)) == "other documents are held out"
+    assert "streamed" in data_difference(before, PackedBlocks(tokenized("d/a.jsonl"), 8).fingerprint)
+    write_jsonl(texts([1, 3]), "d/a.jsonl")
+    assert data_difference(before, identified()).startswith("a.jsonl: ")
+
+
+@pytest.mark.parametrize("before", [None, 5, {}, {"files": 3, "held_out": ""}, {"files": [{}], "held_out": "x"}, {"files": [{"name": "a", "documents": "x"}], "held_out": 1}])
+def test_fingerprints_that_cannot_be_read(before):
+    now = PackedBlocks(tokenized(write("a.jsonl", {"text": "a"})), 8).fingerprint
+    assert isinstance(data_difference(before, now), str)
+
+
+# ---- a vocabulary for one's own text
+
+def test_a_vocabulary_is_learned_from_what_is_not_held_out():
+    documents = [{"text": f"the river and the sea, number {i} " * 5} for i in range(80)]
+    write("a.jsonl", *documents, {"text": "zzzz " * 50, "title": "held out"}, b"{")
+    fraction = next(f for f in np.linspace(0.01, 1, 100) if is_held_out("held out", f))
+    with pytest.raises(DataError, match="line 82"):
+        train_vocabulary(["a.jsonl"], 290, fraction)
+    tokenizer, used, there = train_vocabulary(["a.jsonl"], 290, fraction, skip_bad_lines=True)
+    assert tokenizer.vocab_size == 290 and 0 < used < there and len(tokenizer.encode("zzzz")) == 4 and len(tokenizer.encode(" the")) == 1
+    _, used, there = train_vocabulary(["a.jsonl"], 290, 0.0, skip_bad_lines=True, limit=2_000)
+    assert used < 2_500 < there
+    for size, message in ((277, "at least 278"), (10**9, "vocab_size must be at most"), (100_000, "vocab_size 100000 is more than this text gives")):
+        with pytest.raises(ValueError, match=message):
+            train_vocabulary(["a.jsonl"], size, skip_bad_lines=True)
+    with pytest.raises(DataError, match="no document"):
+        train_vocabulary([write("empty.jsonl")], 300)
 
 
 def test_a_failed_run_leaves_nothing_in_the_cache():
@@ -477,6 +837,51 @@ def test_held_out_blocks_of_a_stream():
     assert set(s for b in held.epoch() for s in b.sources) <= set(s for b in everything.epoch() for s in b.sources)
     more = StreamedBlocks(stream, TOKENIZER, 8, seed=4, heldout_fraction=0.4).held_out_blocks(10**6)
     assert more.tokens_per_epoch == everything.tokens_per_epoch and more.bytes_per_epoch == everything.bytes_per_epoch
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 64, 1000])
+def test_mixed_as_the_library_mixes(size):
+    for name in "abcdefghijkl":
+        write_jsonl(({"text": f"{name}{i}"} for i in range(13)), f"d/{name}.jsonl")
+    stream = open_stream(["d"])
+    for epoch in range(2):
+        expected = stream.shuffle(generator=np.random.default_rng((3, epoch)), buffer_size=size)
+        assert list(data._in_order(stream, 3, epoch, size)) == list(expected)
+
+
+def test_the_shuffle_buffer_is_bounded_by_its_text(monkeypatch):
+    monkeypatch.setattr(data, "BUFFER_CHARACTERS", 1_000)
+    taken = []
+    documents = [{"text": "a" * n} for n in (100, 200, 50, 900, 3_000, *[5] * 500)]
+
+    def counted():
+        for document in documents:
+            taken.append(document)
+            yield document
+    out = []
+    for document in data._mixed(counted(), np.random.default_rng(0), 10_000):
+        out.append(document)
+        held = sum(len(d["text"]) for d in taken) - sum(len(d["text"]) for d in out)
+        assert held <= 1_000 + 3_000
+    assert sorted(map(str, out)) == sorted(map(str, documents))
+
+
+def test_a_huge_document_in_a_stream_is_encoded_piece_by_piece():
+    class Watching(TiktokenTokenizer):
+        longest = 0
+
+        def encode(self, text, special=False):
+            Watching.longest = max(Watching.longest, len(text))
+            return super().encode(text, special)
+    text = "some words, " * 100_000
+    write("huge.jsonl", {"text": text}, {"text": "b"})
+    run = StreamedBlocks(open_stream(["huge.jsonl"]), Watching(RANKS), 400_000, buffer_size=0)
+    first = run.take(2)
+    assert first[0].input_ids.tolist() == [END, *TOKENIZER.encode(text)][:400_000] and not first[1].document_ids.any()
+    assert Watching.longest <= 1 << 18
+    resumed = StreamedBlocks(open_stream(["huge.jsonl"]), TOKENIZER, 400_000, buffer_size=0)
+    resumed.load_state_dict(run.state_dict())
+    assert same(resumed.take(3), run.take(3))
 
 
 def test_several_files_are_one_stream():
