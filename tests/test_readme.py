@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 READMES = ("README.md", "README.ru.md")
 
 # what makes a command small: a flag that comes last is the one that counts
-SMALL_RUN = ("--tokenizer tiktoken:tokenizer.tiktoken --block-size 32 --micro-batch-size 1 --gradient-accumulation-steps 1 "
+SMALL_RUN = ("--block-size 32 --micro-batch-size 1 --gradient-accumulation-steps 1 "
              "--warmup-steps 0 --no-tensorboard --peak-tflops 1 --sample-tokens 2 --no-compile").split()
 
 
@@ -96,7 +96,7 @@ def small(command: str, port: int) -> list[str]:
     if "qwen_analog.train" in words or "train" in words[:2]:
         words += SMALL_RUN + ([] if "--resume" in words else ["--max-steps", "2"])
         if "a_model" not in words and "qwen_analog/train_laptop.json" not in words:
-            words += ["--model", "tiny"]
+            words += ["--model", "tiny", "--tokenizer", "tiktoken:tokenizer.tiktoken"]
         return words
     small_work = {"tokenizer": ["--vocab-size", "300"], "plan": ["--model", "tiny", "--block-size", "64"], "generate": ["--max-new-tokens", "2"],
                   "eval": ["--data", "my.jsonl", "--heldout-fraction", "0.2"], "serve": ["--port", str(port)]}
