@@ -749,8 +749,8 @@ def _hub_stream(name: str, skip_bad_lines: bool) -> datasets.IterableDataset:
     datasets.logging.set_verbosity_error()
     try:
         stream = datasets.load_dataset(name, split="train", streaming=True)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"the data set {name} cannot be opened: {' '.join(str(error).split())}") from None
+    except Exception as error:
+        raise DataError(f"the data set {name} cannot be opened: {' '.join(str(error).split())[:500]}") from None
 
     def document(record: dict, index: int) -> dict:
         try:
@@ -769,11 +769,13 @@ BUFFER_CHARACTERS = 1 << 26     # of text in the shuffle buffer, however few doc
 
 def _documents(stream: datasets.IterableDataset) -> Iterator[dict]:
     """The stream's documents; DataError where it breaks off."""
-    unreadable = OSError, pyarrow.ArrowException
+    ours = DataError                # looked up now: a reader may be closed when Python ends
     try:
         yield from stream
-    except unreadable as error:
-        raise DataError(f"the stream cannot be read: {' '.join(str(error).split())}") from None
+    except ours:
+        raise
+    except Exception as error:      # of the many libraries that read the formats of the hub
+        raise DataError(f"the stream cannot be read: {' '.join(str(error).split())[:500]} ({type(error).__name__})") from None
 
 
 def _mixed(documents: Iterable[dict], rng: np.random.Generator, size: int) -> Iterator[dict]:

@@ -910,6 +910,15 @@ def test_hub_records_that_are_bad():
         StreamedBlocks(open_stream([broken]), TOKENIZER, 4).take(1)
 
 
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1" + bytes(100) + b"PAR1", b"garbage" * 100])
+def test_hub_files_that_are_damaged(content):
+    name = hub("damaged", [{"text": "a"}])
+    Path("damaged/data/train-00000-of-00001.parquet").write_bytes(content)
+    with pytest.raises(DataError, match="cannot be") as error:
+        StreamedBlocks(open_stream([name]), TOKENIZER, 4).take(1)
+    assert "\n" not in str(error.value)
+
+
 def test_hub_names_that_lead_nowhere():
     os.makedirs("empty")
     for paths in (["hf:nobody/nothing"], ["hf:empty"], ["hf:"], ["hf:a", "hf:b"], ["hf:a", "b.jsonl"], ["b.jsonl", "hf:a"]):
