@@ -314,8 +314,9 @@ def end_with_torchrun() -> None:
     """Where torchrun started this process, its end, by kill -9 too, is a SIGTERM here."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
         return
+    parent = os.getppid()
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)           # 1: PR_SET_PDEATHSIG
-    if os.getppid() == 1:                                # it has ended already
+    if os.getppid() != parent:                           # it ended in this moment
         os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -383,6 +384,9 @@ def _reach(host: str, port: int, until: float) -> socket.socket:
         time.sleep(0.1)
 
 
+_stores: list[dist.Store] = []       # one for each group that this process has formed
+
+
 def _open_store(rank: int, until: float) -> dist.Store:
     host, port = _address()
     by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -391,12 +395,14 @@ def _open_store(rank: int, until: float) -> dist.Store:
         _reach(host, port, until).close()
     wait = timedelta(seconds=max(1, until - time.monotonic()))
     try:
-        store = dist.TCPStore(host, port, None, holds_it, wait, wait_for_workers=False)
+        store = dist.TCPStore(host, port, None, holds_it, wait, wait_for_workers=False,
+                              multi_tenant=True)
     except dist.DistError as error:
         raise RankError(f"MASTER_ADDR {host}, MASTER_PORT {port} is not free, or not of "
                         f"this run: {str(error).splitlines()[0]}") from None
+    _stores.append(store)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"qwen_analog/{attempt}", store)
+    return dist.PrefixStore(f"qwen_analog/{attempt}/{len(_stores)}", store)
 
 # %% ../chapters/13_many_gpus.ipynb #24bb6163
 def _take_device(device: torch.device) -> None:
