@@ -521,6 +521,10 @@ class _Watch:
             for line in list(self.lines.values()):
                 line.send("failed", text)
 
+# %% ../chapters/13_many_gpus.ipynb #3f9c919f
+class _Reader(_Watch):
+    """What comes in: new connections, messages, and ends of connections."""
+
     def _accept(self, server: socket.socket) -> None:
         with suppress(OSError):              # closed in this moment
             line = _Line(server.accept()[0])
@@ -557,8 +561,8 @@ class _Watch:
                 self.lines[rank] = line
                 self.news.notify_all()
 
-# %% ../chapters/13_many_gpus.ipynb #3f9c919f
-class _Judge(_Watch):
+# %% ../chapters/13_many_gpus.ipynb #8c95ef17
+class _Judge(_Reader):
     """What the thread makes of messages, and of their absence."""
 
     def _take(self, line: _Line, kind: str, *content: Any) -> None:
@@ -612,10 +616,8 @@ class _Judge(_Watch):
             os._exit(2)
 
 # %% ../chapters/13_many_gpus.ipynb #ac665974
-class Lifeline(_Judge):
-    """Connections between rank 0 and all the others, beside those of gloo or NCCL."""
-
-    meetings = 0
+class _Caller(_Judge):
+    """How the processes find each other."""
 
     def connect(self) -> None:
         """Find the others. RankError or ValueError where that takes too long."""
@@ -658,6 +660,12 @@ class Lifeline(_Judge):
     def raise_failure(self) -> None:
         if self.failure:
             raise RankError(self.failure)
+
+# %% ../chapters/13_many_gpus.ipynb #fdb5b8b4
+class Lifeline(_Caller):
+    """Connections between rank 0 and all the others, beside those of gloo or NCCL."""
+
+    meetings = 0
 
     def _wait_until(self, ready: Callable[[], bool]) -> None:
         with self.news:
