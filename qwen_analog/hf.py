@@ -414,7 +414,10 @@ class _Templates:
 
     def render(self, template: str, values: dict, most: int) -> str:
         """The template's text; ValueError where it refuses, and where it passes a limit."""
-        line = json.dumps([template, values, most], default=str).encode() + b"\n"
+        try:
+            line = json.dumps([template, values, most], default=str, skipkeys=True).encode() + b"\n"
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"the messages are no JSON ({_in_one_line(error)})") from None
         answer = b""
         with self._lock:
             process = self._started()
@@ -465,7 +468,7 @@ def chat_ids(tokenizer: Tokenizer, messages: Sequence[dict[str, str]], add_gener
     if template is None:
         return encode_chat(tokenizer, messages, add_generation_prompt)
     for message in messages:
-        if message.get("role") not in ("system", "user", "assistant") or not isinstance(message.get("content"), str):
+        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant") or not isinstance(message.get("content"), str):
             raise ValueError(f"a message needs a role (system, user or assistant) and a content that is text, not {shown(message)}")
     added = fast.backend_tokenizer.get_added_tokens_decoder()
     controls = {token.content: i for i, token in added.items() if token.special and token.content}
