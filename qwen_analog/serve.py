@@ -6,8 +6,8 @@
 __all__ = ['MAX_STOPS', 'MAX_STOP_LENGTH', 'UNREAD', 'REFUSED', 'IGNORED', 'Item', 'LEAST', 'KEY_VARIABLE', 'RowCache', 'Request',
            'Piece', 'QueueFull', 'Job', 'Step', 'check_stop', 'share_budget', 'next_for_a_row', 'whose_places',
            'Answer', 'Engine', 'ApiError', 'parse_body', 'token_bytes', 'LogprobWriter', 'in_thread', 'Reader',
-           'no_model', 'error_response', 'api_error', 'host_name', 'is_address', 'Gate', 'build_app', 'Patience',
-           'Ending', 'build_server', 'connection_limits', 'add_arguments', 'run']
+           'no_model', 'error_response', 'api_error', 'host_name', 'is_address', 'Gate', 'build_app', 'plain_response',
+           'Patience', 'Ending', 'build_server', 'connection_limits', 'add_arguments', 'run']
 
 # %% ../chapters/17b_serving.ipynb #974fb459
 import argparse
@@ -15,6 +15,7 @@ import asyncio
 import codecs
 import contextlib
 import hmac
+import http
 import importlib.util
 import ipaddress
 import json
@@ -1117,9 +1118,12 @@ def build_app(engine: Engine, model_name: str, *, max_body_bytes: int = 1_000_00
     return Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan, middleware=[gate])
 
 # %% ../chapters/17b_serving.ipynb #8d0314ac
-_BUSY = json.dumps(ApiError("too many connections; try again later", 503).body()).encode()
-_BUSY = (b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
-         b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(_BUSY)) + _BUSY
+def plain_response(error: ApiError) -> bytes:
+    """An error as the bytes of a whole HTTP response, for where no application runs."""
+    body = json.dumps(error.body()).encode()
+    lines = [f"HTTP/1.1 {error.status} {http.HTTPStatus(error.status).phrase}", "Content-Type: application/json",
+             f"Content-Length: {len(body)}", "Connection: close"]
+    return "\r\n".join([*lines, "", ""]).encode() + body
 
 
 class Patience:
@@ -1137,8 +1141,7 @@ class Patience:
         self._since = self.loop.time()
         if len(self.connections) >= self.most and not self._make_room():
             self.transport = transport
-            transport.write(_BUSY)
-            transport.close()
+            self._part(ApiError("too many connections; try again later", 503))
             return
         super().connection_made(transport)
         self._expect_request()
@@ -1168,8 +1171,33 @@ class Patience:
         self._set_timer("request", self.request_seconds, self._late)
 
     def _late(self) -> None:
-        if self.waits:
+        begun = self.conn.their_state.__name__ != "IDLE" or self.conn.trailing_data[0]
+        if self.waits and begun and self._silent and not self.transport.is_closing():
+            self._part(ApiError(f"the request was not complete after {self.request_seconds:g} seconds", 408))
+        elif self.waits:
             self.transport.abort()
+
+    @property
+    def _silent(self) -> bool:
+        """Nothing of a response to the present request was sent."""
+        return self.conn.our_state.__name__ in ("IDLE", "SEND_RESPONSE")          # h11's states
+
+    def _part(self, error: ApiError) -> None:
+        """Say why, and close the connection, whether or not the client listens."""
+        self.transport.write(plain_response(error))
+        self.transport.close()
+        self._set_timer("parting", 1, self.transport.abort)
+
+    def send_400_response(self, message: str) -> None:
+        """uvicorn calls it for what is no HTTP."""
+        if self._silent:
+            self._part(ApiError("the request is not valid HTTP", 400))
+        else:
+            self.transport.abort()
+
+    def _should_upgrade(self) -> bool:
+        """No other protocols, and no advice in the log how to have them."""
+        return False
 
     def on_response_complete(self) -> None:
         self._expect_request()

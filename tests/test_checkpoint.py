@@ -486,6 +486,15 @@ ENTRIES = {"model_state_dict": [1, 2], "config": {"hidden_size": 10**12, "head_d
            "generation_config": {"temperature": "hot"}, "rank_states": [5], "train_config": "none", "optimizer_types": [None], "data": 3, "spike_watch": {"losses": ["x"]}}
 
 
+@pytest.mark.parametrize("rng", [None, [1], {"cpu": None}, {"cpu": torch.ones(3)}, {"cpu": torch.ones(3, dtype=torch.uint8)}, {"cuda": 5},
+                                 {"cpu": torch.zeros(5056, dtype=torch.uint8)}])
+def test_a_random_state_that_is_none_is_refused(rng, trained):
+    save_checkpoint("bad", trained[0], TOKENIZER, optimizers=trained[1], rank_states=[{"rng": {"cpu": torch.get_rng_state()}}])
+    assert read_state("bad")["rank_states"][0]["rng"]["cpu"].dtype == torch.uint8
+    changed("bad", lambda state: state.update(rank_states=[{"rng": rng}]))
+    one_line("bad", lambda: read_state("bad"), lambda: restore_checkpoint("bad", *trained))
+
+
 @pytest.mark.parametrize("name", ENTRIES)
 def test_an_entry_of_another_kind_is_named(name, trained):
     save_checkpoint("runs/step_1", trained[0], TOKENIZER, optimizers=trained[1], step=1)

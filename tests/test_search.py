@@ -37,7 +37,7 @@ def theirs(model):
 PROMPT = torch.tensor([[3, 1, 4, 1, 5, 7, 2]])
 
 
-@pytest.mark.parametrize("early_stopping", [False, True])
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
 @pytest.mark.parametrize("length_penalty", [1.0, 0.0, -0.7, 2.0])
 def test_beams_are_hugging_faces(length_penalty, early_stopping):
     for seed in range(3):
@@ -196,6 +196,100 @@ def test_logits_that_are_not_finite_are_refused(search):
         model.lm_head.weight[3] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
         search(model)
+
+
+def test_never_stopping_finds_what_stopping_misses():
+    """With many end tokens; Hugging Face's score is the reference, and another than that of the other two."""
+    model, eos, scores = tiny(4, flat=1.0), list(range(1, 7)), []
+    for early_stopping in ("never", True, False):
+        options = dict(num_beams=3, early_stopping=early_stopping, eos_token_id=eos, length_penalty=2.0)
+        expected = theirs(model).generate(PROMPT, max_new_tokens=40, do_sample=False, pad_token_id=0, return_dict_in_generate=True, output_scores=True, **options)
+        scores.append(beam_search(model, PROMPT, 40, **options)[0].score)
+        assert scores[-1] == pytest.approx(expected.sequences_scores[0].item(), abs=1e-4)
+    assert scores[0] > max(scores[1:]) + 1e-3
+
+
+@pytest.mark.parametrize("settings", [dict(temperature=1e-40), dict(temperature=5e-324), dict(temperature=1e300), dict(repetition_penalty=1e-300),
+                                      dict(repetition_penalty=1e300), dict(top_p=1e-300), dict(min_p=1.0), dict(top_k=10**12)], ids=str)
+def test_every_legal_setting_draws(settings):
+    model, draft = tiny(0), tiny(5, layers=1)
+    expected = model.generate(PROMPT, 6, seed=3, **settings)
+    assert speculate(model, draft, PROMPT, 6, seed=3, **settings).tokens.shape == expected.shape
+    assert torch.equal(PrefixCache(model).generate(PROMPT, 6, seed=3, **settings)[0], expected)
+    if settings.get("temperature", 1) < 1:
+        greedy = model.generate(PROMPT, 6, temperature=0)
+        assert torch.equal(speculate(model, draft, PROMPT, 6, seed=3, **settings).tokens, greedy) and torch.equal(expected, greedy)
+
+
+def test_a_penalty_in_speculation_and_with_prefixes_is_generates():
+    model, draft, options = tiny(0, flat=1.0), tiny(5, layers=1), dict(repetition_penalty=1.6)
+    greedy = model.generate(PROMPT, 30, temperature=0, **options)
+    assert not torch.equal(greedy, model.generate(PROMPT, 30, temperature=0))
+    for draft_tokens in (1, 3, 8):
+        assert torch.equal(speculate(model, draft, PROMPT, 30, draft_tokens=draft_tokens, temperature=0, **options).tokens, greedy)
+    assert torch.equal(PrefixCache(model).generate(PROMPT, 30, temperature=0, **options)[0], greedy)
+    assert torch.equal(PrefixCache(model).generate(PROMPT, 30, seed=1, **options)[0], model.generate(PROMPT, 30, seed=1, **options))
+
+
+def test_distributions_that_differ_by_rounding_only_still_draw(monkeypatch):
+    """A guess that is refused although nothing is left of p - q: drawn from p."""
+    p = torch.tensor([[0.5, 0.5], [0.5, 0.5]])
+    q = p.clone()
+    q[:, 0] += 1e-7
+    monkeypatch.setattr(module, "distribution", lambda logits, sampling, *rest: (p if len(logits) == 2 else q[:1])[: len(logits)])
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(1.0))
+    model = tiny(vocab_size=2)
+    for seed in range(4):
+        assert speculate(model, model, PROMPT % 2, 5, draft_tokens=1, seed=seed).tokens.shape == (1, 12)
+
+
+def test_the_models_own_end_tokens_end_every_search():
+    model, draft = tiny(3, flat=1.0), tiny(5, layers=1)
+    free = model.generate(PROMPT, 20, temperature=0)
+    own = [int(free[0, 12]), 5]
+    calls = {"speculate": lambda **o: speculate(model, draft, PROMPT, 20, temperature=0, **o).tokens,
+             "prefixes": lambda **o: PrefixCache(model).generate(PROMPT, 20, temperature=0, **o)[0],
+             "beams": lambda **o: beam_search(model, PROMPT, 20, **o)[0].tokens}
+    ended, without = ({name: call(eos_token_id=ids) for name, call in calls.items()} for ids in (own, []))
+    model.generation_config = {"eos_token_id": own}
+    draft.generation_config = {"eos_token_id": int(PROMPT[0, 0])}      # the draft's word does not count
+    for name, call in calls.items():
+        assert torch.equal(call(), ended[name]) and torch.equal(call(eos_token_id=[]), without[name]), name
+    assert len(ended["speculate"][0]) < len(without["speculate"][0]) and len(ended["beams"]) != len(without["beams"])
+
+
+BEAMS = [("early_stopping", value) for value in ("always", "yes", "", 1, 0, None, 2.0, math.nan, [True])]
+BEAMS += [("length_penalty", value) for value in (math.nan, math.inf, -math.inf, 1000.0, -1000.0, 10**400, "long", None, True, [1.0])]
+BEAMS += [(name, value) for name in ("num_beams", "num_return_sequences", "max_new_tokens", "valid_vocab_size")
+          for value in (0, -1, math.nan, math.inf, True, "2", 1.5, 10**30)]
+BEAMS += [("eos_token_id", value) for value in (24, -1, "2", [1, 1.5], True)]
+DRAFTS = [(name, value) for name in ("draft_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_new_tokens")
+          for value in (-1, math.nan, math.inf, True, "2")]
+
+
+@pytest.mark.parametrize("name, value", BEAMS, ids=lambda v: repr(v)[:20])
+def test_wrong_arguments_of_beam_search_are_named(name, value):
+    with pytest.raises(ValueError, match=name) as error:
+        beam_search(tiny(), **{"input_ids": PROMPT, "max_new_tokens": 60, name: value})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, value", DRAFTS, ids=lambda v: repr(v)[:20])
+def test_wrong_arguments_of_speculation_and_prefixes_are_named(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be "):
+        speculate(tiny(), tiny(), PROMPT, **{"max_new_tokens": 4, name: value})
+    if name != "draft_tokens":
+        with pytest.raises(ValueError, match=f"^{name} must be "):
+            PrefixCache(tiny()).generate(PROMPT, **{"max_new_tokens": 4, name: value})
+    else:
+        with pytest.raises(ValueError, match="^max_tokens must be "):
+            PrefixCache(tiny(), value)
+
+
+@pytest.mark.parametrize("length_penalty", [-140, 140.0, 0, 1e-300])
+def test_far_length_penalties_give_finite_scores(length_penalty):
+    beams = beam_search(tiny(), PROMPT, 60, num_beams=3, num_return_sequences=3, length_penalty=length_penalty, eos_token_id=[1, 2])
+    assert all(math.isfinite(beam.score) for beam in beams)
 
 
 @pytest.mark.parametrize("call, message", [
