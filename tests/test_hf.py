@@ -1,7 +1,11 @@
 """Real weights: directories written and read by transformers, GGUF files, damaged input, and the search for the first wrong layer."""
+import concurrent.futures
 import json
+import os
 import shutil
+import struct
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from qwen_analog import hf
 from qwen_analog.config import QwenConfig
-from qwen_analog.hf import (chat_ids, first_difference, has_chat_format, load_gguf, load_pretrained, merge_of, save_pretrained, smollm2_path,
+from qwen_analog.hf import (chat_ids, config_of, first_difference, has_chat_format, load_gguf, load_pretrained, merge_of, save_pretrained, smollm2_path,
                             to_fast)
 from qwen_analog.model import QwenForCausalLM
 from qwen_analog.tokenizer import DEFAULT_SYSTEM, HFTokenizer, SentencePieceTokenizer, TiktokenTokenizer, chat_text, encode_chat, train_bpe
@@ -113,6 +117,54 @@ def test_end_ids(generation, config, expected, tmp_path, tokenizer_files):
     assert has_chat_format(model, tokenizer) == (402 in expected)
 
 
+OWN = {"eos_token_id": [402, 400], "bos_token_id": 400, "pad_token_id": 401, "do_sample": True, "temperature": 0.6, "top_k": 0, "top_p": 0.9,
+       "min_p": None, "repetition_penalty": 1.1, "max_new_tokens": 2048, "transformers_version": "4.40.0"}
+
+
+def test_generation_settings_come_in_and_go_out_as_they_are(tmp_path, tokenizer_files):
+    theirs(tmp_path / "a", tokenizer_files, "qwen2")
+    (tmp_path / "a" / "generation_config.json").write_text(json.dumps(OWN))
+    for source, target in (("a", "b"), ("b", "c")):
+        model, tokenizer = load_pretrained(tmp_path / source)
+        assert model.generation_config == OWN
+        save_pretrained(model, tokenizer, tmp_path / target)
+        assert json.loads((tmp_path / target / "generation_config.json").read_text()) == OWN
+    config = json.loads((tmp_path / "c" / "config.json").read_text())
+    assert {name: config[name] for name in list(OWN)[:3]} == {name: OWN[name] for name in list(OWN)[:3]}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "c").generation_config.top_k == 0
+
+
+def test_an_old_directory_keeps_its_settings_in_config_json(tmp_path, tokenizer_files):
+    theirs(tmp_path, tokenizer_files, "qwen2")
+    (tmp_path / "generation_config.json").unlink()
+    edit(tmp_path, eos_token_id=402, bos_token_id=400, pad_token_id=-1, temperature=0.5)
+    assert load_pretrained(tmp_path)[0].generation_config == {"eos_token_id": [402], "bos_token_id": 400, "temperature": 0.5}
+    edit(tmp_path, eos_token_id=None, temperature=None)
+    edit(tmp_path, "tokenizer_config.json", eos_token="<|im_end|>")          # a turn ends there; and the text, at <|endoftext|>
+    assert load_pretrained(tmp_path)[0].generation_config["eos_token_id"] == [402, 400]
+
+
+@pytest.mark.parametrize("file, changes", [("generation_config.json", {"eos_token_id": 430}), ("generation_config.json", {"temperature": float("nan")}),
+                                           ("config.json", {"eos_token_id": "x"}), ("generation_config.json", {"top_p": 7})])
+def test_wrong_generation_settings_name_their_file(file, changes, tmp_path, tokenizer_files):
+    theirs(tmp_path, tokenizer_files, "qwen2")
+    if file == "config.json":
+        (tmp_path / "generation_config.json").unlink()
+    edit(tmp_path, file, **changes)
+    with pytest.raises(ValueError, match=f"{file}: {next(iter(changes))} "):
+        load_pretrained(tmp_path)
+
+
+def test_settings_that_were_set_by_hand_are_checked_before_they_are_written(tmp_path):
+    model = small()
+    model.generation_config = {"eos_token_id": 999}
+    with pytest.raises(ValueError, match="model.generation_config: eos_token_id 999 is no id of this model"):
+        save_pretrained(model, TOKENIZER, tmp_path / "out")
+    model.generation_config = {"temperature": 0.3}
+    written = json.loads((save_pretrained(model, TOKENIZER, tmp_path / "out") / "generation_config.json").read_text())
+    assert written == {"temperature": 0.3, "eos_token_id": [400], "pad_token_id": 400}
+
+
 def test_hub(tmp_path, tokenizer_files, monkeypatch):
     theirs(tmp_path, tokenizer_files, "qwen2")
     asked = []
@@ -125,10 +177,26 @@ def test_hub(tmp_path, tokenizer_files, monkeypatch):
 
 def test_sources_that_are_nothing():
     for source, message in (("no/where", "there is no directory no/where, and the hub's no/where cannot be fetched from here"),
+                            *((name, f"there is no directory {shown}, and a name on the hub has the form owner/name") for name, shown in (
+                                ("", "''"), ("./x", "./x"), ("/x", "/x"), ("a/b/c", "a/b/c"), ("a/..", "a/.."), ("a\nb", r"'a\nb'"), ("x" * 5000, "'xxx"[:4]))
+                              if len(name) < 5000),
+                            ("x" * 5000, "there is no directory 'xxx"),
                             ("./no/such/directory", "there is no directory ./no/such/directory, and a name on the hub has the form owner/name")):
         with pytest.raises(ValueError) as error:
             load_pretrained(source)
         assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_the_configuration_alone(tokenizer_files, tmp_path):
+    assert config_of(tokenizer_files) == small().config
+    shutil.copytree(tokenizer_files, tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    assert config_of(tmp_path / "m") == small().config
+    model = small(hidden_size=96, intermediate_size=64, attention_bias=False)
+    assert config_of(write_gguf(tmp_path / "m.gguf", model)) == QwenConfig(**{**model.config.to_dict(), "rms_norm_eps": float(np.float32(1e-5))})
+    for source, message in ((tmp_path, "has no config.json"), (tmp_path / "x.gguf", "there is no file"), ("", "there is no directory ''")):
+        with pytest.raises(ValueError, match=message):
+            config_of(source)
 
 
 def change_tensors(change):
@@ -192,6 +260,94 @@ def test_damaged_directories(name, tmp_path, tokenizer_files):
     assert message in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 700
 
 
+NONSENSE = [None, True, "x", "", [], [1], {}, {"a": 1}, float("nan"), float("inf"), -1, 0, 2.5, 2**63, 10**400, "a\nb"]
+
+
+def one_line(error) -> str:
+    """The message of a refusal, which names what was read."""
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 700
+    return message
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+                                  "intermediate_size", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_parameters", "rope_scaling",
+                                  "tie_word_embeddings", "layer_types", "max_window_layers", "quantization_config", "partial_rotary_factor",
+                                  "model_type", "hidden_act", "initializer_range", "mlp_bias"])
+def test_any_value_of_a_configuration_is_read_or_refused_by_name(name):
+    config = {**hf.hf_config(small().config), "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 28}
+    for value in NONSENSE:
+        try:
+            hf._read_config({**config, name: value}, Path("model/config.json"))
+        except ValueError as error:
+            assert str(error).startswith("model/config.json: ") and "\n" not in str(error) and len(str(error)) < 400
+            assert name in str(error) or "sliding-window attention" in str(error)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_files_that_are_no_json_object(file, tokenizer_files, tmp_path):
+    shutil.copytree(tokenizer_files, tmp_path / "m")
+    for content in (b"", b"[]", b"5", b"{", b'{"a": "\xff"}', b"[" * 200_000, b'{"a":' * 200_000, b'{"a": ' + b"9" * 5000 + b"}", b"\0" * 9):
+        (tmp_path / "m" / file).write_bytes(content)
+        with pytest.raises(ValueError) as error:
+            load_pretrained(tmp_path / "m")
+        assert file in one_line(error)
+
+
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": 10**9}, {"num_hidden_layers": 10_000}, {"vocab_size": 2**24}, {"hidden_size": 2**20},
+                                     {"head_dim": 2**16, "num_attention_heads": 2**16}, {"hidden_size": 10**12}, {"intermediate_size": 2**24}])
+def test_a_configuration_of_any_size_is_compared_before_anything_is_built(changes, tokenizer_files, tmp_path, monkeypatch):
+    shutil.copytree(tokenizer_files, tmp_path / "m")
+    edit(tmp_path / "m", **changes)
+    built = []
+    make = hf._without_weights
+    monkeypatch.setattr(hf, "_without_weights", lambda config: built.append(config.num_hidden_layers) or make(config))
+    with pytest.raises(ValueError) as error:
+        load_pretrained(tmp_path / "m")
+    assert str(tmp_path / "m") in one_line(error) and set(built) <= {1}
+
+
+def header(directory: Path, change, length=None) -> None:
+    """model.safetensors with another header; `change` takes the old one."""
+    content = (directory / "model.safetensors").read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    new = change(json.loads(content[8:8 + size]))
+    new = new if isinstance(new, bytes) else json.dumps(new).encode()
+    (directory / "model.safetensors").write_bytes((length or len(new)).to_bytes(8, "little") + new + content[8 + size:])
+
+
+def test_safetensors_headers_that_lie(tokenizer_files, tmp_path):
+    directory = tmp_path / "m"
+
+    def refused(change, length=None):
+        shutil.rmtree(directory, ignore_errors=True)
+        shutil.copytree(tokenizer_files, directory)
+        header(directory, change, length)
+        with pytest.raises(ValueError) as error:
+            load_pretrained(directory)
+        assert str(directory) in one_line(error)
+
+    for field, values in (("dtype", ["F8_E4M3", "I64", "BOOL", "F16", "F64", "XX", 5, None]), ("shape", [[0], [], [-1], "x", [2**63], [24, 2], [1] * 99]),
+                          ("data_offsets", [[0, 0], [0, 192], [9, 5], [2**63, 2**63 + 192], None, "x", [1]])):
+        for value in values:
+            refused(lambda old, entry={field: value}: {**old, "model.norm.weight": {**old["model.norm.weight"], **entry}})
+    for content in (b"[]", b"null", b"{", b"\xff", b"[" * 100_000, b"{}", b'{"a": 1}'):
+        refused(lambda old, content=content: content)
+    for length in (1, 2**20, 2**40, 2**63, 2**64 - 1):
+        refused(lambda old: old, length)
+
+
+def test_files_that_are_no_files(tokenizer_files, tmp_path):
+    shutil.copytree(tokenizer_files, tmp_path / "m")
+    weights = tmp_path / "m" / "model.safetensors"
+    weights.unlink()
+    for make in (weights.mkdir, lambda: os.mkfifo(weights), lambda: weights.symlink_to("/dev/zero"), lambda: weights.symlink_to("nowhere")):
+        make()
+        with pytest.raises(ValueError, match="save the model again with transformers' save_pretrained"):
+            load_pretrained(tmp_path / "m")
+        weights.rmdir() if weights.is_dir() else weights.unlink()
+
+
 def test_what_is_switched_off_is_accepted(tmp_path, tokenizer_files):
     theirs(tmp_path, tokenizer_files, "qwen2")
     edit(tmp_path, use_sliding_window=True, sliding_window=16, max_window_layers=3, quantization_config=None, layer_types=None)
@@ -212,6 +368,12 @@ def test_damaged_shards(tmp_path, tokenizer_files):
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     name, file = next(iter(index["weight_map"].items()))
     for changed, message in (({**index["weight_map"], name: "../" + file}, "must give a file name of this directory"),
+                             ({**index["weight_map"], name: "/etc/passwd"}, "must give a file name of this directory"),
+                             ({**index["weight_map"], name: "pytorch_model.bin"}, "one that ends in .safetensors"),
+                             ({**index["weight_map"], name: None}, "must give a file name of this directory"),
+                             (["x"], "must give a file name of this directory"),
+                             ({**index["weight_map"], name: "x" * 999 + ".safetensors"}, "are missing: 'xxx"),
+                             ({**index["weight_map"], name: "a\nb.safetensors"}, "are missing: 'a.nb.safetensors'"),
                              ({**index["weight_map"], "extra": file}, "the index names other tensors for this file: extra"),
                              ({**index["weight_map"], name: "gone.safetensors"}, "are missing: gone.safetensors")):
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": changed}))
@@ -267,9 +429,20 @@ def test_export_is_whole_or_absent(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError("disk full")
     monkeypatch.setattr(hf.huggingface_hub, "save_torch_state_dict", full)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match="out cannot be written .OSError: disk full") as error:
         save_pretrained(small(), TOKENIZER, tmp_path / "out")
+    assert "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_have_the_mode_that_the_user_asks_for(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        directory = save_pretrained(small(), TOKENIZER, tmp_path / "out", max_shard_size=60_000)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in directory.iterdir()} == {mode}
 
 
 def test_tokenizers_that_cannot_be_exported(tmp_path):
@@ -342,6 +515,70 @@ def test_a_template_may_trim_and_may_refuse(tokenizer_files):
     assert not has_chat_format(small(), tokenizer)
 
 
+HOSTILE = {
+    "without end": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "a power": "{{ 9 ** (9 ** (9 ** 9)) }}",
+    "blanks": "{{ 'x' * 10 ** 10 }}", "a filter": "{{ 'x'|center(10 ** 10) }}", "a format": "{{ '%09999999999d' % 1 }}",
+    "doubled": "{% set n = namespace(s='x') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}",
+    "long": "x" * 3_000_000, "a macro": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "brackets": "{{ " + "(" * 50_000 + ")" * 50_000 + " }}",
+    "classes": "{{ messages.__class__.__mro__ }}", "globals": "{{ cycler.__init__.__globals__ }}", "undefined": "{{ f() }}", "no template": "{{",
+    "a file": "{% include '/etc/passwd' %}", "an empty refusal": "{{ raise_exception('') }}", "a method": "{{ messages.append(1) }}"}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_template_is_refused_in_one_line(name, tokenizer_files):
+    tokenizer = HFTokenizer(tokenizer_files)
+    tokenizer.tokenizer.chat_template = HOSTILE[name]
+    with pytest.raises(ValueError, match="^the chat template ") as error:
+        chat_ids(tokenizer, MESSAGES)
+    assert len(one_line(error)) < 400
+    if name == "undefined":
+        assert not has_chat_format(small(), tokenizer)
+    tokenizer.tokenizer.chat_template = hf.QWEN_CHAT_TEMPLATE          # and the next one is served
+    assert chat_ids(tokenizer, MESSAGES) == encode_chat(TOKENIZER, MESSAGES)
+
+
+@pytest.mark.parametrize("template", [
+    hf.QWEN_CHAT_TEMPLATE, "{{ eos_token }}{{ tools }}{{ documents }}{% if true %}\n  x\n{% endif %}\n {%- if not tools %}y{% endif %}",
+    "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m | tojson }}{{ m['content'] | tojson(indent=1) }}{% endfor %}",
+    "{% set n = namespace(a=1) %}{% for m in messages %}{% set n.a = n.a + 1 %}{{ n.a }}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+    "{{ strftime_now('%Y') }}{{ dict(a=1) }}{{ messages | map(attribute='role') | join(',') }}{{ '<b>' | e }}"])
+def test_templates_mean_what_they_mean_to_transformers(template, tokenizer_files):
+    tokenizer = HFTokenizer(tokenizer_files)
+    tokenizer.tokenizer.chat_template = template
+    for prompt in (True, False):
+        expected = tokenizer.tokenizer.apply_chat_template(MESSAGES[1:], tokenize=False, add_generation_prompt=prompt)
+        assert tokenizer.decode(chat_ids(tokenizer, MESSAGES[1:], prompt)) == expected
+
+
+def test_templates_from_many_threads_and_from_a_copy_of_the_process(tokenizer_files):
+    tokenizer = HFTokenizer(tokenizer_files)
+    expected = chat_ids(tokenizer, MESSAGES)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert all(ids == expected for ids in pool.map(lambda _: chat_ids(tokenizer, MESSAGES), range(40)))
+    first = hf._TEMPLATES._process.pid
+    pid = os.fork()
+    if pid == 0:          # the copy starts a process of its own
+        os._exit(0 if chat_ids(tokenizer, MESSAGES) == expected and hf._TEMPLATES._process.pid != first else 1)
+    assert os.waitpid(pid, 0)[1] == 0 and chat_ids(tokenizer, MESSAGES) == expected and hf._TEMPLATES._process.pid == first
+
+
+def test_odd_conversations_and_templates_that_are_no_text(tokenizer_files):
+    tokenizer = HFTokenizer(tokenizer_files)
+    for messages in ([{"role": "user", "content": "".join(map(chr, range(0xE000, 0xF900)))}], [{"role": ["user"], "content": "x"}]):
+        with pytest.raises(ValueError):
+            chat_ids(tokenizer, messages)
+    for template, written in (("{{ messages[0].content }}", "\ue000402\ue000"), ("\ue001999\ue001", "\ue001999\ue001")):
+        tokenizer.tokenizer.chat_template = template
+        assert chat_ids(tokenizer, [{"role": "user", "content": "\ue000402\ue000"}]) == tokenizer.encode(written)
+    for template in (5, ["x"], {"tool_use": "x"}):
+        tokenizer.tokenizer.chat_template = template
+        with pytest.raises(ValueError, match="chat_template must be a text"):
+            chat_ids(tokenizer, MESSAGES)
+    tokenizer.tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tool_use": "x"}
+    assert tokenizer.decode(chat_ids(tokenizer, MESSAGES)) == MESSAGES[0]["content"]
+
+
 # ---- GGUF
 
 def write_gguf(path: Path, model: QwenForCausalLM, tokenizer: TiktokenTokenizer = TOKENIZER, quantise=None, **changes) -> Path:
@@ -373,6 +610,8 @@ def write_gguf(path: Path, model: QwenForCausalLM, tokenizer: TiktokenTokenizer 
     writer.add_token_merges([" ".join(merge) for merge in fast["model"]["merges"]])
     writer.add_eos_token_id(402)
     writer.add_eot_token_id(400)
+    writer.add_float32("general.sampling.temp", 0.5)
+    writer.add_int32("general.sampling.top_k", 9)
     writer.add_chat_template(hf.QWEN_CHAT_TEMPLATE)
     known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2 if kind == "qwen2" else gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, weight in model.state_dict().items():
@@ -397,7 +636,7 @@ def write_gguf(path: Path, model: QwenForCausalLM, tokenizer: TiktokenTokenizer 
 def test_gguf_comes_back(changes, tmp_path):
     model = small(hidden_size=96, intermediate_size=64, **changes)
     again, tokenizer = load_gguf(write_gguf(tmp_path / "m.gguf", model))
-    assert torch.equal(again(IDS), model(IDS)) and again.generation_config == {"eos_token_id": [402, 400]} and not again.training
+    assert torch.equal(again(IDS), model(IDS)) and again.generation_config == {"eos_token_id": [402, 400], "temperature": 0.5, "top_k": 9} and not again.training
     assert tokenizer.vocab_size == TOKENIZER.vocab_size and has_chat_format(again, tokenizer)
     for text in TEXTS:
         assert tokenizer.encode(text) == TOKENIZER.encode(text) and tokenizer.encode(text, True) == TOKENIZER.encode(text, True)
@@ -426,8 +665,8 @@ def test_gguf_of_a_type_that_cannot_be_read(tmp_path, monkeypatch):
     ({"extra": {"rope.scaling.type": "yarn"}}, "qwen2.rope.scaling.type 'yarn' is not supported"),
     ({"extra": {"expert_count": 8}}, "qwen2.expert_count 8 is not supported"),
     ({"extra": {"rope.dimension_count": 8}}, "rope.dimension_count differs from the 16 of a head"),
-    ({"tokenizer_model": "llama"}, "a tokenizer of model 'llama' with the split 'qwen2' is not supported"),
-    ({"pre": "tekken"}, "with the split 'tekken' is not supported"),
+    ({"tokenizer_model": "llama"}, "tokenizer.ggml.model 'llama' with tokenizer.ggml.pre 'qwen2' is not supported"),
+    ({"pre": "tekken"}, "tokenizer.ggml.pre 'tekken' is not supported"),
     ({"without": "model.layers.1.self_attn.k_proj.bias"}, "missing: blk.1.attn_k.bias")])
 def test_gguf_refusals(changes, message, tmp_path):
     path = write_gguf(tmp_path / "m.gguf", small(hidden_size=96, intermediate_size=64), **changes)
@@ -446,6 +685,140 @@ def test_gguf_damaged(tmp_path):
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="there is no file"):
         load_gguf(tmp_path / "none.gguf")
+
+
+def packed(value) -> bytes:
+    """A value of GGUF's metadata with its type in front; bytes are taken as they are."""
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, bool):
+        return struct.pack("<I?", 7, value)
+    if isinstance(value, int):
+        return struct.pack("<IQ", 10, value) if value >= 0 else struct.pack("<Iq", 11, value)
+    if isinstance(value, float):
+        return struct.pack("<If", 6, value)
+    if isinstance(value, str):
+        return struct.pack("<I", 8) + spelled(value)
+    if value and isinstance(value[0], str):
+        return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(spelled, value))
+    return struct.pack(f"<IIQ{len(value)}i", 9, 5, len(value), *value)
+
+
+def spelled(text) -> bytes:
+    text = text if isinstance(text, bytes) else text.encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+class Gguf:
+    """A small file, taken apart: metadata, the table of tensors and their bytes."""
+
+    def __init__(self, path: Path):
+        write_gguf(path, small(hidden_size=96, intermediate_size=64, num_hidden_layers=1))
+        self.path = path
+        self.metadata, tensors = hf._read_gguf(path)
+        self.table, self.data = [], b""
+        for name, tensor in tensors.items():
+            self.table.append([name, int(tensor.tensor_type), tensor.shape[::-1], len(self.data)])
+            self.data += tensor.data.tobytes() + b"\0" * (-tensor.n_bytes % 32)
+
+    def content(self, metadata=None, table=None, magic=b"GGUF", version=3, n_tensors=None, n_values=None) -> bytes:
+        metadata = list((self.metadata if metadata is None else metadata).items() if not isinstance(metadata, list) else metadata)
+        table = self.table if table is None else table
+        out = magic + struct.pack("<IQQ", version, len(table) if n_tensors is None else n_tensors, len(metadata) if n_values is None else n_values)
+        out += b"".join(spelled(name) + packed(value) for name, value in metadata)
+        for name, kind, shape, offset in table:
+            out += spelled(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+        return out + b"\0" * (-len(out) % 32) + self.data
+
+    def refused(self, content: bytes) -> str:
+        self.path.write_bytes(content)
+        with pytest.raises(ValueError) as error:
+            load_gguf(self.path)
+        assert one_line(error).startswith(str(self.path))
+        return str(error.value)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    return Gguf(tmp_path_factory.mktemp("gguf") / "m.gguf")
+
+
+def test_gguf_values_of_any_type_are_read_or_refused(parts):
+    values = [0, 2**40, 2**63, -1, True, "x", float("nan"), float("inf"), [], [1], ["a"], struct.pack("<I", 99), struct.pack("<IIQ", 9, 8, 2**40),
+              struct.pack("<IIQ", 9, 4, 2**60), struct.pack("<IIQ", 9, 9, 1), struct.pack("<IQ", 8, 2**62), struct.pack("<I", 8) + spelled(b"\xff")]
+    may_be = {"qwen2.rope.freq_base": [2**40], "tokenizer.ggml.eos_token_id": [0], "tokenizer.ggml.eot_token_id": [0], "tokenizer.chat_template": ["x"],
+              "tokenizer.ggml.merges": [[]], "general.sampling.temp": [0], "general.sampling.top_k": [0], "qwen2.attention.layer_norm_rms_epsilon": []}
+    for name in parts.metadata:
+        for value in values:
+            if not any(type(value) is type(right) and value == right for right in may_be.get(name, ())):
+                said = parts.refused(parts.content({**parts.metadata, name: value}))
+                assert name in said or "head_count" in name or "sampling" in name or "another shape" in said, said
+        assert "twice" in parts.refused(parts.content([*parts.metadata.items(), (name, parts.metadata[name])]))
+
+
+@pytest.mark.parametrize("extra, message", [
+    ({"general.alignment": 0}, "alignment must be a power of two"), ({"general.alignment": 24}, "alignment must be a power"),
+    ({"general.alignment": "x"}, "alignment must be"), ({"qwen2.attention.key_length": 0}, "head_dim must be an even number"),
+    ({"qwen2.attention.value_length": 8}, "value_length differs"), ({"split.count": 3}, "one part of several"),
+    ({"tokenizer.ggml.eom_token_id": 430}, "eom_token_id 430 is no id"), ({"general.sampling.top_p": 7.0}, "top_p must be a number")])
+def test_gguf_values_that_may_be_there(extra, message, parts):
+    assert message in parts.refused(parts.content({**parts.metadata, **extra}))
+
+
+@pytest.mark.parametrize("name, change, message", [
+    ("tokens", lambda t: [t[1], *t[1:]], "twice"), ("token_type", lambda t: [99, *t[1:]], "a type from 1 to 6"), ("token_type", lambda t: t[1:], "for each of 430 tokens"),
+    ("merges", lambda t: ["ab", *t[1:]], "two tokens with a space between, not 'ab'"), ("merges", lambda t: ["qq zz", *t[1:]], "no tokenizer can be made"),
+    ("tokens", lambda t: t[:-1], "a type from 1 to 6 for each of 429"), ("eos_token_id", lambda t: 430, "eos_token_id 430 is no id of this model")])
+def test_gguf_tokenizers_that_cannot_be(name, change, message, parts):
+    name = f"tokenizer.ggml.{name}"
+    said = parts.refused(parts.content({**parts.metadata, name: change(parts.metadata[name])}, table=parts.table))
+    assert message in said or "of another shape" in said
+
+
+def test_gguf_counts_versions_and_lengths_that_lie(parts):
+    for count in (0, 1, 2**20, 2**60, 2**64 - 1):
+        parts.refused(parts.content(n_tensors=count))
+        parts.refused(parts.content(n_values=count))
+    assert "it does not begin with GGUF" in parts.refused(parts.content(magic=b"FUGG"))
+    for version in (0, 1, 4, 3 << 24):
+        assert f"version {version} is not supported, or the file is big-endian" in parts.refused(parts.content(version=version))
+    content = parts.content()
+    for end in (*range(0, 200, 9), *range(200, len(content), len(content) // 30), len(content) - 1):
+        parts.refused(content[:end])
+    parts.refused(content + b"\0" * 40)
+    parts.path.write_bytes(parts.content(version=2))
+    load_gguf(parts.path)
+
+
+def test_gguf_tensors_that_lie(parts):
+    name, kind, shape, offset = parts.table[1]
+    wrong = [[name, k, shape, offset] for k in (1, 2, 4, 8, 26, 28, 30, 99, 2**32 - 1)]
+    wrong += [[name, kind, s, offset] for s in ([], [0], [0, 96], [2**63], [2**40, 2**40], [2**64 - 1] * 4, [1] * 5, [1] * 999)]
+    wrong += [[name, kind, shape, o] for o in (0, offset + 1, offset + 32, 2**20, 2**63, 2**64 - 1)]
+    wrong += [[n, kind, shape, offset] for n in (parts.table[0][0], "", "a\nb", b"\xff", "x" * 99_999)]
+    for entry in wrong:
+        parts.refused(parts.content(table=[parts.table[0], entry, *parts.table[2:]]))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_gguf_with_a_changed_byte_is_read_or_refused(parts, data):
+    content = bytearray(parts.content())
+    content[data.draw(st.integers(0, len(content) - len(parts.data) - 1))] = data.draw(st.integers(0, 255))
+    parts.path.write_bytes(content)
+    try:
+        load_gguf(parts.path)
+    except ValueError as error:
+        assert "\n" not in str(error) and str(parts.path) in str(error)
+
+
+def test_gguf_with_infinite_scales_says_nothing_on_the_terminal(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", small(hidden_size=96, intermediate_size=64), quantise=gguf.GGMLQuantizationType.Q8_0)
+    content = path.read_bytes()
+    path.write_bytes(content[:-3000] + b"\xff\x7f" * 1500)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_gguf(path)
 
 
 # ---- the first wrong layer
