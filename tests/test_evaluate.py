@@ -13,7 +13,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from book import scramble_
 from qwen_analog.checkpoint import hf_config, save_checkpoint
 from qwen_analog.config import QwenConfig
-from qwen_analog.data import is_held_out, write_jsonl
+from qwen_analog import evaluate as module
+from qwen_analog.data import held_out_mask, is_held_out, write_jsonl
 from qwen_analog.evaluate import (
     MINIMAL_PAIRS, Evaluation, NGram, _windows, add_arguments, document_nats, evaluate_documents, fit_scaling_law, lm_eval_model,
     loss_by_position, minimal_pair_accuracy, paired_difference, run, token_nats, wilson, xz_bits_per_byte)
@@ -413,6 +414,46 @@ def test_lm_eval_generate_until():
         adapter.loglikelihood([Request("x", "y" * 30)], disable_tqdm=True)
 
 
+@pytest.mark.parametrize("options, most", [
+    ({"max_gen_toks": 5}, 5), ({"max_new_tokens": 5}, 5), ({"max_tokens": 5}, 5), ({"max_completion_tokens": 5}, 5), ({"max_gen_toks": "5"}, 5),
+    ({"max_gen_toks": 5, "max_new_tokens": 9}, 5), ({"max_gen_toks": 5, "until": None}, 5), ({"max_gen_toks": 5, "until": [None, ""]}, 5),
+    ({"max_gen_toks": 5, "until": ()}, 5), ({"max_gen_toks": 0}, 0), ({"max_length": 9}, 5), ({"max_length": 999, "max_gen_toks": 2}, 20),
+    ({"max_gen_toks": 5, "do_sample": True, "seed": 1}, 5), ({"max_gen_toks": 5, "temperature": 0.7, "top_k": 0, "top_p": 1.0, "seed": 1}, 5),
+    ({"max_gen_toks": 5, "temperature": None, "do_sample": None, "num_beams": 1}, 5)])
+def test_lm_eval_s_names_of_lengths_and_stops(options, most, monkeypatch):
+    taken = []
+    monkeypatch.setattr(module, "stream", lambda model, tokenizer, **options: taken.append(options) or iter(["text"]))
+    assert lm_eval_model(MODEL, BYTES).generate_until([Request("abc", options)]) == ["text"]             # a prompt of four tokens
+    (given,) = taken
+    assert given["max_new_tokens"] == most and given["stop"] == [] and given["prompt"] == ids_of("abc")
+    sampled = options.get("do_sample") or options.get("temperature")
+    assert given["temperature"] == (options.get("temperature") or 1.0 if sampled else 0.0) and "top_k" not in given
+
+
+@pytest.mark.parametrize("options, said", [({"max_gen_toks": -1}, "max_gen_toks"), ({"max_gen_toks": "many"}, "max_gen_toks"), ({"max_length": 3}, "max_length 3"),
+                                           ({"until": 5}, "until"), ({"until": [5]}, "until"), ({"num_beams": 4}, "num_beams"), ({"tempreature": 1}, "tempreature")])
+def test_lm_eval_options_that_cannot_be_are_refused_by_name(options, said):
+    with pytest.raises(ValueError, match=said):
+        lm_eval_model(MODEL, BYTES).generate_until([Request("abc", {"max_gen_toks": 2, **options})])
+
+
+def test_lm_eval_charges_for_what_a_continuation_changes():
+    """A continuation may melt into the context's last tokens: then all that comes after what stays the same counts."""
+    tokenizer = TiktokenTokenizer(train_bpe(["abcd abcd abcd é é é"] * 9, 264))
+    adapter = lm_eval_model(MODEL, tokenizer)
+    for context, continuation in (("xa", "bcd"), ("xab", "cde"), ("e", "\u0301"), ("xe", "\u0301y"), ("abc", "d"), ("xab", "y")):
+        before, whole = tokenizer.encode(context), tokenizer.encode(context + continuation)
+        same = len(before)
+        while whole[:same] != before[:same]:
+            same -= 1
+        (value, _), = adapter.loglikelihood([Request(context, continuation)], disable_tqdm=True)
+        nats = token_nats(MODEL, tokenizer, [context + continuation])[0]
+        assert abs(value + nats[same:].sum()) < 1e-4 and value < 0, (context, continuation)
+    for context, continuation in (("a", ""), ("", "")):
+        with pytest.raises(ValueError, match="empty"):
+            adapter.loglikelihood([Request(context, continuation)], disable_tqdm=True)
+
+
 def test_lm_eval_runs_a_task(tmp_path):
     """A task of local data, from its dictionary; the accuracy is counted by hand."""
     from lm_eval import simple_evaluate
@@ -465,8 +506,10 @@ def test_the_command(tmp_path, capsys):
     assert f"{expected.bits_per_byte:.3f} +-" in capsys.readouterr().out
     with pytest.raises(ValueError, match="heldout-fraction must lie above 0"):
         run(parsed("--data", str(tmp_path / "data.jsonl"), "--heldout-fraction", "0"))
-    with pytest.raises(ValueError, match="none of the 60 documents is held out"):
-        run(parsed("--data", str(tmp_path / "data.jsonl"), "--heldout-fraction", "1e-9"))
+    write_jsonl(documents[:1], tmp_path / "one.jsonl")
+    with pytest.raises(ValueError, match="none of the 1 documents is held out"):
+        run(parsed("--data", str(tmp_path / "one.jsonl"), "--heldout-fraction", "0.1"))
+    assert not (tmp_path / "out" / "e.json.partial").exists()
 
 
 def test_the_command_opens_what_holds_a_model(tmp_path, capsys):
@@ -479,3 +522,123 @@ def test_the_command_opens_what_holds_a_model(tmp_path, capsys):
     assert len(lines) == 3 and len({line.split(": ", 1)[1] for line in lines}) == 1 and "2 documents" in lines[0]
     with pytest.raises(ValueError, match="nowhere"):
         run(parsed("--model", "nowhere", "--data", str(tmp_path / "data.jsonl"), "--heldout-fraction", "1"))
+
+
+def trained(directory, share, **state):
+    """A checkpoint that says what it held out."""
+    save_checkpoint(directory, MODEL, BYTES, train_config={"heldout_fraction": share}, **state)
+    return str(directory)
+
+
+def test_what_the_checkpoint_held_out_is_evaluated(tmp_path, capsys):
+    documents = [{"title": f"t{i}", "text": f"document {i}"} for i in range(300)]
+    write_jsonl(documents, tmp_path / "d.jsonl")
+    data, out = ["--data", str(tmp_path / "d.jsonl")], tmp_path / "e.json"
+    sources = [trained(tmp_path / name, share) for name, share in (("a", 0.1), ("b", 0.02))]
+    for models, share in ((sources[:1], 0.1), (sources, 0.02)):
+        run(parsed("--model", *models, *data, "--json", str(out)))
+        counts = {figures["documents"] for figures in json.loads(out.read_text())["models"].values()}
+        assert counts == {sum(is_held_out(d["title"], share) for d in documents)} and f"heldout_fraction {share}" in capsys.readouterr().out
+        assert json.loads(out.read_text())["settings"]["heldout_fraction"] == share
+    run(parsed("--model", sources[1], *data, "--heldout-fraction", "0.1"))
+    assert "has seen some" in capsys.readouterr().err
+    run(parsed("--model", sources[1], *data, "--heldout-fraction", "0.02"))
+    assert not capsys.readouterr().err
+    with pytest.raises(ValueError, match="heldout_fraction 0, on all documents"):
+        run(parsed("--model", trained(tmp_path / "all", 0.0), *data))
+
+
+def test_few_documents_are_split_as_in_training(tmp_path, capsys):
+    """Where the hash chooses none, training held out the one with the smallest."""
+    documents = [{"title": f"t{i}", "text": "x" * (i + 1)} for i in range(20)]
+    write_jsonl(documents, tmp_path / "d.jsonl")
+    run(parsed("--model", trained(tmp_path / "a", 0.001), "--data", str(tmp_path / "d.jsonl"), "--json", str(tmp_path / "e.json")))
+    (figures,) = json.loads((tmp_path / "e.json").read_text())["models"].values()
+    (held,) = np.flatnonzero(held_out_mask([d["title"] for d in documents], 0.001))
+    assert figures["documents"] == 1 and figures["bytes"] == held + 1
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_other_data_than_that_of_the_training_is_said(changed, tmp_path, capsys):
+    documents = [{"title": f"t{i}", "text": f"document {i}"} for i in range(60)]
+    size = sum(len(d["text"]) for d in documents)
+    write_jsonl(documents + [{"text": "one more"}] * changed, tmp_path / "d.jsonl")
+    source = trained(tmp_path / "a", 0.1, data_fingerprint={"files": [{"name": "d.jsonl", "documents": 60, "bytes": size, "sha256": "-"}], "held_out": "-"})
+    run(parsed("--model", source, "--data", str(tmp_path / "d.jsonl")))
+    assert ("60 documents" in capsys.readouterr().err) == changed
+
+
+def test_documents_are_read_in_pieces(tmp_path, monkeypatch):
+    """Groups of any size, windows of any number at once: the same figures."""
+    documents = [{"title": f"t{i}", "text": f"document {i} " * (i % 7 + 1)} for i in range(30)] + [{"text": "long " * 200}]
+    write_jsonl(documents, tmp_path / "d.jsonl")
+    save_checkpoint(tmp_path / "m", MODEL, BYTES)
+    found = []
+    for size, at_once in ((2**21, 2**14), (50, 24), (1, 1)):
+        monkeypatch.setattr(module._groups, "__defaults__", (size,))
+        monkeypatch.setattr(module, "_AT_ONCE", at_once)
+        run(parsed("--model", str(tmp_path / "m"), "--data", str(tmp_path / "d.jsonl"), "--heldout-fraction", "1", "--positions", "--json", str(tmp_path / "e.json")))
+        (figures,) = json.loads((tmp_path / "e.json").read_text())["models"].values()
+        found.append(figures)
+    for other in found[1:]:
+        assert math.isclose(other["bits_per_byte"], found[0]["bits_per_byte"], rel_tol=1e-6) and other["tokens"] == found[0]["tokens"]
+        assert [b["tokens"] for b in other["loss_by_position"]] == [b["tokens"] for b in found[0]["loss_by_position"]]
+
+
+def test_one_model_that_fails_does_not_take_the_others_figures(tmp_path, capsys):
+    write_jsonl([{"text": "one text"}, {"text": "and another"}], tmp_path / "d.jsonl")
+    save_checkpoint(tmp_path / "good", MODEL, BYTES)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "checkpoint.pt").write_bytes(b"no checkpoint")
+    models = [str(tmp_path / name) for name in ("bad", "good", "nowhere")]
+    with pytest.raises(ValueError, match="2 of 3 models could not be evaluated: .*bad.*nowhere") as failed:
+        run(parsed("--model", *models, "--data", str(tmp_path / "d.jsonl"), "--heldout-fraction", "1", "--json", str(tmp_path / "e.json")))
+    written = json.loads((tmp_path / "e.json").read_text())
+    assert list(written["models"]) == [models[1]] and list(written["failed"]) == [models[0], models[2]] and "\n" not in str(failed.value)
+
+
+def test_figures_that_cannot_be_written_are_refused_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "open_model", lambda *a, **o: pytest.fail("a model is opened"))
+    (tmp_path / "file").touch()
+    for name in ("", "file/e.json", "file/x/e.json"):
+        with pytest.raises((ValueError, OSError), match="directory|exists"):
+            run(parsed("--json", str(tmp_path / name)))
+
+
+def test_figures_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    write_jsonl([{"text": "one text"}], tmp_path / "d.jsonl")
+    save_checkpoint(tmp_path / "m", MODEL, BYTES)
+    command = parsed("--model", str(tmp_path / "m"), "--data", str(tmp_path / "d.jsonl"), "--heldout-fraction", "1", "--json", str(tmp_path / "e.json"))
+    (tmp_path / "e.json").write_text("before")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as patched:
+        patched.setattr(module.json, "dump", full)
+        with pytest.raises(OSError, match="No space left on device: .*e.json"):
+            run(command)
+    assert (tmp_path / "e.json").read_text() == "before" and not (tmp_path / "e.json.partial").exists()
+    run(command)
+    assert json.loads((tmp_path / "e.json").read_text())["models"]
+
+
+def test_bad_lines_are_named_or_left_out(tmp_path, capsys):
+    (tmp_path / "d.jsonl").write_text('{"text": "fine"}\n{"text": ""}\n{"text": "also fine"}\n')
+    save_checkpoint(tmp_path / "m", MODEL, BYTES)
+    flags = ["--model", str(tmp_path / "m"), "--data", str(tmp_path / "d.jsonl"), "--heldout-fraction", "1"]
+    with pytest.raises(ValueError, match="line 2"):
+        run(parsed(*flags))
+    run(parsed(*flags, "--skip-bad-lines"))
+    assert "2 documents" in capsys.readouterr().out
+
+
+def test_figures_that_are_no_numbers_are_none():
+    huge = Evaluation(np.array([1e6]), np.array([2]), np.array([1]))
+    assert huge.perplexity == math.inf and huge.summary()["perplexity"] is None and huge.summary()["standard_error"] is None
+    json.dumps(huge.summary(), allow_nan=False)
+    with pytest.raises(ValueError, match="nothing to evaluate"):
+        Evaluation(np.array([1.0]), np.array([2]), np.array([0]))
+    for nothing in (lambda: wilson(0, 0), lambda: minimal_pair_accuracy(MODEL, BYTES, {}), lambda: xz_bits_per_byte(b""),
+                    lambda: NGram(9).fit([]), lambda: NGram(9).fit([[]])):
+        with pytest.raises(ValueError):
+            nothing()

@@ -128,6 +128,13 @@ def test_the_readme_says_what_the_plan_says():
         assert fits(ledger, gpu)
 
 
+@pytest.mark.parametrize("settings, said", [(["--micro-batch-size", "100000000"], "micro_batch_size"), (["--block-size", "1000000000"], "1000000000")])
+def test_what_cannot_be_simulated_is_one_line(settings, said, capsys):
+    assert cli(["plan", "--model", "tiny", "--block-size", "16", *settings]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
 def test_a_plan_is_made_by_one_process(tmp_path):
     torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
