@@ -938,6 +938,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'qwen_analog/tokenizer.py'),
                                        'qwen_analog.tokenizer.Tokenizer.save': ( 'tokenizer.html#tokenizer.save',
                                                                                  'qwen_analog/tokenizer.py'),
+                                       'qwen_analog.tokenizer._cached_folder': ( 'tokenizer.html#_cached_folder',
+                                                                                 'qwen_analog/tokenizer.py'),
                                        'qwen_analog.tokenizer._check_directory': ( 'tokenizer.html#_check_directory',
                                                                                    'qwen_analog/tokenizer.py'),
                                        'qwen_analog.tokenizer._clean': ('tokenizer.html#_clean', 'qwen_analog/tokenizer.py'),
