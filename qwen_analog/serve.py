@@ -1004,11 +1004,12 @@ class Gate:
 
 # %% ../chapters/17b_serving.ipynb #392f9aca
 def build_app(engine: Engine, model_name: str, *, max_body_bytes: int = 1_000_000, api_key: str | None = None,
-              hosts: Collection[str] = ("localhost", "127.0.0.1", "::1")):
+              hosts: Collection[str] = ("localhost", "127.0.0.1", "::1"), prompt_seconds: float = 10.0):
     """A Starlette application with OpenAI's /v1/chat/completions, /v1/completions, /v1/models, and /health.
 
     It starts the engine and closes it. Parameters that would change the answer and are not built here are refused by name,
     and so are unknown ones; `IGNORED` ones are not read. `Gate` turns away requests without the `api_key` or for other `hosts`.
+    A prompt that is not read after `prompt_seconds` is refused.
     """
     try:
         from starlette.applications import Starlette
@@ -1022,7 +1023,7 @@ def build_app(engine: Engine, model_name: str, *, max_body_bytes: int = 1_000_00
         raise ValueError(_MISSING) from None
     model_entry = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "qwen_analog"}
     bytes_of = lru_cache(100_000)(partial(token_bytes, engine.tokenizer))
-    reader = Reader(engine)
+    reader = Reader(engine, seconds=prompt_seconds)
 
     async def read(http: HTTPRequest) -> bytes:
         if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":

@@ -1297,10 +1297,7 @@ def test_prompts_that_take_for_ever(monkeypatch, log):
     hang = threading.Event()
     monkeypatch.setattr(serve, "chat_ids", lambda *_: hang.wait())
     engine = Engine(MODEL, TOKENIZER, max_batch=2, max_context=64)
-    app = build_app(engine, NAME)
-    (cell,) = [cell for cell in app.routes[0].endpoint.func.__closure__ if isinstance(cell.cell_contents, serve.Reader)]
-    cell.cell_contents._seconds = 0.2
-    monkeypatch.setattr(serve, "build_app", None)
+    app = build_app(engine, NAME, prompt_seconds=0.2)
     server = build_server(app, engine, grace_seconds=0)
     thread = threading.Thread(target=server.run)
     thread.start()
