@@ -942,6 +942,14 @@ def _say_error(prog: str, text: str) -> int:
     return 2
 
 
+def _heed_ctrl_c() -> None:
+    """Ctrl-C, which ended the program at once while the libraries were loaded, is an exception again."""
+    handler = signal.getsignal(signal.SIGINT)
+    quiet = handler is signal.SIG_DFL or getattr(handler, "quiet", False)
+    if quiet and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def report_errors(prog: str, action: Callable[[], None]) -> int:
     """Call `action`; return the exit code of the command `prog`, 0 if it went well.
 
@@ -949,6 +957,7 @@ def report_errors(prog: str, action: Callable[[], None]) -> int:
     becomes one line on stderr and 2, Ctrl-C 130, an output that nobody reads any more 141.
     """
     try:
+        _heed_ctrl_c()
         action()
         sys.stdout.flush()
     except KeyboardInterrupt:
