@@ -314,8 +314,9 @@ def end_with_torchrun() -> None:
     """Where torchrun started this process, its end, by kill -9 too, is a SIGTERM here."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
         return
+    parent = os.getppid()
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)           # 1: PR_SET_PDEATHSIG
-    if os.getppid() == 1:                                # it has ended already
+    if os.getppid() != parent:                           # it ended in this moment
         os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -383,6 +384,9 @@ def _reach(host: str, port: int, until: float) -> socket.socket:
         time.sleep(0.1)
 
 
+_stores: list[dist.Store] = []       # one for each group that this process has formed
+
+
 def _open_store(rank: int, until: float) -> dist.Store:
     host, port = _address()
     by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -391,12 +395,14 @@ def _open_store(rank: int, until: float) -> dist.Store:
         _reach(host, port, until).close()
     wait = timedelta(seconds=max(1, until - time.monotonic()))
     try:
-        store = dist.TCPStore(host, port, None, holds_it, wait, wait_for_workers=False)
+        store = dist.TCPStore(host, port, None, holds_it, wait, wait_for_workers=False,
+                              multi_tenant=True)
     except dist.DistError as error:
         raise RankError(f"MASTER_ADDR {host}, MASTER_PORT {port} is not free, or not of "
                         f"this run: {str(error).splitlines()[0]}") from None
+    _stores.append(store)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"qwen_analog/{attempt}", store)
+    return dist.PrefixStore(f"qwen_analog/{attempt}/{len(_stores)}", store)
 
 # %% ../chapters/13_many_gpus.ipynb #24bb6163
 def _take_device(device: torch.device) -> None:
@@ -515,6 +521,10 @@ class _Watch:
             for line in list(self.lines.values()):
                 line.send("failed", text)
 
+# %% ../chapters/13_many_gpus.ipynb #3f9c919f
+class _Reader(_Watch):
+    """What comes in: new connections, messages, and ends of connections."""
+
     def _accept(self, server: socket.socket) -> None:
         with suppress(OSError):              # closed in this moment
             line = _Line(server.accept()[0])
@@ -551,8 +561,8 @@ class _Watch:
                 self.lines[rank] = line
                 self.news.notify_all()
 
-# %% ../chapters/13_many_gpus.ipynb #3f9c919f
-class _Judge(_Watch):
+# %% ../chapters/13_many_gpus.ipynb #8c95ef17
+class _Judge(_Reader):
     """What the thread makes of messages, and of their absence."""
 
     def _take(self, line: _Line, kind: str, *content: Any) -> None:
@@ -606,10 +616,8 @@ class _Judge(_Watch):
             os._exit(2)
 
 # %% ../chapters/13_many_gpus.ipynb #ac665974
-class Lifeline(_Judge):
-    """Connections between rank 0 and all the others, beside those of gloo or NCCL."""
-
-    meetings = 0
+class _Caller(_Judge):
+    """How the processes find each other."""
 
     def connect(self) -> None:
         """Find the others. RankError or ValueError where that takes too long."""
@@ -652,6 +660,12 @@ class Lifeline(_Judge):
     def raise_failure(self) -> None:
         if self.failure:
             raise RankError(self.failure)
+
+# %% ../chapters/13_many_gpus.ipynb #fdb5b8b4
+class Lifeline(_Caller):
+    """Connections between rank 0 and all the others, beside those of gloo or NCCL."""
+
+    meetings = 0
 
     def _wait_until(self, ready: Callable[[], bool]) -> None:
         with self.news:
