@@ -8,6 +8,7 @@ __all__ = ['CORPORA', 'LEARN_FROM', 'SAMPLING', 'prepare', 'learn_vocabulary', '
 
 # %% ../chapters/20_commands.ipynb #c8008731
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -279,15 +280,13 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 # %% ../chapters/20_commands.ipynb #43d80468
-def _drop_output() -> bool:
-    """Whether stdout fails; then what it could not write goes nowhere, so that Python's own last attempt succeeds."""
+def _drop_output() -> None:
+    """What stdout could not write goes nowhere, so that Python's own last attempt succeeds."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
 
 
 def _again_if_interrupted(unraisable) -> None:
@@ -309,11 +308,9 @@ def _terminal(quiet) -> Iterator[None]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         yield
         sys.stdout.flush()
-    except BrokenPipeError:
-        raise
     except OSError as error:
-        if error.filename is None and _drop_output():
-            raise OSError(error.errno, error.strerror, "standard output") from None
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise OSError(error.errno, error.strerror, "standard output") from None         # files have names
         raise
     finally:
         if quiet:
