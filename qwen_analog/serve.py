@@ -1144,10 +1144,11 @@ class Patience:
 
     A request has to be complete `request_seconds` after its connection was opened or the answer before was given, and
     of an answer something must be fetched every `reading_seconds`. Of `most` connections the one that has gone longest
-    without a request makes room for a new one.
+    without a request, and longer than `patience`, makes room for a new one.
     """
 
-    request_seconds, reading_seconds, most = 15.0, 30.0, 256
+    request_seconds, reading_seconds, most = 15.0, 30.0, 512
+    patience = 1.0                          # seconds in which a new connection's request has surely come, if it was sent at once
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         self._timers: dict[str, asyncio.TimerHandle] = {}
@@ -1165,7 +1166,8 @@ class Patience:
         return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
 
     def _make_room(self) -> bool:
-        idle = [other for other in self.connections if other.waits]
+        now = self.loop.time()
+        idle = [other for other in self.connections if other.waits and now - other._since >= self.patience]
         for other in sorted(idle, key=lambda other: other._since)[:1]:
             self.connections.discard(other)
             other.transport.abort()
@@ -1262,7 +1264,7 @@ class Ending:
 
 
 def build_server(app: Callable, engine: Engine, *, host: str = "127.0.0.1", port: int = 0, grace_seconds: float = 5.0,
-                 request_seconds: float = 15.0, max_connections: int = 256):
+                 request_seconds: float = 15.0, max_connections: int = 512):
     """uvicorn's `Server` of `app`, which `build_app` made of `engine`, with the limits of `Patience` and the end of `Ending`.
 
     Raises ValueError where the process may open too few files.
@@ -1317,7 +1319,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-context", type=int, default=2048, metavar="N",
         help="tokens of prompt and answer together; the model may allow fewer (default: %(default)s)")
     add("--max-queue", type=int, default=64, metavar="N", help="requests that may wait; more get status 429 (default: %(default)s)")
-    add("--max-connections", type=int, default=256, metavar="N",
+    add("--max-connections", type=int, default=512, metavar="N",
         help="connections at a time; the limit of open files may allow fewer (default: %(default)s)")
     add("--max-body-bytes", type=int, default=1_000_000, metavar="N", help="largest body of a request (default: %(default)s)")
     add("--request-seconds", type=float, default=15.0, metavar="S", help="time that a client has to send its request (default: %(default)g)")

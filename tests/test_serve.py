@@ -1235,14 +1235,18 @@ def test_late_and_idle_connections(tiny):
         assert response.startswith(b"HTTP/1.1 200") and response.count(b"HTTP/1.1 408") == 1
 
 
-def test_idle_connections_make_room():
+def test_idle_connections_make_room(monkeypatch):
+    monkeypatch.setattr(serve.Patience, "patience", 0)
     with serving_once(max_connections=8) as port:
         idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(20)]
         for connection in idle[::2]:
             with contextlib.suppress(OSError):
                 connection.sendall(b"POST /v1/completions HTTP/1.1\r\n")
         assert post(port, json.loads(SMALL))[0] == 200
-        for connection in idle:
+        monkeypatch.setattr(serve.Patience, "patience", 60)                    # who has just come may be about to speak
+        late = [socket.create_connection(("127.0.0.1", port)) for _ in range(8)]
+        assert status_of(send(port, b"")) == 503
+        for connection in (*idle, *late):
             connection.close()
 
 
