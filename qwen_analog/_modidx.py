@@ -987,6 +987,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'qwen_analog.train._finish': ('pretraining.html#_finish', 'qwen_analog/train.py'),
                                    'qwen_analog.train._for_looking': ('pretraining.html#_for_looking', 'qwen_analog/train.py'),
                                    'qwen_analog.train._given': ('pretraining.html#_given', 'qwen_analog/train.py'),
+                                   'qwen_analog.train._heed_ctrl_c': ('pretraining.html#_heed_ctrl_c', 'qwen_analog/train.py'),
                                    'qwen_analog.train._is_out_of_memory': ('pretraining.html#_is_out_of_memory', 'qwen_analog/train.py'),
                                    'qwen_analog.train._json_values': ('pretraining.html#_json_values', 'qwen_analog/train.py'),
                                    'qwen_analog.train._make_model': ('pretraining.html#_make_model', 'qwen_analog/train.py'),
