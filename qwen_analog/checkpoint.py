@@ -1106,7 +1106,7 @@ def _set_aside(directory: Path) -> None:
     """Give a checkpoint that is not whole another name: a run that goes on from an earlier one comes by here again."""
     try:
         _check_whole(directory)
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         aside = directory.with_name(directory.name + ".damaged")
         shutil.rmtree(aside, ignore_errors=True)
         directory.rename(aside)

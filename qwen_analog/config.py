@@ -30,7 +30,7 @@ def shown(value) -> str:
     except ValueError:           # a whole number of more than 4300 digits
         return "a number of thousands of digits"
 
-
+# %% ../chapters/08_config.ipynb #36a5edcf
 @dataclass
 class QwenConfig:
     """Everything that fixes the model's shape, with Hugging Face's field names; the defaults are the card's.
@@ -137,19 +137,36 @@ def parameter_ledger(config: QwenConfig) -> dict[str, int]:
 def _is_plain(value, depth: int = 0) -> bool:
     """Whether JSON can hold `value`: finite numbers, texts, lists and mappings of them, not nested without end."""
     if isinstance(value, dict):
-        return depth < 20 and all(isinstance(name, str) and _is_plain(v, depth + 1) for name, v in value.items())
+        return depth < 20 and all(
+            isinstance(name, str) and _is_plain(v, depth + 1)
+            for name, v in value.items()
+        )
     if isinstance(value, list):
         return depth < 20 and all(_is_plain(v, depth + 1) for v in value)
     if isinstance(value, int):
         return abs(value) < 2**63
-    return value is None or isinstance(value, str) or isinstance(value, float) and math.isfinite(value)
+    return (
+        value is None
+        or isinstance(value, str)
+        or isinstance(value, float)
+        and math.isfinite(value)
+    )
 
 
 def _is_id(value, vocab_size: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size
+    return (
+        isinstance(value, int)
+        and not isinstance(value, bool)
+        and 0 <= value < vocab_size
+    )
 
 
-_SAMPLING = {"temperature": (0, 1e6), "top_p": (0, 1), "min_p": (0, 1), "repetition_penalty": (1e-6, 1e6)}
+_SAMPLING = {
+    "temperature": (0, 1e6),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (1e-6, 1e6),
+}
 
 # %% ../chapters/08_config.ipynb #5ddfd944
 def check_generation_config(values: dict, vocab_size: int, where) -> dict:
@@ -160,26 +177,50 @@ def check_generation_config(values: dict, vocab_size: int, where) -> dict:
     (null included); a name that is not known here stays where JSON can hold its value.
     """
     if not isinstance(values, dict):
-        raise ValueError(f"{where}: generation settings must be names and their values, not {shown(values)}")
+        raise ValueError(
+            f"{where}: generation settings must be names and their values, not {shown(values)}"
+        )
 
-    checked = {name: value for name, value in values.items() if isinstance(name, str) and _is_plain(value)}
+    checked = {
+        name: value
+        for name, value in values.items()
+        if isinstance(name, str) and _is_plain(value)
+    }
     ends = values.get("eos_token_id")
     ends = ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
     for i in ends:
         if not _is_id(i, vocab_size):
-            raise ValueError(f"{where}: eos_token_id {shown(i)} is no id of this model, whose ids end at {vocab_size - 1}")
+            raise ValueError(
+                f"{where}: eos_token_id {shown(i)} is no id of this model, whose ids end at {vocab_size - 1}"
+            )
     checked["eos_token_id"] = list(dict.fromkeys(ends))
     for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
-        if name != "eos_token_id" and not _is_id(values.get(name), vocab_size) or checked[name] == []:
+        if (
+            name != "eos_token_id"
+            and not _is_id(values.get(name), vocab_size)
+            or checked[name] == []
+        ):
             checked.pop(name, None)
 
     for name, (least, most) in _SAMPLING.items():
         value = values.get(name)
-        if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value <= most):
-            raise ValueError(f"{where}: {name} must be a number from {least:g} to {most:g}, not {shown(value)}")
+        if value is not None and (
+            not isinstance(value, (int, float))
+            or isinstance(value, bool)
+            or not least <= value <= most
+        ):
+            raise ValueError(
+                f"{where}: {name} must be a number from {least:g} to {most:g}, not {shown(value)}"
+            )
     top_k = values.get("top_k")
-    if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or not 0 <= top_k < 2**31):
-        raise ValueError(f"{where}: top_k must be a whole number of at least 0, which is no filter, not {shown(top_k)}")
+    if top_k is not None and (
+        not isinstance(top_k, int) or isinstance(top_k, bool) or not 0 <= top_k < 2**31
+    ):
+        raise ValueError(
+            f"{where}: top_k must be a whole number of at least 0, which is no filter, not {shown(top_k)}"
+        )
     if not isinstance(values.get("do_sample"), (bool, type(None))):
-        raise ValueError(f"{where}: do_sample must be true or false, not {shown(values['do_sample'])}")
+        raise ValueError(
+            f"{where}: do_sample must be true or false, not {shown(values['do_sample'])}"
+        )
     return checked

@@ -60,10 +60,22 @@ def smollm2_path() -> Path:
     return path
 
 # %% ../chapters/16_real_weights.ipynb #6357a899
-_NUMBERS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
+_NUMBERS = {
+    0: "<u1",
+    1: "<i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    7: "?",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
 _STRING, _ARRAY, _LONGEST_ARRAY = 8, 9, 2**22
 
-
+# %% ../chapters/16_real_weights.ipynb #7d301607
 class _Cursor:
     """Reads a GGUF file's tables from the front, and never past their end: ValueError."""
 
@@ -73,7 +85,9 @@ class _Cursor:
     def numbers(self, kind: str, count: int) -> np.ndarray:
         size = count * np.dtype(kind).itemsize
         if size > len(self.data) - self.at:
-            raise ValueError(f"{size} bytes are announced at byte {self.at}, and the file has {len(self.data)}")
+            raise ValueError(
+                f"{size} bytes are announced at byte {self.at}, and the file has {len(self.data)}"
+            )
         self.at += size
         return np.frombuffer(self.data, kind, count, self.at - size)
 
@@ -90,7 +104,9 @@ class _Cursor:
             return self.number(_NUMBERS[kind])
         kind, count = self.number("<u4"), self.number("<u8")
         if count > _LONGEST_ARRAY:
-            raise ValueError(f"an array of {count} values is announced at byte {self.at}")
+            raise ValueError(
+                f"an array of {count} values is announced at byte {self.at}"
+            )
         if kind == _STRING:
             return [self.text() for _ in range(count)]
         return self.numbers(_NUMBERS[kind], count).tolist()
@@ -106,19 +122,25 @@ class _Tensor(NamedTuple):
     data: np.ndarray
 
 
-def _read_tensor(cursor: _Cursor) -> tuple[str, gguf.GGMLQuantizationType, list[int], int]:
+def _read_tensor(
+    cursor: _Cursor,
+) -> tuple[str, gguf.GGMLQuantizationType, list[int], int]:
     """A line of the table of tensors: name, type, shape and offset."""
     name, dimensions = cursor.text(), cursor.number("<u4")
     if not 1 <= dimensions <= 4:
         raise ValueError(f"{shown(name)} has {dimensions} dimensions")
-    shape = cursor.numbers("<u8", dimensions).tolist()[::-1]       # the file counts from the innermost
+    shape = cursor.numbers("<u8", dimensions).tolist()[
+        ::-1
+    ]  # the file counts from the innermost
     kind, offset = cursor.number("<u4"), cursor.number("<u8")
     if kind not in iter(gguf.GGMLQuantizationType):
         raise ValueError(f"{shown(name)} is of type {kind}, which is not known")
     return name, gguf.GGMLQuantizationType(kind), shape, offset
 
-
-def _place_tensors(data: mmap.mmap, table: list[tuple], start: int, alignment: int) -> dict[str, _Tensor]:
+# %% ../chapters/16_real_weights.ipynb #47bdc7a1
+def _place_tensors(
+    data: mmap.mmap, table: list[tuple], start: int, alignment: int
+) -> dict[str, _Tensor]:
     """The tensors by name; ValueError where they do not lie one after the other up to the end of the file."""
     tensors, end = {}, 0
     for name, kind, shape, offset in sorted(table, key=lambda entry: entry[3]):
@@ -126,13 +148,19 @@ def _place_tensors(data: mmap.mmap, table: list[tuple], start: int, alignment: i
         n_elements = math.prod(shape)
         n_bytes = n_elements // block * block_bytes
         if n_elements == 0 or shape[-1] % block:
-            raise ValueError(f"{shown(name)} has the shape {shown(shape)}, which type {kind.name} cannot have")
+            raise ValueError(
+                f"{shown(name)} has the shape {shown(shape)}, which type {kind.name} cannot have"
+            )
         if offset != end or start + offset + n_bytes > len(data):
-            raise ValueError(f"{shown(name)} begins at {offset} and takes {n_bytes} bytes of type {kind.name}; "
-                             f"the one before it ends at {end}, the file at {len(data) - start}")
+            raise ValueError(
+                f"{shown(name)} begins at {offset} and takes {n_bytes} bytes of type {kind.name}; "
+                f"the one before it ends at {end}, the file at {len(data) - start}"
+            )
         if name in tensors:
             raise ValueError(f"there are two tensors {shown(name)}")
-        piece = np.frombuffer(data, np.uint8, n_bytes, start + offset).reshape(*shape[:-1], -1)
+        piece = np.frombuffer(data, np.uint8, n_bytes, start + offset).reshape(
+            *shape[:-1], -1
+        )
         tensors[name] = _Tensor(kind, shape, n_elements, n_bytes, piece)
         end = offset + -(-n_bytes // alignment) * alignment
     if len(data) - start > end:
@@ -150,9 +178,15 @@ def _gguf_tables(data: mmap.mmap) -> tuple[dict, dict[str, _Tensor]]:
     cursor = _Cursor(data)
     if cursor.numbers("<u1", 4).tobytes() != b"GGUF":
         raise ValueError("it does not begin with GGUF")
-    version, n_tensors, n_values = cursor.number("<u4"), cursor.number("<u8"), cursor.number("<u8")
+    version, n_tensors, n_values = (
+        cursor.number("<u4"),
+        cursor.number("<u8"),
+        cursor.number("<u8"),
+    )
     if version not in (2, 3):
-        raise ValueError(f"version {version} is not supported, or the file is big-endian: convert the model again")
+        raise ValueError(
+            f"version {version} is not supported, or the file is big-endian: convert the model again"
+        )
     metadata = {}
     for _ in range(n_values):
         name = cursor.text()
@@ -161,16 +195,22 @@ def _gguf_tables(data: mmap.mmap) -> tuple[dict, dict[str, _Tensor]]:
         try:
             metadata[name] = cursor.value(cursor.number("<u4"))
         except KeyError as error:
-            raise ValueError(f"{shown(name)} is of type {error}, which is not known") from None
+            raise ValueError(
+                f"{shown(name)} is of type {error}, which is not known"
+            ) from None
         except ValueError as error:
             raise ValueError(f"{shown(name)}: {error}") from None
     table = [_read_tensor(cursor) for _ in range(n_tensors)]
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1 or alignment & alignment - 1:
-        raise ValueError(f"general.alignment must be a power of two, not {shown(alignment)}")
-    return metadata, _place_tensors(data, table, -(-cursor.at // alignment) * alignment, alignment)
+        raise ValueError(
+            f"general.alignment must be a power of two, not {shown(alignment)}"
+        )
+    return metadata, _place_tensors(
+        data, table, -(-cursor.at // alignment) * alignment, alignment
+    )
 
-
+# %% ../chapters/16_real_weights.ipynb #c6edff64
 def _read_gguf(path: Path) -> tuple[dict, dict[str, _Tensor]]:
     """Metadata and tensors of a GGUF file; the tensors' bytes stay in the file until they are read."""
     if not os.path.isfile(path):
@@ -179,25 +219,46 @@ def _read_gguf(path: Path) -> tuple[dict, dict[str, _Tensor]]:
         with path.open("rb") as file:
             return _gguf_tables(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged or not a GGUF file, fetch it again ({error})") from None
+        raise ValueError(
+            f"{path} is damaged or not a GGUF file, fetch it again ({error})"
+        ) from None
 
 # %% ../chapters/16_real_weights.ipynb #ac0dae5b
 def _listed(names: Sequence[str], most: int = 6) -> str:
     """Names from a file: as they are where they are plain, and not all of many."""
-    plain = [name if name.isprintable() and len(name) < 100 else shown(name) for name in names[:most]]
-    return ", ".join(plain) + (f" and {len(names) - most} more" if len(names) > most else "")
+    plain = [
+        name if name.isprintable() and len(name) < 100 else shown(name)
+        for name in names[:most]
+    ]
+    return ", ".join(plain) + (
+        f" and {len(names) - most} more" if len(names) > most else ""
+    )
 
 
-def _check_tensors(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]], where: str | Path) -> None:
+def _check_tensors(
+    found: Mapping[str, Sequence[int]],
+    expected: Mapping[str, Sequence[int]],
+    where: str | Path,
+) -> None:
     """Compare the names and shapes in a file with a model's; one ValueError lists all that differs."""
-    shapes = [f"{name} is {shown(list(found[name]))}, not {list(expected[name])}" for name in expected if name in found
-              and tuple(found[name]) != tuple(expected[name])]
-    problems = [f"{title}: {_listed(names)}" for title, names in (
-        ("missing", [name for name in expected if name not in found]),
-        ("not of this model", [name for name in found if name not in expected]),
-        ("of another shape", shapes)) if names]
+    shapes = [
+        f"{name} is {shown(list(found[name]))}, not {list(expected[name])}"
+        for name in expected
+        if name in found and tuple(found[name]) != tuple(expected[name])
+    ]
+    problems = [
+        f"{title}: {_listed(names)}"
+        for title, names in (
+            ("missing", [name for name in expected if name not in found]),
+            ("not of this model", [name for name in found if name not in expected]),
+            ("of another shape", shapes),
+        )
+        if names
+    ]
     if problems:
-        raise ValueError(f"{where}: the tensors do not fit the configuration; " + "; ".join(problems))
+        raise ValueError(
+            f"{where}: the tensors do not fit the configuration; " + "; ".join(problems)
+        )
 
 
 def _without_weights(config: QwenConfig) -> QwenForCausalLM:
@@ -205,59 +266,107 @@ def _without_weights(config: QwenConfig) -> QwenForCausalLM:
     with torch.device("meta"):
         return QwenForCausalLM(config)
 
-
+# %% ../chapters/16_real_weights.ipynb #8a084bb8
 def _shapes(config: QwenConfig) -> dict[str, list[int]]:
     """Names and shapes of the weights, from a model of one layer: a file may announce any number of layers."""
-    one = _without_weights(dataclasses.replace(config, num_hidden_layers=1)).state_dict()
-    shapes = {name: list(weight.shape) for name, weight in one.items() if not name.startswith("model.layers.")}
-    layer = {name: list(weight.shape) for name, weight in one.items() if name.startswith("model.layers.")}
+    one = _without_weights(
+        dataclasses.replace(config, num_hidden_layers=1)
+    ).state_dict()
+    shapes = {
+        name: list(weight.shape)
+        for name, weight in one.items()
+        if not name.startswith("model.layers.")
+    }
+    layer = {
+        name: list(weight.shape)
+        for name, weight in one.items()
+        if name.startswith("model.layers.")
+    }
     for i in range(config.num_hidden_layers):
-        shapes |= {name.replace(".0.", f".{i}.", 1): shape for name, shape in layer.items()}
+        shapes |= {
+            name.replace(".0.", f".{i}.", 1): shape for name, shape in layer.items()
+        }
     return shapes
 
 
-def _fill(model: QwenForCausalLM, weights: dict[str, torch.Tensor], generation_config: dict) -> QwenForCausalLM:
+def _fill(
+    model: QwenForCausalLM, weights: dict[str, torch.Tensor], generation_config: dict
+) -> QwenForCausalLM:
     """The model in eval mode, made of `weights` themselves: no second copy of them is ever held."""
     model.load_state_dict(weights, assign=True)
     model.generation_config = generation_config
     return model.eval()
 
 # %% ../chapters/16_real_weights.ipynb #33ec26bd
-_GGUF_FIELDS = {"hidden_size": "embedding_length", "num_hidden_layers": "block_count", "num_attention_heads": "attention.head_count",
-                "intermediate_size": "feed_forward_length", "max_position_embeddings": "context_length",
-                "rms_norm_eps": "attention.layer_norm_rms_epsilon", "num_key_value_heads": "attention.head_count_kv",
-                "head_dim": "attention.key_length", "rope_theta": "rope.freq_base"}
+_GGUF_FIELDS = {
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "intermediate_size": "feed_forward_length",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "rope_theta": "rope.freq_base",
+}
 
-
-def _gguf_config(metadata: dict, tensors: Mapping[str, _Tensor], path: Path) -> QwenConfig:
+# %% ../chapters/16_real_weights.ipynb #5a12f026
+def _gguf_config(
+    metadata: dict, tensors: Mapping[str, _Tensor], path: Path
+) -> QwenConfig:
     kind = metadata.get("general.architecture")
     if kind not in ("llama", "qwen2"):
-        raise ValueError(f"{path}: general.architecture {shown(kind)} is not supported, only 'llama' and 'qwen2'")
+        raise ValueError(
+            f"{path}: general.architecture {shown(kind)} is not supported, only 'llama' and 'qwen2'"
+        )
     if metadata.get("split.count", 0) not in (0, 1):
-        raise ValueError(f"{path} is one part of several: join them with llama.cpp's llama-gguf-split --merge")
+        raise ValueError(
+            f"{path} is one part of several: join them with llama.cpp's llama-gguf-split --merge"
+        )
     for name in ("rope.scaling.type", "expert_count", "attention.sliding_window"):
         if metadata.get(f"{kind}.{name}") not in (None, "none", 0):
-            raise ValueError(f"{path}: {kind}.{name} {shown(metadata[f'{kind}.{name}'])} is not supported")
+            raise ValueError(
+                f"{path}: {kind}.{name} {shown(metadata[f'{kind}.{name}'])} is not supported"
+            )
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens:
-        raise ValueError(f"{path}: tokenizer.ggml.tokens must be a list of tokens, not {shown(tokens)}")
+        raise ValueError(
+            f"{path}: tokenizer.ggml.tokens must be a list of tokens, not {shown(tokens)}"
+        )
 
-    found = {field: metadata.get(f"{kind}.{key}") for field, key in _GGUF_FIELDS.items()}
-    optional = {"num_key_value_heads": found["num_attention_heads"], "head_dim": None, "rope_theta": 10000.0}
+    found = {
+        field: metadata.get(f"{kind}.{key}") for field, key in _GGUF_FIELDS.items()
+    }
+    optional = {
+        "num_key_value_heads": found["num_attention_heads"],
+        "head_dim": None,
+        "rope_theta": 10000.0,
+    }
     for field, value in found.items():
         if value is None and field not in optional:
-            raise ValueError(f"{path}: the metadata has no {kind}.{_GGUF_FIELDS[field]}")
+            raise ValueError(
+                f"{path}: the metadata has no {kind}.{_GGUF_FIELDS[field]}"
+            )
     given = {field: value for field, value in found.items() if value is not None}
     try:
-        config = QwenConfig(**{**optional, **given}, vocab_size=len(tokens), attention_bias=kind == "qwen2",
-                            tie_word_embeddings="output.weight" not in tensors)
+        config = QwenConfig(
+            **{**optional, **given},
+            vocab_size=len(tokens),
+            attention_bias=kind == "qwen2",
+            tie_word_embeddings="output.weight" not in tensors,
+        )
     except ValueError as error:
-        field = next((field for field in _GGUF_FIELDS if str(error).startswith(f"{field} ")), None)
+        field = next(
+            (field for field in _GGUF_FIELDS if str(error).startswith(f"{field} ")),
+            None,
+        )
         meant = f" ({field} is {kind}.{_GGUF_FIELDS[field]})" if field else ""
         raise ValueError(f"{path}: {error}{meant}") from None
     for name in ("rope.dimension_count", "attention.value_length"):
         if metadata.get(f"{kind}.{name}", config.head_dim) != config.head_dim:
-            raise ValueError(f"{path}: {kind}.{name} differs from the {config.head_dim} of a head, all of which is rotated here")
+            raise ValueError(
+                f"{path}: {kind}.{name} differs from the {config.head_dim} of a head, all of which is rotated here"
+            )
     return config
 
 # %% ../chapters/16_real_weights.ipynb #81af6a46
@@ -281,69 +390,125 @@ def _gguf_ends(metadata: dict, path: Path, vocab_size: int) -> list[int]:
     if names[0] not in metadata:
         raise ValueError(f"{path}: the metadata has no {names[0]}")
     for name in names:
-        if type(metadata.get(name, 0)) is not int or not 0 <= metadata.get(name, 0) < vocab_size:
-            raise ValueError(f"{path}: {name} {shown(metadata[name])} is no id of this model, whose ids end at {vocab_size - 1}")
+        if (
+            type(metadata.get(name, 0)) is not int
+            or not 0 <= metadata.get(name, 0) < vocab_size
+        ):
+            raise ValueError(
+                f"{path}: {name} {shown(metadata[name])} is no id of this model, whose ids end at {vocab_size - 1}"
+            )
     return list(dict.fromkeys(metadata[name] for name in names if name in metadata))
 
 
 # llama.cpp's names of the settings that Hugging Face keeps in generation_config.json
-_GGUF_SAMPLING = {"general.sampling.temp": "temperature", "general.sampling.top_k": "top_k", "general.sampling.top_p": "top_p",
-                  "general.sampling.min_p": "min_p", "general.sampling.penalty_repeat": "repetition_penalty",
-                  "tokenizer.ggml.bos_token_id": "bos_token_id", "tokenizer.ggml.padding_token_id": "pad_token_id"}
+_GGUF_SAMPLING = {
+    "general.sampling.temp": "temperature",
+    "general.sampling.top_k": "top_k",
+    "general.sampling.top_p": "top_p",
+    "general.sampling.min_p": "min_p",
+    "general.sampling.penalty_repeat": "repetition_penalty",
+    "tokenizer.ggml.bos_token_id": "bos_token_id",
+    "tokenizer.ggml.padding_token_id": "pad_token_id",
+}
 
 
 def _gguf_generation(metadata: dict, path: Path, vocab_size: int) -> dict:
-    given = {name: metadata[key] for key, name in _GGUF_SAMPLING.items() if key in metadata}
-    return check_generation_config({**given, "eos_token_id": _gguf_ends(metadata, path, vocab_size)}, vocab_size, path)
+    given = {
+        name: metadata[key] for key, name in _GGUF_SAMPLING.items() if key in metadata
+    }
+    return check_generation_config(
+        {**given, "eos_token_id": _gguf_ends(metadata, path, vocab_size)},
+        vocab_size,
+        path,
+    )
 
 # %% ../chapters/16_real_weights.ipynb #95a3b249
-def _gguf_tokens(metadata: dict, path: Path) -> tuple[list[str], list[int], list[tuple[str, ...]]]:
+def _gguf_tokens(
+    metadata: dict, path: Path
+) -> tuple[list[str], list[int], list[tuple[str, ...]]]:
     """Tokens, their types and the merges; ValueError naming the entry that is not as it should be."""
-    tokens, types, merges = (metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type", "merges"))
-    for name, values, sort in (("tokens", tokens, str), ("token_type", types, int), ("merges", merges, str)):
-        if not isinstance(values, list) or not all(type(value) is sort for value in values):
-            raise ValueError(f"{path}: tokenizer.ggml.{name} must be a list of {sort.__name__}, not {shown(values)}")
+    tokens, types, merges = (
+        metadata.get(f"tokenizer.ggml.{name}")
+        for name in ("tokens", "token_type", "merges")
+    )
+    for name, values, sort in (
+        ("tokens", tokens, str),
+        ("token_type", types, int),
+        ("merges", merges, str),
+    ):
+        if not isinstance(values, list) or not all(
+            type(value) is sort for value in values
+        ):
+            raise ValueError(
+                f"{path}: tokenizer.ggml.{name} must be a list of {sort.__name__}, not {shown(values)}"
+            )
     if len(types) != len(tokens) or not set(types) <= set(gguf.TokenType):
-        raise ValueError(f"{path}: tokenizer.ggml.token_type must hold a type from 1 to 6 for each of {len(tokens)} tokens")
+        raise ValueError(
+            f"{path}: tokenizer.ggml.token_type must hold a type from 1 to 6 for each of {len(tokens)} tokens"
+        )
     pairs = [tuple(merge.split(" ")) for merge in merges]
     if not all(len(pair) == 2 for pair in pairs):
         wrong = next(merge for merge, pair in zip(merges, pairs) if len(pair) != 2)
-        raise ValueError(f"{path}: tokenizer.ggml.merges must hold two tokens with a space between, not {shown(wrong)}")
+        raise ValueError(
+            f"{path}: tokenizer.ggml.merges must hold two tokens with a space between, not {shown(wrong)}"
+        )
     return tokens, types, pairs
 
+# %% ../chapters/16_real_weights.ipynb #56cdd3d1
+def _gguf_fast(
+    tokens: list[str], types: list[int], merges: list[tuple[str, ...]], path: Path, qwen: bool
+) -> tokenizers.Tokenizer:
+    """The tokenizer of these parts. Unused tokens, which pad the embedding, are left out."""
+    Type = gguf.TokenType
+    used = [
+        (token, i, kind) for i, (token, kind) in enumerate(zip(tokens, types))
+        if kind in (Type.NORMAL, Type.CONTROL, Type.USER_DEFINED)
+    ]
+    vocabulary = {token: i for token, i, _ in used}
+    if len(vocabulary) < len(used):
+        token = Counter(token for token, _, _ in used).most_common(1)[0][0]
+        raise ValueError(f"{path}: tokenizer.ggml.tokens holds {shown(token)} twice")
+    fast = _byte_level(vocabulary, merges, qwen)
+    controls = [token for token, _, kind in used if kind == Type.CONTROL]
+    own = [token for token, _, kind in used if kind == Type.USER_DEFINED]
+    fast.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in controls]
+    )
+    fast.add_tokens([AddedToken(token, normalized=False) for token in own])
+    return fast
 
+# %% ../chapters/16_real_weights.ipynb #afd4caf8
 def _gguf_tokenizer(metadata: dict, path: Path) -> HFTokenizer:
     """Byte-level BPE from the metadata: tokens, merges, the kind of split, and which tokens are control tokens."""
-    kind, split = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    kind, split = (metadata.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
     if kind != "gpt2" or split not in ("qwen2", "smollm"):
-        raise ValueError(f"{path}: tokenizer.ggml.model {shown(kind)} with tokenizer.ggml.pre {shown(split)} is not supported, "
-                         "only 'gpt2' with 'qwen2' or 'smollm'")
+        raise ValueError(
+            f"{path}: tokenizer.ggml.model {shown(kind)} with tokenizer.ggml.pre "
+            f"{shown(split)} is not supported, only 'gpt2' with 'qwen2' or 'smollm'"
+        )
     tokens, types, merges = _gguf_tokens(metadata, path)
-    kinds = {number: [(token, i) for i, (token, t) in enumerate(zip(tokens, types)) if t == number] for number in set(types)}
-    Type = gguf.TokenType
-    # unused tokens, which pad the embedding, are left out
-    used = [entry for number in (Type.NORMAL, Type.CONTROL, Type.USER_DEFINED) for entry in kinds.get(number, ())]
-    vocabulary = dict(used)
-    if len(vocabulary) < len(used):
-        token = Counter(token for token, _ in used).most_common(1)[0][0]
-        raise ValueError(f"{path}: tokenizer.ggml.tokens holds {shown(token)} twice")
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokens[_gguf_ends(metadata, path, len(tokens))[0]]}
+    end = tokens[_gguf_ends(metadata, path, len(tokens))[0]]
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
     template = metadata.get("tokenizer.chat_template")
     if not isinstance(template, (str, type(None))):
-        raise ValueError(f"{path}: tokenizer.chat_template must be a text, not {shown(template)}")
+        raise ValueError(
+            f"{path}: tokenizer.chat_template must be a text, not {shown(template)}"
+        )
     if template is not None:
         settings["chat_template"] = template
     with tempfile.TemporaryDirectory() as directory:
         try:
-            fast = _byte_level(vocabulary, merges, qwen=split == "qwen2")
-            fast.add_special_tokens([AddedToken(token, normalized=False, special=True) for token, _ in kinds.get(Type.CONTROL, ())])
-            fast.add_tokens([AddedToken(token, normalized=False) for token, _ in kinds.get(Type.USER_DEFINED, ())])
+            fast = _gguf_fast(tokens, types, merges, path, qwen=split == "qwen2")
             fast.save(f"{directory}/tokenizer.json")
             Path(directory, "tokenizer_config.json").write_text(json.dumps(settings))
             return HFTokenizer(directory)
-        except Exception as error:       # a vocabulary that does not hold its merges' tokens, and much else
+        except Exception as error:  # merges of tokens that are none, and much else
+            if str(error).startswith(str(path)):
+                raise
             reason = _in_one_line(error).replace(directory, "made from it")
-            raise ValueError(f"{path}: no tokenizer can be made from its metadata ({reason})") from None
+            raise ValueError(
+                f"{path}: no tokenizer can be made from its metadata ({reason})"
+            ) from None
 
 # %% ../chapters/16_real_weights.ipynb #5b0c64bc
 # what the other Python runs: a line with [template, values, most characters] in, a line with the text or an error out
@@ -406,15 +571,32 @@ class _Templates:
             places = [place for place in sys.path if place]
             # a session of its own: Ctrl-C is for the program that asks
             try:
-                self._process = subprocess.Popen([sys.executable, "-I", "-c", _RENDERER, *places], stdin=subprocess.PIPE,
-                                                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+                self._process = subprocess.Popen(
+                    [sys.executable, "-I", "-c", _RENDERER, *places],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
             except OSError as error:
-                raise ValueError(f"no process for the chat template can be started ({_in_one_line(error)})") from None
+                raise ValueError(
+                    f"no process for the chat template can be started ({_in_one_line(error)})"
+                ) from None
         return self._process
 
     def render(self, template: str, values: dict, most: int) -> str:
         """The template's text; ValueError where it refuses, and where it passes a limit."""
-        line = json.dumps([template, values, most], default=str).encode() + b"\n"
+        try:
+            line = (
+                json.dumps(
+                    [template, values, most], default=str, skipkeys=True
+                ).encode()
+                + b"\n"
+            )
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"the messages are no JSON ({_in_one_line(error)})"
+            ) from None
         answer = b""
         with self._lock:
             process = self._started()
@@ -424,37 +606,73 @@ class _Templates:
                 process.stdin.write(line)
                 process.stdin.flush()
                 answer = process.stdout.readline()
-            except BrokenPipeError:          # it has ended already
+            except BrokenPipeError:  # it has ended already
                 pass
             finally:
                 clock.cancel()
-                if not answer.endswith(b"\n"):          # too late, too large, or Ctrl-C here
+                if not answer.endswith(b"\n"):  # too late, too large, or Ctrl-C here
                     process.kill()
                     process.communicate()
         if not answer.endswith(b"\n"):
-            raise ValueError("the chat template takes more than 2 seconds or 1 GiB of memory: use another one")
+            raise ValueError(
+                "the chat template takes more than 2 seconds or 1 GiB of memory: use another one"
+            )
         answer = json.loads(answer)
         if "error" in answer:
-            raise ValueError(f"the chat template does not take this conversation: {answer['error']}")
+            raise ValueError(
+                f"the chat template does not take this conversation: {answer['error']}"
+            )
         return answer["text"]
 
 
 _TEMPLATES = _Templates()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_TEMPLATES.forget)       # a copy of this process starts one of its own
+    os.register_at_fork(
+        after_in_child=_TEMPLATES.forget
+    )  # a copy of this process starts one of its own
 
 # %% ../chapters/16_real_weights.ipynb #9b86becb
 def _template(fast) -> str | None:
     """The chat template of a fast tokenizer, where it has one."""
     template = getattr(fast, "chat_template", None)
-    if isinstance(template, dict):               # several, by name
+    if isinstance(template, dict):  # several, by name
         template = template.get("default", template)
     if not isinstance(template, (str, type(None))):
-        raise ValueError(f"the tokenizer's chat_template must be a text, or have one named default, not {shown(template)}")
+        raise ValueError(
+            f"the tokenizer's chat_template must be a text, or have one named default, not {shown(template)}"
+        )
     return template
 
+# %% ../chapters/16_real_weights.ipynb #ffc6991e
+def _checked_text(messages: Sequence[dict[str, str]]) -> str:
+    """All contents in one; ValueError for a message without a role or a text."""
+    for message in messages:
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in ("system", "user", "assistant") or not isinstance(
+            message.get("content"), str
+        ):
+            raise ValueError(
+                "a message needs a role (system, user or assistant) and a content "
+                f"that is text, not {shown(message)}"
+            )
+    return "".join(message["content"] for message in messages)
 
-def chat_ids(tokenizer: Tokenizer, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> list[int]:
+
+def _private_character(text: str) -> str:
+    """A private character that `text` does not hold."""
+    mark = next((chr(c) for c in range(0xE000, 0xF900) if chr(c) not in text), None)
+    if mark is None:
+        raise ValueError(
+            "the messages hold every private character (U+E000 to U+F8FF): leave one out"
+        )
+    return mark
+
+# %% ../chapters/16_real_weights.ipynb #b14c4298
+def chat_ids(
+    tokenizer: Tokenizer,
+    messages: Sequence[dict[str, str]],
+    add_generation_prompt: bool = True,
+) -> list[int]:
     """Token ids of a conversation in the tokenizer's own form: its chat template where it has one, else Qwen's (`encode_chat`).
 
     The ids are those of `apply_chat_template`, except that nothing in a content ever becomes a control token. Raises
@@ -464,27 +682,31 @@ def chat_ids(tokenizer: Tokenizer, messages: Sequence[dict[str, str]], add_gener
     template = _template(fast)
     if template is None:
         return encode_chat(tokenizer, messages, add_generation_prompt)
-    for message in messages:
-        if message.get("role") not in ("system", "user", "assistant") or not isinstance(message.get("content"), str):
-            raise ValueError(f"a message needs a role (system, user or assistant) and a content that is text, not {shown(message)}")
+    text = _checked_text(messages)
+    mark = _private_character(text)
     added = fast.backend_tokenizer.get_added_tokens_decoder()
-    controls = {token.content: i for i, token in added.items() if token.special and token.content}
-    text = "".join(message["content"] for message in messages)
-    mark = next((chr(c) for c in range(0xE000, 0xF900) if chr(c) not in text), None)      # a private character that no message holds
-    if mark is None:
-        raise ValueError("the messages hold every private character (U+E000 to U+F8FF): leave one out")
+    controls = {t.content: i for i, t in added.items() if t.special and t.content}
     hidden = {name: f"{mark}{i}{mark}" for name, i in controls.items()}
-    shown_again = {spelling: name for name, spelling in hidden.items()}
-    anywhere = re.compile("|".join(map(re.escape, sorted(controls, key=len, reverse=True))) or "(?!)")
-    safe = [{**message, "content": anywhere.sub(lambda match: hidden[match[0]], message["content"])} for message in messages]
-    form = _TEMPLATES.render(template, {**fast.special_tokens_map, "messages": safe, "tools": None, "documents": None,
-                                        "add_generation_prompt": add_generation_prompt}, most=10**6 + 8 * len(text))
+    back = {spelling: name for name, spelling in hidden.items()}
+    longest_first = map(re.escape, sorted(controls, key=len, reverse=True))
+    anywhere = re.compile("|".join(longest_first) or "(?!)")
+
+    safe = [
+        {**message, "content": anywhere.sub(lambda m: hidden[m[0]], message["content"])}
+        for message in messages
+    ]
+    values = {"messages": safe, "tools": None, "documents": None,
+              "add_generation_prompt": add_generation_prompt}
+    form = _TEMPLATES.render(
+        template, {**fast.special_tokens_map, **values}, most=10**6 + 8 * len(text)
+    )
     ids: list[int] = []
     for part in re.split(f"({anywhere.pattern})", form):
         if part in controls:
             ids.append(controls[part])
         else:
-            ids += tokenizer.encode(re.sub(f"{mark}\\d+{mark}", lambda match: shown_again.get(match[0], match[0]), part))
+            said = re.sub(f"{mark}\\d+{mark}", lambda m: back.get(m[0], m[0]), part)
+            ids += tokenizer.encode(said)
     return ids
 
 # %% ../chapters/16_real_weights.ipynb #177a511b
@@ -522,7 +744,7 @@ def _record(model: torch.nn.Module, places: Iterable[str], input_ids: torch.Tens
             handle.remove()
     return found
 
-
+# %% ../chapters/16_real_weights.ipynb #7e099ccd
 def first_difference(ours: torch.nn.Module, reference: torch.nn.Module, input_ids: torch.Tensor, tolerance: float = 1e-4) -> Difference | None:
     """The first place at which two models with Hugging Face's module names compute different numbers from `input_ids` [B, T].
 
@@ -543,21 +765,36 @@ def first_difference(ours: torch.nn.Module, reference: torch.nn.Module, input_id
     return search([*inside, found.where])
 
 # %% ../chapters/16_real_weights.ipynb #fd3788a9
-def _check_vocabulary(config: QwenConfig, tokenizer: Tokenizer, where: str | Path) -> None:
+def _check_vocabulary(
+    config: QwenConfig, tokenizer: Tokenizer, where: str | Path
+) -> None:
     if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"{where}: the tokenizer's ids go up to {tokenizer.vocab_size - 1}, but the model has {config.vocab_size} rows")
+        raise ValueError(
+            f"{where}: the tokenizer's ids go up to {tokenizer.vocab_size - 1}, but the model has {config.vocab_size} rows"
+        )
 
 
 def _dequantised(tensor: _Tensor, name: str, path: Path) -> torch.Tensor:
     """A tensor of the file in float32, its own copy."""
     try:
-        with np.errstate(all="ignore"):          # a damaged scale makes infinite weights, no text on the terminal
-            return torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type)))
-    except (NotImplementedError, TypeError):     # torch has no tensors of some of numpy's types
-        raise ValueError(f"{path}: {name} is of type {tensor.tensor_type.name}, which is not supported") from None
+        with np.errstate(
+            all="ignore"
+        ):  # a damaged scale makes infinite weights, no text on the terminal
+            return torch.from_numpy(
+                np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+            )
+    except (
+        NotImplementedError,
+        TypeError,
+    ):  # torch has no tensors of some of numpy's types
+        raise ValueError(
+            f"{path}: {name} is of type {tensor.tensor_type.name}, which is not supported"
+        ) from None
 
-
-def load_gguf(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[QwenForCausalLM, HFTokenizer]:
+# %% ../chapters/16_real_weights.ipynb #6c909d41
+def load_gguf(
+    path: str | Path, dtype: torch.dtype = torch.float32
+) -> tuple[QwenForCausalLM, HFTokenizer]:
     """Model and tokenizer of a GGUF file (llama.cpp's format) of architecture llama or qwen2, quantised or not.
 
     The weights are dequantised to `dtype`. `model.generation_config["eos_token_id"]` lists the file's end-of-text and
@@ -566,20 +803,43 @@ def load_gguf(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Qwe
     path = Path(path)
     metadata, tensors = _read_gguf(path)
     config = _gguf_config(metadata, tensors, path)
-    shapes = {name: shape for name, shape in _shapes(config).items() if not (name == "lm_head.weight" and config.tie_word_embeddings)}
-    architecture = gguf.MODEL_ARCH.QWEN2 if config.attention_bias else gguf.MODEL_ARCH.LLAMA
-    known = gguf.get_tensor_name_map(architecture, min(config.num_hidden_layers, len(tensors)))
-    names = {name: known.get_name(name, try_suffixes=(".weight", ".bias")) or name for name in shapes}
-    _check_tensors({name: tensor.shape for name, tensor in tensors.items()}, {names[name]: shape for name, shape in shapes.items()}, path)
+    shapes = {
+        name: shape
+        for name, shape in _shapes(config).items()
+        if not (name == "lm_head.weight" and config.tie_word_embeddings)
+    }
+    architecture = (
+        gguf.MODEL_ARCH.QWEN2 if config.attention_bias else gguf.MODEL_ARCH.LLAMA
+    )
+    known = gguf.get_tensor_name_map(
+        architecture, min(config.num_hidden_layers, len(tensors))
+    )
+    names = {
+        name: known.get_name(name, try_suffixes=(".weight", ".bias")) or name
+        for name in shapes
+    }
+    _check_tensors(
+        {name: tensor.shape for name, tensor in tensors.items()},
+        {names[name]: shape for name, shape in shapes.items()},
+        path,
+    )
     tokenizer = _gguf_tokenizer(metadata, path)
     _check_vocabulary(config, tokenizer, path)
     generation = _gguf_generation(metadata, path, config.vocab_size)
     weights = {}
     for name in shapes:
         weight = _dequantised(tensors[names[name]], names[name], path)
-        if not config.attention_bias and name.endswith(("q_proj.weight", "k_proj.weight")):
-            heads = config.num_attention_heads if name.endswith("q_proj.weight") else config.num_key_value_heads
-            weight = interleaved_to_half(weight, heads)      # llama.cpp rotates neighbouring pairs in the Llama layout
+        if not config.attention_bias and name.endswith(
+            ("q_proj.weight", "k_proj.weight")
+        ):
+            heads = (
+                config.num_attention_heads
+                if name.endswith("q_proj.weight")
+                else config.num_key_value_heads
+            )
+            weight = interleaved_to_half(
+                weight, heads
+            )  # llama.cpp rotates neighbouring pairs in the Llama layout
         weights[name] = weight.to(dtype).contiguous()
     return _fill(_without_weights(config), weights, generation), tokenizer
 
@@ -613,15 +873,15 @@ def _check_rope(values: dict, where: Path) -> tuple[float, dict | None]:
         raise ValueError(f"{where}: rope_scaling of type {shown(kind)} is not supported")
     return theta, {"rope_type": kind, **{name: value for name, value in parameters.items() if name not in ("rope_theta", "rope_type", "type")}}
 
-
+# %% ../chapters/16_real_weights.ipynb #53beda1c
 def _read_config(values: dict, where: Path) -> QwenConfig:
     """The `QwenConfig` of a config.json; what this model does not have is a ValueError that names the field."""
     kind = values.get("model_type")
     if kind not in ("qwen2", "llama"):
         raise ValueError(f"{where}: model_type {shown(kind)} is not supported, only 'qwen2' and 'llama'")
     layers, first, kinds = values.get("num_hidden_layers"), values.get("max_window_layers", 28), values.get("layer_types")
-    everywhere = not isinstance(first, int) or not isinstance(layers, int)
-    sliding = values.get("use_sliding_window") and values.get("sliding_window") and (everywhere or first < layers)
+    some = isinstance(layers, int) and (not isinstance(first, int) or first < layers)
+    sliding = some and values.get("use_sliding_window") and values.get("sliding_window")
     sliding = sliding or kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds))
     refused = {"attention_bias: true (a bias on o_proj)": kind == "llama" and values.get("attention_bias"),
                "mlp_bias: true": values.get("mlp_bias"),
@@ -656,34 +916,53 @@ def _read_config(values: dict, where: Path) -> QwenConfig:
 def _read_json(path: Path) -> dict:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):         # no JSON, no UTF-8, or nested without end
-        raise ValueError(f"{path} is not JSON: the file is damaged, fetch it again") from None
+    except (ValueError, RecursionError):  # no JSON, no UTF-8, or nested without end
+        raise ValueError(
+            f"{path} is not JSON: the file is damaged, fetch it again"
+        ) from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no JSON object: the file is damaged, fetch it again")
+        raise ValueError(
+            f"{path} holds no JSON object: the file is damaged, fetch it again"
+        )
     return values
 
-
+# %% ../chapters/16_real_weights.ipynb #5c7b8d60
 def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
     """The safetensors files of a model, with the names that the index of a sharded one promises for each."""
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    single, index = (
+        directory / "model.safetensors",
+        directory / "model.safetensors.index.json",
+    )
     if single.is_file():
         return {single: None}
     if not index.is_file():
-        raise ValueError(f"{directory} has no model.safetensors and no model.safetensors.index.json: files that can run code "
-                         "(pytorch_model.bin) are not read; save the model again with transformers' save_pretrained")
+        raise ValueError(
+            f"{directory} has no model.safetensors and no model.safetensors.index.json: files that can run code "
+            "(pytorch_model.bin) are not read; save the model again with transformers' save_pretrained"
+        )
     files: dict[Path, set[str] | None] = {}
     weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors")
-                                                   for file in weight_map.values()):
-        raise ValueError(f"{index}: weight_map must give a file name of this directory, one that ends in .safetensors, for each tensor")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(file, str)
+        and Path(file).name == file
+        and file.endswith(".safetensors")
+        for file in weight_map.values()
+    ):
+        raise ValueError(
+            f"{index}: weight_map must give a file name of this directory, one that ends in .safetensors, for each tensor"
+        )
     for name, file in weight_map.items():
         files.setdefault(directory / file, set()).add(name)
-    missing = [path.name for path in files if not os.path.isfile(path)]      # also for a name that no file can have
+    missing = [
+        path.name for path in files if not os.path.isfile(path)
+    ]  # also for a name that no file can have
     if missing:
-        raise ValueError(f"{directory}: files named by {index.name} are missing: {_listed(sorted(missing))}")
+        raise ValueError(
+            f"{directory}: files named by {index.name} are missing: {_listed(sorted(missing))}"
+        )
     return files
 
-
+# %% ../chapters/16_real_weights.ipynb #f8f29c08
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[safe_open]:
     """A safetensors file; ValueError for a damaged one."""
@@ -691,7 +970,9 @@ def _opened(path: Path) -> Iterator[safe_open]:
         with safe_open(path, "pt") as file:
             yield file
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged, fetch it again ({_in_one_line(error)})") from None
+        raise ValueError(
+            f"{path} is damaged, fetch it again ({_in_one_line(error)})"
+        ) from None
 
 # %% ../chapters/16_real_weights.ipynb #e24e58df
 def _check_weights(directory: Path, config: QwenConfig) -> dict[Path, list[str]]:
@@ -701,13 +982,25 @@ def _check_weights(directory: Path, config: QwenConfig) -> dict[Path, list[str]]
         with _opened(path) as file:
             pieces = {name: file.get_slice(name) for name in file.keys()}
         if promised is not None and promised != set(pieces):
-            raise ValueError(f"{path}: the index names other tensors for this file: {_listed(sorted(promised ^ set(pieces)))}")
+            raise ValueError(
+                f"{path}: the index names other tensors for this file: {_listed(sorted(promised ^ set(pieces)))}"
+            )
         # tables of rotary frequencies, which some Llama files of 2023 hold and transformers ignores as well
-        pieces = {name: piece for name, piece in pieces.items() if not name.endswith("rotary_emb.inv_freq")}
+        pieces = {
+            name: piece
+            for name, piece in pieces.items()
+            if not name.endswith("rotary_emb.inv_freq")
+        }
         types = {name: piece.get_dtype() for name, piece in pieces.items()}
-        strange = sorted(name for name, kind in types.items() if kind not in ("F64", "F32", "F16", "BF16"))
+        strange = sorted(
+            name
+            for name, kind in types.items()
+            if kind not in ("F64", "F32", "F16", "BF16")
+        )
         if strange:
-            raise ValueError(f"{path}: tensors of type {types[strange[0]]} are not supported: {_listed(strange)}")
+            raise ValueError(
+                f"{path}: tensors of type {types[strange[0]]} are not supported: {_listed(strange)}"
+            )
         found |= {name: piece.get_shape() for name, piece in pieces.items()}
         names[path] = list(pieces)
     if config.tie_word_embeddings and "lm_head.weight" not in found:
@@ -715,8 +1008,10 @@ def _check_weights(directory: Path, config: QwenConfig) -> dict[Path, list[str]]
     _check_tensors(found, expected, directory)
     return names
 
-
-def _read_weights(names: dict[Path, list[str]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+# %% ../chapters/16_real_weights.ipynb #2540d433
+def _read_weights(
+    names: dict[Path, list[str]], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     weights = {}
     for path, wanted in names.items():
         with _opened(path) as file:
@@ -733,31 +1028,52 @@ def _read_tokenizer(directory: Path) -> HFTokenizer:
     except ValueError as error:
         if error.__cause__ is None and str(directory) in str(error):
             raise
-        raise ValueError(f"{directory}: the tokenizer cannot be read, look at tokenizer.json, tokenizer_config.json, "
-                         f"chat_template.jinja and config.json ({_in_one_line(error.__cause__ or error)})") from None
+        raise ValueError(
+            f"{directory}: the tokenizer cannot be read, look at tokenizer.json, tokenizer_config.json, "
+            f"chat_template.jinja and config.json ({_in_one_line(error.__cause__ or error)})"
+        ) from None
 
 
 _TOKEN_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
 
 
-def _generation_config(directory: Path, values: dict, config: QwenConfig, tokenizer: HFTokenizer) -> dict:
-    """generation_config.json, completed by config.json's `values`, and by the tokenizer where neither names an end."""
+def _generation_config(directory: Path, values: dict, config: QwenConfig) -> dict:
+    """generation_config.json, completed by config.json's `values`."""
     path, sampling = directory / "generation_config.json", ()
     generation = {}
     if path.is_file():
         generation = check_generation_config(_read_json(path), config.vocab_size, path)
     else:
-        sampling = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    older = {name: values[name] for name in (*_TOKEN_IDS, *sampling) if values.get(name) is not None and name not in generation}
-    generation |= check_generation_config(older, config.vocab_size, directory / "config.json")
-    if "eos_token_id" not in generation:
-        ends = {"eos_token_id": [i for i in (tokenizer.tokenizer.eos_token_id, tokenizer.eos_token_id) if i is not None]}
-        generation |= check_generation_config(ends, config.vocab_size, f"{directory}: the tokenizer")
-    return generation
+        sampling = (
+            "do_sample",
+            "temperature",
+            "top_k",
+            "top_p",
+            "min_p",
+            "repetition_penalty",
+        )
+    older = {
+        name: values[name]
+        for name in (*_TOKEN_IDS, *sampling)
+        if values.get(name) is not None and name not in generation
+    }
+    return generation | check_generation_config(
+        older, config.vocab_size, directory / "config.json"
+    )
 
 # %% ../chapters/16_real_weights.ipynb #2f3bee05
-_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*",
-          "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer*",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 
 
 def _directory(source: str | Path, patterns: Sequence[str] = _FILES) -> Path:
@@ -765,26 +1081,40 @@ def _directory(source: str | Path, patterns: Sequence[str] = _FILES) -> Path:
     if os.path.isdir(source):
         return Path(source)
     name = _listed([str(source)]) or repr("")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(source), re.ASCII):
-        raise ValueError(f"there is no directory {name}, and a name on the hub has the form owner/name")
+    if not re.fullmatch(
+        r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(source), re.ASCII
+    ):
+        raise ValueError(
+            f"there is no directory {name}, and a name on the hub has the form owner/name"
+        )
     try:
-        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(patterns)))
-    except Exception as error:          # no network, no such repository, no access: many types, messages of several lines
-        raise ValueError(f"there is no directory {name}, and the hub's {name} cannot be fetched from here "
-                         f"({_in_one_line(error)})") from None
+        return Path(
+            huggingface_hub.snapshot_download(
+                str(source), allow_patterns=list(patterns)
+            )
+        )
+    except Exception as error:  # no network, no such repository, no access: many types, messages of several lines
+        raise ValueError(
+            f"there is no directory {name}, and the hub's {name} cannot be fetched from here "
+            f"({_in_one_line(error)})"
+        ) from None
 
-
+# %% ../chapters/16_real_weights.ipynb #986cb864
 def config_of(source: str | Path) -> QwenConfig:
     """The configuration of a .gguf file, a Hugging Face directory or a repository on the hub; no weights are read or fetched."""
     if Path(source).suffix == ".gguf":
         return _gguf_config(*_read_gguf(Path(source)), Path(source))
     path = _directory(source, ["config.json"]) / "config.json"
     if not path.is_file():
-        raise ValueError(f"{path.parent} has no config.json: it is not a model that transformers' save_pretrained wrote")
+        raise ValueError(
+            f"{path.parent} has no config.json: it is not a model that transformers' save_pretrained wrote"
+        )
     return _read_config(_read_json(path), path)
 
-
-def load_pretrained(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[QwenForCausalLM, Tokenizer]:
+# %% ../chapters/16_real_weights.ipynb #b0b73b3b
+def load_pretrained(
+    source: str | Path, dtype: torch.dtype = torch.float32
+) -> tuple[QwenForCausalLM, Tokenizer]:
     """Model and tokenizer of a Qwen2, Qwen2.5 or Llama directory as `transformers` writes it, or of such a repository on the hub.
 
     Safetensors in one file or in shards, tied or not. The model is in eval mode on the CPU; its `generation_config` is the
@@ -794,17 +1124,30 @@ def load_pretrained(source: str | Path, dtype: torch.dtype = torch.float32) -> t
     directory = _directory(source)
     for name in ("config.json", "tokenizer.json"):
         if not (directory / name).is_file():
-            raise ValueError(f"{directory} has no {name}: it is not a model that transformers' save_pretrained wrote")
+            raise ValueError(
+                f"{directory} has no {name}: it is not a model that transformers' save_pretrained wrote"
+            )
     values = _read_json(directory / "config.json")
     config = _read_config(values, directory / "config.json")
     names = _check_weights(directory, config)
+    generation = _generation_config(directory, values, config)
     tokenizer = _read_tokenizer(directory)
     _check_vocabulary(config, tokenizer, directory)
-    generation = _generation_config(directory, values, config, tokenizer)
+    if (
+        "eos_token_id" not in generation
+    ):  # the end of a turn, maybe, and the end of text
+        ends = [
+            i
+            for i in (tokenizer.tokenizer.eos_token_id, tokenizer.eos_token_id)
+            if i is not None
+        ]
+        generation |= check_generation_config(
+            {"eos_token_id": ends}, config.vocab_size, f"{directory}: the tokenizer"
+        )
     weights = _read_weights(names, dtype)
     try:
         return _fill(_without_weights(config), weights, generation), tokenizer
-    except ValueError as error:         # a head that is not the embedding's matrix, though the configuration says so
+    except ValueError as error:  # a head that is not the embedding's matrix, though the configuration says so
         raise ValueError(f"{directory}: {error}") from None
 
 # %% ../chapters/16_real_weights.ipynb #f3a6d5fb

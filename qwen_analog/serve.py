@@ -781,8 +781,11 @@ class LogprobWriter:
         self._length += len(piece.text)
         found = []                          # (character at which a token begins, token, its own, the most probable ones')
         for token, value, best in piece.logprobs:
-            begins, text = self._offset, self._decoder.decode(self._bytes_of(token))
-            self._offset += len(text)
+            raw = self._bytes_of(token)
+            if raw and not 0x80 <= raw[0] < 0xC0:             # a new character: what was incomplete stays so
+                self._offset += len(self._decoder.decode(b"", final=True))
+            begins = self._offset
+            self._offset += len(self._decoder.decode(raw))
             cut = piece.finish_reason == "stop" and (token in self._end_ids or begins >= self._length)
             if not cut:
                 found.append((begins, token, value, best))
@@ -1353,7 +1356,7 @@ def _hosts(arguments: argparse.Namespace, address: str) -> set[str]:
 
 
 def _build_engine(arguments: argparse.Namespace, source: str) -> Engine:
-    model, tokenizer = open_model(source)
+    model, tokenizer = open_model(source, check_memory=not arguments.ignore_memory)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     config, weight = model.config, model.lm_head.weight
     context = min(arguments.max_context, config.max_position_embeddings)

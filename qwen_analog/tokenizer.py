@@ -378,6 +378,17 @@ def _check_directory(directory: Path) -> dict[str, int]:
     return {token["content"]: token["id"] for token in added}
 
 # %% ../chapters/01_tokenizer.ipynb #d2561cb2
+def _cached_folder(name: str) -> Path | None:
+    """Where Hugging Face's cache keeps the tokenizer of this name on the disk."""
+    import huggingface_hub
+
+    try:
+        found = huggingface_hub.try_to_load_from_cache(name, "tokenizer.json")
+    except (ValueError, OSError):                    # no name that the hub could know
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Without the warnings of `transformers`, which are for its own users."""
@@ -401,7 +412,8 @@ class HFTokenizer(Tokenizer):
         except ImportError:
             raise ValueError("hf: tokenizers need transformers: pip install 'qwen-analog[tokenizers]'") from None
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")   # texts come one by one; else the library warns at each fork
-        added = _check_directory(Path(name)) if Path(name).is_dir() else {}
+        folder = Path(name) if Path(name).is_dir() else _cached_folder(str(name))
+        added = _check_directory(folder) if folder else {}
         try:
             with _quietly():
                 self.tokenizer = AutoTokenizer.from_pretrained(str(name), local_files_only=local_files_only, trust_remote_code=False)
@@ -422,7 +434,7 @@ class HFTokenizer(Tokenizer):
         # a file may list control tokens, such as <tool_call>, without calling them special: any text could then spell them
         controls = [AddedToken(name, normalized=False, special=True) for name in QWEN_SPECIAL_TOKENS if name in vocabulary]
         self._backend.add_special_tokens(controls)
-        self.vocab_size = max(vocabulary.values()) + 1
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self.eos_token_id = vocabulary.get("<|endoftext|>", self.tokenizer.eos_token_id)
         if self.eos_token_id is None:
             raise ValueError(f"the tokenizer {name} has no end-of-text token")
@@ -562,6 +574,8 @@ def load_tokenizer(spec: str, directory: str | Path = ".") -> Tokenizer:
             raise ValueError(f"tokenizer {spec!r}: tiktoken downloads this vocabulary at its first use and could not ({type(error).__name__}); "
                              "without a network, name a file") from error
     if kind == "hf":
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"tokenizer {spec!r}: {path} is no directory; name the one that holds tokenizer.json")
         return HFTokenizer(path) if path.exists() else _named_tokenizer(name)
     if not path.is_file():
         raise ValueError(f"tokenizer {spec!r}: there is no file {path}")

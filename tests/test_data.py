@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from qwen_analog import data
 from qwen_analog.data import (DataError, Document, PackedBlocks, StreamedBlocks, collate, data_difference, find_files, held_out_blocks,
                               held_out_mask, is_held_out, open_stream, read_jsonl, skipped_lines, stdlib_documents, tokenize_files,
-                              train_vocabulary, wiki_documents, write_jsonl)
+                              wiki_documents, write_jsonl)
 from qwen_analog.loss import IGNORE_INDEX
 from qwen_analog.tokenizer import BYTE_ORDER, TiktokenTokenizer
 
@@ -552,7 +552,7 @@ def test_a_document_alone_is_trained_on(fraction):
 def test_fractions_that_are_none(fraction):
     write("a.jsonl", {"text": "a"})
     for call in (lambda: is_held_out("a", fraction), lambda: held_out_mask(["a"], fraction), lambda: tokenized("a.jsonl", fraction),
-                 lambda: StreamedBlocks(open_stream(["a.jsonl"]), TOKENIZER, 4, heldout_fraction=fraction), lambda: train_vocabulary(["a.jsonl"], 300, fraction)):
+                 lambda: StreamedBlocks(open_stream(["a.jsonl"]), TOKENIZER, 4, heldout_fraction=fraction)):
         with pytest.raises(ValueError, match="heldout_fraction must be a number from 0 to 1"):
             call()
 
@@ -561,7 +561,7 @@ def test_fractions_that_are_none(fraction):
 def test_whole_numbers_that_are_none(value):
     rows, stream = tokenized(write("a.jsonl", {"text": "a"})), open_stream(["a.jsonl"])
     for name, call in {"block_size": lambda: PackedBlocks(rows, value), "seed": lambda: PackedBlocks(rows, 4, value),
-                       "buffer_size": lambda: StreamedBlocks(stream, TOKENIZER, 4, buffer_size=value), "vocab_size": lambda: train_vocabulary(["a.jsonl"], value)}.items():
+                       "buffer_size": lambda: StreamedBlocks(stream, TOKENIZER, 4, buffer_size=value)}.items():
         with pytest.raises(ValueError, match=f"{name} must be a whole number"):
             call()
     for state in ({"position": value}, {}, None, {"epoch": 0, "document": value, "offset": 0}):
@@ -623,25 +623,6 @@ def test_a_stream_knows_its_files():
 def test_fingerprints_that_cannot_be_read(before):
     now = PackedBlocks(tokenized(write("a.jsonl", {"text": "a"})), 8).fingerprint
     assert isinstance(data_difference(before, now), str)
-
-
-# ---- a vocabulary for one's own text
-
-def test_a_vocabulary_is_learned_from_what_is_not_held_out():
-    documents = [{"text": f"the river and the sea, number {i} " * 5} for i in range(80)]
-    write("a.jsonl", *documents, {"text": "zzzz " * 50, "title": "held out"}, b"{")
-    fraction = next(f for f in np.linspace(0.01, 1, 100) if is_held_out("held out", f))
-    with pytest.raises(DataError, match="line 82"):
-        train_vocabulary(["a.jsonl"], 290, fraction)
-    tokenizer, used, there = train_vocabulary(["a.jsonl"], 290, fraction, skip_bad_lines=True)
-    assert tokenizer.vocab_size == 290 and 0 < used < there and len(tokenizer.encode("zzzz")) == 4 and len(tokenizer.encode(" the")) == 1
-    _, used, there = train_vocabulary(["a.jsonl"], 290, 0.0, skip_bad_lines=True, limit=2_000)
-    assert used < 2_500 < there
-    for size, message in ((277, "at least 278"), (10**9, "vocab_size must be at most"), (100_000, "vocab_size 100000 is more than this text gives")):
-        with pytest.raises(ValueError, match=message):
-            train_vocabulary(["a.jsonl"], size, skip_bad_lines=True)
-    with pytest.raises(DataError, match="no document"):
-        train_vocabulary([write("empty.jsonl")], 300)
 
 
 def test_a_failed_run_leaves_nothing_in_the_cache():
@@ -927,6 +908,15 @@ def test_hub_records_that_are_bad():
     broken = hub("broken", [{"text": "a"}, b"{broken", {"text": "b"}], "jsonl")
     with pytest.raises(DataError, match="the stream cannot be read"):
         StreamedBlocks(open_stream([broken]), TOKENIZER, 4).take(1)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1" + bytes(100) + b"PAR1", b"garbage" * 100])
+def test_hub_files_that_are_damaged(content):
+    name = hub("damaged", [{"text": "a"}])
+    Path("damaged/data/train-00000-of-00001.parquet").write_bytes(content)
+    with pytest.raises(DataError, match="cannot be") as error:
+        StreamedBlocks(open_stream([name]), TOKENIZER, 4).take(1)
+    assert "\n" not in str(error.value)
 
 
 def test_hub_names_that_lead_nowhere():

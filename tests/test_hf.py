@@ -281,7 +281,7 @@ def test_any_value_of_a_configuration_is_read_or_refused_by_name(name):
             hf._read_config({**config, name: value}, Path("model/config.json"))
         except ValueError as error:
             assert str(error).startswith("model/config.json: ") and "\n" not in str(error) and len(str(error)) < 400
-            assert name in str(error) or name in ("layer_types", "max_window_layers")      # "sliding-window attention"
+            assert name in str(error) or "sliding-window attention" in str(error)
 
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"])

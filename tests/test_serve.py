@@ -2,10 +2,13 @@
 import argparse
 import asyncio
 import contextlib
+import gc
 import http.client
 import json
+import logging
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,7 +21,7 @@ import torch
 import uvicorn
 from book import scramble_
 
-from qwen_analog import QwenConfig, QwenForCausalLM, serve
+from qwen_analog import QwenConfig, QwenForCausalLM, memory, serve
 from qwen_analog.checkpoint import save_checkpoint
 from qwen_analog.generate import generate
 from qwen_analog.hf import save_pretrained
@@ -31,6 +34,29 @@ CONFIG = QwenConfig(vocab_size=288, hidden_size=32, num_hidden_layers=2, num_att
                     intermediate_size=64, max_position_embeddings=4096)
 MODEL = scramble_(QwenForCausalLM(CONFIG)).eval()
 NAME = "tiny"
+
+
+class Log:
+    """What the server has written into its log, stack traces included."""
+
+    def __init__(self):
+        self.lines = []
+
+    @property
+    def text(self):
+        return "\n".join(self.lines)
+
+
+@pytest.fixture
+def log(monkeypatch):
+    found, handle = Log(), logging.Logger.callHandlers
+
+    def keep(logger, record):
+        found.lines.append(logging.Formatter().format(record))
+        handle(logger, record)
+
+    monkeypatch.setattr(logging.Logger, "callHandlers", keep)
+    return found
 
 
 class Scripted(QwenForCausalLM):
@@ -495,6 +521,208 @@ def test_closing_ends_what_runs_and_what_waits():
     asyncio.run(asyncio.wait_for(scenario(), 60))
 
 
+# one row, one request, one client cannot harm another ---------------------------------------------------------------------------------------
+
+def beside(engine, bad, faulty=None):
+    """The pieces of `bad` between two greedy requests; the others' answers must be those of the requests alone."""
+    good = Request([1, 2, 3], 12, temperature=0, logprobs=0)
+    first, found, last = answers(engine, good, bad, good)
+    for pieces in (first, last):
+        assert pieces[-1].finish_reason in ("stop", "length")
+        assert [token for piece in pieces for token, _, _ in piece.logprobs] == alone(good)
+    assert engine.rows == [None] * len(engine.rows) and engine.cache.lengths == [0] * len(engine.rows)
+    return found
+
+
+EXTREMES = {"temperature": [1e-310, 1e-40, 1e-9, 1e9, 1e300], "repetition_penalty": [5e-324, 1e-300, 1e-40, 1e40, 1e300], "top_k": [1, 10**9],
+            "top_p": [5e-324, 1e-12, 1.0], "min_p": [0.0, 5e-324, 1.0]}
+
+
+@pytest.mark.parametrize("name", EXTREMES)
+def test_extreme_settings_get_an_answer(name):
+    engine = Engine(MODEL, TOKENIZER, max_batch=3, max_context=64)
+    for value in EXTREMES[name]:
+        found = beside(engine, Request([1, 2, 3], 6, seed=1, **{name: value}))
+        assert found[-1].finish_reason in ("stop", "length")
+
+
+class FaultyDraw(Engine):
+    def _draw(self, job, logits):
+        if job.request.seed == 13:
+            raise RuntimeError("no\nluck")
+        return super()._draw(job, logits)
+
+
+class FaultyText(Engine):
+    def add(self, *requests, **options):
+        jobs = super().add(*requests, **options)
+        for job in jobs:
+            if job.request.seed == 13:
+                job.text.push = job.text.finish = lambda *_: 1 / 0
+        return jobs
+
+
+class FaultyPass(Engine):
+    """The pass fails whenever the faulty request's row takes part, in its prompt or afterwards."""
+
+    fails_at = 0
+
+    def _forward(self, rows, ids):
+        if any(job is not None and job.request.seed == 13 and len(job.written) >= self.fails_at for job in self.rows[rows]):
+            raise MemoryError("out of memory")
+        return super()._forward(rows, ids)
+
+
+class FaultyWriting(FaultyPass):
+    fails_at = 2
+
+
+@pytest.mark.parametrize("faulty, message", [(FaultyDraw, "RuntimeError: no"), (FaultyText, "ZeroDivisionError"), (FaultyPass, "MemoryError"),
+                                             (FaultyWriting, "MemoryError")])
+def test_an_error_of_one_row_ends_that_row(faulty, message, log):
+    found = beside(faulty(MODEL, TOKENIZER, max_batch=3, max_context=64), Request([1, 2, 3], 6, seed=13))
+    assert found[-1].finish_reason == "error" and message in found[-1].text and "\n" not in found[-1].text
+    assert len(log.lines) == 1 and "failed" in log.text and "\n" not in log.text
+
+
+def test_pieces_that_cannot_be_delivered(log):
+    engine, found = endless(max_batch=2, max_context=64), []
+
+    def deliver(piece):
+        if piece.index == 0:
+            raise RuntimeError("gone")
+        found.append(piece)
+
+    engine.add(Request([1], 9), Request([1, 2, 3], 12, temperature=0), deliver=deliver)
+    while engine.step():
+        pass
+    assert found[-1].finish_reason == "length" and engine.rows == [None, None]
+    assert "request 0: its pieces cannot be delivered: RuntimeError: gone" in log.text
+
+
+def test_a_row_is_taken_from_who_holds_the_most():
+    """A single request comes while another one's answers hold all rows: it gets a row at the next step, and every answer stays what it was."""
+    wanted = requests()
+    many = [Request([5, 6, 7], 40, temperature=1.0, seed=i, logprobs=0) for i in range(6)]
+    expected = [alone(request) for request in many]
+    engine = Engine(MODEL, TOKENIZER, max_batch=4, max_context=64, prefill_chunk=8)
+    written, ends = {}, []
+
+    def collect(name):
+        def deliver(piece):
+            assert piece.finish_reason != "error", piece.text
+            written.setdefault((name, piece.index), []).extend(token for token, _, _ in piece.logprobs)
+            if piece.finish_reason:
+                ends.append(name)
+        return deliver
+
+    engine.add(*many, deliver=collect("many"))
+    for _ in range(3):
+        engine.step()
+    for i in (3, 9, 1):
+        (job,) = engine.add(wanted[i], deliver=collect(i))
+        engine.step()
+        assert job in engine.rows or i in ends
+        engine.step()
+    while engine.step():
+        pass
+    assert [written["many", i] for i in range(6)] == expected
+    assert [written[i, 0] for i in (3, 9, 1)] == [EXPECTED[i] for i in (3, 9, 1)]
+    assert ends.count("many") == 6
+
+
+def job(number, client="", group=None, together=1, unread=0):
+    made = serve.Job(Request([1] * unread or [1], 5), number, 0, print, None, None, client, number if group is None else group, together)
+    made.read = 0 if unread else 1
+    return made
+
+
+def test_who_gets_a_row():
+    a = [job(i, "a", 0) for i in range(4)]
+    assert serve.next_for_a_row(a, []) == (a[0], None)
+    assert serve.next_for_a_row(a[2:], a[:2]) == (a[2], None)                      # nobody else waits: nothing is taken
+    other = job(9, "a", 1)
+    assert serve.next_for_a_row([a[3], other], a[:3]) == (other, a[2])             # the latest of the largest request
+    mine = [job(i, "b", i) for i in range(10, 13)]                                 # another client, request by request
+    assert serve.next_for_a_row([*mine, other], a[:2]) == (mine[0], a[1])
+    assert serve.next_for_a_row([mine[2]], [*a[:2], *mine[:2]]) == (mine[2], None)           # it holds as many already
+    assert serve.next_for_a_row([other, mine[2]], [a[0], *mine[:2]]) == (other, None)
+
+
+def test_a_short_prompt_does_not_wait_for_long_ones():
+    share = lambda *left: [size for _, size in serve.share_budget([job(i, unread=n) for i, n in enumerate(left)], 64)]
+    assert share(1000) == [64] and share(1000, 10) == [54, 10] and share(1000, 900, 5) == [32, 27, 5] and share(3, 4) == [3, 4]
+    assert serve.share_budget([job(0), job(1, unread=100)], 1)[0][1] == 1
+
+
+def test_whose_places_in_a_full_queue():
+    def full(*groups):
+        """Waiting jobs of (client, number) for each group."""
+        jobs = []
+        for group, (client, number) in enumerate(groups):
+            jobs += [job(len(jobs) + i, client, group, number) for i in range(number)]
+        return jobs
+
+    lose = lambda waiting, number, client: {job.group for job in serve.whose_places(waiting, number, client)}
+    assert lose(full(("a", 1), ("a", 1), ("b", 1)), 1, "c") == {1}                  # the latest of the client with the most
+    assert lose(full(("a", 1), ("a", 1), ("b", 1)), 1, "b") == set()                # which would then have as many
+    assert lose(full(("a", 8), ("a", 1)), 1, "a") == {0}                            # of one client: much larger requests
+    assert lose(full(("a", 2), ("a", 1)), 1, "a") == set()
+    assert lose(full(("a", 8))[1:], 1, "b") == set()                                # one of its answers is being written
+
+
+def test_a_full_queue_makes_room_for_who_has_less():
+    engine = endless(max_batch=1, max_queue=4, max_context=64)
+    pieces = {"greedy": [], "modest": []}
+    engine.add(*[Request([1], 5)] * 4, deliver=pieces["greedy"].append, client="a")
+    engine.add(Request([2], 5), deliver=pieces["modest"].append, client="b")
+    assert [(piece.finish_reason, piece.status) for piece in pieces["greedy"]] == [("error", 429)] * 4
+    while engine.step():
+        pass
+    assert pieces["modest"][-1].finish_reason == "length" and not any("\n" in piece.text for piece in pieces["greedy"])
+
+
+@pytest.mark.parametrize("wrong", [dict(stop=[""]), dict(stop=["x"] * 17), dict(stop=["x" * 1001]), dict(seed=-1), dict(seed=2**64),
+                                   dict(temperature=float("nan")), dict(temperature=float("inf")), dict(repetition_penalty=float("nan")),
+                                   dict(top_p=float("nan")), dict(min_p=float("nan")), dict(top_k=True), dict(temperature="hot")])
+def test_wrong_settings_are_named(wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=name) as error:
+        Engine(MODEL, TOKENIZER, max_context=64).add(Request([1], 5, **wrong), deliver=print)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200
+    Engine(MODEL, TOKENIZER, max_context=64).check(Request([1], 5, seed=2**64 - 1, stop=["x" * 1000] * 16))
+
+
+def test_pieces_that_nobody_fetches(monkeypatch):
+    monkeypatch.setattr(serve, "UNREAD", 3)
+
+    async def scenario():
+        engine = endless(max_batch=1, max_context=64)
+        answer = engine.submit(Request([1], 50))
+        while engine.step():
+            await asyncio.sleep(0)
+        assert answer._jobs[0].cancelled and engine.rows == [None] and answer._queue.qsize() == 4
+        last = [piece async for piece in answer][-1]
+        assert last.finish_reason == "error" and "does not read" in last.text
+
+    asyncio.run(scenario())
+
+
+def test_settings_of_the_model_hold_where_a_request_says_nothing():
+    def of(settings, **body):
+        model = QwenForCausalLM(CONFIG)
+        model.generation_config = settings
+        engine = Engine(model, TOKENIZER, max_batch=1, max_context=64)
+        body = serve.parse_body(json.dumps({"model": NAME, "prompt": [1], **body}).encode(), chat=False)
+        return serve._requests(engine, body, [[1]])[0].sampling()
+
+    both = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.1}
+    assert of({}) == serve.Sampling() and of(both) == serve.Sampling(0.6, 20, 0.8, None, 1.1)
+    assert of(both, temperature=0, top_k=0, top_p=1) == serve.Sampling(0, None, 1, None, 1.1) and of(both, top_k=-1).top_k is None
+    assert of({"do_sample": False, "temperature": 0.6}).temperature == 0 and of({"do_sample": False}, temperature=1).temperature == 1
+    assert of({"top_k": 0}).top_k is None
+
+
 # the server --------------------------------------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
@@ -828,6 +1056,364 @@ def test_missing_packages(monkeypatch):
         serve.run(argparse.Namespace())
 
 
+# who may come in ---------------------------------------------------------------------------------------------------------------------------
+
+def send(port, data, wait=20):
+    """All that comes back for `data` until the connection is closed."""
+    received = b""
+    with socket.create_connection(("127.0.0.1", port), timeout=wait) as connection, contextlib.suppress(ConnectionResetError):
+        connection.sendall(data)
+        while part := connection.recv(65536):
+            received += part
+    return received
+
+
+def head(*lines, method="POST /v1/completions", host="localhost"):
+    return "\r\n".join([f"{method} HTTP/1.1", f"Host: {host}", "Content-Type: application/json", "Connection: close", *lines, "", ""]).encode()
+
+
+SMALL = json.dumps({"model": NAME, "prompt": [1], "max_tokens": 2}).encode()
+
+
+def status_of(response):
+    """Status of a response with an error object, which must be whole."""
+    first, _, rest = response.partition(b"\r\n")
+    error = json.loads(rest.partition(b"\r\n\r\n")[2])["error"]
+    assert set(error) == {"message", "type", "param", "code"} and "\n" not in error["message"]
+    return int(first.split()[1])
+
+
+@pytest.mark.parametrize("host, served", [
+    ("localhost", True), ("LocalHost:8000", True), ("localhost.", True), ("127.0.0.1:1", True), ("[::1]:1", True), ("[0:0:0:0:0:0:0:1]", True),
+    ("evil.example", False), ("127.0.0.1.evil.example", False), ("localhost.evil.example:80", False), ("192.0.2.1", False), ("", False),
+    ("localhost@evil.example", False), ("[::2]", False), ("localhost:80:80", False), ("mine.example", True)])
+def test_hosts(tiny, host, served):
+    with serving_once(hosts=("localhost", "127.0.0.1", "::1", "mine.example")) as port:
+        response = send(port, head(f"Content-Length: {len(SMALL)}", host=host) + SMALL)
+        assert response.startswith(b"HTTP/1.1 200") if served else status_of(response) == 421
+
+
+_SERVERS = {}
+
+
+@contextlib.contextmanager
+def serving_once(**options):
+    """A server with these options that lives as long as the tests: they do not change it."""
+    key = repr(sorted(options.items()))
+    if key not in _SERVERS:
+        stack = contextlib.ExitStack()
+        _SERVERS[key] = stack, stack.enter_context(serving(Engine(MODEL, TOKENIZER, max_batch=2, max_context=64), **options))
+    yield _SERVERS[key][1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def end_servers():
+    yield
+    for stack, _ in _SERVERS.values():
+        stack.close()
+
+
+@pytest.mark.parametrize("origin, served", [("http://localhost:3000", True), ("http://127.0.0.1", True), ("https://evil.example", False), ("null", False),
+                                            ("http://localhost.evil.example", False)])
+def test_pages_of_others(tiny, origin, served):
+    port, _ = tiny
+    response = send(port, head(f"Content-Length: {len(SMALL)}", f"Origin: {origin}") + SMALL)
+    assert response.startswith(b"HTTP/1.1 200") if served else status_of(response) == 403
+
+
+def test_every_name_and_every_address():
+    with serving_once(hosts=("address",)) as port:
+        assert send(port, head(method="GET /health", host="192.0.2.1:80")).startswith(b"HTTP/1.1 200")
+        assert status_of(send(port, head(method="GET /health", host="evil.example"))) == 421
+    with serving_once(hosts=("*",)) as port:
+        assert send(port, head(method="GET /health", host="any.example")).startswith(b"HTTP/1.1 200")
+
+
+KEY = "secret-5d1f"
+
+
+@pytest.mark.parametrize("value", [None, "", KEY, "Bearer", "Bearer ", f"Basic {KEY}", f"Bearer {KEY[:-1]}", f"Bearer {KEY}x", f"Bearer {KEY} x",
+                                   "Bearer \u00e9", f"Bearer x\r\nAuthorization: Bearer {KEY}"])
+def test_wrong_keys(value):
+    with serving_once(api_key=KEY) as port:
+        lines = [] if value is None else [f"Authorization: {value}"]
+        for path in ("POST /v1/completions", "POST /v1/chat/completions", "GET /v1/models", "GET /nowhere"):
+            response = send(port, head(f"Content-Length: {len(SMALL)}", *lines, method=path).decode().encode("latin-1") + SMALL)
+            assert status_of(response) == 401 and b"invalid_api_key" in response and KEY.encode() not in response
+            assert b"www-authenticate: Bearer" in response
+
+
+def test_the_right_key(log):
+    with serving_once(api_key=KEY) as port:
+        for word in ("Bearer", "bearer"):
+            assert post(port, json.loads(SMALL), Authorization=f"{word} {KEY}")[0] == 200
+        assert client(port).with_options(api_key=KEY).models.list().data[0].id == NAME
+        with pytest.raises(openai.AuthenticationError):
+            client(port).models.list()
+        assert send(port, head(method="GET /health")).startswith(b"HTTP/1.1 200")
+    assert KEY not in log.text
+    for wrong in ("", "two words", "\u00e9", "a\n"):
+        with pytest.raises(ValueError, match="API key"):
+            build_app(Engine(MODEL, TOKENIZER, max_context=64), NAME, api_key=wrong).build_middleware_stack()
+
+
+CHUNKS = b"%x\r\n%s\r\n0\r\n\r\n" % (len(SMALL), SMALL)
+
+
+@pytest.mark.parametrize("data, status", [
+    (head(f"Content-Length: {len(SMALL)}", "Transfer-Encoding: chunked") + CHUNKS, 400), (head("Transfer-Encoding: gzip, chunked") + CHUNKS, 400),
+    (head("Host: localhost", "Content-Length: 0"), 400), (head("Content-Length: 5", "Content-Length: 6"), 400), (b"\0" * 50 + b"\r\n\r\n", 400),
+    (head("Transfer-Encoding: chunked") + b"-5\r\nabc", 400), (head("X: " + "a" * 200_000), 400), (b"GET /\xff HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+    (head(method="GET /%ff%00%ed%a0%80"), 404), (head(method="OPTIONS /v1/completions"), 405), (b"GET /health HTTP/1.0\r\n\r\n", 421),
+    (head(method="GET /v1/models/%0a%ff"), 404)])
+def test_what_is_not_quite_http(tiny, data, status, log):
+    port, engine = tiny
+    assert status_of(send(port, data)) == status
+    assert "Traceback" not in log.text and not any(engine.rows)
+
+
+def test_chunked_and_pipelined_requests(tiny):
+    port, _ = tiny
+    assert send(port, head("Transfer-Encoding: chunked") + CHUNKS).startswith(b"HTTP/1.1 200")
+    several = head(f"Content-Length: {len(SMALL)}").replace(b"Connection: close\r\n", b"") + SMALL
+    last = head(f"Content-Length: {len(SMALL)}") + SMALL
+    assert send(port, several * 2 + last).count(b"HTTP/1.1 200") == 3
+    with serving_once(max_body_bytes=1000) as small:
+        chunk = b"%x\r\n%s\r\n" % (600, b" " * 600)
+        assert status_of(send(small, head("Transfer-Encoding: chunked") + chunk * 9 + b"0\r\n\r\n")) == 413
+    assert send(port, head(method="HEAD /health")).endswith(b"\r\n\r\n")
+
+
+NASTY = ["null", "true", "0", "-1", "1.5", "1e999", "-1e999", "NaN", "Infinity", "5e-324", "18446744073709551616", "1" * 400, "1" * 5000, '"x"', '""',
+         r'"\ud800"', r'"\u0000"', "[]", "[[]]", "[null]", "{}", '{"a": 1}', '[1, "a"]', '["a", ""]', "[-1]", json.dumps(["a"] * 100)]
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_any_value_of_any_parameter(chat):
+    """A request is answered or refused in one line that names what is wrong; never a fault of the server."""
+    engine = Engine(MODEL, TOKENIZER, max_batch=4, max_context=400)
+    schema = serve._ChatBody if chat else serve._CompletionBody
+    taken = 0
+    for name in [*schema.model_fields, *serve.REFUSED, *serve.IGNORED, r"\ud800", ""]:
+        for value in NASTY:
+            fields = {"model": f'"{NAME}"', "max_tokens": "2", "messages" if chat else "prompt": json.dumps(USER) if chat else '"x"', name: value}
+            text = ("{" + ", ".join(f'"{key}": {entry}' for key, entry in fields.items()) + "}").encode()
+            try:
+                body = serve.parse_body(text, chat)
+                for request in serve._requests(engine, body, serve._prompts(engine, body)):
+                    engine.check(request)
+                taken += 1
+            except ValueError as error:
+                assert "\n" not in str(error) and len(str(error)) < 500 and str(error).isprintable()
+    assert taken > 50
+
+
+def test_a_hundred_thousand_wrong_entries():
+    for field, chat in (("prompt", False), ("messages", True), ("stop", False)):
+        with pytest.raises(serve.ApiError) as error:
+            serve.parse_body(json.dumps({"model": NAME, "prompt": "x", field: [None] * 100_000}).encode() if not chat else
+                             json.dumps({"model": NAME, field: [None] * 100_000}).encode(), chat)
+        assert error.value.param.startswith(field) and len(str(error.value)) < 300
+    for text in (b'{"model": "a", "model": "b"}', b'{"model": "a", "prompt": [{"x": 1, "x": 2}]}'):
+        with pytest.raises(serve.ApiError, match="occurs twice"):
+            serve.parse_body(text, False)
+
+
+def test_late_and_idle_connections(tiny):
+    with serving_once(request_seconds=0.3, max_connections=8) as port:
+        assert status_of(send(port, b"GET /health HTTP/1.1\r\nHo")) == 408 and send(port, b"") == b""
+        assert status_of(send(port, head("Content-Length: 500") + b"{")) == 408
+        # after an answer, too, a request has its time
+        kept = head(method="GET /health").replace(b"Connection: close\r\n", b"")
+        response = send(port, kept + b"GET /health HT")
+        assert response.startswith(b"HTTP/1.1 200") and response.count(b"HTTP/1.1 408") == 1
+
+
+def test_idle_connections_make_room():
+    with serving_once(max_connections=8) as port:
+        idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(20)]
+        for connection in idle[::2]:
+            with contextlib.suppress(OSError):
+                connection.sendall(b"POST /v1/completions HTTP/1.1\r\n")
+        assert post(port, json.loads(SMALL))[0] == 200
+        for connection in idle:
+            connection.close()
+
+
+def test_busy_connections_do_not_make_room():
+    engine = endless(max_batch=2, max_context=4096)
+    with serving(engine, max_connections=2) as port:
+        running = [client(port).completions.create(model=NAME, prompt=[1], max_tokens=4000, stream=True) for _ in range(2)]
+        [next(stream) for stream in running]
+        assert status_of(send(port, b"")) == 503
+        running[0].close()
+        while sum(job is not None for job in engine.rows) > 1:
+            time.sleep(0.005)
+        assert post(port, json.loads(SMALL))[0] == 200
+        running[1].close()
+
+
+def test_a_client_that_does_not_read(monkeypatch):
+    monkeypatch.setattr(serve.Patience, "reading_seconds", 0.3)
+    engine = endless(max_batch=1, max_context=4096)
+    with serving(engine) as port, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", port))
+        body = json.dumps({"model": NAME, "prompt": [1], "max_tokens": 4000, "stream": True, "logprobs": 20}).encode()
+        connection.sendall(head(f"Content-Length: {len(body)}") + body)
+        while engine.rows[0] is None:
+            time.sleep(0.005)
+        job = engine.rows[0]
+        idle(engine)
+        assert job.cancelled and len(job.written) < 4000
+
+
+def test_connection_limits(monkeypatch):
+    import resource
+
+    def limited(number):
+        monkeypatch.setattr(resource, "getrlimit", lambda _: (number, number))
+        most, backlog = serve.connection_limits(256)
+        assert most + backlog + 16 < number and most >= 1 and backlog >= 1
+        return most
+
+    assert limited(4096) == 256 and limited(256) < 256
+    with pytest.raises(ValueError, match="ulimit"):
+        limited(20)
+
+
+def test_prompts_that_take_for_ever(monkeypatch, log):
+    """A template that never ends holds one of the places for reading prompts; what others wait for is bounded, and the server ends."""
+    hang = threading.Event()
+    monkeypatch.setattr(serve, "chat_ids", lambda *_: hang.wait())
+    engine = Engine(MODEL, TOKENIZER, max_batch=2, max_context=64)
+    app = build_app(engine, NAME)
+    (cell,) = [cell for cell in app.routes[0].endpoint.func.__closure__ if isinstance(cell.cell_contents, serve.Reader)]
+    cell.cell_contents._seconds = 0.2
+    monkeypatch.setattr(serve, "build_app", None)
+    server = build_server(app, engine, grace_seconds=0)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.005)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    chat = {"model": NAME, "messages": USER, "max_tokens": 2}
+    assert post(port, chat, "/v1/chat/completions")[0] == 400                  # one of two threads
+    assert post(port, json.loads(SMALL))[0] == 200
+    assert post(port, chat, "/v1/chat/completions")[0] == 400
+    status, content, headers = post(port, json.loads(SMALL))
+    assert status == 503 and headers["Retry-After"] == "1"
+    server.should_exit = True
+    thread.join(30)
+    assert not thread.is_alive() and "Traceback" not in log.text
+    hang.set()
+
+
+def test_whatever_a_template_raises(monkeypatch, log):
+    def stop(*_):
+        raise StopIteration
+
+    with serving(Engine(MODEL, TOKENIZER, max_batch=2, max_context=64)) as port:
+        monkeypatch.setattr(serve, "chat_ids", stop)
+        status, content, _ = post(port, {"model": NAME, "messages": USER, "max_tokens": 2}, "/v1/chat/completions")
+        assert status == 500 and content["error"]["message"] == "the server failed"
+    assert "Traceback" not in log.text and "POST /v1/chat/completions failed: RuntimeError" in log.text
+
+
+@pytest.mark.parametrize("grace", [0, 30])
+def test_the_end_of_a_server(grace, log):
+    """Answers that fit into the grace end by themselves, the others with an error of the API; the log has no stack trace."""
+    engine = endless(max_batch=2, max_context=4096, max_queue=8)
+    server = build_server(build_app(engine, NAME), engine, grace_seconds=grace)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.005)
+    port, found = server.servers[0].sockets[0].getsockname()[1], []
+    length = 50 if grace else 4000
+
+    def ask(stream):
+        body = json.dumps({"model": NAME, "prompt": [1], "max_tokens": length, "stream": stream}).encode()
+        found.append(send(port, head(f"Content-Length: {len(body)}") + body))
+
+    asking = [threading.Thread(target=ask, args=(i % 2 == 0,)) for i in range(5)]
+    [one.start() for one in asking]
+    half = socket.create_connection(("127.0.0.1", port))
+    half.sendall(b"POST /v1/completions HTTP/1.1\r\n")
+    while sum(job is not None for job in engine.rows) + len(engine.waiting) + len(found) < 5:
+        time.sleep(0.002)
+    server.handle_exit(signal.SIGTERM, None)
+    for one in [*asking, thread]:
+        one.join(30)
+        assert not one.is_alive()
+    half.close()
+    for answer in found:
+        if b"text/event-stream" in answer:
+            last = answer.rstrip().removesuffix(b"0").rstrip().splitlines()[-1]
+            assert last == b"data: [DONE]" if grace else b'"error"' in last and b"shutting down" in last
+        else:
+            assert answer.startswith(b"HTTP/1.1 200") if grace else status_of(answer) == 503
+    assert len(found) == 5 and "Traceback" not in log.text and not engine.running
+
+
+def test_a_second_signal_ends_the_grace():
+    engine = endless(max_batch=1, max_context=4096)
+    with serving(engine, grace_seconds=600) as port:
+        stream = client(port).completions.create(model=NAME, prompt=[1], max_tokens=4000, stream=True)
+        next(stream)
+        server = next(server for server in gc.get_objects() if isinstance(server, serve.Ending) and server.engine is engine)
+        server.handle_exit(signal.SIGTERM, None)
+        server.handle_exit(signal.SIGTERM, None)
+        with pytest.raises(openai.APIError, match="shutting down"):
+            list(stream)
+
+
+def test_logprobs_tell_bytes_apart():
+    """The model is indifferent between the bytes: as many alternatives as were asked for, whatever their text, and the drawn one."""
+    flat = QwenForCausalLM(CONFIG)
+    torch.nn.init.zeros_(flat.lm_head.weight)
+    engine = Engine(flat, TOKENIZER, max_batch=2, max_context=200)
+    engine.end_ids = set()
+    options = dict(model=NAME, max_tokens=40, seed=1, temperature=1)
+    with serving(engine) as port:
+        choice = client(port).completions.create(prompt="x", logprobs=5, **options).choices[0]
+        pieces = [chunk.choices[0] for chunk in client(port).completions.create(prompt="x", logprobs=5, stream=True, **options)]
+        content = client(port).chat.completions.create(messages=USER, logprobs=True, top_logprobs=5, **options).choices[0]
+    found = choice.logprobs
+    assert len(found.tokens) == len(found.text_offset) == len(found.token_logprobs) == 40
+    assert any(token.startswith("bytes:\\x") for token in found.tokens)
+    for token, value, best in zip(found.tokens, found.token_logprobs, found.top_logprobs):
+        assert len(best) in (5, 6) and best[token] == value
+    assert found.text_offset == sorted(found.text_offset) and found.text_offset[0] == 0
+    for token, offset in zip(found.tokens, found.text_offset):
+        assert token.startswith("bytes:") or choice.text[offset:].startswith(token)
+    for name in ("tokens", "text_offset", "token_logprobs"):                    # a stream tells the same, bit by bit
+        assert [value for piece in pieces for value in getattr(piece.logprobs, name)] == getattr(found, name)
+    for entry in content.logprobs.content:
+        assert len({bytes(other.bytes) for other in entry.top_logprobs}) == 5
+    assert b"".join(bytes(entry.bytes) for entry in content.logprobs.content).decode(errors="replace") == content.message.content
+
+
+def test_logprobs_are_those_of_the_text():
+    """End tokens, and what a stop string cut off, are no part of it; what is below -9999 is said to be -9999."""
+    engine = Engine(Scripted(spell("ab, cd", 2)), TOKENIZER, max_context=64)
+    with serving(engine) as port:
+        for stop, text in ((None, "ab, cd"), (", c", "ab"), ("b", "a")):
+            found = client(port).completions.create(model=NAME, prompt=[1, 2], max_tokens=20, logprobs=0, stop=stop).choices[0]
+            assert found.text == text == "".join(found.logprobs.tokens) and found.logprobs.text_offset == list(range(len(text)))
+    writer = serve.LogprobWriter(lambda token: b"x", False, ())
+    assert writer.form(Piece(0, "x", None, 1, [(1, float("-inf"), {})]))["token_logprobs"] == [-9999.0]
+
+
+def test_bytes_of_tokens(tmp_path):
+    text = "a \u00e9\u6f22 \U0001f600"
+    save_pretrained(MODEL, TOKENIZER, tmp_path / "model")
+    for tokenizer in (TOKENIZER, serve.open_model(str(tmp_path / "model"))[1]):
+        ids = tokenizer.encode(text)
+        assert b"".join(serve.token_bytes(tokenizer, i) for i in ids) == text.encode()
+        assert serve.token_bytes(tokenizer, EOS) == b"<|endoftext|>"
+
+
 # the command -------------------------------------------------------------------------------------------------------------------------------
 
 COMMAND = ("import argparse, sys; from qwen_analog import serve; parser = argparse.ArgumentParser(); serve.add_arguments(parser); "
@@ -894,3 +1480,48 @@ def test_other_hosts_are_warned_of_and_taken_ports_refused(checkpoint, monkeypat
                 serve.run(parser.parse_args([*options, *wrong]))
             assert "\n" not in str(error.value)
     assert parser.parse_args([]).host == "127.0.0.1"
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (["--port", "70000"], "--port must be from 0 to 65535, not 70000"), (["--port", "-1"], "--port"), (["--max-batch", "0"], "--max-batch"),
+    (["--max-context", "-5"], "--max-context"), (["--max-queue", "0"], "--max-queue"), (["--max-connections", "0"], "--max-connections"),
+    (["--max-body-bytes", "0"], "--max-body-bytes"), (["--request-seconds", "nan"], "--request-seconds must be .* not nan"),
+    (["--grace-seconds", "inf"], "--grace-seconds"), (["--grace-seconds", "-1"], "--grace-seconds"), (["--host", ""], "--host"),
+    (["--host", "no host"], "cannot listen on no host"), (["--host", "a" * 300], "cannot listen"), (["--allowed-host", "a b"], "--allowed-host"),
+    (["--allowed-host", "http://a"], "--allowed-host"), (["--api-key", ""], "--api-key"), (["--api-key", "two words"], "--api-key")])
+def test_wrong_options_are_named(wrong, message):
+    """In one line, and before a model is opened."""
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    with pytest.raises(ValueError, match=message) as error:
+        serve.run(parser.parse_args(["--model", "nowhere", "--port", "0", *wrong]))
+    assert "\n" not in str(error.value)
+
+
+def test_the_key_from_the_environment(monkeypatch, checkpoint, capsys):
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    apps = []
+    monkeypatch.setattr(serve, "build_server", lambda app, engine, **_: apps.append(app) or types.SimpleNamespace(run=lambda sockets: None))
+    options = ["--model", str(checkpoint), "--max-context", "32", "--port", "0"]
+    for value, given, expected in ((None, [], None), ("from-env", [], "from-env"), ("from-env", ["--api-key", "given"], "given")):
+        if value is not None:
+            monkeypatch.setenv(serve.KEY_VARIABLE, value)
+        serve.run(parser.parse_args([*options, *given, "--host", "0.0.0.0", "--allowed-host", "Mine.example"]))
+        gate = apps[-1].user_middleware[0].kwargs
+        assert gate["api_key"] == expected and {"address", "localhost", "mine.example"} <= gate["hosts"]
+        output = capsys.readouterr()
+        assert bool(output.err) == (expected is None) and "from-env" not in output.out + output.err
+    monkeypatch.setenv(serve.KEY_VARIABLE, "")
+    with pytest.raises(ValueError, match=serve.KEY_VARIABLE):
+        serve.run(parser.parse_args(options))
+
+
+def test_a_cache_that_does_not_fit(checkpoint, monkeypatch):
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    monkeypatch.setattr(memory, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(serve, "open_model", lambda source, check_memory: (MODEL, TOKENIZER))
+    with pytest.raises(ValueError, match="--max-batch or --max-context, or pass --ignore-memory") as error:
+        serve.run(parser.parse_args(["--model", str(checkpoint), "--port", "0"]))
+    assert "\n" not in str(error.value)

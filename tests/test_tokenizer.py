@@ -504,6 +504,21 @@ def test_the_hub_cache_comes_first(kinds, monkeypatch, capsys):
     assert load_tokenizer("hf:Qwen/Qwen2.5-0.5B") is kinds["hf"] and not capsys.readouterr().err
 
 
+def test_a_damaged_hub_cache_is_named_or_replaced(tmp_path, monkeypatch, qwen):
+    import huggingface_hub
+    (tmp_path / "tokenizer.json").write_text('{"cut')
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: str(tmp_path / file))
+    assert f"{tmp_path}/tokenizer.json, line 1: not JSON" in refusal("hf:somebody/something")
+    assert load_tokenizer("hf:Qwen/Qwen2.5-0.5B").fingerprint == qwen.fingerprint
+
+
+def test_a_file_is_no_directory(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "tokenizer.json").touch()
+    for name in ("pipe", "tokenizer.json"):
+        assert f"{tmp_path}/{name} is no directory" in refusal(f"hf:{name}", tmp_path)
+
+
 def test_a_silent_network_is_not_waited_for(monkeypatch):
     import huggingface_hub
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
