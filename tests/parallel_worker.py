@@ -133,6 +133,24 @@ def check_messages(strategy, mesh, processes, kept=False, precision="fp32"):
     assert record.sent == expected[strategy], f"{strategy} sends {record.sent}, not {expected[strategy]}"
 
 
+def check_sharded_after_forward(strategy, mesh, processes):
+    """A pass without gradients, an evaluation's or a sample's, leaves every parameter sharded, and the next step as it would have been."""
+    ends = []
+    for looks in (False, True):
+        model, call = build_model(small(True), 0, processes.device, strategy=strategy, mesh=mesh, precision="fp32", reshard_after_forward=False)
+        call(**batch(0), reduction="sum").backward()
+        model.zero_grad()
+        if looks:
+            with torch.no_grad():
+                call(**batch(1), reduction="sum")
+            assert all(isinstance(p, DTensor) for p in model.parameters()), f"{strategy}: an evaluation leaves gathered weights"
+            model.generate(batch(1)["input_ids"][:1, :4], max_new_tokens=3, temperature=0.0)
+            assert all(isinstance(p, DTensor) for p in model.parameters()), f"{strategy}: a sample leaves gathered weights"
+        call(**batch(0), reduction="sum").backward()
+        ends.append([whole(p.grad) for p in model.parameters()])
+    assert all(map(torch.equal, *ends))
+
+
 def main(out: str) -> None:
     found = {}
     with Processes() as processes:
@@ -165,6 +183,8 @@ def main(out: str) -> None:
             check_memory_of_initialisation(meshes["fsdp"], processes)
         else:
             check_messages("fsdp", meshes["fsdp"], processes, kept=True, precision="bf16")
+            check_sharded_after_forward("fsdp", meshes["fsdp"], processes)
+            check_sharded_after_forward("hsdp", make_mesh("hsdp", n, "cpu", 2), processes)
             found["fsdp", "kept after forward"] = run("fsdp", reshard_after_forward=False, prefetch=0)
             found["fsdp", "two ahead"] = run("fsdp", prefetch=2, accumulation=2)
             found["fsdp", "muon"] = run("fsdp", kind="muon")

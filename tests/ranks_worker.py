@@ -99,6 +99,9 @@ def in_child(scenario, rank, world_size, port):
     os.dup2(os.open(FOLDER / f"{scenario.__name__ if callable(scenario) else scenario}.{rank}", os.O_CREAT | os.O_WRONLY), 2)
     code = 1
     try:
+        if scenario is patient:              # a process may form one group after the other
+            with Processes(QUICK) as processes:
+                processes.sum(1)
         with Processes(QUICK) as processes:
             scenario(processes)
         code = 0
