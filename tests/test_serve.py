@@ -955,6 +955,12 @@ BAD = [
     ("completions", {"model": NAME, "prompt": "x", "frequency_penalty": 0.5}, 400, "frequency_penalty", "not supported"),
     ("completions", {"model": NAME, "prompt": "x" * 500}, 400, "prompt", "context has 400 tokens"),
     ("completions", {"model": NAME, "prompt": "x", "max_tokens": 399}, 400, "prompt", "2 of the prompt and 399 of the answer"),
+    ("completions", {"model": NAME, "prompt": "x" * 900_000}, 400, "prompt", "context has 400 tokens: 900,000 characters"),
+    ("completions", {"model": NAME, "prompt": "x", "stop": ["a" * 900_000]}, 400, "stop", "at most 16"),
+    ("completions", {"model": NAME, "prompt": "x", "stop": ["a"] * 17}, 400, "stop", "at most 16"),
+    ("completions", {"model": NAME, "prompt": ["x"] * 100_000}, 400, "n", "at most 8"),
+    ("chat/completions", {"model": NAME, "messages": [{"role": "user", "content": "x" * 900_000}]}, 400, "messages", "900,000 characters"),
+    ("chat/completions", {"model": NAME, "messages": [{"role": "user", "content": ""}] * 1000}, 400, "messages", "1000 messages"),
     ("chat/completions", {"model": NAME, "messages": []}, 400, "messages", "messages must be"),
     ("chat/completions", {"model": NAME, "messages": "x"}, 400, "messages", "messages must be"),
     ("chat/completions", {"model": NAME, "messages": [3]}, 400, "messages[0]", "messages must be"),
@@ -1229,14 +1235,18 @@ def test_late_and_idle_connections(tiny):
         assert response.startswith(b"HTTP/1.1 200") and response.count(b"HTTP/1.1 408") == 1
 
 
-def test_idle_connections_make_room():
+def test_idle_connections_make_room(monkeypatch):
+    monkeypatch.setattr(serve.Patience, "patience", 0)
     with serving_once(max_connections=8) as port:
         idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(20)]
         for connection in idle[::2]:
             with contextlib.suppress(OSError):
                 connection.sendall(b"POST /v1/completions HTTP/1.1\r\n")
         assert post(port, json.loads(SMALL))[0] == 200
-        for connection in idle:
+        monkeypatch.setattr(serve.Patience, "patience", 60)                    # who has just come may be about to speak
+        late = [socket.create_connection(("127.0.0.1", port)) for _ in range(8)]
+        assert status_of(send(port, b"")) == 503
+        for connection in (*idle, *late):
             connection.close()
 
 
@@ -1287,10 +1297,7 @@ def test_prompts_that_take_for_ever(monkeypatch, log):
     hang = threading.Event()
     monkeypatch.setattr(serve, "chat_ids", lambda *_: hang.wait())
     engine = Engine(MODEL, TOKENIZER, max_batch=2, max_context=64)
-    app = build_app(engine, NAME)
-    (cell,) = [cell for cell in app.routes[0].endpoint.func.__closure__ if isinstance(cell.cell_contents, serve.Reader)]
-    cell.cell_contents._seconds = 0.2
-    monkeypatch.setattr(serve, "build_app", None)
+    app = build_app(engine, NAME, prompt_seconds=0.2)
     server = build_server(app, engine, grace_seconds=0)
     thread = threading.Thread(target=server.run)
     thread.start()
