@@ -108,7 +108,7 @@ class TrainConfig(BaseModel):
     parallel: Literal[STRATEGIES] = Field("ddp", description="ddp copies the model to each process; fsdp splits it over all; hsdp over groups of shard_size")
     shard_size: int = Field(0, ge=0, description="hsdp: processes that share one copy of the model; 0: those of one machine")
     reshard_after_forward: bool = Field(True, description="fsdp, hsdp: give a block's weights back after its forward pass, fetch them again for the backward")
-    collective_timeout_minutes: float = Field(10.0, gt=0, description="a process for which the others wait longer ends the run, with one line")
+    collective_timeout_minutes: float = Field(10.0, gt=0, le=100_000, description="a process for which the others wait longer ends the run, with one line")
     compile: bool = Field(False, description="compile each block with torch.compile: minutes at the start, faster steps on a GPU")
     seed: int = Field(0, ge=0, description="of the weights and of the order of the data")
     output_dir: str = Field("checkpoints", min_length=1, description="where checkpoints, metrics.jsonl and loss.png go")
@@ -377,7 +377,7 @@ def check_resumable(path: str | Path, config: TrainConfig, tokenizer: Tokenizer)
         raise ValueError(f"skip_steps: step {behind[0]:,} was done before {path} was written: resume from an earlier checkpoint")
     return state
 
-
+# %% ../chapters/19_pretraining.ipynb #8fb54334
 def restore(path: str | Path, config: TrainConfig, model: QwenForCausalLM, optimizers: Sequence[torch.optim.Optimizer],
             blocks: PackedBlocks | StreamedBlocks, tokenizer: Tokenizer, watch: SpikeWatch, processes: Processes, new_data: bool = False) -> int:
     """Load a checkpoint into all that carries state; return the step it was written after. CheckpointError if it belongs to another run.
@@ -457,12 +457,14 @@ def train(config: TrainConfig, resume_from: str | None = None, *, from_checkpoin
         _write_samples(config)
     return summary
 
-
+# %% ../chapters/19_pretraining.ipynb #9250331d
 def _decide(config: TrainConfig, resume_from: str | None, from_checkpoint: bool, init_from: str | None, processes: Processes,
             held: ExitStack) -> tuple[TrainConfig, str | None]:
     """The first process's settings and checkpoint, for all; `held` keeps the output directory for this run."""
     decision = None
     with processes.together():
+        if "" in (resume_from, init_from):
+            raise ValueError("--resume and --init-from name a checkpoint, and must not be empty")
         if resume_from and init_from:
             raise ValueError("--init-from starts a new run and --resume goes on with an old one: leave one of them out")
         if processes.rank == 0:
@@ -606,7 +608,7 @@ def _set_up(config: TrainConfig, path: str | None, init_from: str | None, new_da
         setup.tokens = _tokens_before(config, state)
     return setup
 
-
+# %% ../chapters/19_pretraining.ipynb #0b6acc96
 def _make_model(setup: _Setup, mesh: DeviceMesh | None, source: QwenForCausalLM | None, processes: Processes) -> None:
     """Model and optimizers, with the weights of `source` where there is one."""
     config = setup.config
@@ -654,7 +656,7 @@ def _newest_for_good(output: Path) -> Path | None:
         newest.rename(aside)
     return path
 
-
+# %% ../chapters/19_pretraining.ipynb #077c5a79
 def _check_place(config: TrainConfig, path: str | Path | None) -> None:
     """Refuse to write where checkpoints lie that the run would come to again (CheckpointError)."""
     output, newest = Path(config.output_dir), latest_checkpoint(config.output_dir)
@@ -708,7 +710,7 @@ def _with_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
         return config.model_copy(update={"model": {**config.model, "vocab_size": tokenizer.vocab_size}})
     return config
 
-
+# %% ../chapters/19_pretraining.ipynb #4ab7b997
 def _of_source(config: TrainConfig, source: str, model: QwenForCausalLM, tokenizer: Tokenizer) -> TrainConfig:
     """The settings of a run that begins with the weights of `source`; ValueError where they name another model or tokenizer."""
     theirs, named = model.config.to_dict(), {}
@@ -773,7 +775,7 @@ def check_room(config: TrainConfig, processes: Processes, mesh: DeviceMesh | Non
     if processes.rank == 0:
         _check_disk(config, count)
 
-
+# %% ../chapters/19_pretraining.ipynb #de28ed86
 def _check_disk(config: TrainConfig, count: int) -> None:
     """ValueError where the checkpoints that will lie side by side have no room; `count`: the model's parameters."""
     output = Path(config.output_dir).absolute()
@@ -822,10 +824,10 @@ def _places(names: object) -> list[str]:
     """Paths of data without their spelling."""
     return [os.path.realpath(name) for name in names] if isinstance(names, list) else []
 
-
+# %% ../chapters/19_pretraining.ipynb #964f9a59
 def _tokens_before(config: TrainConfig, state: dict) -> int:
     """How many tokens were read until a checkpoint was written; for those of version 0.1.0, which do not say, from what they hold."""
-    if "tokens" in state:
+    if isinstance(state.get("tokens"), int):
         return state["tokens"]
     if "position" in state["data"]:
         return state["data"]["position"] * config.block_size
@@ -942,6 +944,14 @@ def _say_error(prog: str, text: str) -> int:
     return 2
 
 
+def _heed_ctrl_c() -> None:
+    """Ctrl-C, which ended the program at once while the libraries were loaded, is an exception again."""
+    handler = signal.getsignal(signal.SIGINT)
+    quiet = handler is signal.SIG_DFL or getattr(handler, "quiet", False)
+    if quiet and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# %% ../chapters/19_pretraining.ipynb #122f324b
 def report_errors(prog: str, action: Callable[[], None]) -> int:
     """Call `action`; return the exit code of the command `prog`, 0 if it went well.
 
@@ -949,6 +959,7 @@ def report_errors(prog: str, action: Callable[[], None]) -> int:
     becomes one line on stderr and 2, Ctrl-C 130, an output that nobody reads any more 141.
     """
     try:
+        _heed_ctrl_c()
         action()
         sys.stdout.flush()
     except KeyboardInterrupt:

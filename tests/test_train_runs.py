@@ -166,6 +166,11 @@ def test_how_a_command_ends(capsys):
         assert report("p", raises(error)) == code
         assert capsys.readouterr().err == line
     assert report("p", lambda: None) == 0
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)          # as while the libraries load
+    try:
+        assert report("p", lambda: None) == 0 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     for mistake in (TypeError("a mistake in the program"), RuntimeError("another")):       # is shown whole
         with pytest.raises(type(mistake)):
             report("p", raises(mistake))

@@ -226,6 +226,7 @@ def test_what_the_settings_name_must_be_the_sources(capsys):
         train(begin(tokenizer="tiktoken:tokenizer.tiktoken", output_dir="b"), init_from="checkpoint")
     assert module.main(["--init-from", "checkpoint", "--resume", "auto"]) == 2
     assert "--init-from starts a new run and --resume" in capsys.readouterr().err
+    assert module.main(["--resume", "", "--data", "corpus.jsonl"]) == 2 and "must not be empty" in capsys.readouterr().err
     assert module.main(["--init-from", "nowhere/at/all", "--data", "corpus.jsonl", "--output-dir", "c"]) == 2
     assert capsys.readouterr().err.count("\n") == 1 and not Path("b").exists() and not Path("c").exists()
 
