@@ -302,6 +302,8 @@ def _terminal(quiet) -> Iterator[None]:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:           # closed by the shell
             setattr(sys, name, open(os.devnull, "w"))
+        if hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")      # what a terminal cannot show is no error
     hook, sys.unraisablehook = sys.unraisablehook, _again_if_interrupted
     try:
         if quiet:
