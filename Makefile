@@ -33,9 +33,9 @@ lint: .venv/installed
 export: .venv/installed
 	$(BIN)/nbdev-export
 
-# run every chapter and keep its outputs
+# run every chapter and keep its outputs, without times, which would change at each run
 execute: .venv/installed
-	cd chapters && for nb in [0-9]*.ipynb; do ../$(BIN)/jupyter execute --inplace --NotebookClient.record_timing=False $$nb || exit 1; done
+	cd chapters && for nb in [0-9]*.ipynb; do ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.coalesce_streams=True $$nb || exit 1; done
 
 figures: .venv/installed
 	for f in figures/*.py; do $(BIN)/python $$f || exit 1; done

@@ -21,6 +21,7 @@ def test_committed_executed_in_order(path):
     assert [c.execution_count for c in code] == list(range(1, len(code) + 1))
     assert any(c.outputs for c in code)
     assert not [o for c in code for o in c.outputs if o.output_type == "error"]
+    assert not any("execution" in c.metadata for c in code)      # times: `make execute` leaves them out
     assert not any(str(o).count(word) for c in code for o in c.outputs for word in ("/home/", "/root/", "/tmp/", "site-packages"))
 
 
