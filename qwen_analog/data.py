@@ -267,10 +267,10 @@ class Document:
     error: str = ""
 
 
-def _document(line: bytes | None, limit: int, source: str) -> Document:
+def _document(line: bytes | None, source: str) -> Document:
     try:
         if line is None:
-            raise ValueError(f"longer than {limit:,} bytes")
+            raise ValueError(f"longer than {LINE_LIMIT:,} bytes")
         return Document(*_text_and_key(_parse_long(line) if isinstance(line, bytearray) else _parse(line)), source)
     except ValueError as error:
         return Document("", "", source, str(error))
@@ -289,7 +289,7 @@ def read_jsonl(files: Iterable[str], skip_bad_lines: bool = False) -> Iterator[D
             _regular(path)
             with io.BufferedReader(pyarrow.input_stream(path, compression=_compression(path)), 1 << 20) as file:
                 for number, line in enumerate(_lines(file, LINE_LIMIT), 1):
-                    document = _document(line, LINE_LIMIT, f"{name}:{number}")
+                    document = _document(line, f"{name}:{number}")
                     if document.error and not skip_bad_lines:
                         raise DataError(f"{name}, line {number}: {document.error}. Mend the line, or pass --skip-bad-lines")
                     yield document
@@ -419,7 +419,7 @@ def _write_tokens(documents: Iterable[Document], tokenizer: Tokenizer, file: io.
         while batch := list(islice(rows, 10_000)):        # without ids and texts, a row is small
             writer.write_batch(pyarrow.record_batch(list(zip(*batch)), schema=SCHEMA))
 
-
+# %% ../chapters/02_data.ipynb #848a0dbb
 def _read_tokens(path: Path, heldout_fraction: float) -> pyarrow.Table:
     """The rows of a file of the cache, whose ids stay on the disk, with `input_ids` and `held_out`."""
     with pyarrow.memory_map(str(path)) as file:
@@ -451,7 +451,7 @@ def _times(files: Sequence[str]) -> list[tuple[int, int]]:
             found.append((status.st_mtime_ns, status.st_size))
     return found
 
-
+# %% ../chapters/02_data.ipynb #17e89ff0
 def _cached(directory: Path, key: str) -> Path | None:
     """The whole file of the cache with this key. One that is damaged is deleted."""
     for path in directory.glob(f"{key}-*.tokens"):

@@ -417,8 +417,8 @@ def _auto_tokenizer(name: str, local_files_only: bool):
         raise
     except BaseException as error:                   # what goes wrong inside has many types, and messages of several lines
         reason = (str(error).splitlines() or [""])[0][:200]
-        raise ValueError(f"no Hugging Face tokenizer {name}, neither as a directory nor, from here, on the hub "
-                         f"({type(error).__name__}: {reason})") from error
+        found = "the directory's files cannot be loaded" if os.path.isdir(name) else "neither a directory nor, from here, on the hub"
+        raise ValueError(f"no Hugging Face tokenizer {name}: {found} ({type(error).__name__}: {reason})") from error
     if not fast:
         raise ValueError(f"the tokenizer {name} has no fast version (a tokenizer.json)")
     return tokenizer

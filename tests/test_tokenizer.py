@@ -455,6 +455,16 @@ def test_damaged_tokenizer_files_are_named(hf_folder, name, content, message):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("values", [{"eos_token": 5}, {"tokenizer_class": 3}, {"added_tokens_decoder": {"x": 3}}])
+def test_a_directory_that_cannot_be_loaded_is_not_looked_for_on_the_hub(hf_folder, values):
+    folder = hf_folder(lambda values: None)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    with pytest.raises(ValueError, match="the directory's files cannot be loaded") as error:
+        HFTokenizer(folder)
+    assert str(folder) in str(error.value) and "hub" not in str(error.value) and "\n" not in str(error.value)
+
+
 def test_a_vocabulary_without_a_token_for_the_unknown(hf_folder):
     folder = hf_folder(lambda values: values.update(model={"type": "WordLevel", "vocab": {"text": 0}, "unk_token": "[UNK]"}, added_tokens=[], pre_tokenizer=None))
     with pytest.raises(ValueError, match="cannot encode 'other'"):
