@@ -13,9 +13,6 @@ import os
 import re
 import stat
 import sys
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
@@ -30,7 +27,7 @@ from .hf import chat_ids, config_of, has_chat_format, load_gguf, load_pretrained
 from .kv_cache import KVCache
 from .memory import add_ignore_memory, number, require_memory, whole
 from .model import QwenForCausalLM
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, hub_answers
 
 # %% ../chapters/16b_chat.ipynb #455de9e2
 def open_model(source: str | Path, dtype: torch.dtype = torch.float32, *, check_memory: bool = True) -> tuple[QwenForCausalLM, Tokenizer]:
@@ -84,7 +81,7 @@ def _find(source: str | Path) -> tuple[str, str | Path]:
         raise ValueError(f"there is no checkpoint at {source}: train one first, or name another model")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII):
         raise ValueError(f"there is no directory {source} and no file of this name: {_SOURCES}")
-    return "directory", name if _hub_answers() else _fetched_earlier(name)
+    return "directory", name if hub_answers() else _fetched_earlier(name)
 
 
 def _find_file(path: Path) -> tuple[str, Path]:
@@ -114,28 +111,6 @@ def _find_directory(path: Path) -> tuple[str, Path]:
     if files:
         raise ValueError(f"{path} holds GGUF files: name one of them, {path / files[0]}, say")
     raise ValueError(f"{path} holds no model (no checkpoint.pt, no config.json): {_SOURCES}")
-
-
-def _hub_answers(seconds: float = 8.0) -> bool:
-    """Whether the hub can be reached from here, found out in at most `seconds`."""
-    answered = threading.Event()
-
-    def ask() -> None:
-        try:
-            request = urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD")
-            urllib.request.urlopen(request, timeout=seconds).close()
-        except urllib.error.HTTPError:                 # an answer, too
-            pass
-        except (OSError, ValueError):
-            return
-        answered.set()
-
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return False
-    asking = threading.Thread(target=ask, daemon=True)           # a look-up of a name cannot be broken off
-    asking.start()
-    asking.join(seconds)
-    return answered.is_set()
 
 
 def _fetched_earlier(name: str) -> str:

@@ -40,7 +40,7 @@ import pyarrow.compute
 import torch
 
 from .loss import IGNORE_INDEX
-from .tokenizer import Tokenizer, text_pieces
+from .tokenizer import Tokenizer, hub_answers, text_pieces
 
 # %% ../chapters/02_data.ipynb #7be1dc75
 WIKI_SHA256 = "05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052"
@@ -100,14 +100,14 @@ def _make_directory(path: Path) -> None:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """What the operating system refuses, as one line that names `path`."""
+def _naming(path: str | Path, done: str) -> Iterator[None]:
+    """What the operating system refuses, as one line that names `path` and what could not be done."""
     try:
         yield
     except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror or error}") from None
+        raise DataError(f"{path} cannot be {done}: {error.strerror or error}") from None
 
-
+# %% ../chapters/02_data.ipynb #91c69dd9
 def write_jsonl(documents: Iterable[dict], path: str | Path) -> int:
     """Write one JSON object a line, whole or not at all; return how many. Compressed where `path` ends in .gz or .zst.
 
@@ -115,16 +115,16 @@ def write_jsonl(documents: Iterable[dict], path: str | Path) -> int:
     """
     path, count = Path(path), 0
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
-    with _writing(path):
+    with _naming(path, "written"):
         _make_directory(path.parent)
         file = pyarrow.output_stream(str(partial), compression=_compression(path))
     try:
         for document in documents:
             line = json.dumps(document, ensure_ascii=False).encode() + b"\n"
-            with _writing(path):
+            with _naming(path, "written"):
                 file.write(line)
             count += 1
-        with _writing(path):
+        with _naming(path, "written"):
             file.close()
             _flush(partial)
             partial.replace(path)
@@ -224,7 +224,7 @@ def _decoded(line: bytearray, start: int, end: int) -> list[str]:
         raise ValueError(f"a string that takes {size:,} bytes of memory, more than {2 * LINE_LIMIT:,}")
     return parts
 
-
+# %% ../chapters/02_data.ipynb #2544fe81
 def _parse_long(line: bytearray) -> object:
     """As `_parse`, of a line of megabytes, with its long strings decoded one by one: what else JSON builds may be many times its text.
 
@@ -267,10 +267,10 @@ class Document:
     error: str = ""
 
 
-def _document(line: bytes | None, limit: int, source: str) -> Document:
+def _document(line: bytes | None, source: str) -> Document:
     try:
         if line is None:
-            raise ValueError(f"longer than {limit:,} bytes")
+            raise ValueError(f"longer than {LINE_LIMIT:,} bytes")
         return Document(*_text_and_key(_parse_long(line) if isinstance(line, bytearray) else _parse(line)), source)
     except ValueError as error:
         return Document("", "", source, str(error))
@@ -289,7 +289,7 @@ def read_jsonl(files: Iterable[str], skip_bad_lines: bool = False) -> Iterator[D
             _regular(path)
             with io.BufferedReader(pyarrow.input_stream(path, compression=_compression(path)), 1 << 20) as file:
                 for number, line in enumerate(_lines(file, LINE_LIMIT), 1):
-                    document = _document(line, LINE_LIMIT, f"{name}:{number}")
+                    document = _document(line, f"{name}:{number}")
                     if document.error and not skip_bad_lines:
                         raise DataError(f"{name}, line {number}: {document.error}. Mend the line, or pass --skip-bad-lines")
                     yield document
@@ -324,7 +324,7 @@ def _identity(path: str) -> object:
         return os.path.realpath(path)
     return found.st_dev, found.st_ino
 
-
+# %% ../chapters/02_data.ipynb #fd48ac37
 def find_files(paths: Sequence[str | Path]) -> list[str]:
     """Files named by files, directories (searched for .jsonl, .jsonl.gz, .jsonl.zst) and globs, sorted within each. DataError if none.
 
@@ -367,21 +367,14 @@ def is_held_out(key: str, fraction: float) -> bool:
 def _mask(hashes: np.ndarray, fraction: float) -> np.ndarray:
     """`held_out_mask` of the keys with these hashes, [documents] of uint64."""
     threshold = _threshold(fraction)
-    if threshold >= 2**64:                                  # fraction 1: everything
-        return np.ones(len(hashes), bool)
-    mask = hashes < np.uint64(threshold)
-    if threshold == 0 or len(hashes) == 0:
-        return mask
-    if len(hashes) == 1:
-        mask[:] = False
-    elif not mask.any():
-        mask = hashes == hashes.min()
-        if mask.all():                                      # the same key everywhere
-            mask[1:] = False
-    elif mask.all():
-        mask = hashes != hashes.max()
+    mask = hashes <= np.uint64(threshold - 1) if threshold else np.zeros(len(hashes), bool)
+    if 0 < fraction < 1 and len(hashes):
         if not mask.any():
-            mask[:1] = True
+            mask = hashes == hashes.min()
+        if mask.all():
+            mask = hashes != hashes.max()
+        if len(hashes) > 1 and not mask.any():              # the same key everywhere
+            mask[0] = True
     return mask
 
 
@@ -406,27 +399,27 @@ def _token_ids(text: str, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
         ids = []
 
 
-def _write_tokens(documents: Iterable[Document], tokenizer: Tokenizer, file: io.BufferedIOBase, table: io.BufferedIOBase) -> int:
-    """The ids of all documents into `file`, int32, and a row for each into `table`; returns how many documents there are."""
-    count, rows = 0, []
+def _write_ids(documents: Iterable[Document], tokenizer: Tokenizer, file: io.BufferedIOBase) -> Iterator[tuple]:
+    """Writes the ids of all documents into `file`, int32, and gives a row of SCHEMA for each."""
+    for document in documents:
+        tokens = 0
+        for ids in () if document.error else _token_ids(document.text, tokenizer):
+            file.write(ids.tobytes())
+            tokens += len(ids)
+        size = sum(len(piece.encode()) for piece in text_pieces(document.text))
+        row = tokens, size, document.source, document.error, _hash(document.key)
+        del document                                      # before the next, which may be as large
+        yield row
+
+
+def _write_tokens(documents: Iterable[Document], tokenizer: Tokenizer, file: io.BufferedIOBase, table: io.BufferedIOBase) -> None:
+    """The ids of all documents into `file`, a row for each into `table`."""
+    rows = _write_ids(documents, tokenizer, file)
     with pyarrow.ipc.new_stream(table, SCHEMA) as writer:
-        for document in documents:
-            tokens = 0
-            for ids in () if document.error else _token_ids(document.text, tokenizer):
-                file.write(ids.tobytes())
-                tokens += len(ids)
-            size = sum(len(piece.encode()) for piece in text_pieces(document.text))
-            rows.append((tokens, size, document.source, document.error, _hash(document.key)))
-            count += not document.error
-            del document                                  # before the next, which may be as large
-            if len(rows) == 10_000:                       # without ids and texts, a row is small
-                writer.write_batch(pyarrow.record_batch(list(zip(*rows)), schema=SCHEMA))
-                rows.clear()
-        if rows:
-            writer.write_batch(pyarrow.record_batch(list(zip(*rows)), schema=SCHEMA))
-    return count
+        while batch := list(islice(rows, 10_000)):        # without ids and texts, a row is small
+            writer.write_batch(pyarrow.record_batch(list(zip(*batch)), schema=SCHEMA))
 
-
+# %% ../chapters/02_data.ipynb #848a0dbb
 def _read_tokens(path: Path, heldout_fraction: float) -> pyarrow.Table:
     """The rows of a file of the cache, whose ids stay on the disk, with `input_ids` and `held_out`."""
     with pyarrow.memory_map(str(path)) as file:
@@ -448,25 +441,17 @@ def _digest(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextmanager
-def _reading(path: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
-
-
 def _times(files: Sequence[str]) -> list[tuple[int, int]]:
     """When each file was changed, and its size. DataError for what is no file."""
     found = []
     for path in files:
-        with _reading(path):
+        with _naming(path, "read"):
             _regular(path)
             status = os.stat(path)
             found.append((status.st_mtime_ns, status.st_size))
     return found
 
-
+# %% ../chapters/02_data.ipynb #17e89ff0
 def _cached(directory: Path, key: str) -> Path | None:
     """The whole file of the cache with this key. One that is damaged is deleted."""
     for path in directory.glob(f"{key}-*.tokens"):
@@ -488,9 +473,10 @@ def _make_cached(directory: Path, key: str, documents: Iterable[Document], token
     partial = directory / f"{key}-{secrets.token_hex(4)}.partial"
     try:
         with open(partial, "xb") as file, tempfile.TemporaryFile(dir=directory) as table:
-            if not _write_tokens(documents, tokenizer, file, table):
-                raise DataError(f"no document in {names}")
+            _write_tokens(documents, tokenizer, file, table)
             tokens = file.tell() // 4
+            if not tokens:
+                raise DataError(f"no document in {names}")
             table.seek(0)
             shutil.copyfileobj(table, file)
             file.write(tokens.to_bytes(8, "little"))
@@ -499,7 +485,7 @@ def _make_cached(directory: Path, key: str, documents: Iterable[Document], token
     finally:
         partial.unlink(missing_ok=True)
 
-
+# %% ../chapters/02_data.ipynb #948c70fb
 def tokenize_files(files: Sequence[str], tokenizer: Tokenizer, heldout_fraction: float = 0.0, skip_bad_lines: bool = False,
                    cache_dir: str | Path | None = None) -> datasets.Dataset:
     """All documents of `files` as a memory-mapped data set, tokenized once and kept in a cache.
@@ -512,7 +498,7 @@ def tokenize_files(files: Sequence[str], tokenizer: Tokenizer, heldout_fraction:
     directory = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "qwen_analog"
     times, content = _times(files), []
     for path in map(os.fspath, files):
-        with _reading(path):
+        with _naming(path, "read"):
             content.append((path, _digest(path)))
     key = hashlib.sha256(repr((1, content, tokenizer.fingerprint, skip_bad_lines)).encode()).hexdigest()[:32]
     try:
@@ -564,11 +550,6 @@ def collate(blocks: Sequence[Block]) -> dict[str, torch.Tensor]:
     return {name: torch.stack([getattr(block, name) for block in blocks]) for name in ("input_ids", "targets", "document_ids")}
 
 # %% ../chapters/02_data.ipynb #2040538c
-def _names(sources: pyarrow.ChunkedArray) -> list[str]:
-    """The file of each source, "directory/file:line", without its directory."""
-    return pyarrow.compute.replace_substring_regex(sources, r"^.*/|:\d+$", "").to_pylist()
-
-
 def fingerprint(documents: datasets.Dataset) -> dict:
     """What identifies tokenized documents: each file's name, its documents, their bytes and the SHA-256 of their tokens, in order.
 
@@ -578,7 +559,7 @@ def fingerprint(documents: datasets.Dataset) -> dict:
     for batch in documents.with_format("arrow").iter(1_000):
         tokens, sizes = batch["num_tokens"].to_numpy(), batch["num_bytes"].to_numpy()
         held_out.update(batch["held_out"].to_numpy().tobytes())
-        names = _names(batch["source"])
+        names = pyarrow.compute.replace_substring_regex(batch["source"], r"^.*/|:\d+$", "").to_pylist()     # of "directory/name:line"
         changes = [i for i in range(len(names)) if i == 0 or names[i] != names[i - 1]]
         for start, end in zip(changes, [*changes[1:], len(names)]):
             if not files or files[-1]["name"] != names[start]:
@@ -593,7 +574,7 @@ def fingerprint(documents: datasets.Dataset) -> dict:
         file["sha256"] = file["sha256"].hexdigest()
     return {"files": files, "held_out": held_out.hexdigest()}
 
-
+# %% ../chapters/02_data.ipynb #a412111f
 def data_difference(before: dict, now: dict) -> str | None:
     """What differs between the data of two runs, by their blocks' `fingerprint`, as a phrase for an error line; None if nothing does."""
     if before == now:
@@ -618,22 +599,21 @@ def data_difference(before: dict, now: dict) -> str | None:
 # %% ../chapters/02_data.ipynb #6a799690
 def _whole(name: str, value: int, least: int) -> int:
     """`value` as an int; ValueError for what is none, or is too small."""
-    try:
-        if value is True or value is False or operator.index(value) < least:
-            raise TypeError
-    except TypeError:
-        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}") from None
-    return operator.index(value)
+    with suppress(TypeError):
+        if not isinstance(value, bool) and operator.index(value) >= least:
+            return operator.index(value)
+    raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
 
 
 def _state(state: dict, *names: str) -> dict:
     """The position of a run, checked."""
-    try:
-        return {name: _whole(name, state[name], 0) for name in names}
-    except (TypeError, KeyError, ValueError):
-        raise DataError(f"no position in this data: {state!r:.80} (was the data streamed then and is not now, or the other way round?)") from None
+    with suppress(TypeError, KeyError, ValueError):
+        found = {name: _whole(name, state[name], 0) for name in names}
+        if max(found.values()) <= sys.maxsize:
+            return found
+    raise DataError(f"no position in this data: {state!r:.80} (was the data streamed then and is not now, or the other way round?)")
 
-
+# %% ../chapters/02_data.ipynb #7b0296c0
 class PackedBlocks:
     """Documents in a new random order each epoch, one after the other, cut into blocks of `block_size` tokens.
 
@@ -716,7 +696,7 @@ def _stream_rows(files: Sequence[str], skip_bad_lines: bool) -> Iterator[dict]:
 
 def _sample(path: str, size: int = 1 << 20) -> dict:
     """What identifies a file that is too large to be read twice: its name, its size, its first and last megabyte."""
-    with _reading(path):
+    with _naming(path, "read"):
         _regular(path)
         with open(path, "rb") as file:
             first, length = file.read(size), file.seek(0, os.SEEK_END)
@@ -747,6 +727,8 @@ def open_stream(paths: Sequence[str | Path], skip_bad_lines: bool = False) -> da
 def _hub_stream(name: str, skip_bad_lines: bool) -> datasets.IterableDataset:
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
+    if not os.path.isdir(name) and not hub_answers():
+        raise DataError(f"the data set {name} cannot be opened: it is no directory, and the hub does not answer")
     try:
         stream = datasets.load_dataset(name, split="train", streaming=True)
     except Exception as error:
@@ -792,7 +774,7 @@ def _mixed(documents: Iterable[dict], rng: np.random.Generator, size: int) -> It
             characters = sum(len(document["text"]) for document in held)
     yield from (held[i] for i in rng.permutation(len(held)))
 
-
+# %% ../chapters/02_data.ipynb #9416c023
 def _in_order(stream: datasets.IterableDataset, seed: int, epoch: int, buffer_size: int) -> Iterator[dict]:
     """The documents of an epoch, as they come or mixed."""
     if not buffer_size:
@@ -831,7 +813,7 @@ class _Side:
         number = _hash(key)
         return (number < self.threshold) != (number == self.exception)
 
-
+# %% ../chapters/02_data.ipynb #8194aacc
 def _find_held_out(documents: Iterable[dict], tokenizer: Tokenizer, side: _Side, fraction: float, enough: int) -> list[tuple]:
     """(ids, text's bytes, source) of the first held-out documents, with `enough` tokens or more in all where the stream has them.
 
@@ -864,7 +846,7 @@ def _find_held_out(documents: Iterable[dict], tokenizer: Tokenizer, side: _Side,
             found = [entry for entry in found if entry[0] != largest]
     return [entry[1:] for entry in found]
 
-# %% ../chapters/02_data.ipynb #8194aacc
+# %% ../chapters/02_data.ipynb #60167934
 class StreamedBlocks:
     """The same kind of blocks from a stream that is never held whole.
 
@@ -940,11 +922,12 @@ class StreamedBlocks:
         self._runs = deque()
         self._reader = _kept_documents(self.stream, self.tokenizer, self.seed, self._side, self.held_out,
                                        self.buffer_size, epoch, document)
-        run = next(self._reader) if offset else None
-        while run and run[:2] == [epoch, document] and offset >= run[2] + len(run[3]):
+        if not document and not offset:             # the start of an epoch
+            return
+        run = next(self._reader)
+        while run[:2] == [epoch, document] and offset >= run[2] + len(run[3]):
             run = next(self._reader)
-        if run:
-            if run[:2] != [epoch, document]:
-                raise DataError("the stream has changed: the place to resume from is not in it")
-            self._runs.append(run)
-            self._advance(offset - run[2])
+        if run[:2] != [epoch, document]:
+            raise DataError("the stream has changed: the place to resume from is not in it")
+        self._runs.append(run)
+        self._advance(offset - run[2])

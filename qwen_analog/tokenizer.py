@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QWEN_PATTERN', 'QWEN_SPECIAL_TOKENS', 'BYTE_ORDER', 'PIECE_CHARACTERS', 'DEFAULT_SYSTEM', 'MOST_IDS', 'QWEN_SHA256',
            'QWEN_INSTALL', 'text_pieces', 'train_bpe', 'Tokenizer', 'TiktokenTokenizer', 'chat_text', 'encode_chat',
-           'HFTokenizer', 'SentencePieceTokenizer', 'load_tokenizer', 'check_vocab_size']
+           'HFTokenizer', 'SentencePieceTokenizer', 'hub_answers', 'load_tokenizer', 'check_vocab_size']
 
 # %% ../chapters/01_tokenizer.ipynb #60011251
 import base64
@@ -21,7 +21,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -52,12 +52,13 @@ def _clean(text: str) -> str:
 def text_pieces(text: str, limit: int = 1 << 18) -> Iterator[str]:
     """`text` in pieces of at most `limit` characters, so that what is made of each stays small.
 
-    It is cut between a letter and a blank or sign, where the patterns of the common tokenizers cut too: the ids are those of the
-    whole text. Where there is no such place, it is cut at `limit`.
+    It is cut between a letter and a blank, or else a sign, where the patterns of the common tokenizers cut too: the ids are those
+    of the whole text. (Before a sign, SentencePiece may add a blank.) Where there is no such place, it is cut at `limit`.
     """
     start = 0
     while len(text) - start > limit:
-        cut = regex.search(r"(?r)\p{L}(?=[\s\p{P}])", text, pos=start, endpos=start + limit)
+        cuts = (regex.search(rf"(?r)\p{{L}}(?={follows})", text, pos=start, endpos=start + limit) for follows in (r"\s", r"\p{P}"))
+        cut = next(filter(None, cuts), None)
         end = cut.end() if cut else start + limit
         yield text[start:end]
         start = end
@@ -253,9 +254,10 @@ class TiktokenTokenizer(Tokenizer):
         parts = _split_at(QWEN_SPECIAL_TOKENS, text) if special and self.normalize else [text]
         if self.normalize:
             parts = [unicodedata.normalize("NFC", part) for part in parts]
+        parts = [cut for part in parts for cut in _cut_blanks(part)]
         if special:
             return [i for part in parts for i in self.encoding.encode(part, allowed_special="all")]
-        return [i for part in _cut_blanks(parts[0]) for i in self.encoding.encode_ordinary(part)]
+        return [i for part in parts for i in self.encoding.encode_ordinary(part)]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.encoding.decode(self._checked(ids))
@@ -321,8 +323,9 @@ def _json_object(path: Path) -> dict:
             raise ValueError(f"{next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)!r:.80} stands twice in it")
         return found
 
+    content = _content(path)
     try:
-        values = json.loads(_content(path).decode("utf-8"), object_pairs_hook=unique)
+        values = json.loads(content.decode("utf-8"), object_pairs_hook=unique)
         json.dumps(values, ensure_ascii=False).encode()                          # half a surrogate pair could not be saved
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
@@ -331,12 +334,12 @@ def _json_object(path: Path) -> dict:
     except UnicodeEncodeError:
         raise ValueError(f"{path}: it holds half a surrogate pair") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+        raise ValueError(f"{path}: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(values).__name__}")
     return values
 
-
+# %% ../chapters/01_tokenizer.ipynb #d2561cb2
 MOST_IDS = 10_000_000            # the library walks through all numbers up to the highest id
 
 
@@ -377,7 +380,7 @@ def _check_directory(directory: Path) -> dict[str, int]:
         raise ValueError(f"{path}: a token stands twice in \"added_tokens\"")
     return {token["content"]: token["id"] for token in added}
 
-# %% ../chapters/01_tokenizer.ipynb #d2561cb2
+# %% ../chapters/01_tokenizer.ipynb #c538fdd0
 def _cached_folder(name: str) -> Path | None:
     """Where Hugging Face's cache keeps the tokenizer of this name on the disk."""
     import huggingface_hub
@@ -403,29 +406,36 @@ def _quietly() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
+def _auto_tokenizer(name: str, local_files_only: bool):
+    """What `transformers.AutoTokenizer` loads; ValueError where it cannot, or finds no fast tokenizer."""
+    from transformers import AutoTokenizer
+    try:
+        with _quietly():
+            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local_files_only, trust_remote_code=False)
+            fast = tokenizer.is_fast
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:                   # what goes wrong inside has many types, and messages of several lines
+        reason = (str(error).splitlines() or [""])[0][:200]
+        found = "the directory's files cannot be loaded" if os.path.isdir(name) else "neither a directory nor, from here, on the hub"
+        raise ValueError(f"no Hugging Face tokenizer {name}: {found} ({type(error).__name__}: {reason})") from error
+    if not fast:
+        raise ValueError(f"the tokenizer {name} has no fast version (a tokenizer.json)")
+    return tokenizer
+
+# %% ../chapters/01_tokenizer.ipynb #aea7225b
 class HFTokenizer(Tokenizer):
     """Any fast tokenizer that `transformers.AutoTokenizer` loads, from a directory or by its name on the hub."""
 
     def __init__(self, name: str | Path, local_files_only: bool = False):
         try:
-            from transformers import AddedToken, AutoTokenizer   # heavy, and needed for this choice only
+            from transformers import AddedToken      # heavy, and needed for this choice only
         except ImportError:
             raise ValueError("hf: tokenizers need transformers: pip install 'qwen-analog[tokenizers]'") from None
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")   # texts come one by one; else the library warns at each fork
-        folder = Path(name) if Path(name).is_dir() else _cached_folder(str(name))
+        folder = Path(name) if os.path.isdir(name) else _cached_folder(str(name))
         added = _check_directory(folder) if folder else {}
-        try:
-            with _quietly():
-                self.tokenizer = AutoTokenizer.from_pretrained(str(name), local_files_only=local_files_only, trust_remote_code=False)
-                fast = self.tokenizer.is_fast
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:               # what goes wrong inside has many types, and messages of several lines
-            reason = (str(error).splitlines() or [""])[0][:200]
-            raise ValueError(f"no Hugging Face tokenizer {name}, neither as a directory nor, from here, on the hub "
-                             f"({type(error).__name__}: {reason})") from error
-        if not fast:
-            raise ValueError(f"the tokenizer {name} has no fast version (a tokenizer.json)")
+        self.tokenizer = _auto_tokenizer(str(name), local_files_only)
         self._backend, self._lock = self.tokenizer.backend_tokenizer, threading.Lock()
         # a file may store how its author used it: merges left out at random, texts cut or filled up to some length
         if getattr(self._backend.model, "dropout", None):
@@ -518,9 +528,9 @@ def _installed_qwen() -> Path | None:
     path = Path(spec.submodule_search_locations[0]) / "resources" / "qwen.tiktoken"
     return path if path.is_file() and hashlib.sha256(_content(path)).hexdigest() == QWEN_SHA256 else None
 
-
-def _hub_answers(seconds: float = 5) -> bool:
-    """Whether the hub can be reached at all; without this, each of many requests waits for its own time-out."""
+# %% ../chapters/01_tokenizer.ipynb #d1271b07
+def hub_answers(seconds: float = 8) -> bool:
+    """Whether the hub can be reached, found out in at most `seconds`; without this, each of many requests waits for its own time-out."""
     import huggingface_hub
 
     if huggingface_hub.constants.HF_HUB_OFFLINE:
@@ -528,17 +538,13 @@ def _hub_answers(seconds: float = 5) -> bool:
     answered = threading.Event()
 
     def ask() -> None:
-        try:
+        with suppress(Exception):                    # no network, no name server, a proxy that refuses
             huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=seconds)
             answered.set()
-        except Exception:                            # no network, no name server, a proxy that refuses
-            pass
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)                             # a name server may take longer than any time-out
-    return answered.is_set()
+    threading.Thread(target=ask, daemon=True).start()
+    return answered.wait(seconds)                    # a name server may take longer than any time-out
 
-
+# %% ../chapters/01_tokenizer.ipynb #77949d46
 def _named_tokenizer(name: str) -> Tokenizer:
     """A tokenizer by its name on the hub: from this disk where it is there, before anything is asked of a network."""
     try:
@@ -551,19 +557,19 @@ def _named_tokenizer(name: str) -> Tokenizer:
         return TiktokenTokenizer.from_file(installed)
     if missing.__cause__ is None:                    # transformers itself is missing
         raise missing
-    if _hub_answers():
+    if hub_answers():
         return HFTokenizer(name)
     cure = f"{QWEN_INSTALL} brings this vocabulary" if name.startswith("Qwen/Qwen2.5-") else "name a directory, or another tokenizer"
     raise ValueError(f"{missing}; the hub does not answer: {cure}") from None
 
-# %% ../chapters/01_tokenizer.ipynb #d1271b07
+# %% ../chapters/01_tokenizer.ipynb #0bbf7602
 def load_tokenizer(spec: str, directory: str | Path = ".") -> Tokenizer:
     """The tokenizer that a `train_config.json` names. Raises ValueError saying what is wrong with the spec.
 
     `tiktoken:FILE.tiktoken` (the book's own, or Qwen's), `tiktoken:cl100k_base` (a named encoding), `hf:NAME_OR_DIRECTORY`,
     `sentencepiece:FILE.model`; relative paths count from `directory`.
     """
-    kind, _, name = spec.partition(":")
+    kind, _, name = spec.partition(":") if isinstance(spec, str) else ("", "", "")
     path = Path(directory) / name
     if kind not in ("tiktoken", "hf", "sentencepiece") or not name:
         raise ValueError(f"tokenizer {spec!r}: write tiktoken:FILE or tiktoken:cl100k_base, hf:NAME or sentencepiece:FILE")
@@ -574,10 +580,10 @@ def load_tokenizer(spec: str, directory: str | Path = ".") -> Tokenizer:
             raise ValueError(f"tokenizer {spec!r}: tiktoken downloads this vocabulary at its first use and could not ({type(error).__name__}); "
                              "without a network, name a file") from error
     if kind == "hf":
-        if path.exists() and not path.is_dir():
+        if os.path.exists(path) and not path.is_dir():
             raise ValueError(f"tokenizer {spec!r}: {path} is no directory; name the one that holds tokenizer.json")
-        return HFTokenizer(path) if path.exists() else _named_tokenizer(name)
-    if not path.is_file():
+        return HFTokenizer(path) if os.path.exists(path) else _named_tokenizer(name)
+    if not os.path.isfile(path):
         raise ValueError(f"tokenizer {spec!r}: there is no file {path}")
     return TiktokenTokenizer.from_file(path) if kind == "tiktoken" else SentencePieceTokenizer(path)
 

@@ -338,8 +338,8 @@ def test_a_hub_that_does_not_answer(monkeypatch, tmp_path):
     silent = socket.create_server(("127.0.0.1", 0))
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    assert not chat_module._hub_answers(seconds=0.2)
-    monkeypatch.setattr(chat_module, "_hub_answers", lambda: False)
+    assert not chat_module.hub_answers(seconds=0.2)
+    monkeypatch.setattr(chat_module, "hub_answers", lambda: False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, local_files_only: str(tmp_path / name))
     monkeypatch.setattr(chat_module, "load_pretrained", lambda source, dtype: source)
     assert open_model("owner/name", check_memory=False) == str(tmp_path / "owner" / "name")
@@ -358,7 +358,7 @@ def test_a_hub_that_answers(monkeypatch, status):
     threading.Thread(target=answer_once, daemon=True).start()
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    assert chat_module._hub_answers()
+    assert chat_module.hub_answers()
     server.close()
 
 

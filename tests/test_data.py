@@ -928,6 +928,25 @@ def test_hub_names_that_lead_nowhere():
         open_stream([])
 
 
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    def fetch(*arguments, **options):
+        raise AssertionError("the hub is asked again and again")
+    monkeypatch.setattr(data, "hub_answers", lambda: False)
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="^the data set owner/name cannot be opened: .*does not answer"):
+        patch.setattr(datasets, "load_dataset", fetch)
+        open_stream(["hf:owner/name"])
+    assert len(list(open_stream([hub("owner/here", [{"text": "a"}])]))) == 1            # a directory needs no network
+
+
+@pytest.mark.parametrize("state", [{"epoch": 0, "document": 6, "offset": 0}, {"epoch": 2, "document": 9, "offset": 3}, {"epoch": 0, "document": 1, "offset": 99},
+                                   {"epoch": 0, "document": 10**30, "offset": 0}, {"epoch": math.inf, "document": 0, "offset": 0}])
+def test_places_that_a_stream_does_not_have(state):
+    write("six.jsonl", *({"text": text} for text in LETTERS.values()))
+    blocks = StreamedBlocks(open_stream(["six.jsonl"]), TOKENIZER, 4, buffer_size=2)
+    with pytest.raises(DataError, match="the place to resume from is not in it|no position in this data"):
+        blocks.load_state_dict(state)
+
+
 def test_a_stream_that_breaks_off():
     def rows():
         yield {"text": "a", "key": "a", "source": "x:1", "error": ""}

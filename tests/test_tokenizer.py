@@ -455,6 +455,16 @@ def test_damaged_tokenizer_files_are_named(hf_folder, name, content, message):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("values", [{"eos_token": 5}, {"tokenizer_class": 3}, {"added_tokens_decoder": {"x": 3}}])
+def test_a_directory_that_cannot_be_loaded_is_not_looked_for_on_the_hub(hf_folder, values):
+    folder = hf_folder(lambda values: None)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    with pytest.raises(ValueError, match="the directory's files cannot be loaded") as error:
+        HFTokenizer(folder)
+    assert str(folder) in str(error.value) and "hub" not in str(error.value) and "\n" not in str(error.value)
+
+
 def test_a_vocabulary_without_a_token_for_the_unknown(hf_folder):
     folder = hf_folder(lambda values: values.update(model={"type": "WordLevel", "vocab": {"text": 0}, "unk_token": "[UNK]"}, added_tokens=[], pre_tokenizer=None))
     with pytest.raises(ValueError, match="cannot encode 'other'"):
@@ -483,7 +493,7 @@ def test_long_texts_are_encoded_without_a_warning(kinds, hf_folder, capfd):
 def test_qwen_by_name_without_a_network(qwen, tmp_path, monkeypatch, capsys):
     def asks(*arguments):
         raise AssertionError("the network is asked")
-    monkeypatch.setattr(module, "_hub_answers", asks)
+    monkeypatch.setattr(module, "hub_answers", asks)
     for name in ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-7B-Instruct"):
         tokenizer = load_tokenizer(f"hf:{name}", tmp_path)
         assert tokenizer.vocab_size == 151665 and tokenizer.eos_token_id == 151643 and tokenizer.fingerprint == qwen.fingerprint
@@ -512,6 +522,12 @@ def test_a_damaged_hub_cache_is_named_or_replaced(tmp_path, monkeypatch, qwen):
     assert load_tokenizer("hf:Qwen/Qwen2.5-0.5B").fingerprint == qwen.fingerprint
 
 
+@pytest.mark.parametrize("spec", [None, 3, ["tiktoken:a"], "", ":", "tiktoken:" + "a" * 5000, "sentencepiece:" + "a" * 5000, "hf:" + "a" * 5000,
+                                  "tiktoken:a\0", "hf:a\0"])
+def test_specs_that_are_none(spec, tmp_path):
+    refusal(spec, tmp_path)
+
+
 def test_a_file_is_no_directory(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "tokenizer.json").touch()
@@ -528,7 +544,7 @@ def test_a_silent_network_is_not_waited_for(monkeypatch):
         def head(self, *arguments, **options):
             ended.wait(30)
     monkeypatch.setattr(huggingface_hub, "get_session", Session)
-    assert not module._hub_answers(0.1)
+    assert not module.hub_answers(0.1)
     ended.set()
 
 
@@ -551,6 +567,20 @@ def test_pieces_have_the_ids_of_the_whole(text, limit):
     assert "".join(pieces) == text and all(0 < len(piece) <= limit for piece in pieces)
     if all(regex.fullmatch(r"(?s).*\p{L}", piece) and regex.match(r"[\s\p{P}]", after) for piece, after in zip(pieces, pieces[1:])):
         assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
+
+
+def test_pieces_begin_with_a_blank_where_there_is_one():
+    """Before a sign, a tokenizer that opens each text with a blank would add one in the middle of a document."""
+    assert all(piece[0] == " " for piece in list(text_pieces("one two, (three) four; five! " * 50, 40))[1:])
+
+
+@pytest.mark.parametrize("blank", [" ", "\u3000", "\n"])
+def test_blanks_without_end_beside_control_tokens(kinds, blank):
+    text = blank * 1_500_000
+    for name in ("ours", "named"):
+        tokenizer = kinds[name]
+        ids = tokenizer.encode(f"<|endoftext|>{text}<|endoftext|>", special=True)
+        assert ids == [tokenizer.eos_token_id, *tokenizer.encode(text), tokenizer.eos_token_id]
 
 
 def test_rare_pieces_make_room(monkeypatch):
