@@ -1161,6 +1161,10 @@ def plain_response(error: ApiError) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
+def _ends() -> ApiError:
+    return ApiError("the server is shutting down", 503)
+
+
 class Patience:
     """Limits of uvicorn's `H11Protocol`, before which it stands: how long one waits for a client, and for how many.
 
@@ -1209,16 +1213,21 @@ class Patience:
         self._set_timer("request", self.request_seconds, self._late)
 
     def _late(self) -> None:
-        begun = self.conn.their_state.__name__ != "IDLE" or self.conn.trailing_data[0]
-        if self.waits and begun and self._silent and not self.transport.is_closing():
-            self._part(ApiError(f"the request was not complete after {self.request_seconds:g} seconds", 408))
-        elif self.waits:
-            self.transport.abort()
+        if self.waits:
+            self.dismiss(ApiError(f"the request was not complete after {self.request_seconds:g} seconds", 408))
 
     @property
     def _silent(self) -> bool:
         """Nothing of a response to the present request was sent."""
         return self.conn.our_state.__name__ in ("IDLE", "SEND_RESPONSE")          # h11's states
+
+    def dismiss(self, error: ApiError) -> None:
+        """End the connection: with the error where a request has begun and nothing was said to it, else without a word."""
+        begun = self.conn.their_state.__name__ != "IDLE" or self.conn.trailing_data[0]
+        if begun and self._silent and not self.transport.is_closing():
+            self._part(error)
+        else:
+            self.transport.abort()
 
     def _part(self, error: ApiError) -> None:
         """Say why, and close the connection, whether or not the client listens."""
@@ -1228,10 +1237,14 @@ class Patience:
 
     def send_400_response(self, message: str) -> None:
         """uvicorn calls it for what is no HTTP."""
-        if self._silent:
-            self._part(ApiError("the request is not valid HTTP", 400))
+        self.dismiss(ApiError("the request is not valid HTTP", 400))
+
+    def shutdown(self) -> None:
+        """uvicorn calls it when the server begins to end; a body on its way may still come."""
+        if self.cycle is None or self.cycle.response_complete:
+            self.dismiss(_ends())
         else:
-            self.transport.abort()
+            super().shutdown()
 
     def _should_upgrade(self) -> bool:
         """No other protocols, and no advice in the log how to have them."""
@@ -1289,7 +1302,7 @@ class Ending:
         self.engine.stop()
         await asyncio.sleep(1)                                # for the last words
         for connection in list(self.server_state.connections):
-            connection.transport.abort()
+            connection.dismiss(_ends())
 
 
 def build_server(app: Callable, engine: Engine, *, host: str = "127.0.0.1", port: int = 0, grace_seconds: float = 5.0,

@@ -1405,6 +1405,12 @@ def test_the_end_of_a_server(grace, log):
     while not server.started:
         time.sleep(0.005)
     port, found = server.servers[0].sockets[0].getsockname()[1], []
+    silent = socket.create_connection(("127.0.0.1", port))
+    # a body on its way may come during the grace
+    halves = [b"POST /v1/completions HTTP/1.1\r\n", *([] if grace else [head("Content-Length: 50") + b"{"])]
+    halves = [(socket.create_connection(("127.0.0.1", port), timeout=30), half) for half in halves]
+    for half, data in halves:
+        half.sendall(data)
     length = 50 if grace else 4000
 
     def ask(stream):
@@ -1413,15 +1419,16 @@ def test_the_end_of_a_server(grace, log):
 
     asking = [threading.Thread(target=ask, args=(i % 2 == 0,)) for i in range(5)]
     [one.start() for one in asking]
-    half = socket.create_connection(("127.0.0.1", port))
-    half.sendall(b"POST /v1/completions HTTP/1.1\r\n")
     while sum(job is not None for job in engine.rows) + len(engine.waiting) + len(found) < 5:
         time.sleep(0.002)
     server.handle_exit(signal.SIGTERM, None)
     for one in [*asking, thread]:
         one.join(30)
         assert not one.is_alive()
-    half.close()
+    silent.close()
+    for half, _ in halves:
+        assert status_of(half.recv(65536)) == 503
+        half.close()
     for answer in found:
         if b"text/event-stream" in answer:
             last = answer.rstrip().removesuffix(b"0").rstrip().splitlines()[-1]
