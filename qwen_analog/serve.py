@@ -6,7 +6,7 @@
 __all__ = ['MAX_STOPS', 'MAX_STOP_LENGTH', 'TURN', 'UNREAD', 'REFUSED', 'IGNORED', 'Item', 'CHARACTERS', 'LEAST', 'KEY_VARIABLE',
            'RowCache', 'Request', 'Piece', 'QueueFull', 'Job', 'Step', 'check_stop', 'share_budget', 'next_for_a_row',
            'next_turn', 'whose_places', 'Answer', 'Engine', 'ApiError', 'parse_body', 'token_bytes', 'LogprobWriter',
-           'in_thread', 'Reader', 'no_model', 'error_response', 'api_error', 'host_name', 'is_address', 'Gate',
+           'Reader', 'no_model', 'error_response', 'api_error', 'host_name', 'is_address', 'check_key', 'Gate', 'Reply',
            'build_app', 'plain_response', 'Patience', 'Ending', 'build_server', 'connection_limits', 'add_arguments',
            'run']
 
@@ -17,7 +17,7 @@ import codecs
 import contextlib
 import hmac
 import http
-import importlib.util
+import importlib
 import ipaddress
 import json
 import logging
@@ -144,7 +144,7 @@ class Piece:
 class QueueFull(RuntimeError):
     """As many requests wait as may wait."""
 
-
+# %% ../chapters/17b_serving.ipynb #39e19181
 @dataclass(eq=False)
 class Job:
     """A request on its way through the engine."""
@@ -253,7 +253,7 @@ def next_turn(waiting: Sequence[Job], holders: Sequence[Job]) -> tuple[Job, Job]
     served = [job for job in holders if new is not None and job.turn >= TURN and held(job) >= held(new)]
     return (new, max(served, key=lambda job: job.turn)) if served else None
 
-
+# %% ../chapters/17b_serving.ipynb #8f33fb54
 def whose_places(waiting: Sequence[Job], number: int, client: str) -> list[Job]:
     """Who loses its places in a full queue to `number` more requests of `client`: all of one group, or nobody.
 
@@ -273,7 +273,7 @@ def whose_places(waiting: Sequence[Job], number: int, client: str) -> list[Job]:
         return []
     return [job for job in waiting if job.group == loser.group]
 
-# %% ../chapters/17b_serving.ipynb #8f33fb54
+# %% ../chapters/17b_serving.ipynb #bad7fcd1
 UNREAD = 4096                               # pieces of an answer that may wait for its client
 
 
@@ -313,7 +313,7 @@ class Answer:
         for job in self._jobs:
             job.cancelled = True
 
-
+# %% ../chapters/17b_serving.ipynb #4ccf92fb
 class Engine:
     """Continuous batching (Yu et al. 2022): requests enter and leave a running batch between two steps of the model.
 
@@ -556,10 +556,10 @@ class Engine:
         """End everything that runs or waits with an error."""
         with self._changed:
             waiting, self.waiting = self.waiting, deque()
-        for job in [job for job in self.rows if job is not None]:
+        running = [job for job in self.rows if job is not None]
+        for job in running:
             self._free(job)
-            self._deliver(job, reason, "error", status)
-        for job in waiting:
+        for job in [*running, *waiting]:
             self._deliver(job, reason, "error", status)
 
     def start(self) -> None:
@@ -617,7 +617,7 @@ REFUSED = {"tools": [[]], "tool_choice": ["none", "auto"], "functions": [[]], "f
 # parameters that change nothing in the answer
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls", "prediction"}
 
-
+# %% ../chapters/17b_serving.ipynb #30fe529a
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -683,7 +683,7 @@ def _once(pairs: list[tuple[str, object]]) -> dict:
         raise ValueError(f"{ascii(name)[:42]} occurs twice in one object")
     return values
 
-
+# %% ../chapters/17b_serving.ipynb #c355e717
 def parse_body(text: bytes, chat: bool) -> _ChatBody | _CompletionBody:
     """The JSON of a request, checked. Raises ApiError, which names the parameter."""
     try:
@@ -719,31 +719,36 @@ def parse_body(text: bytes, chat: bool) -> _ChatBody | _CompletionBody:
 CHARACTERS = 64                             # more of them than a token stands for in any text
 
 
+def _too_long(engine: Engine, chat: bool, what: str) -> ApiError:
+    return ApiError(f"the context has {engine.max_context} tokens: {what} do not fit", param="messages" if chat else "prompt",
+                    code="context_length_exceeded")
+
+
 def _prompts(engine: Engine, body: _ChatBody | _CompletionBody) -> list[list[int]]:
     """Token ids of each prompt. A text opens with the end-of-text token, as the documents of training do; ids are taken as they are."""
     chat = isinstance(body, _ChatBody)
-    prompts = [None] if chat else body.prompt if isinstance(body.prompt, list) and not isinstance(body.prompt[0], int) else [body.prompt]
+    if chat:
+        texts = [m.content if isinstance(m.content, str) else "".join(part.text for part in m.content) for m in body.messages]
+        prompts = [[{"role": m.role, "content": text} for m, text in zip(body.messages, texts)]]
+        length = sum(map(len, texts))
+        if len(texts) > engine.max_context:
+            raise _too_long(engine, chat, f"{len(texts)} messages")
+    else:
+        prompts = body.prompt if isinstance(body.prompt, list) and not isinstance(body.prompt[0], int) else [body.prompt]
+        length = max(len(prompt) for prompt in prompts)
     most = min(len(engine.rows), engine.max_queue)
     if len(prompts) * body.n > most:
         raise ApiError(f"n and the prompts ask for {len(prompts) * body.n} answers; this server writes at most {most} for a request", param="n")
-    if chat and len(body.messages) > engine.max_context:
-        raise ApiError(f"the context has {engine.max_context} tokens: {len(body.messages)} messages do not fit", param="messages",
-                       code="context_length_exceeded")
-    messages = []
-    for m in body.messages if chat else ():
-        messages.append({"role": m.role, "content": m.content if isinstance(m.content, str) else "".join(part.text for part in m.content)})
-    length = max((sum(len(m["content"]) for m in messages), *(len(p) for p in prompts if isinstance(p, str))))
     if length > CHARACTERS * engine.max_context:              # not worth the time that it takes to count its tokens
-        raise ApiError(f"the context has {engine.max_context} tokens: {length:,} characters do not fit", param="messages" if chat else "prompt",
-                       code="context_length_exceeded")
+        raise _too_long(engine, chat, f"{length:,} characters")
     try:
         if chat:
-            return [chat_ids(engine.tokenizer, messages)]
+            return [chat_ids(engine.tokenizer, messages) for messages in prompts]
         return [[engine.tokenizer.eos_token_id, *engine.tokenizer.encode(p)] if isinstance(p, str) else p for p in prompts]
     except ValueError as error:
         raise ApiError(str(error), param="messages" if chat else "prompt") from None
 
-
+# %% ../chapters/17b_serving.ipynb #fa0eedb4
 def _requests(engine: Engine, body: _ChatBody | _CompletionBody, prompts: list[list[int]]) -> list[Request]:
     """n requests for each prompt; the i-th of them draws with `seed` + i.
 
@@ -762,8 +767,7 @@ def _requests(engine: Engine, body: _ChatBody | _CompletionBody, prompts: list[l
         room = engine.max_context - len(prompt)
         max_tokens = (body.max_completion_tokens or body.max_tokens or max(room, 1)) if chat else body.max_tokens or 16
         if max_tokens > room:
-            raise ApiError(f"the context has {engine.max_context} tokens: {len(prompt)} of the prompt and {max_tokens} of the answer do not fit",
-                           param="messages" if chat else "prompt", code="context_length_exceeded")
+            raise _too_long(engine, chat, f"{len(prompt)} of the prompt and {max_tokens} of the answer")
         seeds = [None if body.seed is None else body.seed + i for i in range(body.n)]
         requests += [Request(prompt, max_tokens, seed=seed, stop=stop, logprobs=logprobs, **sampling) for seed in seeds]
     return requests
@@ -792,7 +796,7 @@ def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
         return bytes(_SPELLED[character] for character in spelling)
     return text.encode()
 
-
+# %% ../chapters/17b_serving.ipynb #40fe2ff8
 class LogprobWriter:
     """The log-probabilities of one answer in OpenAI's form, piece by piece.
 
@@ -856,65 +860,81 @@ def _name(raw: bytes) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 # %% ../chapters/17b_serving.ipynb #d7c760d9
-_MISSING = "serving needs starlette and uvicorn: pip install 'qwen-analog[serve]'"
-
-
-async def in_thread(function: Callable, *arguments: object, seconds: float) -> object:
-    """As `asyncio.to_thread`, for work that may never end: TimeoutError after `seconds`, and the thread keeps no process alive."""
-    loop, future = asyncio.get_running_loop(), asyncio.Future()
-
-    def settle(result: object, error: Exception | None) -> None:
-        if not future.done():
-            future.set_result(result) if error is None else future.set_exception(error)
-
-    def work() -> None:
-        result, error = None, None
-        try:
-            result = function(*arguments)
-        except StopIteration as stop:       # which a future does not take
-            error = RuntimeError(repr(stop))
-        except Exception as reason:
-            error = reason
-        with contextlib.suppress(RuntimeError):         # the loop has ended
-            loop.call_soon_threadsafe(settle, result, error)
-
-    threading.Thread(target=work, name="prompt", daemon=True).start()
-    return await asyncio.wait_for(future, seconds)
-
-
 class Reader:
-    """Makes prompts of bodies in threads: at most `threads` at a time, and `most` that wait for one."""
+    """Makes requests of what clients send. Prompts are made in threads, `threads` at a time, and `most` wait for one.
 
-    def __init__(self, engine: Engine, threads: int = 2, most: int = 64, seconds: float = 10.0):
-        self._engine, self._most, self._seconds = engine, most, seconds
-        self._free, self._waiting = asyncio.Semaphore(threads), 0
+    A thread may hang: its client waits `seconds`, and it keeps its place, but not the process alive. Of bodies that
+    are larger than `small` bytes, `large` may be on their way.
+    """
 
-    def _work(self, loop: asyncio.AbstractEventLoop, text: bytes, chat: bool, model_name: str) -> tuple:
+    threads, most, small, large = 2, 64, 65536, 16
+
+    def __init__(self, engine: Engine, model_name: str, max_body_bytes: int, seconds: float):
+        self._engine, self._model_name, self._max_body_bytes, self._seconds = engine, model_name, max_body_bytes, seconds
+        self._free, self._waiting, self._large = asyncio.Semaphore(self.threads), 0, 0
+
+    async def body(self, stream: AsyncIterator[bytes]) -> bytes:
+        """All of a body. It is read to its end, or the client could not hear the answer. Raises ApiError."""
+        body, size, places, error = bytearray(), 0, 0, None
         try:
-            body = parse_body(text, chat)
-            if body.model != model_name:
-                raise no_model(body.model, model_name)
-            return body, _prompts(self._engine, body)
-        finally:                            # not earlier: a thread that hangs keeps its place
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(self._free.release)
+            async for part in stream:
+                size += len(part)
+                if size > self._max_body_bytes:
+                    error = ApiError(f"the body has {size:,} bytes, of {self._max_body_bytes:,} that it may have", 413)
+                elif size > self.small and not (places or error):
+                    if self._large >= self.large:
+                        error = ApiError("too many large bodies are on their way; try again later", 503)
+                    else:
+                        places = 1
+                        self._large += 1
+                body += b"" if error else part
+        finally:
+            self._large -= places
+        if error:
+            raise error
+        return bytes(body)
 
-    async def read(self, text: bytes, chat: bool, model_name: str) -> tuple[_ChatBody | _CompletionBody, list[list[int]]]:
-        """The body of a request and the ids of its prompts. Raises ApiError."""
-        if self._waiting >= self._most:
-            raise ApiError("too many prompts are being read; try again later", 503)
+    def _parse(self, text: bytes, chat: bool) -> tuple[_ChatBody | _CompletionBody, list[list[int]]]:
+        body = parse_body(text, chat)
+        if body.model != self._model_name:
+            raise no_model(body.model, self._model_name)
+        return body, _prompts(self._engine, body)
+
+    async def parse(self, text: bytes, chat: bool) -> tuple[_ChatBody | _CompletionBody, list[list[int]]]:
+        """The body of a request, checked, and the ids of its prompts. Raises ApiError."""
+        busy = ApiError("too many prompts are being read; try again later", 503)
+        if self._waiting >= self.most:
+            raise busy
         self._waiting += 1
         try:
             await asyncio.wait_for(self._free.acquire(), self._seconds)
         except TimeoutError:
-            raise ApiError("too many prompts are being read; try again later", 503) from None
+            raise busy from None
         finally:
             self._waiting -= 1
-        loop = asyncio.get_running_loop()
-        try:                                # `_work` lets the next one in
-            return await in_thread(self._work, loop, text, chat, model_name, seconds=self._seconds)
+        loop, found = asyncio.get_running_loop(), asyncio.Future()
+
+        def settle(outcome: tuple | Exception) -> None:
+            self._free.release()
+            if not found.done():
+                found.set_result(outcome)
+
+        def work() -> None:
+            try:
+                outcome = self._parse(text, chat)
+            except Exception as error:
+                outcome = error
+            with contextlib.suppress(RuntimeError):           # the loop has ended
+                loop.call_soon_threadsafe(settle, outcome)
+
+        threading.Thread(target=work, name="prompt", daemon=True).start()
+        try:
+            outcome = await asyncio.wait_for(found, self._seconds)
         except TimeoutError:
             raise ApiError(f"the prompt could not be read in {self._seconds:g} seconds", param="messages" if chat else "prompt") from None
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
 
 def no_model(asked: str, model_name: str) -> ApiError:
@@ -937,7 +957,7 @@ def api_error(error: Exception, scope: dict) -> ApiError:
     _log.error("%s %s failed: %s (%s)", scope["method"], ascii(scope["path"])[1:-1][:200], _one_line(error), place)
     return ApiError("the server failed", 500)
 
-
+# %% ../chapters/17b_serving.ipynb #4e4042bb
 def host_name(text: str) -> str | None:
     """The name in a Host header or in the address of an Origin, without its port, in small letters; None for anything else."""
     match = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+))(?::[0-9]*)?", text.lower())
@@ -956,6 +976,13 @@ def is_address(name: str) -> bool:
     return True
 
 
+def check_key(key: str | None, what: str) -> str | None:
+    """The API key itself. Raises ValueError for one that no header can carry, or that is empty."""
+    if key is not None and not re.fullmatch("[!-~]+", key):
+        raise ValueError(f"{what} must be of printable ASCII characters without blanks, at least one")
+    return key
+
+# %% ../chapters/17b_serving.ipynb #39f9958d
 class Gate:
     """Turns requests away before anything is computed for them, and answers for a fault of what lies behind it.
 
@@ -964,8 +991,7 @@ class Gate:
     """
 
     def __init__(self, app: Callable, api_key: str | None, hosts: Collection[str]):
-        if api_key is not None and not re.fullmatch("[!-~]+", api_key):
-            raise ValueError("the API key must be of printable ASCII characters without blanks, at least one")
+        check_key(api_key, "the API key")
         self._app, self._key = app, None if api_key is None else api_key.encode()
         self._hosts = {host.lower() for host in hosts}
 
@@ -1023,7 +1049,83 @@ class Gate:
         if not started:
             await error_response(error)(scope, receive, send)
 
+# %% ../chapters/17b_serving.ipynb #67401400
+class Reply:
+    """What the engine answers to a checked body, in OpenAI's form: `whole`, or as `events`.
+
+    Raises ApiError where the engine does not take its requests.
+    """
+
+    def __init__(self, engine: Engine, model_name: str, body: _ChatBody | _CompletionBody, prompts: list[list[int]],
+                 bytes_of: Callable[[int], bytes], client: str):
+        requests = _requests(engine, body, prompts)
+        try:
+            self._answer = engine.submit(*requests, client=client)
+        except QueueFull as error:
+            raise ApiError(str(error), 503 if engine.closing else 429, code=None if engine.closing else "queue_full") from None
+        except ValueError as error:
+            raise ApiError(str(error)) from None
+        self.cancel = self._answer.cancel
+        self._chat, self._stream, self._with_usage = isinstance(body, _ChatBody), body.stream, body.stream_options.include_usage
+        kind = ("chat.completion.chunk" if body.stream else "chat.completion") if self._chat else "text_completion"
+        name = f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self._head = {"id": name, "object": kind, "created": int(time.time()), "model": model_name}
+        self._asked, self._written = sum(map(len, prompts)), [0] * len(requests)
+        self._writers = [None if request.logprobs is None else LogprobWriter(bytes_of, self._chat, engine.end_ids) for request in requests]
+
+    def _choice(self, piece: Piece, **more: str) -> dict:
+        content = {"text": piece.text}
+        if self._chat:
+            content = {"delta" if self._stream else "message": {"content": piece.text, **more}}
+        writer = self._writers[piece.index]
+        return {"index": piece.index, **content, "finish_reason": piece.finish_reason, "logprobs": None if writer is None else writer.form(piece)}
+
+    def _usage(self) -> dict:
+        wrote = sum(self._written)
+        return {"prompt_tokens": self._asked, "completion_tokens": wrote, "total_tokens": self._asked + wrote}
+
+    async def _pieces(self) -> AsyncIterator[Piece]:
+        async for piece in self._answer:
+            if piece.finish_reason == "error":
+                raise ApiError(piece.text, piece.status)
+            self._written[piece.index] = piece.written
+            yield piece
+
+    async def events(self, scope: dict) -> AsyncIterator[str]:
+        """Server-sent events; an error is the last one. `scope` is the request's, for the log."""
+        line = lambda **values: f"data: {json.dumps({**self._head, **values})}\n\n"
+        try:
+            for index in range(len(self._written)) if self._chat else ():
+                yield line(choices=[self._choice(Piece(index, ""), role="assistant")])
+            async for piece in self._pieces():
+                yield line(choices=[self._choice(piece)])
+            if self._with_usage:
+                yield line(choices=[], usage=self._usage())
+            yield "data: [DONE]\n\n"
+        except Exception as error:
+            yield f"data: {json.dumps(api_error(error, scope).body())}\n\n"
+
+    async def whole(self) -> dict:
+        """The answer when it is complete. Raises ApiError."""
+        totals = [Piece(index, "") for index in range(len(self._written))]
+        async for piece in self._pieces():
+            total = totals[piece.index]
+            total.text += piece.text
+            total.finish_reason = piece.finish_reason
+            total.logprobs += piece.logprobs
+        more = {"role": "assistant"} if self._chat else {}
+        return {**self._head, "choices": [self._choice(total, **more) for total in totals], "usage": self._usage()}
+
 # %% ../chapters/17b_serving.ipynb #392f9aca
+def _require_packages() -> None:
+    """Raises ValueError."""
+    try:
+        for name in ("starlette.applications", "uvicorn"):
+            importlib.import_module(name)
+    except ImportError:
+        raise ValueError("serving needs starlette and uvicorn: pip install 'qwen-analog[serve]'") from None
+
+# %% ../chapters/17b_serving.ipynb #521d7301
 def build_app(engine: Engine, model_name: str, *, max_body_bytes: int = 1_000_000, api_key: str | None = None,
               hosts: Collection[str] = ("localhost", "127.0.0.1", "::1"), prompt_seconds: float = 10.0):
     """A Starlette application with OpenAI's /v1/chat/completions, /v1/completions, /v1/models, and /health.
@@ -1032,91 +1134,32 @@ def build_app(engine: Engine, model_name: str, *, max_body_bytes: int = 1_000_00
     and so are unknown ones; `IGNORED` ones are not read. `Gate` turns away requests without the `api_key` or for other `hosts`.
     A prompt that is not read after `prompt_seconds` is refused.
     """
-    try:
-        from starlette.applications import Starlette
-        from starlette.background import BackgroundTask
-        from starlette.exceptions import HTTPException
-        from starlette.middleware import Middleware
-        from starlette.requests import ClientDisconnect, Request as HTTPRequest
-        from starlette.responses import JSONResponse, Response, StreamingResponse
-        from starlette.routing import Route
-    except ImportError:
-        raise ValueError(_MISSING) from None
+    _require_packages()
+    from starlette.applications import Starlette
+    from starlette.background import BackgroundTask
+    from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.requests import ClientDisconnect, Request as HTTPRequest
+    from starlette.responses import JSONResponse, Response, StreamingResponse
+    from starlette.routing import Route
     model_entry = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "qwen_analog"}
     bytes_of = lru_cache(100_000)(partial(token_bytes, engine.tokenizer))
-    reader = Reader(engine, seconds=prompt_seconds)
-
-    async def read(http: HTTPRequest) -> bytes:
-        if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise ApiError("the body must be JSON: send the header Content-Type: application/json", 415)
-        body, size = bytearray(), 0
-        async for part in http.stream():              # to its end, or the client could not hear the answer
-            size += len(part)
-            if size <= max_body_bytes:
-                body += part
-        if size > max_body_bytes:
-            raise ApiError(f"the body has {size:,} bytes, of {max_body_bytes:,} that it may have", 413)
-        return bytes(body)
+    reader = Reader(engine, model_name, max_body_bytes, prompt_seconds)
 
     async def complete(http: HTTPRequest, chat: bool) -> Response:
-        body, prompts = await reader.read(await read(http), chat, model_name)
-        requests = _requests(engine, body, prompts)
-        try:
-            answer = engine.submit(*requests, client=http.client.host if http.client else "")
-        except QueueFull as error:
-            raise ApiError(str(error), 503 if engine.closing else 429, code=None if engine.closing else "queue_full") from None
-        except ValueError as error:
-            raise ApiError(str(error)) from None
-        kind = ("chat.completion.chunk" if body.stream else "chat.completion") if chat else "text_completion"
-        head = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model_name}
-        written = [0] * len(requests)
-        writers = [None if request.logprobs is None else LogprobWriter(bytes_of, chat, engine.end_ids) for request in requests]
-
-        def choice(index: int, piece: Piece, **more: str) -> dict:
-            content = {"text": piece.text} if not chat else {"delta" if body.stream else "message": {"content": piece.text, **more}}
-            return {"index": index, **content, "finish_reason": piece.finish_reason,
-                    "logprobs": None if writers[index] is None else writers[index].form(piece)}
-
-        def usage() -> dict:
-            asked, wrote = sum(map(len, prompts)), sum(written)
-            return {"prompt_tokens": asked, "completion_tokens": wrote, "total_tokens": asked + wrote}
-
-        async def events() -> AsyncIterator[str]:
-            line = lambda **values: f"data: {json.dumps({**head, **values})}\n\n"
-            try:
-                for index in range(len(requests)) if chat else ():
-                    yield line(choices=[choice(index, Piece(index, ""), role="assistant")])
-                async for piece in answer:
-                    if piece.finish_reason == "error":
-                        raise ApiError(piece.text, piece.status)
-                    written[piece.index] = piece.written
-                    yield line(choices=[choice(piece.index, piece)])
-                if body.stream_options.include_usage:
-                    yield line(choices=[], usage=usage())
-                yield "data: [DONE]\n\n"
-            except Exception as error:
-                yield f"data: {json.dumps(api_error(error, http.scope).body())}\n\n"
-
-        async def whole() -> Response:
-            pieces = [Piece(index, "") for index in range(len(requests))]
-            async for piece in answer:
-                if piece.finish_reason == "error":
-                    raise ApiError(piece.text, piece.status)
-                total = pieces[piece.index]
-                total.text += piece.text
-                total.finish_reason, written[piece.index] = piece.finish_reason, piece.written
-                total.logprobs += piece.logprobs
-            more = {"role": "assistant"} if chat else {}
-            return JSONResponse({**head, "choices": [choice(i, piece, **more) for i, piece in enumerate(pieces)], "usage": usage()})
-
+        text = await reader.body(http.stream())
+        if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise ApiError("the body must be JSON: send the header Content-Type: application/json", 415)
+        body, prompts = await reader.parse(text, chat)
+        reply = Reply(engine, model_name, body, prompts, bytes_of, http.client.host if http.client else "")
         if body.stream:     # the response ends when the client goes, and its task runs then as after the last event
-            return StreamingResponse(events(), media_type="text/event-stream", background=BackgroundTask(answer.cancel))
-        tasks = [asyncio.ensure_future(whole()), asyncio.ensure_future(http.receive())]       # all that can still come is a disconnect
+            return StreamingResponse(reply.events(http.scope), media_type="text/event-stream", background=BackgroundTask(reply.cancel))
+        tasks = [asyncio.ensure_future(reply.whole()), asyncio.ensure_future(http.receive())]     # all that can still come is a disconnect
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            return tasks[0].result() if tasks[0].done() else Response(status_code=499)
+            return JSONResponse(tasks[0].result()) if tasks[0].done() else Response(status_code=499)
         finally:
-            answer.cancel()
+            reply.cancel()
             for task in tasks:
                 task.cancel()
 
@@ -1164,7 +1207,7 @@ def plain_response(error: ApiError) -> bytes:
 def _ends() -> ApiError:
     return ApiError("the server is shutting down", 503)
 
-
+# %% ../chapters/17b_serving.ipynb #e987b935
 class Patience:
     """Limits of uvicorn's `H11Protocol`, before which it stands: how long one waits for a client, and for how many.
 
@@ -1304,18 +1347,16 @@ class Ending:
         for connection in list(self.server_state.connections):
             connection.dismiss(_ends())
 
-
+# %% ../chapters/17b_serving.ipynb #0d2c5f8c
 def build_server(app: Callable, engine: Engine, *, host: str = "127.0.0.1", port: int = 0, grace_seconds: float = 5.0,
                  request_seconds: float = 15.0, max_connections: int = 512):
     """uvicorn's `Server` of `app`, which `build_app` made of `engine`, with the limits of `Patience` and the end of `Ending`.
 
     Raises ValueError where the process may open too few files.
     """
-    try:
-        import uvicorn
-        from uvicorn.protocols.http.h11_impl import H11Protocol
-    except ImportError:
-        raise ValueError(_MISSING) from None
+    _require_packages()
+    import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
     most, backlog = connection_limits(max_connections)
     protocol = type("Connection", (Patience, H11Protocol), {"request_seconds": request_seconds, "most": most})
     config = uvicorn.Config(app, host, port, http=protocol, loop="asyncio", ws="none", lifespan="on", log_level="warning",
@@ -1369,7 +1410,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--grace-seconds", type=float, default=5.0, metavar="S", help="time that answers have to end after SIGTERM or Ctrl-C (default: %(default)g)")
     add("--ignore-memory", action="store_true", help="do not compare what the model and its cache need with what the machine has")
 
-
+# %% ../chapters/17b_serving.ipynb #6a399c6a
 def _check_arguments(arguments: argparse.Namespace) -> None:
     """Raises ValueError, which names the option."""
     whole = {"port": (0, 65535), "max_batch": (1, 4096), "max_context": (1, 10**8), "max_queue": (1, 10**6), "max_connections": (1, 10**6),
@@ -1386,12 +1427,8 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
 
 
 def _api_key(arguments: argparse.Namespace) -> str | None:
-    for source, key in (("--api-key", arguments.api_key), (KEY_VARIABLE, os.environ.get(KEY_VARIABLE))):
-        if key is not None:
-            if not re.fullmatch("[!-~]+", key):
-                raise ValueError(f"{source} must be of printable ASCII characters without blanks, at least one")
-            return key
-    return None
+    key, variable = arguments.api_key, os.environ.get(KEY_VARIABLE)
+    return check_key(key, "--api-key") if key is not None else check_key(variable, KEY_VARIABLE)
 
 
 def _listen(arguments: argparse.Namespace) -> socket.socket:
@@ -1409,7 +1446,7 @@ def _hosts(arguments: argparse.Namespace, address: str) -> set[str]:
         hosts |= {"address", socket.gethostname().lower()}
     return hosts | {name if name == "*" else host_name(name) for name in arguments.allowed_host}
 
-
+# %% ../chapters/17b_serving.ipynb #19de0524
 def _build_engine(arguments: argparse.Namespace, source: str) -> Engine:
     model, tokenizer = open_model(source, check_memory=not arguments.ignore_memory)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -1423,8 +1460,7 @@ def _build_engine(arguments: argparse.Namespace, source: str) -> Engine:
 
 def run(arguments: argparse.Namespace) -> None:
     """Serve a model over HTTP as OpenAI does, until SIGTERM or Ctrl-C; answers that are being written then have some seconds to end."""
-    if importlib.util.find_spec("uvicorn") is None or importlib.util.find_spec("starlette") is None:
-        raise ValueError(_MISSING)
+    _require_packages()
     _check_arguments(arguments)
     key = _api_key(arguments)
     source = arguments.model or ("checkpoints/final" if Path("checkpoints/final").is_dir() else "smollm2")

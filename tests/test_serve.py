@@ -1293,6 +1293,23 @@ def test_a_hundred_thousand_wrong_entries():
             serve.parse_body(text, False)
 
 
+def test_large_bodies_on_their_way(monkeypatch):
+    """Few of them are held at a time; small ones always have room."""
+    monkeypatch.setattr(serve.Reader, "large", 2)
+    large = json.dumps({**json.loads(SMALL), "user": "x" * 100_000}).encode()
+    with serving_once() as port, contextlib.ExitStack() as stack:
+        for _ in range(2):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            connection.sendall(head(f"Content-Length: {len(large)}") + large[:-1])
+        while (found := post(port, large))[0] == 200:
+            time.sleep(0.005)
+        assert found[0] == 503 and "large bodies" in found[1]["error"]["message"]
+        assert post(port, json.loads(SMALL))[0] == 200
+        connection.sendall(large[-1:])
+        assert connection.recv(15) == b"HTTP/1.1 200 OK"
+        assert post(port, large)[0] == 200
+
+
 def test_late_and_idle_connections(tiny):
     with serving_once(request_seconds=0.3, max_connections=8) as port:
         assert status_of(send(port, b"GET /health HTTP/1.1\r\nHo")) == 408 and send(port, b"") == b""
