@@ -649,6 +649,53 @@ def test_who_gets_a_row():
     assert serve.next_for_a_row([other, mine[2]], [a[0], *mine[:2]]) == (other, None)
 
 
+def test_whose_turn_it_is():
+    def writing(number, turn, client="a", group=None):
+        made = job(number, client, group)
+        made.started, made.turn = True, turn
+        return made
+
+    short, long, longest = writing(1, serve.TURN - 1), writing(2, serve.TURN), writing(3, serve.TURN + 1)
+    new, later = job(8, "a"), job(9, "a")
+    assert serve.next_turn([later, new], [short, long, longest]) == (new, longest)
+    assert serve.next_turn([new], [short]) is None and serve.next_turn([longest], [long]) is None
+    assert serve.next_turn([new, job(10, "b")], [long, longest])[0].client == "b"
+    assert serve.next_turn([new], [short, long, writing(4, 99, "b")]) == (new, long)              # its client has two rows and b one
+    of_two = [writing(4, 99, "a", 7), writing(5, 99, "a", 7)]
+    assert serve.next_turn([job(11, "a", 7)], [*of_two, writing(6, 100, "a")])[1] in of_two
+
+
+def test_a_newcomer_does_not_wait_for_the_ends_of_many_long_answers():
+    """All of one client: twenty requests hold or await all rows, and each answer stays what it would be alone."""
+    wanted = [Request([i], 100, temperature=1.0, seed=i, logprobs=0) for i in range(1, 21)]
+    engine = endless(max_batch=4, max_context=128, max_queue=18)
+    written, left = [[] for _ in wanted], [20]
+
+    def collect(index):
+        def deliver(piece):
+            assert piece.finish_reason != "error", piece.text
+            written[index] += [token for token, _, _ in piece.logprobs]
+            left[0] -= piece.finish_reason is not None
+        return deliver
+
+    for index, request in enumerate(wanted[:18]):
+        engine.add(request, deliver=collect(index))
+    engine.step()
+    for index in (18, 19):
+        engine.add(wanted[index], deliver=collect(index))
+    for _ in range(serve.TURN * 5):
+        engine.step()
+    assert all(written)                                        # in turns of 64, where answers of 100 would make it 400 steps
+    most = 0
+    while engine.step():
+        most = max(most, sum(job.started for job in engine.waiting))
+    assert left == [0] and most <= 18
+    lone = endless(max_batch=1, max_context=128)
+    for index in (0, 7, 19):
+        (pieces,) = answers(lone, wanted[index])
+        assert written[index] == [token for piece in pieces for token, _, _ in piece.logprobs]
+
+
 def test_a_short_prompt_does_not_wait_for_long_ones():
     share = lambda *left: [size for _, size in serve.share_budget([job(i, unread=n) for i, n in enumerate(left)], 64)]
     assert share(1000) == [64] and share(1000, 10) == [54, 10] and share(1000, 900, 5) == [32, 27, 5] and share(3, 4) == [3, 4]
@@ -1190,6 +1237,27 @@ def test_chunked_and_pipelined_requests(tiny):
     assert send(port, head(method="HEAD /health")).endswith(b"\r\n\r\n")
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_sends_requests_ahead_and_goes(stream):
+    engine = endless(max_batch=1, max_context=4096)
+    body = json.dumps({"model": NAME, "prompt": [1], "max_tokens": 4000, "stream": stream}).encode()
+    one = head(f"Content-Length: {len(body)}").replace(b"Connection: close\r\n", b"") + body
+    with serving(engine) as port:
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(one * 3)
+            while engine.rows[0] is None:
+                time.sleep(0.005)
+            running = engine.rows[0]
+        idle(engine)
+        assert running.cancelled and len(running.written) < 4000
+
+
+def test_a_flood_of_requests_is_not_read_ahead(tiny):
+    port, _ = tiny
+    flood = head(method="GET /health").replace(b"Connection: close\r\n", b"") * 3000
+    assert send(port, flood + head(method="GET /health")).count(b"HTTP/1.1 200") == 3001
+
+
 NASTY = ["null", "true", "0", "-1", "1.5", "1e999", "-1e999", "NaN", "Infinity", "5e-324", "18446744073709551616", "1" * 400, "1" * 5000, '"x"', '""',
          r'"\ud800"', r'"\u0000"', "[]", "[[]]", "[null]", "{}", '{"a": 1}', '[1, "a"]', '["a", ""]', "[-1]", json.dumps(["a"] * 100)]
 
@@ -1223,6 +1291,23 @@ def test_a_hundred_thousand_wrong_entries():
     for text in (b'{"model": "a", "model": "b"}', b'{"model": "a", "prompt": [{"x": 1, "x": 2}]}'):
         with pytest.raises(serve.ApiError, match="occurs twice"):
             serve.parse_body(text, False)
+
+
+def test_large_bodies_on_their_way(monkeypatch):
+    """Few of them are held at a time; small ones always have room."""
+    monkeypatch.setattr(serve.Reader, "large", 2)
+    large = json.dumps({**json.loads(SMALL), "user": "x" * 100_000}).encode()
+    with serving_once() as port, contextlib.ExitStack() as stack:
+        for _ in range(2):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            connection.sendall(head(f"Content-Length: {len(large)}") + large[:-1])
+        while (found := post(port, large))[0] == 200:
+            time.sleep(0.005)
+        assert found[0] == 503 and "large bodies" in found[1]["error"]["message"]
+        assert post(port, json.loads(SMALL))[0] == 200
+        connection.sendall(large[-1:])
+        assert connection.recv(15) == b"HTTP/1.1 200 OK"
+        assert post(port, large)[0] == 200
 
 
 def test_late_and_idle_connections(tiny):
@@ -1337,6 +1422,12 @@ def test_the_end_of_a_server(grace, log):
     while not server.started:
         time.sleep(0.005)
     port, found = server.servers[0].sockets[0].getsockname()[1], []
+    silent = socket.create_connection(("127.0.0.1", port))
+    # a body on its way may come during the grace
+    halves = [b"POST /v1/completions HTTP/1.1\r\n", *([] if grace else [head("Content-Length: 50") + b"{"])]
+    halves = [(socket.create_connection(("127.0.0.1", port), timeout=30), half) for half in halves]
+    for half, data in halves:
+        half.sendall(data)
     length = 50 if grace else 4000
 
     def ask(stream):
@@ -1345,15 +1436,16 @@ def test_the_end_of_a_server(grace, log):
 
     asking = [threading.Thread(target=ask, args=(i % 2 == 0,)) for i in range(5)]
     [one.start() for one in asking]
-    half = socket.create_connection(("127.0.0.1", port))
-    half.sendall(b"POST /v1/completions HTTP/1.1\r\n")
     while sum(job is not None for job in engine.rows) + len(engine.waiting) + len(found) < 5:
         time.sleep(0.002)
     server.handle_exit(signal.SIGTERM, None)
     for one in [*asking, thread]:
         one.join(30)
         assert not one.is_alive()
-    half.close()
+    silent.close()
+    for half, _ in halves:
+        assert status_of(half.recv(65536)) == 503
+        half.close()
     for answer in found:
         if b"text/event-stream" in answer:
             last = answer.rstrip().removesuffix(b"0").rstrip().splitlines()[-1]
