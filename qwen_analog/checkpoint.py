@@ -841,9 +841,12 @@ def _check_whole(path: Path) -> None:
     if _is_sharded(path):
         _verify(path)
         _ShardReader(path)
-        _read_pt(path / "state.pt", mmap=True)
+        file, needs = path / "state.pt", ()
     else:
-        _read_pt(path / "checkpoint.pt", "model_state_dict", mmap=True)
+        file, needs = path / "checkpoint.pt", ("model_state_dict",)
+    state = _read_pt(file, *needs, mmap=True)
+    if "tokenizer" in state:
+        _tokenizer_of(state, path, file)
 
 # %% ../chapters/14_checkpoints.ipynb #0d644226
 def newest_whole(directory: str | Path) -> Path | None:
