@@ -137,12 +137,13 @@ def _read_pt(file: Path, *needs: str, check: bool = True, mmap: bool = False) ->
     except (PermissionError, MemoryError):
         raise
     except Exception as error:      # a damaged file raises anything from BadZipFile to KeyError
-        reason = f"to load it would call {error}" if isinstance(error, _Forbidden) else _reason(error)
-        raise _damaged(file, f"is damaged or not a checkpoint ({reason})") from None
+        call = "to load it would call " * isinstance(error, _Forbidden)
+        raise _damaged(file, f"is damaged or not a checkpoint ({call}{_reason(error)})") from None
     missing = {"config", *needs} - set(contents if isinstance(contents, dict) else ())
     if missing:
         raise CheckpointError(f"{file} was not written by this package: it has no {' and no '.join(sorted(missing))}")
-    contents["config"] = _check_entries(contents, file).to_dict()    # an older version's, completed
+    config = _check_entries(contents, file)
+    contents["config"] = config.to_dict()     # an older version's, completed
     return contents if mmap else copy.deepcopy(contents)
 
 # %% ../chapters/14_checkpoints.ipynb #0eb58469
@@ -199,19 +200,23 @@ def _check_archive(file: Path | IO[bytes], size: int, checksums: bool) -> bytes:
 
 def _check_instructions(pickled: bytes) -> None:
     """ValueError for a name that a checkpoint does not hold, and for values that cost many times their bytes, before they are made."""
-    copier = "collections OrderedDict"      # called with a long list again and again, it copies it
-    kept, called = set(), False             # where the unpickler's memo holds it; whether it came last
+    # OrderedDict, called with a long list a thousand times, would copy it as often
+    ordered = "collections OrderedDict"
+    places = set()      # where the unpickler's memo holds it
+    called = False      # whether it is what came last
     for count, (opcode, value, _) in enumerate(pickletools.genops(pickled)):
         if count > _MOST_INSTRUCTIONS:
             raise ValueError("it holds too many values beside its tensors")
         if "PUT" in opcode.name:
-            (kept.add if called else kept.discard)(value)
+            (places.add if called else places.discard)(value)
             continue
         if called and opcode.name != "EMPTY_TUPLE":
             raise ValueError("it copies its values")
-        if opcode.name == "GLOBAL" and value not in _NAMES and value.removeprefix("torch ") not in _DTYPES:
-            raise _Forbidden(".".join(value.split()))
-        called = value == copier if opcode.name == "GLOBAL" else "GET" in opcode.name and value in kept
+        called = "GET" in opcode.name and value in places
+        if opcode.name == "GLOBAL":
+            if value not in _NAMES and value.removeprefix("torch ") not in _DTYPES:
+                raise _Forbidden(".".join(value.split()))
+            called = value == ordered
 
 # %% ../chapters/14_checkpoints.ipynb #ac346274
 def _check_values(contents: Any, most: int, size: int) -> None:
@@ -409,7 +414,8 @@ def _write_safetensors(checkpoint: dict, file: Path) -> None:
     tied = checkpoint["config"]["tie_word_embeddings"]
     weights = {name: weight.contiguous() for name, weight in checkpoint["model_state_dict"].items() if not (tied and name == "lm_head.weight")}
     save_file(weights, file, metadata={"format": "pt"})
-    file.chmod(file.parent.stat().st_mode & 0o666)      # it is made for its owner alone: give it the mode that new files have here
+    # it is made for its owner alone: give it the mode that new files have here
+    file.chmod(file.parent.stat().st_mode & 0o666)
 
 # %% ../chapters/14_checkpoints.ipynb #842cdf56
 def save_checkpoint(directory: str | Path, model: QwenForCausalLM, tokenizer: Tokenizer, *,
@@ -477,9 +483,11 @@ def _model_of(checkpoint: dict, file: Path) -> QwenForCausalLM:
         head, embedding = weights.pop("lm_head.weight"), weights["model.embed_tokens.weight"]
         if head.data_ptr() != embedding.data_ptr() and not torch.equal(head, embedding):
             raise CheckpointError(f"{file} ties lm_head.weight to model.embed_tokens.weight, and holds another")
-    copies = {name: weight.detach().clone(memory_format=torch.contiguous_format) for name, weight in weights.items()}
-    model.load_state_dict(copies, assign=True)
-    model.generation_config = check_generation_config(checkpoint.get("generation_config", {}), model.config.vocab_size, file)
+    for name, weight in weights.items():
+        weights[name] = weight.detach().clone(memory_format=torch.contiguous_format)
+    model.load_state_dict(weights, assign=True)
+    settings = checkpoint.get("generation_config", {})
+    model.generation_config = check_generation_config(settings, model.config.vocab_size, file)
     return model.eval()
 
 # %% ../chapters/14_checkpoints.ipynb #8641ce37
@@ -492,17 +500,19 @@ def _tokenizer_of(checkpoint: dict, directory: Path, file: Path) -> Tokenizer:
     inside = Path(name).name == name and (directory / name).exists()
     by_name = kind == "tiktoken" and re.fullmatch(r"\w+", name)         # one of tiktoken's own
     if not (inside or by_name):
-        raise CheckpointError(f"{file} names the tokenizer {spec[:100]!r}, which is not in {directory}: fetch or copy the whole directory again")
+        raise CheckpointError(f"{file} names the tokenizer {spec[:100]!r}, which is not in {directory}: "
+                              "fetch or copy the whole directory again")
     try:
         tokenizer = load_tokenizer(spec, directory)
         same = checkpoint.get("tokenizer_fingerprint") in (None, tokenizer.fingerprint)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # libraries' readers fail in many ways
-        raise CheckpointError(f"{file}: its tokenizer {directory / name} cannot be read ({_reason(error)}): fetch or copy it again") from None
+        raise CheckpointError(f"{file}: its tokenizer {directory / name} cannot be read "
+                              f"({_reason(error)}): fetch or copy it again") from None
     if not same:
-        raise CheckpointError(f"{file} was written with another tokenizer than {directory / name}, which is damaged or was replaced: "
-                              "fetch or copy it again")
+        raise CheckpointError(f"{file} was written with another tokenizer than {directory / name}, "
+                              "which is damaged or was replaced: fetch or copy it again")
     return tokenizer
 
 # %% ../chapters/14_checkpoints.ipynb #5b4ae374
@@ -537,8 +547,8 @@ def _number(path: Path) -> float:
 
 def _named(directory: str | Path) -> list[Path]:
     """The directories that have a checkpoint's name, step_N or final, oldest first."""
-    found = [path for path in Path(directory).glob("*") if re.fullmatch(_CALLED, path.name) and path.is_dir()]
-    return sorted(found, key=_number)
+    found = [path for path in Path(directory).glob("*") if re.fullmatch(_CALLED, path.name)]
+    return sorted(filter(Path.is_dir, found), key=_number)
 
 
 def _there(directory: str | Path) -> list[Path]:
@@ -743,10 +753,13 @@ def _filled(shape: list[int], boxes: list[tuple[list[int], list[int]]]) -> bool:
     """Whether `boxes`, (offsets, sizes), fill a tensor of `shape` without gap or overlap."""
     boxes = sorted((offsets, sizes) for offsets, sizes in boxes if 0 not in sizes)
     for offsets, sizes in boxes:
-        if not len(offsets) == len(sizes) == len(shape) or any(a + n > whole for a, n, whole in zip(offsets, sizes, shape)):
+        if not len(offsets) == len(sizes) == len(shape):
+            return False
+        if any(a + n > whole for a, n, whole in zip(offsets, sizes, shape)):
             return False
     cut = [i for i, whole in enumerate(shape) if any(sizes[i] != whole for _, sizes in boxes)]
-    pairs = itertools.pairwise(boxes) if len(cut) < 2 else itertools.combinations(boxes, 2)     # rows: neighbours suffice
+    # of rows, neighbours suffice
+    pairs = itertools.pairwise(boxes) if len(cut) < 2 else itertools.combinations(boxes, 2)
     apart = all(any(a[i] + n[i] <= b[i] or b[i] + m[i] <= a[i] for i in cut) for (a, n), (b, m) in pairs)
     return apart and sum(math.prod(sizes) for _, sizes in boxes) == math.prod(shape)
 
@@ -854,20 +867,21 @@ def newest_whole(directory: str | Path) -> Path | None:
 
     What is passed over is named in one line on stderr. CheckpointError where there are checkpoints, and none of them is whole.
     """
-    reasons = {}
+    damaged, first = [], ""
     for path in reversed(_named(directory)):
         try:
             _check_whole(path)
         except (CheckpointError, OSError) as error:
-            reasons[path.name] = _reason(error)
+            damaged.append(path.name)
+            first = first or _reason(error)
             continue
-        if reasons:
-            print(f"warning: {', '.join(reasons)} passed over, {path} is the newest whole checkpoint ({next(iter(reasons.values()))})",
-                  file=sys.stderr)
+        if damaged:
+            print(f"warning: {', '.join(damaged)} passed over, {path} is the newest whole "
+                  f"checkpoint ({first})", file=sys.stderr)
         return path
-    if reasons:
-        raise CheckpointError(f"{directory} holds no whole checkpoint ({next(iter(reasons.values()))}): "
-                              f"move {', '.join(reasons)} away to start anew")
+    if damaged:
+        raise CheckpointError(f"{directory} holds no whole checkpoint ({first}): "
+                              f"move {', '.join(damaged)} away to start anew")
     return None
 
 # %% ../chapters/14_checkpoints.ipynb #8dfff006
@@ -988,7 +1002,7 @@ class Checkpointer:
                     rest = {str(file.relative_to(partial)) for file in partial.rglob("*") if file.is_file()} - shards.keys()
                     _write_manifest(partial, shards | {name: _sha256(partial / name) for name in rest})
                 _commit(partial, directory)
-                prune_checkpoints(self.output_dir, self.keep_last, self.keep_every, None if directory.name == "final" else _number(directory))
+                prune_checkpoints(self.output_dir, self.keep_last, self.keep_every, newest=_number(directory))
 
             _together(lambda: write_rest() if self.rank == 0 else None, self.group)
         except (Exception, CheckpointException) as error:
@@ -1026,7 +1040,8 @@ def consolidate(path: str | Path) -> Path:
     if not _is_sharded(path):
         raise CheckpointError(f"{path} holds no sharded checkpoint")
     checkpoint = _read_sharded(path, "weights/")
-    _without_weights(QwenConfig.from_dict(checkpoint["config"]), _shapes(checkpoint["model_state_dict"]), path / "sharded" / "index.json")
+    config, weights = QwenConfig.from_dict(checkpoint["config"]), checkpoint["model_state_dict"]
+    _without_weights(config, _shapes(weights), path / "sharded" / "index.json")
     try:
         _write_consolidated(path, checkpoint)
     except Exception as error:
@@ -1099,8 +1114,10 @@ def _check_averages(path: Path, state: dict, stored: dict[str, tuple], model: to
             if wanted and packed["state"] and (others or tensors.keys() - {"max_exp_avg_sq"} != wanted):
                 raise CheckpointError(f"{path}: the optimizer's state of {name} is not {kind}'s: {', '.join(sorted(wanted))}")
             for key, (shape, dtype) in tensors.items():
-                shapes = {(), whole} if not wanted else {()} if key == "step" else {whole}
-                if shape not in shapes or (wanted and not dtype.is_floating_point):
+                fits = shape in ((), whole)
+                if wanted:
+                    fits = shape == (() if key == "step" else whole) and dtype.is_floating_point
+                if not fits:
                     raise CheckpointError(
                         f"{path}: the optimizer's {key} of {name} has shape {list(shape)} and type "
                         f"{str(dtype).removeprefix('torch.')}, which does not fit the parameter's {list(whole)}")
