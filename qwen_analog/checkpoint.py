@@ -20,7 +20,6 @@ import pickletools
 import re
 import shutil
 import socket
-import stat
 import sys
 import warnings
 import zipfile
@@ -33,7 +32,7 @@ from typing import IO, Annotated, Any, Literal
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed._shard._utils import narrow_tensor_by_index
@@ -62,9 +61,12 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _reason(error: BaseException) -> str:
-    return next(iter(str(_cause(error)).strip().splitlines()), type(error).__name__)[
-        :300
-    ]
+    lines = str(_cause(error)).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def _damaged(file: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{file} {what}: resume from an earlier checkpoint")
 
 
 def _write_error(error: BaseException, path: Path) -> BaseException:
@@ -95,42 +97,29 @@ def _make_directory(directory: Path) -> None:
 def _new_partial(directory: Path) -> Path:
     """An empty `directory`.partial to write into. CheckpointError if `directory` exists."""
     if directory.exists():
-        raise CheckpointError(
-            f"{directory} exists already: move it away or choose another output directory"
-        )
+        raise CheckpointError(f"{directory} exists already: move it away or choose another output directory")
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     _make_directory(partial)
     return partial
 
 
-def _usual_mode(path: Path, directory: Path) -> None:
-    """Give a file the mode that new files have here: some writers make theirs for the owner alone."""
-    usual = stat.S_IMODE(directory.stat().st_mode) & 0o666
-    if stat.S_IMODE(path.stat().st_mode) != usual:
-        path.chmod(usual)
-
-# %% ../chapters/14_checkpoints.ipynb #6b52e597
 def _commit(partial: Path, directory: Path) -> None:
     """Give `partial` the name `directory`, once all of it is on the disk."""
     for path in (*partial.rglob("*"), partial):
-        if path.is_file():
-            _usual_mode(path, partial)
         _fsync(path)
     partial.rename(directory)
     _fsync(directory.parent)
 
 # %% ../chapters/14_checkpoints.ipynb #2fb9ab82
 def _is_sharded(directory: Path) -> bool:
-    return (directory / "sharded" / "index.json").is_file()      # written by many processes: see below
+    return (directory / "sharded").is_dir()      # written by many processes: see below
 
 
 def _load(file: Path, checksums: bool = True) -> dict:
     """What torch.save wrote into `file`, mapped: its tensors are read from the disk when they are used. No code is run."""
     size = file.stat().st_size
-    pickled = _check_archive(
-        file, size, checksums
-    )  # torch.load does not compare the checksums
+    pickled = _check_archive(file, size, checksums)     # torch.load compares no checksum
     contents = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     _check_values(contents, len(pickled), size)
     return contents
@@ -147,24 +136,14 @@ def _read_pt(file: Path, *needs: str, check: bool = True, mmap: bool = False) ->
         contents = _load(file, check)
     except (PermissionError, MemoryError):
         raise
-    except _Forbidden as error:
-        raise CheckpointError(
-            f"{file} is damaged or not a checkpoint (to load it would call {error}): resume from an earlier one"
-        ) from None
-    except (
-        Exception
-    ) as error:  # a damaged file raises anything from BadZipFile to KeyError
-        raise CheckpointError(
-            f"{file} is damaged or not a checkpoint ({_reason(error)}): resume from an earlier one"
-        ) from None
+    except Exception as error:      # a damaged file raises anything from BadZipFile to KeyError
+        call = "to load it would call " * isinstance(error, _Forbidden)
+        raise _damaged(file, f"is damaged or not a checkpoint ({call}{_reason(error)})") from None
     missing = {"config", *needs} - set(contents if isinstance(contents, dict) else ())
     if missing:
-        raise CheckpointError(
-            f"{file} was not written by this package: it has no {' and no '.join(sorted(missing))}"
-        )
-    contents["config"] = _check_entries(
-        contents, file
-    ).to_dict()  # an older version's, completed
+        raise CheckpointError(f"{file} was not written by this package: it has no {' and no '.join(sorted(missing))}")
+    config = _check_entries(contents, file)
+    contents["config"] = config.to_dict()     # an older version's, completed
     return contents if mmap else copy.deepcopy(contents)
 
 # %% ../chapters/14_checkpoints.ipynb #0eb58469
@@ -186,10 +165,6 @@ class _Forbidden(ValueError):
 _STORAGES = "Double Float Half BFloat16 Long Int Short Char Byte Bool"
 _NAMES = {
     "collections OrderedDict",
-    "_codecs encode",
-    "__builtin__ set",
-    "torch Size",
-    "torch device",
     "torch.storage UntypedStorage",
     "torch._utils _rebuild_tensor_v2",
     "torch._utils _rebuild_tensor_v3",
@@ -200,38 +175,48 @@ _TYPES = "float64 float32 bfloat16 float16 int64 int32 int16 int8 uint8 bool"
 _DTYPES = {name: getattr(torch, name) for name in _TYPES.split()}
 
 # each may make an object of 64 bytes; a real checkpoint has some ten thousand
-_MOST_INSTRUCTIONS = 5_000_000
+_MOST_INSTRUCTIONS = 1_000_000
 
 # %% ../chapters/14_checkpoints.ipynb #5ef12346
 def _check_archive(file: Path | IO[bytes], size: int, checksums: bool) -> bytes:
     """The pickle in an archive of `size` bytes; ValueError where torch.save would not have written such an archive."""
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
-        names = {member.filename.lower() for member in members}
-        pickles = [
-            member for member in members if member.filename.lower().endswith("data.pkl")
-        ]
-        stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+        names = [member.filename.lower() for member in members]
+        pickles = [name for name in names if name.endswith("data.pkl")]
         if (
-            not stored
-            or len(names) < len(members)
+            any(member.compress_type != zipfile.ZIP_STORED for member in members)
+            or len(set(names)) < len(names)
             or len(pickles) != 1
             or sum(member.file_size for member in members) > size
         ):
             raise ValueError("it is no archive that torch.save writes")
         if checksums and archive.testzip() is not None:
             raise ValueError("a checksum is wrong")
-        pickled = archive.read(pickles[0])
-    for count, (opcode, name, _) in enumerate(pickletools.genops(pickled)):
+        pickled = archive.read(members[names.index(pickles[0])])
+    _check_instructions(pickled)
+    return pickled
+
+
+def _check_instructions(pickled: bytes) -> None:
+    """ValueError for a name that a checkpoint does not hold, and for values that cost many times their bytes, before they are made."""
+    # OrderedDict, called with a long list a thousand times, would copy it as often
+    ordered = "collections OrderedDict"
+    places = set()      # where the unpickler's memo holds it
+    called = False      # whether it is what came last
+    for count, (opcode, value, _) in enumerate(pickletools.genops(pickled)):
         if count > _MOST_INSTRUCTIONS:
             raise ValueError("it holds too many values beside its tensors")
-        if (
-            opcode.name == "GLOBAL"
-            and name not in _NAMES
-            and name.removeprefix("torch ") not in _DTYPES
-        ):
-            raise _Forbidden(".".join(name.split()))
-    return pickled
+        if "PUT" in opcode.name:
+            (places.add if called else places.discard)(value)
+            continue
+        if called and opcode.name != "EMPTY_TUPLE":
+            raise ValueError("it copies its values")
+        called = "GET" in opcode.name and value in places
+        if opcode.name == "GLOBAL":
+            if value not in _NAMES and value.removeprefix("torch ") not in _DTYPES:
+                raise _Forbidden(".".join(value.split()))
+            called = value == ordered
 
 # %% ../chapters/14_checkpoints.ipynb #ac346274
 def _check_values(contents: Any, most: int, size: int) -> None:
@@ -241,29 +226,31 @@ def _check_values(contents: Any, most: int, size: int) -> None:
         below = []
         for value in level:
             if isinstance(value, torch.Tensor):
+                storage = value.untyped_storage()
                 tensors[id(value)] = value.numel() * value.element_size()
-                storages[value.untyped_storage().data_ptr()] = (
-                    value.untyped_storage().nbytes()
-                )
-            elif isinstance(value, (dict, list, tuple, set)):
+                storages[storage.data_ptr()] = storage.nbytes()
+            elif isinstance(value, (dict, list, tuple)):
                 count += len(value)
                 if count > most:
                     raise ValueError("it refers to itself")
-                below += (
-                    [*value.keys(), *value.values()]
-                    if isinstance(value, dict)
-                    else value
-                )
+                below += [*value.keys(), *value.values()] if isinstance(value, dict) else value
         level = below
     if level:
         raise ValueError("it is nested too deeply")
-    if (
-        sum(storages.values()) > size or sum(tensors.values()) > 2 * size
-    ):  # twice: a tied head is listed beside the embedding
+    # twice: a tied head is listed beside the embedding
+    if sum(storages.values()) > size or sum(tensors.values()) > 2 * size:
         raise ValueError("its tensors claim more bytes than it has")
 
 # %% ../chapters/14_checkpoints.ipynb #1618e038
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, protected_namespaces=())
+_Name = Annotated[str, Field(pattern="^[^/]+$")]
+
+
+def _first_wrong(error: ValidationError) -> str:
+    """The first entry that pydantic finds wrong, and what is wrong with it."""
+    first = error.errors(include_input=False, include_url=False)[0]
+    where = ".".join(str(part)[:60] for part in first["loc"])
+    return f"its entry {where}: {first['msg'][:200]}" if where else first["msg"][:200]
 
 
 class _Group(BaseModel):
@@ -275,14 +262,18 @@ class _Group(BaseModel):
 class _Optimizer(BaseModel):
     model_config = _STRICT
 
-    state: dict[
-        int,
-        dict[
-            Annotated[str, Field(pattern="^[^/]+$")],
-            torch.Tensor | float | bool | str | None,
-        ],
-    ]
+    state: dict[int, dict[_Name, torch.Tensor | float | bool | str | None]]
     param_groups: list[_Group]
+
+    def numbers(self) -> list[int]:
+        return [number for group in self.param_groups for number in group.params]
+
+    @model_validator(mode="after")
+    def _numbers_from_0_on(self):
+        numbers = self.numbers()
+        if numbers != list(range(len(numbers))) or not self.state.keys() <= set(numbers):
+            raise ValueError("does not number its parameters from 0 on")
+        return self
 
 # %% ../chapters/14_checkpoints.ipynb #2635e071
 class _Rank(BaseModel):
@@ -320,8 +311,15 @@ class _Entries(BaseModel):
     spike_watch: dict[str, list[float]] = {}
     rank_states: list[_Rank | None] = []
     optimizer_state_dicts: list[_Optimizer] = []
-    optimizer_parameters: list[list[Annotated[str, Field(pattern="^[^/]+$")]]] = []
+    optimizer_parameters: list[list[_Name]] = []
     optimizer_types: list[str] = []
+
+    @model_validator(mode="after")
+    def _names_what_is_numbered(self):
+        named = [len(set(names)) for names in self.optimizer_parameters]
+        if named and named != [len(each.numbers()) for each in self.optimizer_state_dicts]:
+            raise ValueError("optimizer_parameters does not name what optimizer_state_dicts numbers")
+        return self
 
 # %% ../chapters/14_checkpoints.ipynb #a622c099
 def _check_entries(contents: dict, file: Path) -> QwenConfig:
@@ -329,35 +327,10 @@ def _check_entries(contents: dict, file: Path) -> QwenConfig:
     try:
         entries = _Entries.model_validate(contents)
         config = QwenConfig.from_dict(entries.config)
-        check_generation_config(
-            entries.generation_config, config.vocab_size, "generation_config"
-        )
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(str(part)[:60] for part in first["loc"])
-        raise CheckpointError(
-            f"{file} is not a checkpoint of this package: its entry {where}: {first['msg']}"
-        ) from None
+        check_generation_config(entries.generation_config, config.vocab_size, "generation_config")
     except (TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{file} is not a checkpoint of this package: {_reason(error)}"
-        ) from None
-    optimizers, names = entries.optimizer_state_dicts, entries.optimizer_parameters
-    numbers = [
-        [number for group in optimizer.param_groups for number in group.params]
-        for optimizer in optimizers
-    ]
-    for optimizer, its_numbers in zip(optimizers, numbers):
-        if its_numbers != list(
-            range(len(its_numbers))
-        ) or not optimizer.state.keys() <= set(its_numbers):
-            raise CheckpointError(
-                f"{file} is not a checkpoint of this package: optimizer_state_dicts does not number its parameters from 0 on"
-            )
-    if names and [len(set(each)) for each in names] != [len(each) for each in numbers]:
-        raise CheckpointError(
-            f"{file} is not a checkpoint of this package: optimizer_parameters does not name what optimizer_state_dicts numbers"
-        )
+        reason = _first_wrong(error) if isinstance(error, ValidationError) else _reason(error)
+        raise CheckpointError(f"{file} is not a checkpoint of this package: {reason}") from None
     return config
 
 # %% ../chapters/14_checkpoints.ipynb #02f42c26
@@ -405,22 +378,11 @@ def _snapshot(model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer
 
 def _whole(tensors: dict[str, torch.Tensor], state: dict) -> dict:
     """The dict in checkpoint.pt: `state`, and torch's `model_state_dict` and `optimizer_state_dicts` from tensors by name."""
-    weights = {
-        name.removeprefix("weights/"): tensor
-        for name, tensor in tensors.items()
-        if name.startswith("weights/")
-    }
-    if (
-        state["config"]["tie_word_embeddings"]
-        and "model.embed_tokens.weight" in weights
-    ):
+    weights = {name.removeprefix("weights/"): tensor for name, tensor in tensors.items() if name.startswith("weights/")}
+    if state["config"]["tie_word_embeddings"] and "model.embed_tokens.weight" in weights:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     optimizers = [_but_tensors(packed) for packed in state["optimizer_state_dicts"]]
-    place = {
-        names[number]: its_state
-        for packed, names in zip(optimizers, state["optimizer_parameters"])
-        for number, its_state in packed["state"].items()
-    }
+    place = {names[number]: its_state for packed, names in zip(optimizers, state["optimizer_parameters"]) for number, its_state in packed["state"].items()}
     for name, tensor in tensors.items():
         if name.startswith("optimizer/"):
             _, parameter, key = name.split("/")
@@ -430,34 +392,21 @@ def _whole(tensors: dict[str, torch.Tensor], state: dict) -> dict:
 # %% ../chapters/14_checkpoints.ipynb #b6c15d1a
 def _describe(partial: Path, model: QwenForCausalLM, tokenizer: Tokenizer) -> dict:
     """Write config.json, generation_config.json and the tokenizer's files; return what goes into the state to say which they are."""
-    (partial / "config.json").write_text(
-        json.dumps(hf_config(model.config), indent=1) + "\n"
-    )
-    generation = check_generation_config(
-        model.generation_config, model.config.vocab_size, "model.generation_config"
-    )
+    config = model.config
+    generation = check_generation_config(model.generation_config, config.vocab_size, "model.generation_config")
+    (partial / "config.json").write_text(json.dumps(hf_config(config), indent=1) + "\n")
     if generation:
-        (partial / "generation_config.json").write_text(
-            json.dumps(generation, indent=1) + "\n"
-        )
-    return {
-        "config": model.config.to_dict(),
-        "generation_config": generation,
-        "tokenizer": tokenizer.save(partial),
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-    }
+        (partial / "generation_config.json").write_text(json.dumps(generation, indent=1) + "\n")
+    return {"config": config.to_dict(), "generation_config": generation, "tokenizer": tokenizer.save(partial),
+            "tokenizer_fingerprint": tokenizer.fingerprint}
 
 
 def _write_pt(contents: dict, file: Path) -> None:
     torch.save(contents, file)
     try:
-        _load(
-            file, checksums=False
-        )  # reads no tensor: what is refused here would be refused at the resume
+        _load(file, checksums=False)     # reads no tensor: what it refuses would be refused at the resume
     except _Forbidden as error:
-        raise CheckpointError(
-            f"{file} can hold tensors, numbers, strings, lists and dicts only, not {error}"
-        ) from None
+        raise CheckpointError(f"{file} can hold tensors, numbers, strings, lists and dicts only, not {error}") from None
     _check_entries(contents, file)
 
 
@@ -465,17 +414,12 @@ def _write_safetensors(checkpoint: dict, file: Path) -> None:
     tied = checkpoint["config"]["tie_word_embeddings"]
     weights = {name: weight.contiguous() for name, weight in checkpoint["model_state_dict"].items() if not (tied and name == "lm_head.weight")}
     save_file(weights, file, metadata={"format": "pt"})
+    # it is made for its owner alone: give it the mode that new files have here
+    file.chmod(file.parent.stat().st_mode & 0o666)
 
 # %% ../chapters/14_checkpoints.ipynb #842cdf56
-def save_checkpoint(
-    directory: str | Path,
-    model: QwenForCausalLM,
-    tokenizer: Tokenizer,
-    *,
-    optimizers: Sequence[torch.optim.Optimizer] = (),
-    safetensors: bool = False,
-    **state,
-) -> Path:
+def save_checkpoint(directory: str | Path, model: QwenForCausalLM, tokenizer: Tokenizer, *,
+                    optimizers: Sequence[torch.optim.Optimizer] = (), safetensors: bool = False, **state) -> Path:
     """Write `directory`/checkpoint.pt, config.json and the tokenizer, and with `safetensors` the weights once more as model.safetensors.
 
     Everything is written beside its place, flushed to the disk and then renamed, so that a crash leaves no half checkpoint.
@@ -486,9 +430,7 @@ def save_checkpoint(
     partial = _new_partial(directory)
     try:
         tensors, rest = _snapshot(model, optimizers)
-        checkpoint = _whole(
-            tensors, {**state, **rest, **_describe(partial, model, tokenizer)}
-        )
+        checkpoint = _whole(tensors, {**state, **rest, **_describe(partial, model, tokenizer)})
         _write_pt(checkpoint, partial / "checkpoint.pt")
         if safetensors:
             _write_safetensors(checkpoint, partial / "model.safetensors")
@@ -499,47 +441,33 @@ def save_checkpoint(
     return directory / "checkpoint.pt"
 
 # %% ../chapters/14_checkpoints.ipynb #004accf8
-def _misfit(
-    found: dict[str, tuple], expected: dict[str, torch.Tensor], tied: bool
-) -> str | None:
-    """Of `found`, {name: (shape, dtype)}: what does not fit the `expected` weights; None where all do."""
-    optional = {"lm_head.weight"} if tied else set()
+def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+def _misfit(found: dict[str, tuple], model: QwenForCausalLM) -> str:
+    """Of `found`, {name: (shape, dtype)}: what does not fit the model's weights; empty where all do."""
+    expected = model.state_dict()
+    optional = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    both = found.keys() & expected.keys()
     problems = {
         "missing": expected.keys() - found.keys() - optional,
         "not of this model": found.keys() - expected.keys(),
-        "of another shape": {
-            name
-            for name in found.keys() & expected.keys()
-            if tuple(found[name][0]) != tuple(expected[name].shape)
-        },
-        "not floating point": {
-            name for name, (_, dtype) in found.items() if not dtype.is_floating_point
-        },
+        "of another shape": {name for name in both if found[name][0] != expected[name].shape},
+        "not floating point": {name for name in both if not found[name][1].is_floating_point},
     }
-    wrong = [
-        f"{title}: {', '.join(sorted(names)[:3])[:200]}"
-        + f" and {len(names) - 3} more" * (len(names) > 3)
-        for title, names in problems.items()
-        if names
-    ]
-    return "; ".join(wrong) or None
+    return "; ".join(f"{what}: {', '.join(sorted(names)[:3])[:200]}" for what, names in problems.items() if names)
 
 # %% ../chapters/14_checkpoints.ipynb #d2cde36c
-def _without_weights(
-    config: QwenConfig, found: dict[str, tuple], file: Path
-) -> QwenForCausalLM:
+def _without_weights(config: QwenConfig, found: dict[str, tuple], file: Path) -> QwenForCausalLM:
     """A model of shapes only, on the meta device; CheckpointError where what is `found` in `file` does not fit it."""
-    described, held = (
-        sum(parameter_ledger(config).values()),
-        sum(math.prod(shape) for shape, _ in found.values()),
-    )
+    described = sum(parameter_ledger(config).values())
+    held = sum(math.prod(shape) for shape, _ in found.values())
     if described > held or config.num_hidden_layers > len(found):
-        raise CheckpointError(
-            f"{file} does not fit its own configuration, which describes {described:,} weights: it holds {held:,}"
-        )
+        raise CheckpointError(f"{file} does not fit its own configuration, which describes {described:,} weights: it holds {held:,}")
     with torch.device("meta"):
         model = QwenForCausalLM(config)
-    misfit = _misfit(found, model.state_dict(), config.tie_word_embeddings)
+    misfit = _misfit(found, model)
     if misfit:
         raise CheckpointError(f"{file} does not fit its own configuration; {misfit}")
     return model
@@ -547,39 +475,19 @@ def _without_weights(
 # %% ../chapters/14_checkpoints.ipynb #94d59ed8
 def _model_of(checkpoint: dict, file: Path) -> QwenForCausalLM:
     """The model in eval mode, with weights of its own, that no file stays mapped for."""
-    config, weights = (
-        QwenConfig.from_dict(checkpoint["config"]),
-        checkpoint["model_state_dict"],
-    )
-    model = _without_weights(
-        config,
-        {name: (weight.shape, weight.dtype) for name, weight in weights.items()},
-        file,
-    )
+    weights = dict(checkpoint["model_state_dict"])
+    model = _without_weights(QwenConfig.from_dict(checkpoint["config"]), _shapes(weights), file)
     if len({weight.dtype for weight in weights.values()}) > 1:
-        raise CheckpointError(
-            f"{file} holds weights of several types, which no model computes with"
-        )
-    if config.tie_word_embeddings and "lm_head.weight" in weights:
-        head, embedding = (
-            weights["lm_head.weight"],
-            weights["model.embed_tokens.weight"],
-        )
+        raise CheckpointError(f"{file} holds weights of several types, which no model computes with")
+    if model.config.tie_word_embeddings and "lm_head.weight" in weights:
+        head, embedding = weights.pop("lm_head.weight"), weights["model.embed_tokens.weight"]
         if head.data_ptr() != embedding.data_ptr() and not torch.equal(head, embedding):
-            raise CheckpointError(
-                f"{file} ties lm_head.weight to model.embed_tokens.weight, and holds another"
-            )
-        weights = {
-            name: weight for name, weight in weights.items() if name != "lm_head.weight"
-        }
-    copies = {
-        name: weight.detach().clone(memory_format=torch.contiguous_format)
-        for name, weight in weights.items()
-    }
-    model.load_state_dict(copies, assign=True)
-    model.generation_config = check_generation_config(
-        checkpoint.get("generation_config", {}), config.vocab_size, file
-    )
+            raise CheckpointError(f"{file} ties lm_head.weight to model.embed_tokens.weight, and holds another")
+    for name, weight in weights.items():
+        weights[name] = weight.detach().clone(memory_format=torch.contiguous_format)
+    model.load_state_dict(weights, assign=True)
+    settings = checkpoint.get("generation_config", {})
+    model.generation_config = check_generation_config(settings, model.config.vocab_size, file)
     return model.eval()
 
 # %% ../chapters/14_checkpoints.ipynb #8641ce37
@@ -590,25 +498,21 @@ def _tokenizer_of(checkpoint: dict, directory: Path, file: Path) -> Tokenizer:
         raise CheckpointError(f"{file} names no tokenizer")
     kind, _, name = spec.partition(":")
     inside = Path(name).name == name and (directory / name).exists()
-    if not inside and not (
-        kind == "tiktoken" and re.fullmatch(r"\w+", name)
-    ):  # or one of tiktoken's own, by its name
-        raise CheckpointError(
-            f"{file} names the tokenizer {spec[:100]!r}, which is not in {directory}: fetch or copy the whole directory again"
-        )
+    by_name = kind == "tiktoken" and re.fullmatch(r"\w+", name)         # one of tiktoken's own
+    if not (inside or by_name):
+        raise CheckpointError(f"{file} names the tokenizer {spec[:100]!r}, which is not in {directory}: "
+                              "fetch or copy the whole directory again")
     try:
         tokenizer = load_tokenizer(spec, directory)
         same = checkpoint.get("tokenizer_fingerprint") in (None, tokenizer.fingerprint)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # libraries' readers fail in many ways
-        raise CheckpointError(
-            f"{file}: its tokenizer {directory / name} cannot be read ({_reason(error)}): fetch or copy it again"
-        ) from None
+        raise CheckpointError(f"{file}: its tokenizer {directory / name} cannot be read "
+                              f"({_reason(error)}): fetch or copy it again") from None
     if not same:
-        raise CheckpointError(
-            f"{file} was written with another tokenizer than {directory / name}, which is damaged or was replaced: fetch or copy it again"
-        )
+        raise CheckpointError(f"{file} was written with another tokenizer than {directory / name}, "
+                              "which is damaged or was replaced: fetch or copy it again")
     return tokenizer
 
 # %% ../chapters/14_checkpoints.ipynb #5b4ae374
@@ -619,9 +523,7 @@ def load_model(path: str | Path) -> tuple[QwenForCausalLM, Tokenizer]:
     for weights that do not fit the stored configuration and for a tokenizer that is not the one the checkpoint was written with.
     """
     path = Path(path)
-    directory, file = (
-        (path, path / "checkpoint.pt") if path.is_dir() else (path.parent, path)
-    )
+    directory, file = (path, path / "checkpoint.pt") if path.is_dir() else (path.parent, path)
     if path.is_dir() and _is_sharded(path) and not file.is_file():
         file, checkpoint = path / "state.pt", _read_sharded(path, "weights/")
     else:
@@ -632,64 +534,57 @@ def load_model(path: str | Path) -> tuple[QwenForCausalLM, Tokenizer]:
 
 def read_config(path: str | Path) -> QwenConfig:
     """The configuration of a checkpoint's model; no weight is read. Raises CheckpointError."""
-    return QwenConfig.from_dict(
-        _read_pt(_state_file(Path(path)), check=False, mmap=True)["config"]
-    )
+    return QwenConfig.from_dict(_read_pt(_state_file(Path(path)), check=False, mmap=True)["config"])
 
 # %% ../chapters/14_checkpoints.ipynb #40cec3e6
-def _steps(directory: str | Path) -> list[Path]:
-    """`step_N` directories with a checkpoint in them, oldest first."""
-    found = [
-        p
-        for p in Path(directory).glob("step_*")
-        if re.fullmatch(r"step_[0-9]{1,18}", p.name)
-        and (_is_sharded(p) or (p / "checkpoint.pt").is_file())
-    ]
-    return sorted(found, key=lambda p: int(p.name[5:]))
+_CALLED = r"final|step_[0-9]{1,18}"
+
+
+def _number(path: Path) -> float:
+    """N of step_N; final comes after all of them."""
+    return math.inf if path.name == "final" else int(path.name.removeprefix("step_"))
+
+
+def _named(directory: str | Path) -> list[Path]:
+    """The directories that have a checkpoint's name, step_N or final, oldest first."""
+    found = [path for path in Path(directory).glob("*") if re.fullmatch(_CALLED, path.name)]
+    return sorted(filter(Path.is_dir, found), key=_number)
+
+
+def _there(directory: str | Path) -> list[Path]:
+    """Those of them with a checkpoint's file in them."""
+    return [path for path in _named(directory) if _is_sharded(path) or (path / "checkpoint.pt").is_file()]
 
 
 def latest_checkpoint(directory: str | Path) -> Path | None:
     """`directory`/final where it exists, else the step_N with the highest N, else None; plain or sharded."""
-    final = Path(directory) / "final"
-    return final if _is_sharded(final) or (final / "checkpoint.pt").is_file() else next(reversed(_steps(directory)), None)
+    return next(reversed(_there(directory)), None)
+
+
+def _steps(directory: str | Path) -> list[Path]:
+    return [path for path in _there(directory) if path.name != "final"]
 
 
 def _check_keep(keep_last: int, keep_every: int) -> None:
-    for name, value, least in (
-        ("keep_last", keep_last, 1),
-        ("keep_every", keep_every, 0),
-    ):
+    for name, value, least in (("keep_last", keep_last, 1), ("keep_every", keep_every, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(
-                f"{name} must be a whole number of at least {least}, not {value!r:.40}"
-            )
+            raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r:.40}")
 
 # %% ../chapters/14_checkpoints.ipynb #f9cb9720
-def prune_checkpoints(
-    directory: str | Path,
-    keep_last: int,
-    keep_every: int = 0,
-    newest: int | None = None,
-) -> None:
+def prune_checkpoints(directory: str | Path, keep_last: int, keep_every: int = 0, newest: int | None = None) -> None:
     """Delete all but the `keep_last` newest step_N and, with `keep_every` > 0, those whose N it divides.
 
     With `newest`, steps above it stay and do not count: they are of a run that was taken back to an earlier step.
     ValueError for a number that is none, or too small.
     """
     _check_keep(keep_last, keep_every)
-    steps = [
-        p for p in _steps(directory) if newest is None or int(p.name[5:]) <= newest
-    ]
+    steps = [path for path in _steps(directory) if newest is None or _number(path) <= newest]
     for old in steps[:-keep_last]:
-        if keep_every == 0 or int(old.name[5:]) % keep_every:
-            doomed = old.with_name(
-                old.name + ".partial"
-            )  # so that one that is half deleted is not taken for a checkpoint
+        if keep_every == 0 or _number(old) % keep_every:
+            doomed = old.with_name(old.name + ".partial")   # so that one that is half deleted is not taken for a checkpoint
             shutil.rmtree(doomed, ignore_errors=True)
             old.rename(doomed)
-            shutil.rmtree(
-                doomed, ignore_errors=True
-            )  # what stays has a partial one's name: the next save tries again
+            shutil.rmtree(doomed, ignore_errors=True)       # what stays has a partial one's name: the next save tries again
 
 # %% ../chapters/14_checkpoints.ipynb #68a0a2da
 _held: set[int] = set()
@@ -701,9 +596,7 @@ def _let_go() -> None:
     _held.clear()
 
 
-os.register_at_fork(
-    after_in_child=_let_go
-)  # a child that outlives its parent does not hold the claim
+os.register_at_fork(after_in_child=_let_go)     # a child that outlives its parent does not hold the claim
 
 # %% ../chapters/14_checkpoints.ipynb #9bdb49bb
 @contextmanager
@@ -724,24 +617,14 @@ def claim(directory: str | Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = (
-                os.pread(handle, 200, 0).decode(errors="replace").strip() or "unknown"
-            )
-            raise CheckpointError(
-                f"{directory} is in use by another run ({holder}): wait for its end or choose another output directory"
-            ) from None
+            holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "unknown"
+            raise CheckpointError(f"{directory} is in use by another run ({holder}): "
+                                  "wait for its end or choose another output directory") from None
         except OSError as error:
-            print(
-                f"warning: {file} cannot be locked ({_reason(error)}): see to it that no other run uses {directory}",
-                file=sys.stderr,
-            )
-        with suppress(
-            OSError
-        ):  # who it is says the file where it can: a full disk comes to light soon enough
+            print(f"warning: {file} cannot be locked ({_reason(error)}): see to it that no other run uses {directory}", file=sys.stderr)
+        with suppress(OSError):     # who holds it is said where it can be: a full disk comes to light soon enough
             os.ftruncate(handle, 0)
-            os.pwrite(
-                handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0
-            )
+            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield
     finally:
         if handle in _held:
@@ -770,38 +653,25 @@ class _ShardReader(FileSystemReader):
     def __init__(self, directory: Path):
         super().__init__(directory / "sharded")
         self.index = _read_index(directory)
-        self.stored = {
-            name: (torch.Size(entry.shape), _DTYPES[entry.dtype])
-            for name, entry in self.index.items()
-        }
+        self.stored = {name: (torch.Size(entry.shape), _DTYPES[entry.dtype]) for name, entry in self.index.items()}
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         tensors, places = {}, {}
         for name, entry in self.index.items():
             chunks = []
             for offsets, sizes, file, start, length in entry.chunks:
-                chunks.append(
-                    ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-                )
+                chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
                 places[MetadataIndex(name, offsets)] = _StorageInfo(file, start, length)
             shape, dtype = self.stored[name]
-            tensors[name] = TensorStorageMetadata(
-                TensorProperties(dtype), shape, chunks
-            )
+            tensors[name] = TensorStorageMetadata(TensorProperties(dtype), shape, chunks)
         return Metadata(tensors, storage_data=places, storage_meta=StorageMeta())
 
-    def read_data(
-        self, plan: LoadPlan, planner: LoadPlanner
-    ) -> torch.futures.Future[None]:
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
         for item in plan.items:
             place = self.storage_data[item.storage_index]
-            tensor = _read_chunk(
-                self.path / place.relative_path, place.offset, place.length
-            )
+            tensor = _read_chunk(self.path / place.relative_path, place.offset, place.length)
             target = planner.resolve_tensor(item).detach()
-            target.copy_(
-                narrow_tensor_by_index(tensor, item.storage_offsets, item.lengths)
-            )
+            target.copy_(narrow_tensor_by_index(tensor, item.storage_offsets, item.lengths))
             planner.commit_tensor(item, target)
         done = torch.futures.Future()
         done.set_result(None)
@@ -812,9 +682,7 @@ class _ShardReader(FileSystemReader):
         try:
             dcp.load(targets, storage_reader=self, no_dist=True)
         except CheckpointException as error:
-            raise CheckpointError(
-                f"{self.path} cannot be read: {_reason(error)}"
-            ) from None
+            raise CheckpointError(f"{self.path} cannot be read: {_reason(error)}") from None
 
 # %% ../chapters/14_checkpoints.ipynb #59ef8f1d
 def _read_chunk(file: Path, start: int, length: int) -> torch.Tensor:
@@ -824,22 +692,15 @@ def _read_chunk(file: Path, start: int, length: int) -> torch.Tensor:
         data = io.BytesIO(stream.read(length))
     _check_archive(data, length, checksums=False)
     with zipfile.ZipFile(data) as archive:
-        held = {
-            re.sub(".*/data/", "", member.filename): member.file_size
-            for member in archive.infolist()
-            if "/data/" in member.filename
-        }
-        order = [
-            archive.read(name).decode()
-            for name in archive.namelist()
-            if name.endswith("byteorder")
-        ]
-    if len(held) > 1 or order not in ([], [sys.byteorder]):
-        raise ValueError(f"{file} holds something else than a tensor at {start}")
+        members = archive.infolist()
+        storages = [member.file_size for member in members if "/data/" in member.filename]
+        order = [archive.read(member).decode() for member in members if member.filename.endswith("byteorder")]
     data.seek(0)
     tensor = torch.load(data, map_location="cpu", weights_only=True)
-    if not isinstance(tensor, torch.Tensor) or tensor.untyped_storage().nbytes() != sum(
-        held.values()
+    if (
+        not isinstance(tensor, torch.Tensor)
+        or storages not in ([], [tensor.untyped_storage().nbytes()])
+        or order not in ([], [sys.byteorder])
     ):
         raise ValueError(f"{file} holds something else than a tensor at {start}")
     return tensor
@@ -858,12 +719,8 @@ class _Stored(BaseModel):
     chunks: list[tuple[list[_Size], list[_Size], str, _Size, _Size]]
 
 
-_INDEX = TypeAdapter(
-    dict[
-        Annotated[str, Field(pattern="^(weights/[^/]+|optimizer/[^/]+/[^/]+)$")],
-        _Stored,
-    ]
-)
+_Path = Annotated[str, Field(pattern="^(weights/[^/]+|optimizer/[^/]+/[^/]+)$")]
+_INDEX = TypeAdapter(dict[_Path, _Stored])
 
 # %% ../chapters/14_checkpoints.ipynb #26ebfb6a
 def _read_index(directory: Path) -> dict[str, _Stored]:
@@ -872,39 +729,23 @@ def _read_index(directory: Path) -> dict[str, _Stored]:
     try:
         index = _INDEX.validate_json(file.read_bytes())
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(str(part)[:60] for part in first["loc"]) or "it"
-        raise CheckpointError(
-            f"{file} was not written by this package ({where}: {first['msg'][:200]}): resume from an earlier checkpoint"
-        ) from None
+        raise _damaged(file, f"was not written by this package ({_first_wrong(error)})") from None
     except OSError as error:
-        raise CheckpointError(
-            f"{file} cannot be read ({_reason(error)}): resume from an earlier checkpoint"
-        ) from None
+        raise _damaged(file, f"cannot be read ({_reason(error)})") from None
     listed, stretches = _manifest(directory), {}
     for name, tensor in index.items():
-        if not _filled(
-            tensor.shape, [(offsets, sizes) for offsets, sizes, *_ in tensor.chunks]
-        ):
-            raise CheckpointError(
-                f"{file}: the chunks of {name[:100]} do not fill it: resume from an earlier checkpoint"
-            )
+        if not _filled(tensor.shape, [(offsets, sizes) for offsets, sizes, *_ in tensor.chunks]):
+            raise _damaged(file, f"has chunks of {name[:100]} that do not fill it")
         for _, sizes, shard, start, length in tensor.chunks:
             least = math.prod(sizes) * _DTYPES[tensor.dtype].itemsize
             if f"sharded/{shard}" not in listed or length < least:
-                raise CheckpointError(
-                    f"{file}: {name[:100]} lies in no file of the manifest, or not whole: resume from an earlier checkpoint"
-                )
+                raise _damaged(file, f"has {name[:100]} in no file of the manifest, or not whole")
             stretches.setdefault(shard, []).append((start, start + length))
     for shard, places in stretches.items():
         places.sort()
         size = (directory / "sharded" / shard).stat().st_size
-        if places[-1][1] > size or any(
-            end > start for (_, end), (start, _) in itertools.pairwise(places)
-        ):
-            raise CheckpointError(
-                f"{file}: chunks in {shard[:100]} overlap or reach beyond its end: resume from an earlier checkpoint"
-            )
+        if places[-1][1] > size or any(end > start for (_, end), (start, _) in itertools.pairwise(places)):
+            raise _damaged(file, f"has chunks in {shard[:100]} that overlap or reach beyond its end")
     return index
 
 # %% ../chapters/14_checkpoints.ipynb #1ac5af99
@@ -912,24 +753,14 @@ def _filled(shape: list[int], boxes: list[tuple[list[int], list[int]]]) -> bool:
     """Whether `boxes`, (offsets, sizes), fill a tensor of `shape` without gap or overlap."""
     boxes = sorted((offsets, sizes) for offsets, sizes in boxes if 0 not in sizes)
     for offsets, sizes in boxes:
-        if (
-            len(offsets) != len(shape)
-            or len(sizes) != len(shape)
-            or any(a + n > whole for a, n, whole in zip(offsets, sizes, shape))
-        ):
+        if not len(offsets) == len(sizes) == len(shape):
             return False
-    cut = [
-        i
-        for i, whole in enumerate(shape)
-        if any(sizes[i] != whole for _, sizes in boxes)
-    ]
-    pairs = (
-        itertools.pairwise(boxes) if len(cut) < 2 else itertools.combinations(boxes, 2)
-    )  # rows: neighbours suffice
-    apart = all(
-        any(a[i] + n[i] <= b[i] or b[i] + m[i] <= a[i] for i in cut)
-        for (a, n), (b, m) in pairs
-    )
+        if any(a + n > whole for a, n, whole in zip(offsets, sizes, shape)):
+            return False
+    cut = [i for i, whole in enumerate(shape) if any(sizes[i] != whole for _, sizes in boxes)]
+    # of rows, neighbours suffice
+    pairs = itertools.pairwise(boxes) if len(cut) < 2 else itertools.combinations(boxes, 2)
+    apart = all(any(a[i] + n[i] <= b[i] or b[i] + m[i] <= a[i] for i in cut) for (a, n), (b, m) in pairs)
     return apart and sum(math.prod(sizes) for _, sizes in boxes) == math.prod(shape)
 
 # %% ../chapters/14_checkpoints.ipynb #60b08c9f
@@ -938,7 +769,7 @@ def _sum_of(sums: dict[str, str]) -> str:
 
 
 def _manifest(directory: Path) -> dict[str, str]:
-    """The checksums in manifest.json, by file. CheckpointError where it is damaged, or lacks what every sharded checkpoint has."""
+    """The checksums in manifest.json of what a resume reads. CheckpointError where it is damaged, or lacks what each sharded checkpoint has."""
     file = directory / "manifest.json"
     try:
         manifest = json.loads(file.read_bytes())
@@ -947,19 +778,11 @@ def _manifest(directory: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, RecursionError, OSError):
         whole = False
     if not whole:
-        raise CheckpointError(
-            f"{file} is damaged or missing: resume from an earlier checkpoint"
-        )
-    read = {
-        name: digest
-        for name, digest in sums.items()
-        if name == "state.pt" or re.fullmatch(r"sharded/[^/]+", name)
-    }
+        raise _damaged(file, "is damaged or missing")
+    read = {name: digest for name, digest in sums.items() if re.fullmatch(r"state\.pt|sharded/[^/]+", name)}
     lacking = {"state.pt", "sharded/index.json"} - read.keys()
     if lacking:
-        raise CheckpointError(
-            f"{file} does not list {' and '.join(sorted(lacking))}: resume from an earlier checkpoint"
-        )
+        raise _damaged(file, f"does not list {' and '.join(sorted(lacking))}")
     return read
 
 # %% ../chapters/14_checkpoints.ipynb #e060341f
@@ -1000,53 +823,28 @@ def _verify(directory: Path, part: int = 0, parts: int = 1) -> None:
     sums = _manifest(directory)
     for name in sorted(sums)[part::parts]:
         file = directory / name
-        if not file.is_file() or _sha256(file) != sums[name]:
-            state = (
-                "is damaged (it differs from its checksum)"
-                if file.is_file()
-                else "is missing"
-            )
-            raise CheckpointError(f"{file} {state}: resume from an earlier checkpoint")
+        if not file.is_file():
+            raise _damaged(file, "is missing")
+        if _sha256(file) != sums[name]:
+            raise _damaged(file, "is damaged (it differs from its checksum)")
 
 # %% ../chapters/14_checkpoints.ipynb #dbbb2cde
 def _check_places(stored: dict, state: dict, file: Path) -> None:
     """CheckpointError for an optimizer's tensor of a parameter that its optimizer does not have."""
-    try:
-        known = {
-            names[number]
-            for packed, names in zip(
-                state["optimizer_state_dicts"], state["optimizer_parameters"]
-            )
-            for number in packed["state"]
-        }
-    except (KeyError, IndexError):
-        known = set()
-    strange = [
-        name
-        for name in stored
-        if name.startswith("optimizer/") and name.split("/")[1] not in known
-    ]
-    if strange:
-        raise CheckpointError(
-            f"{file} has no place for {strange[0][:100]}: resume from an earlier checkpoint"
-        )
+    pairs = zip(state["optimizer_state_dicts"], state["optimizer_parameters"])
+    known = {names[number] for packed, names in pairs for number in packed["state"]}
+    for name in stored:
+        if name.startswith("optimizer/") and name.split("/")[1] not in known:
+            raise _damaged(file, f"has no place for {name[:100]}")
 
 # %% ../chapters/14_checkpoints.ipynb #838a6aa5
 def _read_sharded(directory: Path, prefix: str = "") -> dict:
     """The dict of checkpoint.pt, put together in this process from the shards whose names start with `prefix`."""
     _verify(directory)
-    state, reader = (
-        _read_pt(
-            directory / "state.pt", "optimizer_state_dicts", "optimizer_parameters"
-        ),
-        _ShardReader(directory),
-    )
+    state = _read_pt(directory / "state.pt", "optimizer_state_dicts", "optimizer_parameters")
+    reader = _ShardReader(directory)
     _check_places(reader.stored, state, directory / "state.pt")
-    tensors = {
-        name: torch.empty(shape, dtype=dtype)
-        for name, (shape, dtype) in reader.stored.items()
-        if name.startswith(prefix)
-    }
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in reader.stored.items() if name.startswith(prefix)}
     reader.fill(tensors)
     return _whole(tensors, state)
 
@@ -1056,9 +854,12 @@ def _check_whole(path: Path) -> None:
     if _is_sharded(path):
         _verify(path)
         _ShardReader(path)
-        _read_pt(path / "state.pt", mmap=True)
+        file, needs = path / "state.pt", ()
     else:
-        _read_pt(path / "checkpoint.pt", "model_state_dict", mmap=True)
+        file, needs = path / "checkpoint.pt", ("model_state_dict",)
+    state = _read_pt(file, *needs, mmap=True)
+    if "tokenizer" in state:
+        _tokenizer_of(state, path, file)
 
 # %% ../chapters/14_checkpoints.ipynb #0d644226
 def newest_whole(directory: str | Path) -> Path | None:
@@ -1066,29 +867,21 @@ def newest_whole(directory: str | Path) -> Path | None:
 
     What is passed over is named in one line on stderr. CheckpointError where there are checkpoints, and none of them is whole.
     """
-    newest = latest_checkpoint(directory)
-    candidates = [
-        path
-        for path in (Path(directory) / "final", *reversed(_steps(directory)))
-        if newest and (path == newest or path.name != "final")
-    ]
-    damaged = {}
-    for path in candidates:
+    damaged, first = [], ""
+    for path in reversed(_named(directory)):
         try:
             _check_whole(path)
         except (CheckpointError, OSError) as error:
-            damaged[path.name] = _reason(error)
-        else:
-            if damaged:
-                print(
-                    f"warning: {', '.join(damaged)} passed over, {path} is the newest whole checkpoint ({next(iter(damaged.values()))})",
-                    file=sys.stderr,
-                )
-            return path
+            damaged.append(path.name)
+            first = first or _reason(error)
+            continue
+        if damaged:
+            print(f"warning: {', '.join(damaged)} passed over, {path} is the newest whole "
+                  f"checkpoint ({first})", file=sys.stderr)
+        return path
     if damaged:
-        raise CheckpointError(
-            f"{directory} holds no whole checkpoint ({next(iter(damaged.values()))}): move {', '.join(damaged)} away to start anew"
-        )
+        raise CheckpointError(f"{directory} holds no whole checkpoint ({first}): "
+                              f"move {', '.join(damaged)} away to start anew")
     return None
 
 # %% ../chapters/14_checkpoints.ipynb #8dfff006
@@ -1110,10 +903,7 @@ def _set_aside(directory: Path) -> None:
         aside = directory.with_name(directory.name + ".damaged")
         shutil.rmtree(aside, ignore_errors=True)
         directory.rename(aside)
-        print(
-            f"warning: {directory} is now {aside.name}, to make room for a whole one ({_reason(error)})",
-            file=sys.stderr,
-        )
+        print(f"warning: {directory} is now {aside.name}, to make room for a whole one ({_reason(error)})", file=sys.stderr)
 
 # %% ../chapters/14_checkpoints.ipynb #5ff8202a
 class Checkpointer:
@@ -1122,16 +912,8 @@ class Checkpointer:
     Every rank makes one, with the same arguments. `keep_last` checkpoints stay, and with `keep_every` > 0 each step it divides.
     """
 
-    def __init__(
-        self,
-        output_dir: str | Path,
-        tokenizer: Tokenizer,
-        *,
-        keep_last: int,
-        keep_every: int = 0,
-        sharded: bool = False,
-        asynchronous: bool = False,
-    ):
+    def __init__(self, output_dir: str | Path, tokenizer: Tokenizer, *, keep_last: int, keep_every: int = 0,
+                 sharded: bool = False, asynchronous: bool = False):
         _check_keep(keep_last, keep_every)
         self.output_dir, self.tokenizer = Path(output_dir), tokenizer
         self.keep_last, self.keep_every, self.sharded = keep_last, keep_every, sharded
@@ -1141,15 +923,8 @@ class Checkpointer:
         self.executor = ThreadPoolExecutor(1) if asynchronous else None
         self.pending: Future | None = None
 
-    def save(
-        self,
-        name: str,
-        model: torch.nn.Module,
-        optimizers: Sequence[torch.optim.Optimizer],
-        state: dict,
-        rank_state: dict | None = None,
-        final: bool = False,
-    ) -> None:
+    def save(self, name: str, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer], state: dict,
+             rank_state: dict | None = None, final: bool = False) -> None:
         """Write `output_dir`/`name` ("step_N" or "final"); every rank calls it, after its optimizers' step.
 
         Plain: rank 0 gathers every tensor and writes checkpoint.pt. Sharded: each rank writes what it holds into sharded/, rank 0
@@ -1159,37 +934,18 @@ class Checkpointer:
         every rank.
         """
         self.wait()
-        if not re.fullmatch(r"final|step_[0-9]{1,18}", name):
-            raise ValueError(
-                f"a checkpoint is called final or step_N, not {name!r:.60}"
-            )
+        if not re.fullmatch(_CALLED, name):
+            raise ValueError(f"a checkpoint is called final or step_N, not {name!r:.60}")
         directory = self.output_dir / name
         partial = _together(lambda: self._prepare(directory), self.group)[0]
         tensors, rest = _snapshot(model, optimizers)
-        state = copy.deepcopy(
-            {**state, **rest, "rank_states": _together(lambda: rank_state, self.group)}
-        )
+        state = copy.deepcopy({**state, **rest, "rank_states": _together(lambda: rank_state, self.group)})
         background = self.executor is not None
         if self.sharded:
-            weights = (
-                {
-                    key: tensor
-                    for key, tensor in tensors.items()
-                    if key.startswith("weights/")
-                }
-                if final
-                else {}
-            )
+            weights = {key: tensor for key, tensor in tensors.items() if key.startswith("weights/")} if final else {}
             full = _gathered(weights, self.rank == 0, copies=background)
-            options = {
-                "checkpoint_id": partial / "sharded",
-                "process_group": self.group,
-            }
-            writing = (
-                dcp.async_save(tensors, **options).result
-                if background
-                else lambda: dcp.save(tensors, **options)
-            )
+            options = {"checkpoint_id": partial / "sharded", "process_group": self.group}
+            writing = dcp.async_save(tensors, **options).result if background else lambda: dcp.save(tensors, **options)
         else:
             full, writing = _gathered(tensors, self.rank == 0, copies=background), None
 
@@ -1210,40 +966,25 @@ class Checkpointer:
             pending.result()
 
     def _prepare(self, directory: Path) -> Path | None:
-        """Flush this rank's log; of rank 0, a new partial directory. What a killed save left is removed first: it may be what fills the disk."""
-        for file in ("metrics.jsonl", f"ledger/rank_{self.rank}.jsonl")[
-            self.rank > 0 :
-        ]:  # chapter 18's: the checkpoint relies on them
-            _flush(self.output_dir / file)
+        """Flush this rank's log, on which the checkpoint relies (chapter 18); of rank 0, a new partial directory."""
+        _flush(self.output_dir / f"ledger/rank_{self.rank}.jsonl")
         if self.rank > 0:
             return None
-        for left in (
-            *self.output_dir.glob("step_*.partial"),
-            *self.output_dir.glob("final.partial"),
-        ):
+        _flush(self.output_dir / "metrics.jsonl")
+        # what a killed save left behind is removed first, since it may be what fills the disk
+        for left in (*self.output_dir.glob("step_*.partial"), *self.output_dir.glob("final.partial")):
             shutil.rmtree(left, ignore_errors=True)
         if directory.is_dir():
             _set_aside(directory)
         return _new_partial(directory)
 
-    def _finish(
-        self,
-        directory: Path,
-        partial: Path,
-        write_shards: Callable[[], Metadata] | None,
-        full: dict[str, torch.Tensor],
-        state: dict,
-        model: QwenForCausalLM,
-        final: bool,
-    ) -> None:
+    def _finish(self, directory: Path, partial: Path, write_shards: Callable[[], Metadata] | None, full: dict[str, torch.Tensor],
+                state: dict, model: QwenForCausalLM, final: bool) -> None:
         """The part of `save` that writes, on every rank; on the disk nothing is seen of it until the last step."""
         try:
             metadata = write_shards() if write_shards else None
             own = list((partial / "sharded").glob(f"__{self.rank}_*"))
-            sums = _together(
-                lambda: {f"sharded/{file.name}": _sha256(file) for file in own},
-                self.group,
-            )
+            sums = _together(lambda: {f"sharded/{file.name}": _sha256(file) for file in own}, self.group)
 
             def write_rest() -> None:
                 described = {**state, **_describe(partial, model, self.tokenizer)}
@@ -1257,26 +998,11 @@ class Checkpointer:
                     _write_pt(described, partial / "state.pt")
                     if final:
                         _write_consolidated(partial, _whole(full, described))
-                    shards = {
-                        name: digest for each in sums for name, digest in each.items()
-                    }
-                    rest = {
-                        str(file.relative_to(partial))
-                        for file in partial.rglob("*")
-                        if file.is_file()
-                    } - shards.keys()
-                    _write_manifest(
-                        partial,
-                        shards | {name: _sha256(partial / name) for name in rest},
-                    )
+                    shards = {name: digest for each in sums for name, digest in each.items()}
+                    rest = {str(file.relative_to(partial)) for file in partial.rglob("*") if file.is_file()} - shards.keys()
+                    _write_manifest(partial, shards | {name: _sha256(partial / name) for name in rest})
                 _commit(partial, directory)
-                number = directory.name.removeprefix("step_")
-                prune_checkpoints(
-                    self.output_dir,
-                    self.keep_last,
-                    self.keep_every,
-                    int(number) if number.isdecimal() else None,
-                )
+                prune_checkpoints(self.output_dir, self.keep_last, self.keep_every, newest=_number(directory))
 
             _together(lambda: write_rest() if self.rank == 0 else None, self.group)
         except (Exception, CheckpointException) as error:
@@ -1290,28 +1016,19 @@ _OF_OPTIMIZERS = {"optimizer_state_dicts", "optimizer_types", "optimizer_paramet
 
 def _write_consolidated(directory: Path, checkpoint: dict) -> None:
     """checkpoint.pt, without what belongs to optimizers, and model.safetensors, each of them whole or not there."""
-    files = {
-        name: directory / f"{name}.partial"
-        for name in ("model.safetensors", "checkpoint.pt")
-    }
+    writers = {"model.safetensors": _write_safetensors, "checkpoint.pt": _write_pt}
+    partials = {name: directory / f"{name}.partial" for name in writers}
+    contents = {key: value for key, value in checkpoint.items() if key not in _OF_OPTIMIZERS}
     try:
-        _write_pt(
-            {
-                key: value
-                for key, value in checkpoint.items()
-                if key not in _OF_OPTIMIZERS
-            },
-            files["checkpoint.pt"],
-        )
-        _write_safetensors(checkpoint, files["model.safetensors"])
-        for name, file in files.items():
-            _usual_mode(file, directory)
-            _fsync(file)
-            file.rename(directory / name)
+        for name, write in writers.items():
+            write(contents, partials[name])
+            _fsync(partials[name])
+        for name, partial in partials.items():
+            partial.rename(directory / name)
         _fsync(directory)
     finally:
-        for file in files.values():
-            file.unlink(missing_ok=True)
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
 
 # %% ../chapters/14_checkpoints.ipynb #451bd5b3
 def consolidate(path: str | Path) -> Path:
@@ -1323,15 +1040,8 @@ def consolidate(path: str | Path) -> Path:
     if not _is_sharded(path):
         raise CheckpointError(f"{path} holds no sharded checkpoint")
     checkpoint = _read_sharded(path, "weights/")
-    weights = {
-        name: (weight.shape, weight.dtype)
-        for name, weight in checkpoint["model_state_dict"].items()
-    }
-    _without_weights(
-        QwenConfig.from_dict(checkpoint["config"]),
-        weights,
-        path / "sharded" / "index.json",
-    )
+    config, weights = QwenConfig.from_dict(checkpoint["config"]), checkpoint["model_state_dict"]
+    _without_weights(config, _shapes(weights), path / "sharded" / "index.json")
     try:
         _write_consolidated(path, checkpoint)
     except Exception as error:
@@ -1367,101 +1077,58 @@ def _check_model(state: dict, model: torch.nn.Module, path: Path) -> None:
         raise CheckpointError(f"{path} holds another model: it differs in {', '.join(differs)}")
 
 
-# what a resume relies on, beside AdamW's `step`: averages in their parameter's shape
-_AVERAGES = {
-    "AdamW": {"exp_avg", "exp_avg_sq"},
-    "AdamWBf16": {"exp_avg", "exp_avg_sq"},
-    "Muon": {"momentum_buffer"},
-}
+# what a resume relies on: AdamW's count of steps, and averages in their parameter's shape
+_ADAMW = {"step", "exp_avg", "exp_avg_sq"}
+_STATE = {"AdamW": _ADAMW, "AdamWBf16": _ADAMW, "Muon": {"momentum_buffer"}}
 
 # %% ../chapters/14_checkpoints.ipynb #7744a711
-def _check_optimizers(
-    state: dict,
-    model: torch.nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
-    path: Path,
-) -> None:
-    if not state.get("optimizer_state_dicts"):
-        raise CheckpointError(
-            f"{path} holds no optimizer state: training cannot be resumed from it"
-        )
+def _check_optimizers(state: dict, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer], path: Path) -> None:
+    if not state["optimizer_state_dicts"]:
+        raise CheckpointError(f"{path} holds no optimizer state: training cannot be resumed from it")
     ours = [type(optimizer).__name__ for optimizer in optimizers]
     theirs = state.get("optimizer_types", ours)
-    counts = [
-        sum(len(group["params"]) for group in packed["param_groups"])
-        for packed in state["optimizer_state_dicts"]
-    ]
+    counts = [sum(len(group["params"]) for group in packed["param_groups"]) for packed in state["optimizer_state_dicts"]]
     names = _parameter_names(model, optimizers)
     if theirs != ours or counts != [len(each) for each in names]:
-        raise CheckpointError(
-            f"{path} was trained with other optimizers ({', '.join(theirs)[:100]} of {counts} parameters) than "
-            f"{', '.join(ours)} of {[len(each) for each in names]}"
-        )
-    if [sorted(each) for each in state["optimizer_parameters"]] != [
-        sorted(each) for each in names
-    ]:
-        raise CheckpointError(
-            f"{path} was trained with other parameters in its optimizers"
-        )
+        raise CheckpointError(f"{path} was trained with other optimizers ({', '.join(theirs)[:100]} of {counts} parameters) than "
+                              f"{', '.join(ours)} of {[len(each) for each in names]}")
+    if [sorted(each) for each in state["optimizer_parameters"]] != [sorted(each) for each in names]:
+        raise CheckpointError(f"{path} was trained with other parameters in its optimizers")
 
 # %% ../chapters/14_checkpoints.ipynb #ada66442
-def _check_averages(
-    path: Path,
-    state: dict,
-    stored: dict[str, tuple],
-    model: torch.nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
-) -> None:
+def _check_averages(path: Path, state: dict, stored: dict[str, tuple], model: torch.nn.Module,
+                    optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """CheckpointError where an optimizer's state is not complete, or has another shape than its parameter."""
-    kept = {}  # of each parameter, the names of its tensors
-    for name in stored:
+    kept = {}     # of each parameter, {key: (shape, dtype)}
+    for name, found in stored.items():
         if name.startswith("optimizer/"):
             _, parameter, key = name.split("/")
-            kept.setdefault(parameter, set()).add(key)
-    for optimizer, packed, names in zip(
-        optimizers, state["optimizer_state_dicts"], state["optimizer_parameters"]
-    ):
-        kind = type(optimizer).__name__
-        wanted = _AVERAGES.get(kind, set()) | (
-            {"step"} if kind.startswith("AdamW") else set()
-        )
-        others = any(
-            key for values in _but_tensors(packed)["state"].values() for key in values
-        )
-        for name in names if wanted and packed["state"] else ():
-            if kept.get(name, set()) - {"max_exp_avg_sq"} != wanted or others:
-                raise CheckpointError(
-                    f"{path}: the optimizer's state of {name} is not {kind}'s: {', '.join(sorted(wanted))}"
-                )
+            kept.setdefault(parameter, {})[key] = found
     parameters = dict(model.named_parameters())
-    known = {
-        name
-        for optimizer, names in zip(optimizers, state["optimizer_parameters"])
-        for name in names
-        if type(optimizer).__name__ in _AVERAGES
-    }
-    for name, keys in kept.items():
-        for key in keys:
-            shape, dtype = stored[f"optimizer/{name}/{key}"]
-            single = key == "step" if name in known else shape == ()
-            right = shape == (() if single else parameters[name].shape)
-            if (
-                not right
-                or dtype not in _DTYPES.values()
-                or (name in known and not dtype.is_floating_point)
-            ):
-                raise CheckpointError(
-                    f"{path}: the optimizer's {key} of {name} has shape {list(shape)} and type {str(dtype).removeprefix('torch.')}, "
-                    f"which does not fit the parameter's {list(parameters[name].shape)}"
-                )
+    for optimizer, packed, names in zip(optimizers, state["optimizer_state_dicts"], state["optimizer_parameters"]):
+        kind = type(optimizer).__name__
+        wanted = _STATE.get(kind)
+        others = any(_but_tensors(packed)["state"].values())
+        for name in names:
+            tensors, whole = kept.get(name, {}), parameters[name].shape
+            if wanted and packed["state"] and (others or tensors.keys() - {"max_exp_avg_sq"} != wanted):
+                raise CheckpointError(f"{path}: the optimizer's state of {name} is not {kind}'s: {', '.join(sorted(wanted))}")
+            for key, (shape, dtype) in tensors.items():
+                fits = shape in ((), whole)
+                if wanted:
+                    fits = shape == (() if key == "step" else whole) and dtype.is_floating_point
+                if not fits:
+                    raise CheckpointError(
+                        f"{path}: the optimizer's {key} of {name} has shape {list(shape)} and type "
+                        f"{str(dtype).removeprefix('torch.')}, which does not fit the parameter's {list(whole)}")
 
 # %% ../chapters/14_checkpoints.ipynb #8bb8b75d
 class _FileReader:
     """The tensors of a checkpoint.pt, which is mapped into memory, by name: of a sharded target each rank copies its own part."""
 
     def __init__(self, checkpoint: dict):
-        self.tensors = _by_name(checkpoint["model_state_dict"], checkpoint.get("optimizer_state_dicts", []), checkpoint["optimizer_parameters"])
-        self.stored = {name: (tensor.shape, tensor.dtype) for name, tensor in self.tensors.items()}
+        self.tensors = _by_name(checkpoint["model_state_dict"], checkpoint["optimizer_state_dicts"], checkpoint["optimizer_parameters"])
+        self.stored = _shapes(self.tensors)
 
     def fill(self, targets: dict[str, torch.Tensor]) -> None:
         for name, target in targets.items():
@@ -1471,68 +1138,39 @@ class _FileReader:
             target.copy_(tensor)
 
 # %% ../chapters/14_checkpoints.ipynb #78dadbb4
-def _targets(
-    path: Path,
-    state: dict,
-    stored: dict[str, tuple[torch.Size, torch.dtype]],
-    model: torch.nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
-) -> dict[str, torch.Tensor]:
+def _targets(path: Path, state: dict, stored: dict[str, tuple[torch.Size, torch.dtype]], model: torch.nn.Module,
+             optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
     """Where each stored tensor goes: the model's own weights, and new room for what belongs to the optimizers."""
-    weights = _weights(model)
-    misfit = _misfit(
-        {
-            name.removeprefix("weights/"): found
-            for name, found in stored.items()
-            if name.startswith("weights/")
-        },
-        model.state_dict(),
-        model.config.tie_word_embeddings,
-    )
+    weights = {name.removeprefix("weights/"): found for name, found in stored.items() if name.startswith("weights/")}
+    misfit = _misfit(weights, model)
     if misfit:
         raise CheckpointError(f"{path} does not hold this model's weights; {misfit}")
-    targets = {f"weights/{name}": weight for name, weight in weights.items()}
+    targets = {f"weights/{name}": weight for name, weight in _weights(model).items()}
     if not optimizers:
         return targets
     _check_averages(path, state, stored, model, optimizers)
     parameters = dict(model.named_parameters())
-    on_device = {
-        p
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        if group.get("fused") or group.get("capturable")
-        for p in group["params"]
-    }
+    on_device = {p for optimizer in optimizers for group in optimizer.param_groups if group.get("fused") or group.get("capturable")
+                 for p in group["params"]}
     # torch's own optimizers keep averages in the parameter's type and want them so, also where a run goes on in another precision
-    follows = {
-        name
-        for optimizer, names in zip(optimizers, state["optimizer_parameters"])
-        for name in names
-        if type(optimizer) in (torch.optim.AdamW, torch.optim.Muon)
-    }
+    follows = {name for optimizer, names in zip(optimizers, state["optimizer_parameters"])
+               if type(optimizer) in (torch.optim.AdamW, torch.optim.Muon) for name in names}
     for name, (shape, dtype) in stored.items():
         if name.startswith("optimizer/"):
-            parameter = parameters[name.split("/")[1]]
-            if shape == parameter.shape:  # sharded as the parameter is
-                dtype = parameter.dtype if name.split("/")[1] in follows else dtype
-                targets[name] = torch.empty_like(
-                    parameter, dtype=dtype, requires_grad=False
-                )
-            else:  # AdamW's step
-                targets[name] = torch.empty(
-                    shape,
-                    dtype=dtype,
-                    device=parameter.device if parameter in on_device else "cpu",
-                )
+            owner = name.split("/")[1]
+            parameter = parameters[owner]
+            if shape == parameter.shape:        # sharded as the parameter is
+                dtype = parameter.dtype if owner in follows else dtype
+                targets[name] = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+            else:                               # AdamW's step
+                targets[name] = torch.empty(shape, dtype=dtype, device=parameter.device if parameter in on_device else "cpu")
     return targets
 
 # %% ../chapters/14_checkpoints.ipynb #9acc0f7b
 def _check_steps(path: Path, targets: dict[str, torch.Tensor]) -> None:
     for name, value in targets.items():
-        if not 0 <= value.item() < 2**53:  # nan is not either
-            raise CheckpointError(
-                f"{path}: the optimizer's {name.removeprefix('optimizer/')} is {value.item()}, which counts no steps"
-            )
+        if not 0 <= value.item() < 2**53:       # nan is not either
+            raise CheckpointError(f"{path}: the optimizer's {name.removeprefix('optimizer/')} is {value.item()}, which counts no steps")
 
 
 def _attach(targets: dict[str, torch.Tensor], state: dict, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -1550,11 +1188,7 @@ def _attach(targets: dict[str, torch.Tensor], state: dict, model: torch.nn.Modul
 
 # %% ../chapters/14_checkpoints.ipynb #3f4ceb57
 @torch.no_grad()
-def restore_checkpoint(
-    path: str | Path,
-    model: torch.nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
-) -> dict:
+def restore_checkpoint(path: str | Path, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict:
     """Load weights and the optimizers' state into `model` and `optimizers` in place; return the rest (step, data, rank_states, ...).
 
     `path` is a checkpoint.pt or its directory, plain or sharded, and `model` (without DDP's wrapper) may be laid out in any way, on
@@ -1564,11 +1198,9 @@ def restore_checkpoint(
     """
     path = Path(path)
     directory, file = _sharded_directory(path), _state_file(path)
-    rank, ranks = (
-        (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    )
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-    def check() -> None:  # the checksums, once for all ranks
+    def check() -> None:      # the checksums, once for all ranks
         if directory:
             _verify(directory, rank, ranks)
         elif rank == 0:
@@ -1576,25 +1208,18 @@ def restore_checkpoint(
 
     def load() -> None:
         state = _read_pt(file, check=False, mmap=directory is None)
-        state = {
-            "optimizer_state_dicts": [],
-            "optimizer_parameters": _parameter_names(model, optimizers),
-            **state,
-        }  # 0.1.0 did not name them
+        names = _parameter_names(model, optimizers)         # which files of version 0.1.0 do not hold
+        state = {"optimizer_state_dicts": [], "optimizer_parameters": names, **state}
         _check_model(state, model, path)
         if optimizers:
             _check_optimizers(state, model, optimizers, path)
         source = _ShardReader(directory) if directory else _FileReader(state)
         _check_places(source.stored, state, path)
         targets = _targets(path, state, source.stored, model, optimizers)
-        steps = {
-            name: target for name, target in targets.items() if name.endswith("/step")
-        }
+        steps = {name: target for name, target in targets.items() if name.endswith("/step")}
         source.fill(steps)
-        _check_steps(path, steps)  # before anything of the model is overwritten
-        source.fill(
-            {name: target for name, target in targets.items() if name not in steps}
-        )
+        _check_steps(path, steps)       # before anything of the model is overwritten
+        source.fill({name: target for name, target in targets.items() if name not in steps})
         if optimizers:
             _attach(targets, state, model, optimizers)
         rest.update(_without_tensors(state))

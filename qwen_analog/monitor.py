@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import mmap
+import operator
 import os
 import re
 import resource
@@ -71,7 +72,7 @@ class LogFile:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
+        with self._named():
             missing = [parent for parent in path.parents if not parent.exists()]
             path.parent.mkdir(parents=True, exist_ok=True)
             for parent in reversed(missing):
@@ -79,26 +80,18 @@ class LogFile:
             if path.suffix == ".jsonl" and path.exists():
                 _mend_end(path)
             self.file = open(path, "ab", buffering=0)
-        except OSError as error:
-            raise self._named(error) from None
 
-    def _named(self, error: OSError) -> OSError:
-        return OSError(f"{self.path} cannot be written: {error}")
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(f"{self.path} cannot be written: {error}") from None
 
     def write(self, data: bytes) -> None:
-        try:
+        with self._named():
             while data:
                 data = data[self.file.write(data) :]
-        except OSError as error:
-            raise self._named(error) from None
-
-    def flush(self) -> None:
-        """Return when all that was written is on the disk."""
-        try:
-            os.fsync(self.file.fileno())
-            _fsync(self.path.parent)
-        except OSError as error:
-            raise self._named(error) from None
 
     def close(self) -> None:
         self.file.close()
@@ -124,26 +117,17 @@ class _Board:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self.Event, self.Summary = Event, Summary
-        name = f"events.out.tfevents.{time.time_ns() // 10**9:010d}.{socket.gethostname()}.{os.getpid()}.{next(self.numbers)}"
-        self.file = LogFile(directory / name)
+        began = time.time_ns() // 10**9
+        self.file = LogFile(directory / f"events.out.tfevents.{began:010d}.{socket.gethostname()}.{os.getpid()}.{next(self.numbers)}")
         self.records = RecordWriter(self.file)
         self._add(file_version="brain.Event:2")
-        self._add(
-            step=purge_step, session_log=SessionLog(status=SessionLog.START)
-        )  # what was there from this step on is dropped
+        self._add(step=purge_step, session_log=SessionLog(status=SessionLog.START))      # what was there from this step on is dropped
 
     def _add(self, **fields) -> None:
-        self.records.write(
-            self.Event(wall_time=time.time(), **fields).SerializeToString()
-        )
+        self.records.write(self.Event(wall_time=time.time(), **fields).SerializeToString())
 
     def scalar(self, name: str, value: float, step: int) -> None:
-        self._add(
-            step=step,
-            summary=self.Summary(
-                value=[self.Summary.Value(tag=name, simple_value=value)]
-            ),
-        )
+        self._add(step=step, summary=self.Summary(value=[self.Summary.Value(tag=name, simple_value=value)]))
 
 # %% ../chapters/18_watching.ipynb #55ac2729
 class RunLog:
@@ -153,19 +137,8 @@ class RunLog:
     same files, and of several entries of a step the last one counts. An OSError names the file that cannot be written.
     """
 
-    def __init__(
-        self,
-        output_dir: str | Path,
-        rank: int = 0,
-        world_size: int = 1,
-        tensorboard: bool = True,
-    ):
-        self.output_dir, self.rank, self.world_size, self.tensorboard = (
-            Path(output_dir),
-            rank,
-            world_size,
-            tensorboard,
-        )
+    def __init__(self, output_dir: str | Path, rank: int = 0, world_size: int = 1, tensorboard: bool = True):
+        self.output_dir, self.rank, self.world_size, self.tensorboard = Path(output_dir), rank, world_size, tensorboard
         self._files, self._board = {}, None
 
     def _append(self, name: str, entry: dict) -> None:
@@ -177,13 +150,8 @@ class RunLog:
         """One line of metrics.jsonl, its numbers also to TensorBoard. Of rank 0; of the others, nothing."""
         if self.rank:
             return
-        finite = {
-            name: None
-            if isinstance(value, float) and not math.isfinite(value)
-            else value
-            for name, value in values.items()
-        }
-        self._append("metrics.jsonl", {"step": step, **finite})
+        infinite = {name: None for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)}
+        self._append("metrics.jsonl", {"step": step, **values, **infinite})
         if self.tensorboard:
             self._board = self._board or _Board(self.output_dir / "tensorboard", step)
             for name, value in values.items():
@@ -193,31 +161,16 @@ class RunLog:
     def consume(self, step: int, position: dict, blocks: Sequence[Block]) -> None:
         """Note in this rank's ledger which documents `step` is made of, and the data's `position` before it."""
         documents: dict[str, list[int]] = {}
-        for file, _, line in sorted(
-            {source.rpartition(":") for block in blocks for source in block.sources}
-        ):
+        for file, _, line in sorted({source.rpartition(":") for block in blocks for source in block.sources}):
             documents.setdefault(file, []).append(int(line))
-        self._append(
-            f"ledger/rank_{self.rank}.jsonl",
-            {
-                "step": step,
-                "world_size": self.world_size,
-                "position": position,
-                "documents": {file: sorted(lines) for file, lines in documents.items()},
-            },
-        )
-
-    def flush(self) -> None:
-        """Return when the lines of all steps so far are on the disk."""
-        for file in self._files.values():
-            file.flush()
+        self._append(f"ledger/rank_{self.rank}.jsonl", {"step": step, "world_size": self.world_size, "position": position,
+                                                        "documents": {file: sorted(lines) for file, lines in documents.items()}})
 
     def close(self) -> None:
-        for file in (
-            *self._files.values(),
-            *([self._board.file] if self._board else []),
-        ):
+        for file in self._files.values():
             file.close()
+        if self._board:
+            self._board.file.close()
         self._files, self._board = {}, None
 
 # %% ../chapters/18_watching.ipynb #w1800015
@@ -228,36 +181,25 @@ def _ledger_entry(file: Path, step: int) -> dict | None:
     begins, found = f'{{"step": {step}, '.encode(), None
     with open(file, "rb") as lines:
         for line in lines:
-            if line.lstrip(b"\0").startswith(begins):  # most lines need not be parsed
+            if line.lstrip(b"\0").startswith(begins):      # most lines need not be parsed
                 found = _whole(line) or found
     return found
 
 
 def documents_of_step(output_dir: str | Path, step: int) -> list[str]:
     """The documents, "file:line", that all ranks together read in `step`, by the ledger in `output_dir`. ValueError where it has none."""
-    ledger, documents, rank, ranks = Path(output_dir) / "ledger", set(), 0, 1
+    documents, rank, ranks = set(), 0, 1
     while rank < ranks:
-        file = ledger / f"rank_{rank}.jsonl"
+        file = Path(output_dir) / "ledger" / f"rank_{rank}.jsonl"
         entry = _ledger_entry(file, step)
         if entry is None:
-            raise ValueError(
-                f"the ledger in {output_dir} has no step {step}"
-                + f" of rank {rank}" * (rank > 0)
-            )
+            raise ValueError(f"the ledger in {output_dir} has no step {step}" + f" of rank {rank}" * (rank > 0))
         try:
-            ranks = entry["world_size"] if rank == 0 else ranks
-            documents |= {
-                (name, int(line))
-                for name, lines in entry["documents"].items()
-                for line in lines
-            }
-            rank, whole = rank + 1, isinstance(ranks, int)
+            documents |= {(name, int(line)) for name, lines in entry["documents"].items() for line in lines}
+            ranks = operator.index(entry["world_size"]) if rank == 0 else ranks
         except (KeyError, TypeError, ValueError, AttributeError):
-            whole = False
-        if not whole:
-            raise ValueError(
-                f"{file}: the entry of step {step} is not one that a run writes"
-            )
+            raise ValueError(f"{file}: the entry of step {step} is not one that a run writes") from None
+        rank += 1
     return [f"{name}:{line}" for name, line in sorted(documents)]
 
 # %% ../chapters/18_watching.ipynb #w1800022
@@ -300,17 +242,13 @@ def peak_memory(device: torch.device) -> int:
 
 # %% ../chapters/18_watching.ipynb #w1800025
 @contextmanager
-def profiled(
-    output_dir: str | Path, rank: int, steps: int
-) -> Iterator[Callable[[], None]]:
+def profiled(output_dir: str | Path, rank: int, steps: int) -> Iterator[Callable[[], None]]:
     """Trace `steps` steps, from the third on, into `output_dir`/trace_rank_N.json, which Perfetto and chrome://tracing open.
 
     Yields what is to be called after each step. With `steps` 0 nothing is traced.
     """
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
-        raise ValueError(
-            f"steps must be a whole number of at least 0, not {steps!r:.40}"
-        )
+        raise ValueError(f"steps must be a whole number of at least 0, not {steps!r:.40}")
     if not steps:
         yield lambda: None
         return
@@ -321,24 +259,15 @@ def profiled(
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             profile.export_chrome_trace(str(file))
-        except (
-            OSError,
-            RuntimeError,
-        ) as error:  # a trace is for looking at: the run goes on without it
-            print(
-                f"warning: {file} cannot be written: {str(error).splitlines()[0]}",
-                file=sys.stderr,
-            )
+        except (OSError, RuntimeError) as error:      # a trace is for looking at: the run goes on without it
+            print(f"warning: {file} cannot be written: {str(error).splitlines()[0]}", file=sys.stderr)
 
-    with torch.profiler.profile(
-        schedule=torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1),
-        on_trace_ready=export,
-    ) as profile:
+    with torch.profiler.profile(schedule=torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1), on_trace_ready=export) as profile:
         yield profile.step
 
 # %% ../chapters/18_watching.ipynb #w1800030
 def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and abs(value) < 1e15  # nan is not
+    return isinstance(value, (int, float)) and abs(value) < 1e15      # nan is not
 
 
 def plot_losses(metrics: str | Path, picture: str | Path) -> None:
@@ -355,10 +284,7 @@ def plot_losses(metrics: str | Path, picture: str | Path) -> None:
                 values[entry["step"]] = entry[name]
     figure = Figure(figsize=(7.2, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
-    for name, label, style in (
-        ("loss", "training", {"linewidth": 1}),
-        ("heldout_loss", "held out", {"marker": "o", "markersize": 4}),
-    ):
+    for name, label, style in (("loss", "training", {"linewidth": 1}), ("heldout_loss", "held out", {"marker": "o", "markersize": 4})):
         if points[name]:
             axes.plot(*zip(*sorted(points[name].items())), label=label, **style)
     axes.set(xlabel="step", ylabel="loss, nats a token", title="Loss")

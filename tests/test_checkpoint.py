@@ -613,6 +613,13 @@ def call(name, argument):
     return b"\x80\x02}X\x06\x00\x00\x00configc" + name.replace(" ", "\n").encode() + b"\n" + pickle.dumps(argument, 2)[2:-1] + b"\x85Rs."
 
 
+def copies(name, value=None):
+    """A pickle that calls `name` a thousand times with the same long value: of the pairs (0, 1), (1, 2), ... where none is given."""
+    value = pickle.dumps([(i, i + 1) for i in range(5_000)] if value is None else value, 2)[2:-1]
+    keep = b"r\x00\x00\x01\x00"                      # in the memo, where pickle's own entries do not reach
+    return b"\x80\x02]" + value + keep + b"a" + b"".join(b"c" + name.replace(" ", "\n").encode() + b"\nj\x00\x00\x01\x00\x85Ra" for _ in range(1000)) + b"."
+
+
 def test_what_an_archive_costs_is_in_proportion_to_its_size(trained):
     save_checkpoint("bad", trained[0], TOKENIZER, optimizers=trained[1], step=1)
     good = Path("bad/checkpoint.pt").read_bytes()
@@ -620,6 +627,10 @@ def test_what_an_archive_costs_is_in_proportion_to_its_size(trained):
     bombs = {"compressed": lambda: rewritten(lambda data: b"\x80\x02" + b"}0" * 50_000_000, zipfile.ZIP_DEFLATED),
              "two pickles": lambda: rewritten(lambda data: data, twice=True),
              "memory on request": lambda: rewritten(lambda data: call("__builtin__ bytearray", 10**11)),
+             "a list that is copied as a dictionary": lambda: rewritten(lambda data: copies("collections OrderedDict")),
+             "a list that is copied as a set": lambda: rewritten(lambda data: copies("__builtin__ set")),
+             "numbers that are copied as a size": lambda: rewritten(lambda data: copies("torch Size")),
+             "text that is copied as bytes": lambda: rewritten(lambda data: copies("_codecs encode", "x" * 100_000)),
              "a tensor without storage": lambda: rewritten(lambda data: call("torch._utils _rebuild_meta_tensor_no_storage", 1)),
              "a list that doubles": lambda: changed("bad", lambda state: state.update(extra=doubled(60))),
              "nested": lambda: changed("bad", lambda state: state.update(extra=deep(200))),
@@ -735,6 +746,25 @@ def test_the_newest_whole_checkpoint_is_found_and_the_damaged_ones_are_named(tra
             Path("runs", step, damaged).write_bytes(b"")
         assert "holds no whole checkpoint" in one_line("runs", lambda: newest_whole("runs"))
         shutil.rmtree("runs")
+
+
+@pytest.mark.parametrize("options", [PLAIN, SHARDED])
+def test_a_checkpoint_that_lost_a_file_is_passed_over(options, trained, capsys):
+    lost = "sharded/index.json" if options else "checkpoint.pt"
+    writer = checkpointer("runs", **options)
+    for step in (1, 2, 3):
+        writer.save(f"step_{step}", *trained, {"step": step})
+    Path("runs/step_3", lost).unlink()
+    file = Path("runs/step_2/tokenizer.tiktoken")
+    file.write_bytes(file.read_bytes()[:100])
+    capsys.readouterr()
+    assert newest_whole("runs").name == "step_1"
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "step_3, step_2 passed over" in said and lost in said
+    Path("runs/step_1", lost).unlink()
+    assert "move step_3, step_2, step_1 away" in one_line("runs", lambda: newest_whole("runs"))
+    writer.save("step_3", *trained, {"step": 3})
+    assert newest_whole("runs").name == "step_3"
 
 
 def hold(directory, told, child=False):
