@@ -21,13 +21,13 @@ import torch
 
 from qwen_analog.config import QwenConfig, parameter_ledger
 from qwen_analog.data import PackedBlocks, tokenize_files, wiki_documents, write_jsonl
-from qwen_analog.memory import flops_per_token, require_memory, set_activation_checkpointing
+from qwen_analog.memory import add_ignore_memory, flops_per_token, require_memory, set_activation_checkpointing
 from qwen_analog.monitor import GPUS, peak_flops, peak_memory
 from qwen_analog.optim import build_optimizers
 from qwen_analog.parallel import Processes, build_model, make_mesh
 from qwen_analog.plan import ledger_of, report
 from qwen_analog.tokenizer import load_tokenizer
-from qwen_analog.train import TrainConfig, add_arguments, config_from_arguments, report_errors, train_step
+from qwen_analog.train import TrainConfig, add_settings, config_from_arguments, report_errors, train_step
 
 RESULTS = Path(__file__).with_name("gpu_pretrain.json")
 DEFAULTS = dict(max_steps=30, gradient_accumulation_steps=4, compile=True)
@@ -70,9 +70,8 @@ def check_memory(config: TrainConfig, processes: Processes, check: bool) -> None
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    if not any("--ignore-memory" in action.option_strings for action in parser._actions):
-        parser.add_argument("--ignore-memory", action="store_true")
+    add_settings(parser)
+    add_ignore_memory(parser)
     arguments = parser.parse_args()
     return report_errors("gpu_pretrain", lambda: run(arguments))
 

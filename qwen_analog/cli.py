@@ -8,6 +8,7 @@ __all__ = ['CORPORA', 'LEARN_FROM', 'SAMPLING', 'prepare', 'learn_vocabulary', '
 
 # %% ../chapters/20_commands.ipynb #c8008731
 import argparse
+import atexit
 import errno
 import os
 import signal
@@ -44,7 +45,12 @@ def _new_files(output: Path, *names: str) -> Iterator[Path]:
             raise ValueError(f"{output / name} exists already: delete it, or choose another --output")
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=output) as scratch:
-        yield Path(scratch)
+        try:
+            yield Path(scratch)
+        except OSError as error:
+            if error.errno and not error.filename:        # writing into an open file names none
+                raise OSError(error.errno, error.strerror, str(output)) from None
+            raise
         for name in names:
             (Path(scratch) / name).replace(output / name)
 
@@ -109,13 +115,18 @@ def write(arguments: argparse.Namespace) -> None:
     model, tokenizer = model_on_device(arguments.checkpoint, not arguments.ignore_memory)
     sampling = {"temperature": 0.7, **sampling_defaults(model)}
     sampling |= {name: getattr(arguments, name) for name in SAMPLING if getattr(arguments, name) is not None}
-    longest = max(len(tokenizer.encode(prompt)) + 1 for prompt in arguments.prompt)
-    tokens = min(longest + arguments.max_new_tokens, model.config.max_position_embeddings)
+    longest, limit = max(len(tokenizer.encode(prompt)) + 1 for prompt in arguments.prompt), model.config.max_position_embeddings
+    room = limit - longest
+    new = max(1, min(100, room)) if arguments.max_new_tokens is None else arguments.max_new_tokens
+    if new > room:
+        raise ValueError(f"a prompt of {longest:,} tokens leaves {max(room, 0):,} of {arguments.checkpoint}'s {limit:,} positions: "
+                         "choose a smaller --max-new-tokens or a shorter prompt")
+    tokens = longest + new
     ledger = memory_ledger(model.config, precision="fp32", optimizer=None, sequence_length=tokens)
     require_memory(ledger.total - ledger.parameters, model.lm_head.weight.device, f"writing up to {tokens:,} tokens",
                    "choose a smaller --max-new-tokens or a shorter prompt", not arguments.ignore_memory)
     for prompt in arguments.prompt:
-        print(complete(model, tokenizer, prompt, max_new_tokens=arguments.max_new_tokens, stop=arguments.stop,
+        print(complete(model, tokenizer, prompt, max_new_tokens=new, stop=arguments.stop,
                        seed=arguments.seed, **sampling), flush=True)
 
 # %% ../chapters/20_commands.ipynb #20a10002
@@ -123,7 +134,7 @@ def _must_be_new(directory: str) -> None:
     """Refuse a directory that exists or cannot be made, before any weights are read."""
     path = Path(directory)
     if path.exists() or path.is_symlink():
-        raise ValueError(f"{directory} exists already: delete it, or choose another name")
+        raise ValueError(f"{path} exists already: delete it, or choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent):
         pass                                  # what cannot be written ends here
@@ -231,7 +242,7 @@ def _add_text_commands(commands) -> None:
     command = commands.add_parser("generate", help="continue prompts with a trained model", description=write.__doc__)
     command.add_argument("prompt", nargs="+", help="text to continue")
     command.add_argument("--checkpoint", default="checkpoints/final", metavar="PATH", help="a checkpoint, a Hugging Face directory, a .gguf file, or smollm2 (default: %(default)s)")
-    command.add_argument("--max-new-tokens", type=whole(0), default=100, metavar="N", help="tokens to add (default: %(default)s)")
+    command.add_argument("--max-new-tokens", type=whole(0), metavar="N", help="tokens to add (default: 100, or what the model has room for)")
     command.add_argument("--temperature", type=number(), metavar="T", help="0 takes the likeliest token (default: the model's own, or 0.7)")
     command.add_argument("--top-k", type=whole(1), metavar="K", help="draw from the K likeliest tokens")
     command.add_argument("--top-p", type=number(0, 1, above=True), metavar="P", help="draw from the likeliest tokens that make up probability P")
@@ -277,6 +288,8 @@ def main(argv: list[str] | None = None) -> int:
 
     code = report_errors("qwen-analog", action)
     _drop_output()
+    if quiet:                    # while Python takes itself down, there is nothing left to interrupt
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     return code
 
 # %% ../chapters/20_commands.ipynb #43d80468
@@ -298,7 +311,7 @@ def _again_if_interrupted(unraisable) -> None:
 
 @contextmanager
 def _terminal(quiet) -> Iterator[None]:
-    """A command's outputs may be closed or full, and Ctrl-C is a KeyboardInterrupt; afterwards it is `quiet` again."""
+    """A command's outputs may be closed or full; once it is done, Ctrl-C ends the program as it did before (`quiet`)."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:           # closed by the shell
             setattr(sys, name, open(os.devnull, "w"))
@@ -306,8 +319,6 @@ def _terminal(quiet) -> Iterator[None]:
             getattr(sys, name).reconfigure(errors="backslashreplace")      # what a terminal cannot show is no error
     hook, sys.unraisablehook = sys.unraisablehook, _again_if_interrupted
     try:
-        if quiet:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         yield
         sys.stdout.flush()
     except OSError as error:

@@ -531,6 +531,7 @@ def _shares(sources: Sequence[str]) -> dict[str, float]:
 def _share(shares: dict[str, float]) -> float:
     """What all models held out; said in a line. ValueError where one was trained on all documents."""
     if not shares:
+        print(f"evaluated is a part of {HELDOUT_FRACTION:g} of the documents: the models do not say what they held out in training")
         return HELDOUT_FRACTION
     source = min(shares, key=shares.get)
     if not shares[source]:
@@ -618,7 +619,7 @@ def _groups(texts: Iterator[str], size: int = 2**21) -> Iterator[list[str]]:
 
 # %% ../chapters/17_evaluation.ipynb #7122974d
 def _scoring_memory(config: QwenConfig, context: int) -> int:
-    """Bytes that reading windows of `context` tokens takes, beside the weights: an MLP's pass, and a piece of the logits."""
+    """Bytes that reading windows of up to `context` tokens takes, beside the weights: an MLP's pass, a piece of the logits."""
     tokens = max(context, min(_AT_ONCE, 8 * context))
     return tokens * 4 * (4 * config.hidden_size + 3 * config.intermediate_size) + 256 * config.vocab_size * 12
 
@@ -638,19 +639,22 @@ def _scores(source: str, files: Sequence[str], chosen: bytearray, arguments: arg
     model, tokenizer = model_on_device(source, not arguments.ignore_memory)
     config, device = model.config, model.lm_head.weight.device
     context = arguments.context or config.max_position_embeddings
-    require_memory(_scoring_memory(config, context), device, f"reading {context:,} tokens at once with {source}",
-                   "choose a smaller --context", not arguments.ignore_memory)
     nats, tokens, sizes, by_position = array("d"), array("q"), array("q"), np.zeros((2, context))
     for group in _groups(texts_of(files, chosen, arguments.skip_bad_lines)):
+        lengths = [len(text.encode()) for text in group]
+        longest = min(context, max(lengths))                   # a token is a byte or more
+        require_memory(_scoring_memory(config, longest), device, f"reading {longest:,} tokens at once with {source}",
+                       "choose a smaller --context", not arguments.ignore_memory)
         scored = token_nats(model, tokenizer, group, context=arguments.context, stride=arguments.stride)
-        for text, document in zip(group, scored):
+        sizes.extend(lengths)
+        for document in scored:
             nats.append(document.sum())
             tokens.append(len(document))
-            sizes.append(len(text.encode()))
             by_position[:, : len(document)] += [document[:context], np.ones(min(context, len(document)))]
     found = Evaluation(*map(np.array, (nats, tokens, sizes)))
     figures = {"parameters": model.count_parameters(), "tokenizer": tokenizer.fingerprint, **found.summary()}
-    print(f"{source}: {found.bits_per_byte:.3f} +- {found.standard_error:.3f} bits per byte; {found.loss:.3f} nats a token, "
+    spread = f" +- {found.standard_error:.3f}" if len(nats) > 1 else ""
+    print(f"{source}: {found.bits_per_byte:.3f}{spread} bits per byte; {found.loss:.3f} nats a token, "
           f"perplexity {found.perplexity:.1f}; {len(nats):,} documents, {found.tokens.sum():,} tokens, {found.bytes.sum():,} bytes", flush=True)
     if arguments.positions:
         figures["loss_by_position"] = _position_bins(*by_position)
@@ -759,7 +763,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--heldout-fraction must lie above 0 and be at most 1, not {given}")
     if arguments.context and arguments.stride and arguments.stride > arguments.context:
         raise ValueError(f"--stride {arguments.stride} is more than --context {arguments.context}: tokens would be left out")
-    path = Path(os.path.realpath(arguments.json)) if arguments.json else None
+    path = None if arguments.json is None else Path(os.path.realpath(arguments.json))
     partial = _reserve(path) if path and (path.is_dir() or path.is_file() or not path.exists()) else None
     try:
         files = find_files(arguments.data)
@@ -767,7 +771,8 @@ def run(arguments: argparse.Namespace) -> None:
         fraction = _share(shares) if given is None else given
         chosen = held_out_lines(_noted(read_jsonl(files, arguments.skip_bad_lines), sizes), fraction)
         if not any(chosen):
-            raise ValueError(f"none of the {len(chosen)} documents is held out: give more data or a larger --heldout-fraction")
+            count = sum(documents for documents, _ in sizes.values())
+            raise ValueError(f"none of the {count} documents is held out: give more data or a larger --heldout-fraction")
         _warn(shares, fraction, sizes)
         results, failed, baselines = {}, {}, {}
         for source in arguments.model:

@@ -1196,9 +1196,9 @@ _PROBE = "In 1987,   12 naïve cafe\u0301s opened.\n\n\tПривет, 你好! <|
 def _write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     """tokenizer.json and tokenizer_config.json beside a config.json; ValueError where AutoTokenizer reads them otherwise."""
     if isinstance(tokenizer, HFTokenizer):
-        tokenizer.tokenizer.save_pretrained(directory)
+        tokenizer.write_files(directory)
     elif isinstance(tokenizer, TiktokenTokenizer):
-        to_fast(tokenizer).save(str(directory / "tokenizer.json"))
+        (directory / "tokenizer.json").write_text(to_fast(tokenizer).to_str(pretty=True), encoding="utf-8")
         (directory / "tokenizer_config.json").write_text(json.dumps({
             "tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "unk_token": None,
             "bos_token": None, "chat_template": QWEN_CHAT_TEMPLATE, "clean_up_tokenization_spaces": False}, indent=1) + "\n")

@@ -325,19 +325,18 @@ def _number(path: Path) -> int | None:
         return None
 
 
-def _reclaimable(directory: Path, names: tuple[str, ...]) -> int:
-    """Bytes of files' pages that the kernel gives up first."""
+def _cached(directory: Path, prefix: str) -> int:
+    """Bytes of files' pages, which the kernel gives up when memory is asked for."""
     try:
         rows = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
-        return int(next((rows[name] for name in names if name in rows), 0))
+        return sum(int(rows.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
     except (OSError, ValueError):
         return 0
 
 
-# root of the control groups' files, limit, use, reclaimable: version 2, then version 1
-_CGROUPS = {"": ("", "memory.max", "memory.current", ("inactive_file",)),
-            "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
-                       ("total_inactive_file", "inactive_file"))}
+# root of the control groups' files, limit, use, prefix in memory.stat: version 2, then version 1
+_CGROUPS = {"": ("", "memory.max", "memory.current", ""),
+            "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")}
 
 
 def _cgroup_rooms(proc: Path, mount: Path) -> list[int]:
@@ -350,14 +349,14 @@ def _cgroup_rooms(proc: Path, mount: Path) -> list[int]:
     for line in lines:
         _, controllers, path = line.split(":", 2)
         for controller in {"", "memory"} & set(controllers.split(",")):
-            below, limit, used, files = _CGROUPS[controller]
+            below, limit, used, prefix = _CGROUPS[controller]
             inside = Path(path.strip("/"))
             # a container may see its own group as the root, whatever its path is outside
             for part in dict.fromkeys((inside, *inside.parents, Path())):
                 directory = mount / below / part
                 most, now = _number(directory / limit), _number(directory / used)
                 if most is not None and now is not None:
-                    rooms.append(most - now + _reclaimable(directory, files))
+                    rooms.append(most - now + _cached(directory, prefix))
     return rooms
 
 # %% ../chapters/12_memory.ipynb #14b85f62

@@ -26,7 +26,7 @@ from .model import QwenForCausalLM
 from .monitor import GPUS, Gpu
 from .optim import build_optimizers
 from .parallel import build_model, default_dtype, make_mesh
-from .train import TrainConfig, accumulate_gradients, add_arguments as add_settings, config_from_arguments
+from .train import TrainConfig, accumulate_gradients, add_settings, config_from_arguments
 
 # %% ../chapters/19b_plan.ipynb #p1900010
 class Traffic(TorchDispatchMode):
@@ -228,6 +228,9 @@ def run(arguments: argparse.Namespace) -> None:
     config = config_from_arguments(arguments)
     step = config.block_size * config.micro_batch_size * config.gradient_accumulation_steps * arguments.gpus
     tokens = config.max_steps * step if arguments.tokens is None else arguments.tokens
+    limit = config.qwen_config().max_position_embeddings
+    if config.block_size > limit:
+        raise ValueError(f"block_size {config.block_size} is longer than max_position_embeddings {limit}")
     if config.micro_batch_size > MOST_SEQUENCES:
         raise ValueError(f"micro_batch_size {config.micro_batch_size} is more than a plan simulates: at most {MOST_SEQUENCES:,} sequences at once")
     try:

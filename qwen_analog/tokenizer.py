@@ -470,8 +470,17 @@ class HFTokenizer(Tokenizer):
 
     def save(self, directory: str | Path) -> str:
         # in a folder of its own: beside a model's config.json, transformers would choose the tokenizer's class by the model's type
-        self.tokenizer.save_pretrained(Path(directory) / "tokenizer")
+        self.write_files(Path(directory) / "tokenizer")
         return "hf:tokenizer"
+
+    def write_files(self, directory: str | Path) -> None:
+        """tokenizer.json and what belongs to it. OSError where they cannot be written."""
+        try:
+            self.tokenizer.save_pretrained(directory)
+        except OSError:
+            raise
+        except Exception as error:                   # the library's word for a full disk
+            raise OSError(str(error)) from None
 
     @property
     def fingerprint(self) -> str:

@@ -1,11 +1,14 @@
 """The command `qwen-analog`: every mistake is one line that names its flag or file, every failure has its exit code, nothing is lost."""
 import errno
+import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -149,6 +152,44 @@ def test_a_full_disk_under_the_output(here):
     assert process.wait() == 2 and error.count("\n") == 1 and "standard output" in error and "No space" in error
 
 
+@contextmanager
+def small_files(size):
+    """No file may grow beyond `size` bytes: what a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_under_files_names_them(here, model, monkeypatch):
+    save_pretrained(model, BYTES, "theirs")
+    monkeypatch.setattr(sys, "stdout", io.StringIO())                    # pytest's are files
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    for size in (1000, 2000):                                            # within its config.json, its tokenizer
+        for command in (["import", "theirs", "i/n"], ["export", "theirs", "i/n"], ["tokenizer", "--data", "d.jsonl", "--vocab-size", "300", "--output", "v"]):
+            sys.stderr.truncate(sys.stderr.seek(0))
+            with small_files(size):
+                assert main(command) == 2
+            error = sys.stderr.getvalue()
+            assert error.count("\n") == 1 and command[-1] in error and "File too large" in error, error
+            assert not list(Path(command[-1]).glob("*"))
+
+
+def test_a_finished_command_is_not_killed_while_python_ends(here, monkeypatch):
+    def quiet(*_):
+        pass
+    quiet.quiet, left = True, []
+    monkeypatch.setattr(cli.atexit, "register", lambda *call: left.append(call))
+    before = signal.signal(signal.SIGINT, quiet)
+    try:
+        assert main(["generate", "x", "--checkpoint", "c", "--max-new-tokens", "1"]) == 0
+        assert signal.getsignal(signal.SIGINT) is quiet and left == [(signal.signal, signal.SIGINT, signal.SIG_IGN)]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 # memory
 
 def test_what_does_not_fit_is_refused_and_can_be_overruled(here, monkeypatch, capsys):
@@ -179,6 +220,11 @@ def test_the_model_s_own_settings_count_where_no_flag_is_given(here, model, monk
         assert main(["generate", "x", *flags]) == 0
         options = taken.pop()
         assert {name: options[name] for name in cli.SAMPLING if options.get(name) is not None and (name, options[name]) != ("repetition_penalty", 1.0)} == expected
+
+
+def test_an_answer_too_long_is_refused_by_the_flag_s_name_before_any(here, capsys):
+    line = refused(capsys, "generate", "x", "x" * 50, "--checkpoint", "c", "--max-new-tokens", "20")
+    assert "leaves 13 of c's 64 positions" in line and "--max-new-tokens" in line
 
 
 # directories

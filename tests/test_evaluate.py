@@ -548,6 +548,24 @@ def test_what_the_checkpoint_held_out_is_evaluated(tmp_path, capsys):
         run(parsed("--model", trained(tmp_path / "all", 0.0), *data))
 
 
+def test_what_is_evaluated_is_said_where_no_model_says_it(tmp_path, capsys):
+    write_jsonl(({"title": f"t{i}", "text": f"document {i}"} for i in range(300)), tmp_path / "d.jsonl")
+    save_pretrained(MODEL, BYTES, tmp_path / "theirs")
+    run(parsed("--model", str(tmp_path / "theirs"), "--data", str(tmp_path / "d.jsonl")))
+    assert "a part of 0.05" in capsys.readouterr().out
+
+
+def test_memory_is_asked_for_the_documents_there_are(tmp_path, monkeypatch, capsys):
+    """Not for the longest that the model could read."""
+    write_jsonl([{"text": "one text"}], tmp_path / "d.jsonl")
+    save_checkpoint(tmp_path / "m", MODEL, BYTES)
+    asked = []
+    monkeypatch.setattr(module, "require_memory", lambda size, device, what, *_: asked.append((size, what)))
+    run(parsed("--model", str(tmp_path / "m"), "--data", str(tmp_path / "d.jsonl"), "--heldout-fraction", "1"))
+    assert asked == [(module._scoring_memory(MODEL.config, 8), f"reading 8 tokens at once with {tmp_path / 'm'}")]
+    assert "nan" not in capsys.readouterr().out
+
+
 def test_few_documents_are_split_as_in_training(tmp_path, capsys):
     """Where the hash chooses none, training held out the one with the smallest."""
     documents = [{"title": f"t{i}", "text": "x" * (i + 1)} for i in range(20)]
@@ -603,6 +621,8 @@ def test_figures_that_cannot_be_written_are_refused_first(tmp_path, monkeypatch)
     for name in ("", "file/e.json", "file/x/e.json"):
         with pytest.raises((ValueError, OSError), match="directory|exists"):
             run(parsed("--json", str(tmp_path / name)))
+    with pytest.raises(ValueError, match="directory"):
+        run(parsed("--json", ""))
 
 
 def test_figures_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):

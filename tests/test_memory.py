@@ -276,6 +276,8 @@ def machine(path, files):
     ({"cgroup/memory.max": "max", "cgroup/memory.current": "1000000"}, 8000 * 1024),
     ({"cgroup/a/b/memory.max": "max", "cgroup/a/b/memory.current": "5", "cgroup/a/memory.max": "3000000", "cgroup/a/memory.current": "2000000",
       "cgroup/a/memory.stat": "anon 7\ninactive_file 500000\n"}, 1_500_000),
+    ({"cgroup/memory.max": "5000000", "cgroup/memory.current": "4900000",
+      "cgroup/memory.stat": "anon 100000\ninactive_file 800000\nactive_file 4000000\n"}, 4_900_000),
     ({"cgroup/memory.max": "1000000", "cgroup/memory.current": "2000000"}, 0),
     ({"proc/self/cgroup": "7:cpu,cpuacct:/x\n4:memory:/a\n0::/\n", "cgroup/memory/a/memory.limit_in_bytes": "6000000",
       "cgroup/memory/a/memory.usage_in_bytes": "2000000", "cgroup/memory/a/memory.stat": "total_inactive_file 1000000\n"}, 5_000_000),

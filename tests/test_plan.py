@@ -128,7 +128,8 @@ def test_the_readme_says_what_the_plan_says():
         assert fits(ledger, gpu)
 
 
-@pytest.mark.parametrize("settings, said", [(["--micro-batch-size", "100000000"], "micro_batch_size"), (["--block-size", "1000000000"], "1000000000")])
+@pytest.mark.parametrize("settings, said", [(["--micro-batch-size", "100000000"], "micro_batch_size"), (["--block-size", "257"], "block_size 257"),
+                                            (["--block-size", "1000000000"], "1000000000"), (["--init-from", "c"], "--init-from")])
 def test_what_cannot_be_simulated_is_one_line(settings, said, capsys):
     assert cli(["plan", "--model", "tiny", "--block-size", "16", *settings]) == 2
     error = capsys.readouterr().err
