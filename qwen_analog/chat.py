@@ -16,6 +16,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from bisect import bisect_left
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
@@ -25,8 +26,9 @@ import torch
 
 from .checkpoint import load_model, read_config
 from .config import QwenConfig, parameter_ledger
-from .generate import Sampling, TextStream, _check_whole, _short, draw, end_ids, sampling_defaults, stream
-from .hf import chat_ids, config_of, has_chat_format, load_gguf, load_pretrained, smollm2_path
+from .generate import (_LONGEST_TOKEN, Sampling, TextStream, _check_characters, _check_whole, _short, draw, end_ids,
+                                  sampling_defaults, stream)
+from .hf import _why_no_chat, chat_ids, config_of, has_chat_format, load_gguf, load_pretrained, smollm2_path
 from .kv_cache import KVCache
 from .memory import add_ignore_memory, number, require_memory, whole
 from .model import QwenForCausalLM
@@ -159,7 +161,7 @@ class Chat:
     def __init__(self, model: QwenForCausalLM, tokenizer: Tokenizer, system: str | None = None, *, max_new_tokens: int = 512,
                  seed: int | None = None, **sampling):
         if not has_chat_format(model, tokenizer):
-            raise ValueError("this model was not trained for conversations; it continues text: use qwen-analog generate")
+            raise ValueError(f"{_why_no_chat(model, tokenizer)}; it continues text: use qwen-analog generate")
         system = None if system is None else _plain("system", system)
         _check_whole("max_new_tokens", max_new_tokens, 1)
         if seed is not None:
@@ -186,19 +188,27 @@ class Chat:
 
     def _prompt(self, text: str) -> list[int]:
         """Ids of the conversation with `text` as the next message; where it no longer fits, half the context is freed of old turns."""
-        def ids() -> list[int]:
-            system = [] if self.system is None else [{"role": "system", "content": self.system}]
-            return chat_ids(self.tokenizer, [*system, *self.messages[self.forgotten:], {"role": "user", "content": text}])
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
 
-        room = self.context - self.max_new_tokens
-        forgotten, prompt = self.forgotten, ids()
-        if len(prompt) > room:
-            while len(prompt) > room // 2 and self.forgotten < len(self.messages):
-                self.forgotten += 2
-                prompt = ids()
-        if len(prompt) > room:
-            self.forgotten = forgotten
-            raise ValueError(f"the message makes a prompt of {len(prompt)} tokens; there is room for {room}: send it in parts")
+        def ids(forgotten: int) -> list[int] | None:
+            said = [*system, *self.messages[forgotten:], {"role": "user", "content": text}]
+            if sum(len(message["content"]) for message in said) > _LONGEST_TOKEN * self.context:
+                return None                 # surely too many: not counted, which could take minutes
+            return chat_ids(self.tokenizer, said)
+
+        def fits(prompt: list[int] | None, most: int) -> bool:
+            return prompt is not None and len(prompt) <= most
+
+        room, forgotten = self.context - self.max_new_tokens, self.forgotten
+        prompt = ids(forgotten)
+        if not fits(prompt, room):
+            turns = range(forgotten, len(self.messages), 2)
+            forgotten += 2 * bisect_left(turns, True, key=lambda count: fits(ids(count), room // 2))
+            prompt = ids(forgotten)
+        if not fits(prompt, room):
+            size = "many more" if prompt is None else len(prompt)
+            raise ValueError(f"the message makes a prompt of {size} tokens; there is room for {room}: send it in parts")
+        self.forgotten = forgotten
         return prompt
 
     @torch.no_grad()
@@ -341,6 +351,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _continue(model: QwenForCausalLM, tokenizer: Tokenizer, line: str, options: dict) -> Iterator[str]:
     """The continuation of `line` by a model that knows no conversations, as far as its context goes."""
+    _check_characters(line, model.config.max_position_embeddings)
     ids = [tokenizer.eos_token_id, *tokenizer.encode(_plain("text", line))]
     room = model.config.max_position_embeddings - len(ids)
     if room < 1:
@@ -393,7 +404,8 @@ def run(arguments: argparse.Namespace) -> None:
     options = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p", "seed") if getattr(arguments, name) is not None}
     chat = Chat(model, tokenizer, arguments.system, **options) if has_chat_format(model, tokenizer) else None
     if chat is None:
-        print(f"{source} was not trained for conversations: it continues what you type, each line anew, and knows no system prompt.\n"
+        reason = _why_no_chat(model, tokenizer).replace("this model", str(source), 1)
+        print(f"{reason}: it continues what you type, each line anew, and knows no system prompt.\n"
               "For a conversation: qwen-analog chat --model smollm2. To end: /exit or Ctrl-D.")
     else:
         print(f"A conversation with {source}. /help lists the commands; /exit or Ctrl-D ends it.")

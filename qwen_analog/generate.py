@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .config import check_generation_config
 from .model import QwenForCausalLM
 from .tokenizer import Tokenizer
 
@@ -335,17 +336,14 @@ def sampling_defaults(model: QwenForCausalLM) -> dict[str, float]:
     Hugging Face's meanings: do_sample false is greedy; top_k 0 and top_p 1 filter nothing; do_sample true without a
     temperature means 1. Raises ValueError naming the setting that is wrong.
     """
-    own = {name: value for name, value in getattr(model, "generation_config", {}).items() if value is not None}
+    own = check_generation_config(getattr(model, "generation_config", {}), model.config.vocab_size, "the model's generation_config")
+    own = {name: value for name, value in own.items() if value is not None}
     names, nothing = Sampling.__dataclass_fields__, {"top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}
     settings = {name: own[name] for name in names if name in own and not (name in nothing and own[name] == nothing[name])}
     if own.get("do_sample") is False or settings.get("top_p") == 0:
         settings = {"temperature": 0, **{name: settings[name] for name in settings if name == "repetition_penalty"}}
     elif own.get("do_sample") is True:
         settings = {"temperature": 1.0, **settings}
-    try:
-        Sampling(**settings)
-    except ValueError as error:
-        raise ValueError(f"the model's generation_config: {error}") from None
     return settings
 
 # %% ../chapters/15_generation.ipynb #17ff6ada
@@ -486,6 +484,15 @@ def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     return tuple(stops)
 
 # %% ../chapters/15_generation.ipynb #f5e814eb
+_LONGEST_TOKEN = 128       # characters: the longest tokens of Qwen's and OpenAI's vocabularies are 128 blanks
+
+
+def _check_characters(text: str, context: int) -> None:
+    """ValueError for a text that cannot fit into `context` tokens, without the minutes that it takes to count them."""
+    if len(text) > _LONGEST_TOKEN * context:
+        raise ValueError(f"a text of {len(text)} characters does not fit into the model's {context} tokens")
+
+
 def _prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int] | torch.Tensor) -> list[int]:
     """A text becomes the start of a document; ids, [T] or [1, T], stay as they are."""
     if isinstance(prompt, str):
@@ -502,6 +509,9 @@ def _prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int] | torch.Tensor
 def _texts(model: QwenForCausalLM, tokenizer: Tokenizer, prompts: Sequence, stop: str | Sequence[str], max_new_tokens: int,
            options: dict) -> Iterator[list[str]]:
     """Check the arguments at once; then an iterator over the text that each prompt gains with each token."""
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            _check_characters(prompt, model.config.max_position_embeddings)
     rows = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
     options = {"eos_token_id": end_ids(model, tokenizer), "valid_vocab_size": tokenizer.vocab_size, **options}
     input_ids, attention_mask = (x.to(model.lm_head.weight.device) for x in pad_left(rows, tokenizer.eos_token_id))

@@ -36,6 +36,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from .checkpoint import _commit, _new_partial, hf_config
 from .config import QwenConfig, check_generation_config, shown
+from .generate import _own_ends
 from .model import QwenForCausalLM
 from .rope import interleaved_to_half
 from .tokenizer import (BYTE_ORDER, DEFAULT_SYSTEM, QWEN_PATTERN, QWEN_SPECIAL_TOKENS, HFTokenizer, TiktokenTokenizer,
@@ -849,12 +850,19 @@ def has_chat_format(model: QwenForCausalLM, tokenizer: Tokenizer) -> bool:
 
     A base model often comes with a chat template too, but its `generation_config` ends at the end of text only.
     """
-    ends = model.generation_config.get("eos_token_id", [])
+    return _why_no_chat(model, tokenizer) is None
+
+
+def _why_no_chat(model: QwenForCausalLM, tokenizer: Tokenizer) -> str | None:
+    """None for a model that was made for conversations; for another one why it is none."""
+    reason = "this model was not trained for conversations"
     conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    ends = _own_ends(model)
     try:
-        return any(i in ends for i in chat_ids(tokenizer, conversation, add_generation_prompt=False)[-3:])
-    except ValueError:
-        return False
+        ids = chat_ids(tokenizer, conversation, add_generation_prompt=False)
+    except ValueError as error:
+        return reason if _template(getattr(tokenizer, "tokenizer", None)) is None else str(error)
+    return None if any(i in ends for i in ids[-3:]) else reason
 
 # %% ../chapters/16_real_weights.ipynb #65a41b4a
 def _check_rope(values: dict, where: Path) -> tuple[float, dict | None]:

@@ -65,7 +65,11 @@ def beam_search(model: QwenForCausalLM, input_ids: torch.Tensor, max_new_tokens:
     _check_whole("max_new_tokens", max_new_tokens, 1)
     _check_beams(early_stopping, length_penalty, max_new_tokens)
     spare = max(2, 1 + len(eos_ids))                               # candidates for each beam: all but one may end here
-    _check_whole("num_beams", num_beams, 1, (valid_vocab_size or model.config.vocab_size) // spare)
+    _check_whole("num_beams", num_beams, 1)
+    vocabulary = valid_vocab_size or model.config.vocab_size
+    if spare * num_beams > vocabulary:
+        raise ValueError(f"num_beams {num_beams} needs {spare} candidates for each beam, one more than there are end tokens and "
+                         f"at least 2; the vocabulary has {vocabulary} tokens")
     _check_whole("num_return_sequences", num_return_sequences, 1, num_beams)
     prompt, device = input_ids[0].tolist(), model.lm_head.weight.device
     cache = model.new_cache(1, len(prompt) + max_new_tokens)
