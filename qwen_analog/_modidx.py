@@ -406,7 +406,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'qwen_analog.generate._padded': ('generation.html#_padded', 'qwen_analog/generate.py'),
                                       'qwen_analog.generate._prompt_ids': ('generation.html#_prompt_ids', 'qwen_analog/generate.py'),
                                       'qwen_analog.generate._row_padding': ('generation.html#_row_padding', 'qwen_analog/generate.py'),
-                                      'qwen_analog.generate._short': ('generation.html#_short', 'qwen_analog/generate.py'),
                                       'qwen_analog.generate._steps': ('generation.html#_steps', 'qwen_analog/generate.py'),
                                       'qwen_analog.generate._stop_strings': ('generation.html#_stop_strings', 'qwen_analog/generate.py'),
                                       'qwen_analog.generate._texts': ('generation.html#_texts', 'qwen_analog/generate.py'),

@@ -25,8 +25,8 @@ import huggingface_hub
 import torch
 
 from .checkpoint import load_model, read_config
-from .config import QwenConfig, parameter_ledger
-from .generate import (_LONGEST_TOKEN, Sampling, TextStream, _check_characters, _check_whole, _short, draw, end_ids,
+from .config import QwenConfig, parameter_ledger, shown
+from .generate import (_LONGEST_TOKEN, Sampling, TextStream, _check_characters, _check_whole, draw, end_ids,
                                   sampling_defaults, stream)
 from .hf import _why_no_chat, chat_ids, config_of, has_chat_format, load_gguf, load_pretrained, smollm2_path
 from .kv_cache import KVCache
@@ -64,7 +64,7 @@ def _find(source: str | Path) -> tuple[str, str | Path]:
     """What `source` is (checkpoint, gguf or directory) and where it lies. ValueError for what is no model."""
     name = os.fspath(source) if isinstance(source, str | Path) else ""
     if not name.strip() or any(ord(character) < 32 for character in name):
-        raise ValueError(f"{_short(source)} is no source of a model: {_SOURCES}")
+        raise ValueError(f"{shown(source)} is no source of a model: {_SOURCES}")
     if name == "smollm2":
         return "gguf", smollm2_path()
     path = Path(os.path.expanduser(name))
@@ -73,7 +73,7 @@ def _find(source: str | Path) -> tuple[str, str | Path]:
     except (FileNotFoundError, NotADirectoryError):
         mode = None
     except OSError as error:
-        raise ValueError(f"{_short(name)} cannot be read: {error.strerror}") from None
+        raise ValueError(f"{shown(name)} cannot be read: {error.strerror}") from None
     if mode is not None and stat.S_ISDIR(mode):
         return _find_directory(path)
     if mode is not None and not stat.S_ISREG(mode):
@@ -268,7 +268,7 @@ class Chat:
 def _plain(name: str, text: object) -> str:
     """`text` as it can be encoded. ValueError unless it is a string."""
     if not isinstance(text, str):
-        raise ValueError(f"{name} must be a text, not {_short(text)}")
+        raise ValueError(f"{name} must be a text, not {shown(text)}")
     return text.encode("utf-8", "replace").decode("utf-8")
 
 

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from .generate import (Sampling, _check_arguments, _check_logits, _check_number, _check_whole, _evaluating, _short,
+from .config import shown
+from .generate import (Sampling, _check_arguments, _check_logits, _check_number, _check_whole, _evaluating,
                                   distribution, draw, pad_left)
 from .kv_cache import KVCache
 from .model import QwenForCausalLM
@@ -43,7 +44,7 @@ class Beam(NamedTuple):
 def _check_beams(early_stopping: object, length_penalty: object, max_new_tokens: int) -> None:
     """ValueError for what has no meaning here, or would lead out of the range of floating point."""
     if not isinstance(early_stopping, bool) and not (isinstance(early_stopping, str) and early_stopping == "never"):
-        raise ValueError(f'early_stopping must be True, False or "never", not {_short(early_stopping)}')
+        raise ValueError(f'early_stopping must be True, False or "never", not {shown(early_stopping)}')
     most = int(600 / math.log(max(2, max_new_tokens)))
     wanted = f"a number from {-most} to {most} for {max_new_tokens} new tokens"
     _check_number("length_penalty", length_penalty, wanted, -most, most)
