@@ -206,7 +206,7 @@ class Chat:
             forgotten += 2 * bisect_left(turns, True, key=lambda count: fits(ids(count), room // 2))
             prompt = ids(forgotten)
         if not fits(prompt, room):
-            size = "many more" if prompt is None else len(prompt)
+            size = f"more than {self.context}" if prompt is None else len(prompt)
             raise ValueError(f"the message makes a prompt of {size} tokens; there is room for {room}: send it in parts")
         self.forgotten = forgotten
         return prompt
@@ -274,15 +274,15 @@ def _plain(name: str, text: object) -> str:
 
 def _write_new(path: Path, text: str) -> None:
     try:
-        with path.open("x", encoding="utf-8") as file:
-            try:
-                file.write(text)
-                file.flush()
-            except BaseException:
-                path.unlink(missing_ok=True)
-                raise
+        file = path.open("x", encoding="utf-8")
     except FileExistsError:
         raise ValueError(f"{path} exists already: choose another name") from None
+    try:
+        with file:
+            file.write(text)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _read_messages(path: Path, most: int = 2**24) -> tuple[str | None, list[dict[str, str]]]:

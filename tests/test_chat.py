@@ -445,7 +445,7 @@ def test_what_cannot_fit_is_refused_before_it_is_tokenized(monkeypatch, tmp_path
     chat = Chat(small(context=200), TOKENIZER, max_new_tokens=8, **GREEDY)
     long, encode = "long " * 10_000, TOKENIZER.encode
     monkeypatch.setattr(TOKENIZER, "encode", lambda text, special=False: encode(text, special) if len(text) < len(long) else pytest.fail("tokenized"))
-    with pytest.raises(ValueError, match="^the message makes a prompt of many more tokens; there is room for 192: send it in parts$"):
+    with pytest.raises(ValueError, match="^the message makes a prompt of more than 200 tokens; there is room for 192: send it in parts$"):
         chat.reply(long)
     with pytest.raises(ValueError, match="^a text of 50000 characters does not fit into the model's 200 tokens$"):
         stream(chat.model, TOKENIZER, long)
