@@ -13,6 +13,7 @@ import os
 import re
 import stat
 import sys
+from bisect import bisect_left
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
@@ -21,9 +22,10 @@ import huggingface_hub
 import torch
 
 from .checkpoint import load_model, read_config
-from .config import QwenConfig, parameter_ledger
-from .generate import Sampling, TextStream, _check_whole, _short, draw, end_ids, sampling_defaults, stream
-from .hf import chat_ids, config_of, has_chat_format, load_gguf, load_pretrained, smollm2_path
+from .config import QwenConfig, parameter_ledger, shown
+from .generate import (_LONGEST_TOKEN, Sampling, TextStream, _check_characters, _check_whole, draw, end_ids,
+                                  sampling_defaults, stream)
+from .hf import _why_no_chat, chat_ids, config_of, has_chat_format, load_gguf, load_pretrained, smollm2_path
 from .kv_cache import KVCache
 from .memory import add_ignore_memory, number, require_memory, whole
 from .model import QwenForCausalLM
@@ -59,7 +61,7 @@ def _find(source: str | Path) -> tuple[str, str | Path]:
     """What `source` is (checkpoint, gguf or directory) and where it lies. ValueError for what is no model."""
     name = os.fspath(source) if isinstance(source, str | Path) else ""
     if not name.strip() or any(ord(character) < 32 for character in name):
-        raise ValueError(f"{_short(source)} is no source of a model: {_SOURCES}")
+        raise ValueError(f"{shown(source)} is no source of a model: {_SOURCES}")
     if name == "smollm2":
         return "gguf", smollm2_path()
     path = Path(os.path.expanduser(name))
@@ -68,7 +70,7 @@ def _find(source: str | Path) -> tuple[str, str | Path]:
     except (FileNotFoundError, NotADirectoryError):
         mode = None
     except OSError as error:
-        raise ValueError(f"{_short(name)} cannot be read: {error.strerror}") from None
+        raise ValueError(f"{shown(name)} cannot be read: {error.strerror}") from None
     if mode is not None and stat.S_ISDIR(mode):
         return _find_directory(path)
     if mode is not None and not stat.S_ISREG(mode):
@@ -134,7 +136,7 @@ class Chat:
     def __init__(self, model: QwenForCausalLM, tokenizer: Tokenizer, system: str | None = None, *, max_new_tokens: int = 512,
                  seed: int | None = None, **sampling):
         if not has_chat_format(model, tokenizer):
-            raise ValueError("this model was not trained for conversations; it continues text: use qwen-analog generate")
+            raise ValueError(f"{_why_no_chat(model, tokenizer)}; it continues text: use qwen-analog generate")
         system = None if system is None else _plain("system", system)
         _check_whole("max_new_tokens", max_new_tokens, 1)
         if seed is not None:
@@ -161,19 +163,27 @@ class Chat:
 
     def _prompt(self, text: str) -> list[int]:
         """Ids of the conversation with `text` as the next message; where it no longer fits, half the context is freed of old turns."""
-        def ids() -> list[int]:
-            system = [] if self.system is None else [{"role": "system", "content": self.system}]
-            return chat_ids(self.tokenizer, [*system, *self.messages[self.forgotten:], {"role": "user", "content": text}])
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
 
-        room = self.context - self.max_new_tokens
-        forgotten, prompt = self.forgotten, ids()
-        if len(prompt) > room:
-            while len(prompt) > room // 2 and self.forgotten < len(self.messages):
-                self.forgotten += 2
-                prompt = ids()
-        if len(prompt) > room:
-            self.forgotten = forgotten
-            raise ValueError(f"the message makes a prompt of {len(prompt)} tokens; there is room for {room}: send it in parts")
+        def ids(forgotten: int) -> list[int] | None:
+            said = [*system, *self.messages[forgotten:], {"role": "user", "content": text}]
+            if sum(len(message["content"]) for message in said) > _LONGEST_TOKEN * self.context:
+                return None                 # surely too many: not counted, which could take minutes
+            return chat_ids(self.tokenizer, said)
+
+        def fits(prompt: list[int] | None, most: int) -> bool:
+            return prompt is not None and len(prompt) <= most
+
+        room, forgotten = self.context - self.max_new_tokens, self.forgotten
+        prompt = ids(forgotten)
+        if not fits(prompt, room):
+            turns = range(forgotten, len(self.messages), 2)
+            forgotten += 2 * bisect_left(turns, True, key=lambda count: fits(ids(count), room // 2))
+            prompt = ids(forgotten)
+        if not fits(prompt, room):
+            size = f"more than {self.context}" if prompt is None else len(prompt)
+            raise ValueError(f"the message makes a prompt of {size} tokens; there is room for {room}: send it in parts")
+        self.forgotten = forgotten
         return prompt
 
     @torch.no_grad()
@@ -233,21 +243,21 @@ class Chat:
 def _plain(name: str, text: object) -> str:
     """`text` as it can be encoded. ValueError unless it is a string."""
     if not isinstance(text, str):
-        raise ValueError(f"{name} must be a text, not {_short(text)}")
+        raise ValueError(f"{name} must be a text, not {shown(text)}")
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _write_new(path: Path, text: str) -> None:
     try:
-        with path.open("x", encoding="utf-8") as file:
-            try:
-                file.write(text)
-                file.flush()
-            except BaseException:
-                path.unlink(missing_ok=True)
-                raise
+        file = path.open("x", encoding="utf-8")
     except FileExistsError:
         raise ValueError(f"{path} exists already: choose another name") from None
+    try:
+        with file:
+            file.write(text)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _read_messages(path: Path, most: int = 2**24) -> tuple[str | None, list[dict[str, str]]]:
@@ -316,6 +326,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _continue(model: QwenForCausalLM, tokenizer: Tokenizer, line: str, options: dict) -> Iterator[str]:
     """The continuation of `line` by a model that knows no conversations, as far as its context goes."""
+    _check_characters(line, model.config.max_position_embeddings)
     ids = [tokenizer.eos_token_id, *tokenizer.encode(_plain("text", line))]
     room = model.config.max_position_embeddings - len(ids)
     if room < 1:
@@ -368,7 +379,8 @@ def run(arguments: argparse.Namespace) -> None:
     options = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p", "seed") if getattr(arguments, name) is not None}
     chat = Chat(model, tokenizer, arguments.system, **options) if has_chat_format(model, tokenizer) else None
     if chat is None:
-        print(f"{source} was not trained for conversations: it continues what you type, each line anew, and knows no system prompt.\n"
+        reason = _why_no_chat(model, tokenizer).replace("this model", str(source), 1)
+        print(f"{reason}: it continues what you type, each line anew, and knows no system prompt.\n"
               "For a conversation: qwen-analog chat --model smollm2. To end: /exit or Ctrl-D.")
     else:
         print(f"A conversation with {source}. /help lists the commands; /exit or Ctrl-D ends it.")

@@ -137,36 +137,19 @@ def parameter_ledger(config: QwenConfig) -> dict[str, int]:
 def _is_plain(value, depth: int = 0) -> bool:
     """Whether JSON can hold `value`: finite numbers, texts, lists and mappings of them, not nested without end."""
     if isinstance(value, dict):
-        return depth < 20 and all(
-            isinstance(name, str) and _is_plain(v, depth + 1)
-            for name, v in value.items()
-        )
+        return all(isinstance(name, str) for name in value) and _is_plain(list(value.values()), depth)
     if isinstance(value, list):
         return depth < 20 and all(_is_plain(v, depth + 1) for v in value)
     if isinstance(value, int):
         return abs(value) < 2**63
-    return (
-        value is None
-        or isinstance(value, str)
-        or isinstance(value, float)
-        and math.isfinite(value)
-    )
+    return value is None or isinstance(value, str) or isinstance(value, float) and math.isfinite(value)
 
 
 def _is_id(value, vocab_size: int) -> bool:
-    return (
-        isinstance(value, int)
-        and not isinstance(value, bool)
-        and 0 <= value < vocab_size
-    )
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size
 
 
-_SAMPLING = {
-    "temperature": (0, 1e6),
-    "top_p": (0, 1),
-    "min_p": (0, 1),
-    "repetition_penalty": (1e-6, 1e6),
-}
+_SAMPLING = {"temperature": (0, 1e6), "top_p": (0, 1), "min_p": (0, 1), "repetition_penalty": (1e-6, 1e6)}
 
 # %% ../chapters/08_config.ipynb #5ddfd944
 def check_generation_config(values: dict, vocab_size: int, where) -> dict:
@@ -177,50 +160,29 @@ def check_generation_config(values: dict, vocab_size: int, where) -> dict:
     (null included); a name that is not known here stays where JSON can hold its value.
     """
     if not isinstance(values, dict):
-        raise ValueError(
-            f"{where}: generation settings must be names and their values, not {shown(values)}"
-        )
+        raise ValueError(f"{where}: generation settings must be names and their values, not {shown(values)}")
+    checked = {name: value for name, value in values.items() if isinstance(name, str) and _is_plain(value)}
+    for name in ("bos_token_id", "pad_token_id"):
+        if not _is_id(values.get(name), vocab_size):
+            checked.pop(name, None)
 
-    checked = {
-        name: value
-        for name, value in values.items()
-        if isinstance(name, str) and _is_plain(value)
-    }
+    checked.pop("eos_token_id", None)
     ends = values.get("eos_token_id")
     ends = ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
     for i in ends:
         if not _is_id(i, vocab_size):
-            raise ValueError(
-                f"{where}: eos_token_id {shown(i)} is no id of this model, whose ids end at {vocab_size - 1}"
-            )
-    checked["eos_token_id"] = list(dict.fromkeys(ends))
-    for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
-        if (
-            name != "eos_token_id"
-            and not _is_id(values.get(name), vocab_size)
-            or checked[name] == []
-        ):
-            checked.pop(name, None)
+            raise ValueError(f"{where}: eos_token_id {shown(i)} is no id of this model, whose ids end at {vocab_size - 1}")
+    if ends:
+        checked["eos_token_id"] = list(dict.fromkeys(ends))
 
     for name, (least, most) in _SAMPLING.items():
         value = values.get(name)
-        if value is not None and (
-            not isinstance(value, (int, float))
-            or isinstance(value, bool)
-            or not least <= value <= most
-        ):
-            raise ValueError(
-                f"{where}: {name} must be a number from {least:g} to {most:g}, not {shown(value)}"
-            )
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (number and least <= value <= most):
+            raise ValueError(f"{where}: {name} must be a number from {least:g} to {most:g}, not {shown(value)}")
     top_k = values.get("top_k")
-    if top_k is not None and (
-        not isinstance(top_k, int) or isinstance(top_k, bool) or not 0 <= top_k < 2**31
-    ):
-        raise ValueError(
-            f"{where}: top_k must be a whole number of at least 0, which is no filter, not {shown(top_k)}"
-        )
+    if top_k is not None and not _is_id(top_k, 2**31):      # as an id: a whole number, and no bool
+        raise ValueError(f"{where}: top_k must be a whole number of at least 0, which is no filter, not {shown(top_k)}")
     if not isinstance(values.get("do_sample"), (bool, type(None))):
-        raise ValueError(
-            f"{where}: do_sample must be true or false, not {shown(values['do_sample'])}"
-        )
+        raise ValueError(f"{where}: do_sample must be true or false, not {shown(values['do_sample'])}")
     return checked

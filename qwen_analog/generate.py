@@ -8,7 +8,6 @@ __all__ = ['pad_left', 'filter_logits', 'Sampling', 'penalize_repetition', 'Logi
 
 # %% ../chapters/15_generation.ipynb #7ac0de25
 import math
-import reprlib
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .config import check_generation_config, shown
 from .model import QwenForCausalLM
 from .tokenizer import Tokenizer
 
@@ -95,21 +95,16 @@ def _divided(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     return torch.where(divided.amax(-1, keepdim=True).isfinite(), divided, moved)
 
 
-def _short(value: object) -> str:
-    """A value as an error message shows it, in one line."""
-    return " ".join(reprlib.repr(value).split())
-
-
 def _check_whole(name: str, value: object, least: int, most: float = math.inf) -> None:
     if not isinstance(value, Integral) or isinstance(value, bool) or not least <= value <= most:
         wanted = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
-        raise ValueError(f"{name} must be a whole number {wanted}, not {_short(value)}")
+        raise ValueError(f"{name} must be a whole number {wanted}, not {shown(value)}")
 
 
 def _check_number(name: str, value: object, wanted: str, least: float, most: float) -> None:
     number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not least <= value <= most:
-        raise ValueError(f"{name} must be {wanted}, not {_short(value)}")
+        raise ValueError(f"{name} must be {wanted}, not {shown(value)}")
 
 
 @dataclass(frozen=True)
@@ -335,17 +330,14 @@ def sampling_defaults(model: QwenForCausalLM) -> dict[str, float]:
     Hugging Face's meanings: do_sample false is greedy; top_k 0 and top_p 1 filter nothing; do_sample true without a
     temperature means 1. Raises ValueError naming the setting that is wrong.
     """
-    own = {name: value for name, value in getattr(model, "generation_config", {}).items() if value is not None}
+    own = check_generation_config(getattr(model, "generation_config", {}), model.config.vocab_size, "the model's generation_config")
+    own = {name: value for name, value in own.items() if value is not None}
     names, nothing = Sampling.__dataclass_fields__, {"top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}
     settings = {name: own[name] for name in names if name in own and not (name in nothing and own[name] == nothing[name])}
     if own.get("do_sample") is False or settings.get("top_p") == 0:
         settings = {"temperature": 0, **{name: settings[name] for name in settings if name == "repetition_penalty"}}
     elif own.get("do_sample") is True:
         settings = {"temperature": 1.0, **settings}
-    try:
-        Sampling(**settings)
-    except ValueError as error:
-        raise ValueError(f"the model's generation_config: {error}") from None
     return settings
 
 # %% ../chapters/15_generation.ipynb #17ff6ada
@@ -482,10 +474,19 @@ def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     """`stop` as a tuple. ValueError unless it is a string or several, none empty."""
     stops = (stop,) if isinstance(stop, str) else () if stop is None else stop
     if not isinstance(stops, (list, tuple, set, frozenset)) or not all(isinstance(text, str) and text for text in stops):
-        raise ValueError(f"stop must be a string or several, none of them empty, not {_short(stop)}")
+        raise ValueError(f"stop must be a string or several, none of them empty, not {shown(stop)}")
     return tuple(stops)
 
 # %% ../chapters/15_generation.ipynb #f5e814eb
+_LONGEST_TOKEN = 128       # characters: the longest tokens of Qwen's and OpenAI's vocabularies are 128 blanks
+
+
+def _check_characters(text: str, context: int) -> None:
+    """ValueError for a text that cannot fit into `context` tokens, without the minutes that it takes to count them."""
+    if len(text) > _LONGEST_TOKEN * context:
+        raise ValueError(f"a text of {len(text)} characters does not fit into the model's {context} tokens")
+
+
 def _prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int] | torch.Tensor) -> list[int]:
     """A text becomes the start of a document; ids, [T] or [1, T], stay as they are."""
     if isinstance(prompt, str):
@@ -493,7 +494,7 @@ def _prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int] | torch.Tensor
     try:
         ids = torch.as_tensor(prompt)
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"prompt must be a text or the ids of one row, not {_short(prompt)}") from None
+        raise ValueError(f"prompt must be a text or the ids of one row, not {shown(prompt)}") from None
     if ids.dtype != torch.int64 or ids.ndim not in (1, 2) or not ids.numel() or ids.shape[-1] != ids.numel():
         raise ValueError(f"prompt must be a text or the ids of one row, not {ids.dtype} {list(ids.shape)}")
     return ids.flatten().tolist()
@@ -502,6 +503,9 @@ def _prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int] | torch.Tensor
 def _texts(model: QwenForCausalLM, tokenizer: Tokenizer, prompts: Sequence, stop: str | Sequence[str], max_new_tokens: int,
            options: dict) -> Iterator[list[str]]:
     """Check the arguments at once; then an iterator over the text that each prompt gains with each token."""
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            _check_characters(prompt, model.config.max_position_embeddings)
     rows = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
     options = {"eos_token_id": end_ids(model, tokenizer), "valid_vocab_size": tokenizer.vocab_size, **options}
     input_ids, attention_mask = (x.to(model.lm_head.weight.device) for x in pad_left(rows, tokenizer.eos_token_id))
@@ -535,7 +539,7 @@ def stream(model: QwenForCausalLM, tokenizer: Tokenizer, prompt: str | Sequence[
 def complete(model: QwenForCausalLM, tokenizer: Tokenizer, prompt: str, *, stop: str | Sequence[str] = (), **options) -> str:
     """`prompt` and what `stream` writes after it."""
     if not isinstance(prompt, str):
-        raise ValueError(f"prompt must be a text, not {_short(prompt)}")
+        raise ValueError(f"prompt must be a text, not {shown(prompt)}")
     return prompt + "".join(stream(model, tokenizer, prompt, stop=stop, **options))
 
 
@@ -543,7 +547,7 @@ def complete_many(model: QwenForCausalLM, tokenizer: Tokenizer, prompts: Sequenc
                   stop: str | Sequence[str] = (), **options) -> list[str]:
     """Each of `prompts` and its continuation, all written in one batch; the arguments are `stream`'s."""
     if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError(f"prompts must be a list of texts, not {_short(prompts)}")
+        raise ValueError(f"prompts must be a list of texts, not {shown(prompts)}")
     if not prompts:
         return []
     pieces = _texts(model, tokenizer, prompts, stop, max_new_tokens, options)

@@ -36,6 +36,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from .checkpoint import _commit, _new_partial, hf_config
 from .config import QwenConfig, check_generation_config, shown
+from .generate import _own_ends
 from .model import QwenForCausalLM
 from .rope import interleaved_to_half
 from .tokenizer import (BYTE_ORDER, DEFAULT_SYSTEM, QWEN_PATTERN, QWEN_SPECIAL_TOKENS, HFTokenizer, TiktokenTokenizer,
@@ -60,19 +61,8 @@ def smollm2_path() -> Path:
     return path
 
 # %% ../chapters/16_real_weights.ipynb #6357a899
-_NUMBERS = {
-    0: "<u1",
-    1: "<i1",
-    2: "<u2",
-    3: "<i2",
-    4: "<u4",
-    5: "<i4",
-    6: "<f4",
-    7: "?",
-    10: "<u8",
-    11: "<i8",
-    12: "<f8",
-}
+_NUMBERS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?",
+            10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY, _LONGEST_ARRAY = 8, 9, 2**22
 
 # %% ../chapters/16_real_weights.ipynb #7d301607
@@ -85,9 +75,8 @@ class _Cursor:
     def numbers(self, kind: str, count: int) -> np.ndarray:
         size = count * np.dtype(kind).itemsize
         if size > len(self.data) - self.at:
-            raise ValueError(
-                f"{size} bytes are announced at byte {self.at}, and the file has {len(self.data)}"
-            )
+            raise ValueError(f"{size} bytes are announced at byte {self.at}, "
+                             f"and the file has {len(self.data)}")
         self.at += size
         return np.frombuffer(self.data, kind, count, self.at - size)
 
@@ -104,16 +93,14 @@ class _Cursor:
             return self.number(_NUMBERS[kind])
         kind, count = self.number("<u4"), self.number("<u8")
         if count > _LONGEST_ARRAY:
-            raise ValueError(
-                f"an array of {count} values is announced at byte {self.at}"
-            )
+            raise ValueError(f"an array of {count} values is announced at byte {self.at}")
         if kind == _STRING:
             return [self.text() for _ in range(count)]
         return self.numbers(_NUMBERS[kind], count).tolist()
 
 # %% ../chapters/16_real_weights.ipynb #e02e5cab
 class _Tensor(NamedTuple):
-    """A tensor of a GGUF file: its shape, outermost dimension first, and its bytes, still in the file."""
+    """A tensor of a GGUF file: its shape, outermost dimension first; its bytes, in the file."""
 
     tensor_type: gguf.GGMLQuantizationType
     shape: list[int]
@@ -122,93 +109,83 @@ class _Tensor(NamedTuple):
     data: np.ndarray
 
 
-def _read_tensor(
-    cursor: _Cursor,
-) -> tuple[str, gguf.GGMLQuantizationType, list[int], int]:
+def _read_tensor(cursor: _Cursor) -> tuple[str, gguf.GGMLQuantizationType, list[int], int]:
     """A line of the table of tensors: name, type, shape and offset."""
     name, dimensions = cursor.text(), cursor.number("<u4")
     if not 1 <= dimensions <= 4:
         raise ValueError(f"{shown(name)} has {dimensions} dimensions")
-    shape = cursor.numbers("<u8", dimensions).tolist()[
-        ::-1
-    ]  # the file counts from the innermost
+    innermost_first = cursor.numbers("<u8", dimensions).tolist()
     kind, offset = cursor.number("<u4"), cursor.number("<u8")
     if kind not in iter(gguf.GGMLQuantizationType):
         raise ValueError(f"{shown(name)} is of type {kind}, which is not known")
-    return name, gguf.GGMLQuantizationType(kind), shape, offset
+    return name, gguf.GGMLQuantizationType(kind), innermost_first[::-1], offset
 
 # %% ../chapters/16_real_weights.ipynb #47bdc7a1
-def _place_tensors(
-    data: mmap.mmap, table: list[tuple], start: int, alignment: int
-) -> dict[str, _Tensor]:
-    """The tensors by name; ValueError where they do not lie one after the other up to the end of the file."""
-    tensors, end = {}, 0
+def _place_tensors(data: mmap.mmap, table: list[tuple], start: int,
+                   alignment: int) -> dict[str, _Tensor]:
+    """The tensors by name; ValueError unless they fill the rest of the file, one by one."""
+    tensors, end, room = {}, 0, len(data) - start
     for name, kind, shape, offset in sorted(table, key=lambda entry: entry[3]):
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         n_elements = math.prod(shape)
         n_bytes = n_elements // block * block_bytes
         if n_elements == 0 or shape[-1] % block:
-            raise ValueError(
-                f"{shown(name)} has the shape {shown(shape)}, which type {kind.name} cannot have"
-            )
-        if offset != end or start + offset + n_bytes > len(data):
-            raise ValueError(
-                f"{shown(name)} begins at {offset} and takes {n_bytes} bytes of type {kind.name}; "
-                f"the one before it ends at {end}, the file at {len(data) - start}"
-            )
+            raise ValueError(f"{shown(name)} has the shape {shown(shape)}, "
+                             f"which type {kind.name} cannot have")
+        if offset != end or offset + n_bytes > room:
+            raise ValueError(f"{shown(name)} begins at {offset} and takes {n_bytes} bytes of "
+                             f"type {kind.name}; the one before it ends at {end}, the file at {room}")
         if name in tensors:
             raise ValueError(f"there are two tensors {shown(name)}")
-        piece = np.frombuffer(data, np.uint8, n_bytes, start + offset).reshape(
-            *shape[:-1], -1
-        )
+        piece = np.frombuffer(data, np.uint8, n_bytes, start + offset)
+        piece = piece.reshape(*shape[:-1], -1)
         tensors[name] = _Tensor(kind, shape, n_elements, n_bytes, piece)
-        end = offset + -(-n_bytes // alignment) * alignment
-    if len(data) - start > end:
-        raise ValueError(f"the tensors end at {end}, the file at {len(data) - start}")
+        end = offset + _up_to_multiple(n_bytes, alignment)
+    if room > end:
+        raise ValueError(f"the tensors end at {end}, the file at {room}")
     return tensors
+
+
+def _up_to_multiple(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment
 
 # %% ../chapters/16_real_weights.ipynb #4bb2b514
 def _in_one_line(error: BaseException) -> str:
-    """What went wrong in a library: the error's type and what it says, in one line of bounded length."""
+    """An error of a library: its type and what it says, in one line of bounded length."""
     said = " ".join(str(error).split())[:300]
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
-def _gguf_tables(data: mmap.mmap) -> tuple[dict, dict[str, _Tensor]]:
-    cursor = _Cursor(data)
-    if cursor.numbers("<u1", 4).tobytes() != b"GGUF":
-        raise ValueError("it does not begin with GGUF")
-    version, n_tensors, n_values = (
-        cursor.number("<u4"),
-        cursor.number("<u8"),
-        cursor.number("<u8"),
-    )
-    if version not in (2, 3):
-        raise ValueError(
-            f"version {version} is not supported, or the file is big-endian: convert the model again"
-        )
+def _gguf_metadata(cursor: _Cursor, count: int) -> dict:
     metadata = {}
-    for _ in range(n_values):
+    for _ in range(count):
         name = cursor.text()
         if name in metadata:
             raise ValueError(f"{shown(name)} is there twice")
         try:
             metadata[name] = cursor.value(cursor.number("<u4"))
         except KeyError as error:
-            raise ValueError(
-                f"{shown(name)} is of type {error}, which is not known"
-            ) from None
+            raise ValueError(f"{shown(name)} is of type {error}, which is not known") from None
         except ValueError as error:
             raise ValueError(f"{shown(name)}: {error}") from None
+    return metadata
+
+
+def _gguf_tables(data: mmap.mmap) -> tuple[dict, dict[str, _Tensor]]:
+    cursor = _Cursor(data)
+    if cursor.numbers("<u1", 4).tobytes() != b"GGUF":
+        raise ValueError("it does not begin with GGUF")
+    version, n_tensors, n_values = map(cursor.number, ("<u4", "<u8", "<u8"))
+    if version not in (2, 3):
+        raise ValueError(f"version {version} is not supported, or the file is big-endian: "
+                         "convert the model again")
+    metadata = _gguf_metadata(cursor, n_values)
     table = [_read_tensor(cursor) for _ in range(n_tensors)]
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1 or alignment & alignment - 1:
-        raise ValueError(
-            f"general.alignment must be a power of two, not {shown(alignment)}"
-        )
-    return metadata, _place_tensors(
-        data, table, -(-cursor.at // alignment) * alignment, alignment
-    )
+        raise ValueError(f"general.alignment must be a power of two, not {shown(alignment)}")
+    start = _up_to_multiple(cursor.at, alignment)
+    return metadata, _place_tensors(data, table, start, alignment)
 
 # %% ../chapters/16_real_weights.ipynb #c6edff64
 def _read_gguf(path: Path) -> tuple[dict, dict[str, _Tensor]]:
@@ -219,46 +196,29 @@ def _read_gguf(path: Path) -> tuple[dict, dict[str, _Tensor]]:
         with path.open("rb") as file:
             return _gguf_tables(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except ValueError as error:
-        raise ValueError(
-            f"{path} is damaged or not a GGUF file, fetch it again ({error})"
-        ) from None
+        raise ValueError(f"{path} is damaged or not a GGUF file, fetch it again ({error})") from None
 
 # %% ../chapters/16_real_weights.ipynb #ac0dae5b
 def _listed(names: Sequence[str], most: int = 6) -> str:
     """Names from a file: as they are where they are plain, and not all of many."""
-    plain = [
-        name if name.isprintable() and len(name) < 100 else shown(name)
-        for name in names[:most]
-    ]
-    return ", ".join(plain) + (
-        f" and {len(names) - most} more" if len(names) > most else ""
-    )
+    plain = [name if name.isprintable() and len(name) < 100 else shown(name)
+             for name in names[:most]]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(plain) + more
 
 
-def _check_tensors(
-    found: Mapping[str, Sequence[int]],
-    expected: Mapping[str, Sequence[int]],
-    where: str | Path,
-) -> None:
+def _check_tensors(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]],
+                   where: str | Path) -> None:
     """Compare the names and shapes in a file with a model's; one ValueError lists all that differs."""
-    shapes = [
-        f"{name} is {shown(list(found[name]))}, not {list(expected[name])}"
-        for name in expected
-        if name in found and tuple(found[name]) != tuple(expected[name])
-    ]
-    problems = [
-        f"{title}: {_listed(names)}"
-        for title, names in (
-            ("missing", [name for name in expected if name not in found]),
-            ("not of this model", [name for name in found if name not in expected]),
-            ("of another shape", shapes),
-        )
-        if names
-    ]
+    shapes = [f"{name} is {shown(list(found[name]))}, not {list(expected[name])}"
+              for name in expected
+              if name in found and tuple(found[name]) != tuple(expected[name])]
+    differences = {"missing": [name for name in expected if name not in found],
+                   "not of this model": [name for name in found if name not in expected],
+                   "of another shape": shapes}
+    problems = [f"{title}: {_listed(names)}" for title, names in differences.items() if names]
     if problems:
-        raise ValueError(
-            f"{where}: the tensors do not fit the configuration; " + "; ".join(problems)
-        )
+        raise ValueError(f"{where}: the tensors do not fit the configuration; " + "; ".join(problems))
 
 
 def _without_weights(config: QwenConfig) -> QwenForCausalLM:
@@ -269,29 +229,16 @@ def _without_weights(config: QwenConfig) -> QwenForCausalLM:
 # %% ../chapters/16_real_weights.ipynb #8a084bb8
 def _shapes(config: QwenConfig) -> dict[str, list[int]]:
     """Names and shapes of the weights, from a model of one layer: a file may announce any number of layers."""
-    one = _without_weights(
-        dataclasses.replace(config, num_hidden_layers=1)
-    ).state_dict()
-    shapes = {
-        name: list(weight.shape)
-        for name, weight in one.items()
-        if not name.startswith("model.layers.")
-    }
-    layer = {
-        name: list(weight.shape)
-        for name, weight in one.items()
-        if name.startswith("model.layers.")
-    }
-    for i in range(config.num_hidden_layers):
-        shapes |= {
-            name.replace(".0.", f".{i}.", 1): shape for name, shape in layer.items()
-        }
+    one = _without_weights(dataclasses.replace(config, num_hidden_layers=1)).state_dict()
+    shapes = {}
+    for name, weight in one.items():
+        layers = range(config.num_hidden_layers if name.startswith("model.layers.") else 1)
+        shapes |= {name.replace(".0.", f".{i}.", 1): list(weight.shape) for i in layers}
     return shapes
 
 
-def _fill(
-    model: QwenForCausalLM, weights: dict[str, torch.Tensor], generation_config: dict
-) -> QwenForCausalLM:
+def _fill(model: QwenForCausalLM, weights: dict[str, torch.Tensor],
+          generation_config: dict) -> QwenForCausalLM:
     """The model in eval mode, made of `weights` themselves: no second copy of them is ever held."""
     model.load_state_dict(weights, assign=True)
     model.generation_config = generation_config
@@ -311,62 +258,41 @@ _GGUF_FIELDS = {
 }
 
 # %% ../chapters/16_real_weights.ipynb #5a12f026
-def _gguf_config(
-    metadata: dict, tensors: Mapping[str, _Tensor], path: Path
-) -> QwenConfig:
+def _gguf_config(metadata: dict, tensors: Mapping[str, _Tensor], path: Path) -> QwenConfig:
     kind = metadata.get("general.architecture")
     if kind not in ("llama", "qwen2"):
-        raise ValueError(
-            f"{path}: general.architecture {shown(kind)} is not supported, only 'llama' and 'qwen2'"
-        )
+        raise ValueError(f"{path}: general.architecture {shown(kind)} is not supported, "
+                         "only 'llama' and 'qwen2'")
     if metadata.get("split.count", 0) not in (0, 1):
-        raise ValueError(
-            f"{path} is one part of several: join them with llama.cpp's llama-gguf-split --merge"
-        )
+        raise ValueError(f"{path} is one part of several: join them with llama.cpp's "
+                         "llama-gguf-split --merge")
     for name in ("rope.scaling.type", "expert_count", "attention.sliding_window"):
-        if metadata.get(f"{kind}.{name}") not in (None, "none", 0):
-            raise ValueError(
-                f"{path}: {kind}.{name} {shown(metadata[f'{kind}.{name}'])} is not supported"
-            )
+        value = metadata.get(f"{kind}.{name}")
+        if value not in (None, "none", 0):
+            raise ValueError(f"{path}: {kind}.{name} {shown(value)} is not supported")
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens:
-        raise ValueError(
-            f"{path}: tokenizer.ggml.tokens must be a list of tokens, not {shown(tokens)}"
-        )
+        raise ValueError(f"{path}: tokenizer.ggml.tokens must be a list of tokens, not {shown(tokens)}")
 
-    found = {
-        field: metadata.get(f"{kind}.{key}") for field, key in _GGUF_FIELDS.items()
-    }
-    optional = {
-        "num_key_value_heads": found["num_attention_heads"],
-        "head_dim": None,
-        "rope_theta": 10000.0,
-    }
-    for field, value in found.items():
-        if value is None and field not in optional:
-            raise ValueError(
-                f"{path}: the metadata has no {kind}.{_GGUF_FIELDS[field]}"
-            )
-    given = {field: value for field, value in found.items() if value is not None}
+    keys = {field: f"{kind}.{key}" for field, key in _GGUF_FIELDS.items()}
+    given = {field: metadata[key] for field, key in keys.items() if key in metadata}
+    optional = {"num_key_value_heads": given.get("num_attention_heads"), "head_dim": None,
+                "rope_theta": 10000.0}
+    for field, key in keys.items():
+        if field not in given and field not in optional:
+            raise ValueError(f"{path}: the metadata has no {key}")
     try:
-        config = QwenConfig(
-            **{**optional, **given},
-            vocab_size=len(tokens),
-            attention_bias=kind == "qwen2",
-            tie_word_embeddings="output.weight" not in tensors,
-        )
+        config = QwenConfig(**{**optional, **given}, vocab_size=len(tokens),
+                            attention_bias=kind == "qwen2",
+                            tie_word_embeddings="output.weight" not in tensors)
     except ValueError as error:
-        field = next(
-            (field for field in _GGUF_FIELDS if str(error).startswith(f"{field} ")),
-            None,
-        )
-        meant = f" ({field} is {kind}.{_GGUF_FIELDS[field]})" if field else ""
+        field = str(error).split()[0]
+        meant = f" ({field} is {keys[field]})" if field in keys else ""
         raise ValueError(f"{path}: {error}{meant}") from None
     for name in ("rope.dimension_count", "attention.value_length"):
         if metadata.get(f"{kind}.{name}", config.head_dim) != config.head_dim:
-            raise ValueError(
-                f"{path}: {kind}.{name} differs from the {config.head_dim} of a head, all of which is rotated here"
-            )
+            raise ValueError(f"{path}: {kind}.{name} differs from the {config.head_dim} of a head, "
+                             "all of which is rotated here")
     return config
 
 # %% ../chapters/16_real_weights.ipynb #81af6a46
@@ -389,15 +315,12 @@ def _gguf_ends(metadata: dict, path: Path, vocab_size: int) -> list[int]:
     names = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
     if names[0] not in metadata:
         raise ValueError(f"{path}: the metadata has no {names[0]}")
-    for name in names:
-        if (
-            type(metadata.get(name, 0)) is not int
-            or not 0 <= metadata.get(name, 0) < vocab_size
-        ):
-            raise ValueError(
-                f"{path}: {name} {shown(metadata[name])} is no id of this model, whose ids end at {vocab_size - 1}"
-            )
-    return list(dict.fromkeys(metadata[name] for name in names if name in metadata))
+    ends = {name: metadata[name] for name in names if name in metadata}
+    for name, i in ends.items():
+        if type(i) is not int or not 0 <= i < vocab_size:
+            raise ValueError(f"{path}: {name} {shown(i)} is no id of this model, "
+                             f"whose ids end at {vocab_size - 1}")
+    return list(dict.fromkeys(ends.values()))
 
 
 # llama.cpp's names of the settings that Hugging Face keeps in generation_config.json
@@ -413,45 +336,29 @@ _GGUF_SAMPLING = {
 
 
 def _gguf_generation(metadata: dict, path: Path, vocab_size: int) -> dict:
-    given = {
-        name: metadata[key] for key, name in _GGUF_SAMPLING.items() if key in metadata
-    }
-    return check_generation_config(
-        {**given, "eos_token_id": _gguf_ends(metadata, path, vocab_size)},
-        vocab_size,
-        path,
-    )
+    given = {name: metadata[key] for key, name in _GGUF_SAMPLING.items() if key in metadata}
+    given["eos_token_id"] = _gguf_ends(metadata, path, vocab_size)
+    return check_generation_config(given, vocab_size, path)
 
 # %% ../chapters/16_real_weights.ipynb #95a3b249
-def _gguf_tokens(
-    metadata: dict, path: Path
-) -> tuple[list[str], list[int], list[tuple[str, ...]]]:
+def _gguf_tokens(metadata: dict, path: Path) -> tuple[list[str], list[int], list[tuple[str, ...]]]:
     """Tokens, their types and the merges; ValueError naming the entry that is not as it should be."""
-    tokens, types, merges = (
-        metadata.get(f"tokenizer.ggml.{name}")
-        for name in ("tokens", "token_type", "merges")
-    )
-    for name, values, sort in (
-        ("tokens", tokens, str),
-        ("token_type", types, int),
-        ("merges", merges, str),
-    ):
-        if not isinstance(values, list) or not all(
-            type(value) is sort for value in values
-        ):
-            raise ValueError(
-                f"{path}: tokenizer.ggml.{name} must be a list of {sort.__name__}, not {shown(values)}"
-            )
+    lists = []
+    for name, sort in (("tokens", str), ("token_type", int), ("merges", str)):
+        values = metadata.get(f"tokenizer.ggml.{name}")
+        if not isinstance(values, list) or not all(type(value) is sort for value in values):
+            raise ValueError(f"{path}: tokenizer.ggml.{name} must be a list of {sort.__name__}, "
+                             f"not {shown(values)}")
+        lists.append(values)
+    tokens, types, merges = lists
     if len(types) != len(tokens) or not set(types) <= set(gguf.TokenType):
-        raise ValueError(
-            f"{path}: tokenizer.ggml.token_type must hold a type from 1 to 6 for each of {len(tokens)} tokens"
-        )
+        raise ValueError(f"{path}: tokenizer.ggml.token_type must hold a type from 1 to 6 "
+                         f"for each of {len(tokens)} tokens")
     pairs = [tuple(merge.split(" ")) for merge in merges]
-    if not all(len(pair) == 2 for pair in pairs):
-        wrong = next(merge for merge, pair in zip(merges, pairs) if len(pair) != 2)
-        raise ValueError(
-            f"{path}: tokenizer.ggml.merges must hold two tokens with a space between, not {shown(wrong)}"
-        )
+    for pair, merge in zip(pairs, merges):
+        if len(pair) != 2:
+            raise ValueError(f"{path}: tokenizer.ggml.merges must hold two tokens with a space "
+                             f"between, not {shown(merge)}")
     return tokens, types, pairs
 
 # %% ../chapters/16_real_weights.ipynb #56cdd3d1
@@ -482,18 +389,14 @@ def _gguf_tokenizer(metadata: dict, path: Path) -> HFTokenizer:
     """Byte-level BPE from the metadata: tokens, merges, the kind of split, and which tokens are control tokens."""
     kind, split = (metadata.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
     if kind != "gpt2" or split not in ("qwen2", "smollm"):
-        raise ValueError(
-            f"{path}: tokenizer.ggml.model {shown(kind)} with tokenizer.ggml.pre "
-            f"{shown(split)} is not supported, only 'gpt2' with 'qwen2' or 'smollm'"
-        )
+        raise ValueError(f"{path}: tokenizer.ggml.model {shown(kind)} with tokenizer.ggml.pre "
+                         f"{shown(split)} is not supported, only 'gpt2' with 'qwen2' or 'smollm'")
     tokens, types, merges = _gguf_tokens(metadata, path)
     end = tokens[_gguf_ends(metadata, path, len(tokens))[0]]
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
     template = metadata.get("tokenizer.chat_template")
     if not isinstance(template, (str, type(None))):
-        raise ValueError(
-            f"{path}: tokenizer.chat_template must be a text, not {shown(template)}"
-        )
+        raise ValueError(f"{path}: tokenizer.chat_template must be a text, not {shown(template)}")
     if template is not None:
         settings["chat_template"] = template
     with tempfile.TemporaryDirectory() as directory:
@@ -502,13 +405,11 @@ def _gguf_tokenizer(metadata: dict, path: Path) -> HFTokenizer:
             fast.save(f"{directory}/tokenizer.json")
             Path(directory, "tokenizer_config.json").write_text(json.dumps(settings))
             return HFTokenizer(directory)
-        except Exception as error:  # merges of tokens that are none, and much else
+        except Exception as error:      # merges of tokens that are none, and much else
             if str(error).startswith(str(path)):
                 raise
             reason = _in_one_line(error).replace(directory, "made from it")
-            raise ValueError(
-                f"{path}: no tokenizer can be made from its metadata ({reason})"
-            ) from None
+            raise ValueError(f"{path}: no tokenizer can be made from its metadata ({reason})") from None
 
 # %% ../chapters/16_real_weights.ipynb #5b0c64bc
 # what the other Python runs: a line with [template, values, most characters] in, a line with the text or an error out
@@ -568,35 +469,18 @@ class _Templates:
 
     def _started(self) -> subprocess.Popen:
         if self._process is None or self._process.poll() is not None:
-            places = [place for place in sys.path if place]
-            # a session of its own: Ctrl-C is for the program that asks
-            try:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-I", "-c", _RENDERER, *places],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                    start_new_session=True,
-                )
+            command = [sys.executable, "-I", "-c", _RENDERER, *filter(None, sys.path)]
+            pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
+            try:                        # a session of its own: Ctrl-C is for the program that asks
+                self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nowhere,
+                                                 start_new_session=True)
             except OSError as error:
-                raise ValueError(
-                    f"no process for the chat template can be started ({_in_one_line(error)})"
-                ) from None
+                raise ValueError("no process for the chat template can be started "
+                                 f"({_in_one_line(error)})") from None
         return self._process
 
-    def render(self, template: str, values: dict, most: int) -> str:
-        """The template's text; ValueError where it refuses, and where it passes a limit."""
-        try:
-            line = (
-                json.dumps(
-                    [template, values, most], default=str, skipkeys=True
-                ).encode()
-                + b"\n"
-            )
-        except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"the messages are no JSON ({_in_one_line(error)})"
-            ) from None
+    def _answer(self, line: bytes) -> bytes:
+        """What the process answers; no whole line where it ended, or took too long."""
         answer = b""
         with self._lock:
             process = self._started()
@@ -606,66 +490,62 @@ class _Templates:
                 process.stdin.write(line)
                 process.stdin.flush()
                 answer = process.stdout.readline()
-            except BrokenPipeError:  # it has ended already
+            except BrokenPipeError:     # it has ended already
                 pass
             finally:
                 clock.cancel()
-                if not answer.endswith(b"\n"):  # too late, too large, or Ctrl-C here
+                if not answer.endswith(b"\n"):      # too late, too large, or Ctrl-C here
                     process.kill()
                     process.communicate()
+        return answer
+
+    def render(self, template: str, values: dict, most: int) -> str:
+        """The template's text; ValueError where it refuses, and where it passes a limit."""
+        try:
+            line = json.dumps([template, values, most], default=str, skipkeys=True)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"the messages are no JSON ({_in_one_line(error)})") from None
+        answer = self._answer(line.encode() + b"\n")
         if not answer.endswith(b"\n"):
-            raise ValueError(
-                "the chat template takes more than 2 seconds or 1 GiB of memory: use another one"
-            )
+            raise ValueError("the chat template takes more than 2 seconds or 1 GiB of memory: use another one")
         answer = json.loads(answer)
         if "error" in answer:
-            raise ValueError(
-                f"the chat template does not take this conversation: {answer['error']}"
-            )
+            raise ValueError(f"the chat template does not take this conversation: {answer['error']}")
         return answer["text"]
 
 
 _TEMPLATES = _Templates()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        after_in_child=_TEMPLATES.forget
-    )  # a copy of this process starts one of its own
+if hasattr(os, "register_at_fork"):     # a copy of this process starts one of its own
+    os.register_at_fork(after_in_child=_TEMPLATES.forget)
 
 # %% ../chapters/16_real_weights.ipynb #9b86becb
 def _template(fast) -> str | None:
     """The chat template of a fast tokenizer, where it has one."""
     template = getattr(fast, "chat_template", None)
-    if isinstance(template, dict):  # several, by name
+    if isinstance(template, dict):      # several, by name
         template = template.get("default", template)
     if not isinstance(template, (str, type(None))):
-        raise ValueError(
-            f"the tokenizer's chat_template must be a text, or have one named default, not {shown(template)}"
-        )
+        raise ValueError("the tokenizer's chat_template must be a text, or have one named default, "
+                         f"not {shown(template)}")
     return template
 
 # %% ../chapters/16_real_weights.ipynb #ffc6991e
 def _checked_text(messages: Sequence[dict[str, str]]) -> str:
     """All contents in one; ValueError for a message without a role or a text."""
     for message in messages:
-        role = message.get("role") if isinstance(message, dict) else None
-        if role not in ("system", "user", "assistant") or not isinstance(
-            message.get("content"), str
-        ):
-            raise ValueError(
-                "a message needs a role (system, user or assistant) and a content "
-                f"that is text, not {shown(message)}"
-            )
+        known = isinstance(message, dict) and message.get("role") in ("system", "user", "assistant")
+        if not known or not isinstance(message.get("content"), str):
+            raise ValueError("a message needs a role (system, user or assistant) and a content "
+                             f"that is text, not {shown(message)}")
     return "".join(message["content"] for message in messages)
 
 
 def _private_character(text: str) -> str:
     """A private character that `text` does not hold."""
-    mark = next((chr(c) for c in range(0xE000, 0xF900) if chr(c) not in text), None)
-    if mark is None:
-        raise ValueError(
-            "the messages hold every private character (U+E000 to U+F8FF): leave one out"
-        )
-    return mark
+    for code in range(0xE000, 0xF900):
+        if chr(code) not in text:
+            return chr(code)
+    raise ValueError("the messages hold every private character (U+E000 to U+F8FF): leave one out")
 
 # %% ../chapters/16_real_weights.ipynb #b14c4298
 def chat_ids(
@@ -765,36 +645,23 @@ def first_difference(ours: torch.nn.Module, reference: torch.nn.Module, input_id
     return search([*inside, found.where])
 
 # %% ../chapters/16_real_weights.ipynb #fd3788a9
-def _check_vocabulary(
-    config: QwenConfig, tokenizer: Tokenizer, where: str | Path
-) -> None:
+def _check_vocabulary(config: QwenConfig, tokenizer: Tokenizer, where: str | Path) -> None:
     if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"{where}: the tokenizer's ids go up to {tokenizer.vocab_size - 1}, but the model has {config.vocab_size} rows"
-        )
+        raise ValueError(f"{where}: the tokenizer's ids go up to {tokenizer.vocab_size - 1}, "
+                         f"but the model has {config.vocab_size} rows")
 
 
 def _dequantised(tensor: _Tensor, name: str, path: Path) -> torch.Tensor:
     """A tensor of the file in float32, its own copy."""
     try:
-        with np.errstate(
-            all="ignore"
-        ):  # a damaged scale makes infinite weights, no text on the terminal
-            return torch.from_numpy(
-                np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
-            )
-    except (
-        NotImplementedError,
-        TypeError,
-    ):  # torch has no tensors of some of numpy's types
-        raise ValueError(
-            f"{path}: {name} is of type {tensor.tensor_type.name}, which is not supported"
-        ) from None
+        with np.errstate(all="ignore"):     # a damaged scale makes infinite weights, and no warning
+            return torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type)))
+    except (NotImplementedError, TypeError):    # torch has no tensors of some of numpy's types
+        raise ValueError(f"{path}: {name} is of type {tensor.tensor_type.name}, "
+                         "which is not supported") from None
 
 # %% ../chapters/16_real_weights.ipynb #6c909d41
-def load_gguf(
-    path: str | Path, dtype: torch.dtype = torch.float32
-) -> tuple[QwenForCausalLM, HFTokenizer]:
+def load_gguf(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[QwenForCausalLM, HFTokenizer]:
     """Model and tokenizer of a GGUF file (llama.cpp's format) of architecture llama or qwen2, quantised or not.
 
     The weights are dequantised to `dtype`. `model.generation_config["eos_token_id"]` lists the file's end-of-text and
@@ -803,43 +670,26 @@ def load_gguf(
     path = Path(path)
     metadata, tensors = _read_gguf(path)
     config = _gguf_config(metadata, tensors, path)
-    shapes = {
-        name: shape
-        for name, shape in _shapes(config).items()
-        if not (name == "lm_head.weight" and config.tie_word_embeddings)
-    }
-    architecture = (
-        gguf.MODEL_ARCH.QWEN2 if config.attention_bias else gguf.MODEL_ARCH.LLAMA
-    )
-    known = gguf.get_tensor_name_map(
-        architecture, min(config.num_hidden_layers, len(tensors))
-    )
-    names = {
-        name: known.get_name(name, try_suffixes=(".weight", ".bias")) or name
-        for name in shapes
-    }
-    _check_tensors(
-        {name: tensor.shape for name, tensor in tensors.items()},
-        {names[name]: shape for name, shape in shapes.items()},
-        path,
-    )
+    shapes = _shapes(config)
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    architecture = gguf.MODEL_ARCH.QWEN2 if config.attention_bias else gguf.MODEL_ARCH.LLAMA
+    known = gguf.get_tensor_name_map(architecture, min(config.num_hidden_layers, len(tensors)))
+    names = {name: known.get_name(name, (".weight", ".bias")) or name for name in shapes}
+    _check_tensors({name: tensor.shape for name, tensor in tensors.items()},
+                   {names[name]: shape for name, shape in shapes.items()}, path)
     tokenizer = _gguf_tokenizer(metadata, path)
     _check_vocabulary(config, tokenizer, path)
     generation = _gguf_generation(metadata, path, config.vocab_size)
+    # in the Llama layout llama.cpp rotates neighbouring pairs
+    heads = {} if config.attention_bias else {"q_proj.weight": config.num_attention_heads,
+                                              "k_proj.weight": config.num_key_value_heads}
     weights = {}
     for name in shapes:
         weight = _dequantised(tensors[names[name]], names[name], path)
-        if not config.attention_bias and name.endswith(
-            ("q_proj.weight", "k_proj.weight")
-        ):
-            heads = (
-                config.num_attention_heads
-                if name.endswith("q_proj.weight")
-                else config.num_key_value_heads
-            )
-            weight = interleaved_to_half(
-                weight, heads
-            )  # llama.cpp rotates neighbouring pairs in the Llama layout
+        for projection, count in heads.items():
+            if name.endswith(projection):
+                weight = interleaved_to_half(weight, count)
         weights[name] = weight.to(dtype).contiguous()
     return _fill(_without_weights(config), weights, generation), tokenizer
 
@@ -849,12 +699,19 @@ def has_chat_format(model: QwenForCausalLM, tokenizer: Tokenizer) -> bool:
 
     A base model often comes with a chat template too, but its `generation_config` ends at the end of text only.
     """
-    ends = model.generation_config.get("eos_token_id", [])
+    return _why_no_chat(model, tokenizer) is None
+
+
+def _why_no_chat(model: QwenForCausalLM, tokenizer: Tokenizer) -> str | None:
+    """None for a model that was made for conversations; for another one why it is none."""
+    reason = "this model was not trained for conversations"
     conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    ends = _own_ends(model)
     try:
-        return any(i in ends for i in chat_ids(tokenizer, conversation, add_generation_prompt=False)[-3:])
-    except ValueError:
-        return False
+        ids = chat_ids(tokenizer, conversation, add_generation_prompt=False)
+    except ValueError as error:
+        return reason if _template(getattr(tokenizer, "tokenizer", None)) is None else str(error)
+    return None if any(i in ends for i in ids[-3:]) else reason
 
 # %% ../chapters/16_real_weights.ipynb #65a41b4a
 def _check_rope(values: dict, where: Path) -> tuple[float, dict | None]:
@@ -914,52 +771,37 @@ def _read_config(values: dict, where: Path) -> QwenConfig:
 
 # %% ../chapters/16_real_weights.ipynb #9ce67c9e
 def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):  # no JSON, no UTF-8, or nested without end
-        raise ValueError(
-            f"{path} is not JSON: the file is damaged, fetch it again"
-        ) from None
+    except (ValueError, RecursionError):    # no JSON, no UTF-8, or nested without end
+        raise ValueError(f"{path} is not JSON: the file is damaged, fetch it again") from None
     if not isinstance(values, dict):
-        raise ValueError(
-            f"{path} holds no JSON object: the file is damaged, fetch it again"
-        )
+        raise ValueError(f"{path} holds no JSON object: the file is damaged, fetch it again")
     return values
 
 # %% ../chapters/16_real_weights.ipynb #5c7b8d60
 def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
     """The safetensors files of a model, with the names that the index of a sharded one promises for each."""
-    single, index = (
-        directory / "model.safetensors",
-        directory / "model.safetensors.index.json",
-    )
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.is_file():
         return {single: None}
     if not index.is_file():
         raise ValueError(
             f"{directory} has no model.safetensors and no model.safetensors.index.json: files that can run code "
-            "(pytorch_model.bin) are not read; save the model again with transformers' save_pretrained"
-        )
-    files: dict[Path, set[str] | None] = {}
+            "(pytorch_model.bin) are not read; save the model again with transformers' save_pretrained")
     weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(file, str)
-        and Path(file).name == file
-        and file.endswith(".safetensors")
-        for file in weight_map.values()
-    ):
-        raise ValueError(
-            f"{index}: weight_map must give a file name of this directory, one that ends in .safetensors, for each tensor"
-        )
-    for name, file in weight_map.items():
+    files: dict[Path, set[str] | None] = {}
+    for name, file in weight_map.items() if isinstance(weight_map, dict) else [("", None)]:
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(f"{index}: weight_map must give a file name of this directory, "
+                             "one that ends in .safetensors, for each tensor")
         files.setdefault(directory / file, set()).add(name)
-    missing = [
-        path.name for path in files if not os.path.isfile(path)
-    ]  # also for a name that no file can have
+    # os.path.isfile: also for a name that no file can have
+    missing = sorted(path.name for path in files if not os.path.isfile(path))
     if missing:
-        raise ValueError(
-            f"{directory}: files named by {index.name} are missing: {_listed(sorted(missing))}"
-        )
+        raise ValueError(f"{directory}: files named by {index.name} are missing: {_listed(missing)}")
     return files
 
 # %% ../chapters/16_real_weights.ipynb #f8f29c08
@@ -970,9 +812,7 @@ def _opened(path: Path) -> Iterator[safe_open]:
         with safe_open(path, "pt") as file:
             yield file
     except SafetensorError as error:
-        raise ValueError(
-            f"{path} is damaged, fetch it again ({_in_one_line(error)})"
-        ) from None
+        raise ValueError(f"{path} is damaged, fetch it again ({_in_one_line(error)})") from None
 
 # %% ../chapters/16_real_weights.ipynb #e24e58df
 def _check_weights(directory: Path, config: QwenConfig) -> dict[Path, list[str]]:
@@ -982,36 +822,22 @@ def _check_weights(directory: Path, config: QwenConfig) -> dict[Path, list[str]]
         with _opened(path) as file:
             pieces = {name: file.get_slice(name) for name in file.keys()}
         if promised is not None and promised != set(pieces):
-            raise ValueError(
-                f"{path}: the index names other tensors for this file: {_listed(sorted(promised ^ set(pieces)))}"
-            )
+            raise ValueError(f"{path}: the index names other tensors for this file: "
+                             f"{_listed(sorted(promised ^ set(pieces)))}")
         # tables of rotary frequencies, which some Llama files of 2023 hold and transformers ignores as well
-        pieces = {
-            name: piece
-            for name, piece in pieces.items()
-            if not name.endswith("rotary_emb.inv_freq")
-        }
-        types = {name: piece.get_dtype() for name, piece in pieces.items()}
-        strange = sorted(
-            name
-            for name, kind in types.items()
-            if kind not in ("F64", "F32", "F16", "BF16")
-        )
-        if strange:
-            raise ValueError(
-                f"{path}: tensors of type {types[strange[0]]} are not supported: {_listed(strange)}"
-            )
-        found |= {name: piece.get_shape() for name, piece in pieces.items()}
-        names[path] = list(pieces)
+        names[path] = [name for name in pieces if not name.endswith("rotary_emb.inv_freq")]
+        for name in names[path]:
+            kind = pieces[name].get_dtype()
+            if kind not in ("F64", "F32", "F16", "BF16"):
+                raise ValueError(f"{path}: tensors of type {kind} are not supported: {_listed([name])}")
+            found[name] = pieces[name].get_shape()
     if config.tie_word_embeddings and "lm_head.weight" not in found:
         del expected["lm_head.weight"]
     _check_tensors(found, expected, directory)
     return names
 
 # %% ../chapters/16_real_weights.ipynb #2540d433
-def _read_weights(
-    names: dict[Path, list[str]], dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
+def _read_weights(names: dict[Path, list[str]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     weights = {}
     for path, wanted in names.items():
         with _opened(path) as file:
@@ -1030,50 +856,28 @@ def _read_tokenizer(directory: Path) -> HFTokenizer:
             raise
         raise ValueError(
             f"{directory}: the tokenizer cannot be read, look at tokenizer.json, tokenizer_config.json, "
-            f"chat_template.jinja and config.json ({_in_one_line(error.__cause__ or error)})"
-        ) from None
+            f"chat_template.jinja and config.json ({_in_one_line(error.__cause__ or error)})") from None
 
 
 _TOKEN_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
+_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def _generation_config(directory: Path, values: dict, config: QwenConfig) -> dict:
-    """generation_config.json, completed by config.json's `values`."""
-    path, sampling = directory / "generation_config.json", ()
-    generation = {}
-    if path.is_file():
+    """generation_config.json, completed by config.json's `values`, which in older models hold the sampling too."""
+    path, generation, names = directory / "generation_config.json", {}, _TOKEN_IDS
+    if os.path.lexists(path):
         generation = check_generation_config(_read_json(path), config.vocab_size, path)
     else:
-        sampling = (
-            "do_sample",
-            "temperature",
-            "top_k",
-            "top_p",
-            "min_p",
-            "repetition_penalty",
-        )
-    older = {
-        name: values[name]
-        for name in (*_TOKEN_IDS, *sampling)
-        if values.get(name) is not None and name not in generation
-    }
-    return generation | check_generation_config(
-        older, config.vocab_size, directory / "config.json"
-    )
+        names += _SAMPLING
+    older = {name: values[name] for name in names
+             if values.get(name) is not None and name not in generation}
+    return generation | check_generation_config(older, config.vocab_size, directory / "config.json")
 
 # %% ../chapters/16_real_weights.ipynb #2f3bee05
-_FILES = (
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer*",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
+_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
+          "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+          "chat_template.jinja")
 
 
 def _directory(source: str | Path, patterns: Sequence[str] = _FILES) -> Path:
@@ -1081,40 +885,30 @@ def _directory(source: str | Path, patterns: Sequence[str] = _FILES) -> Path:
     if os.path.isdir(source):
         return Path(source)
     name = _listed([str(source)]) or repr("")
-    if not re.fullmatch(
-        r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(source), re.ASCII
-    ):
-        raise ValueError(
-            f"there is no directory {name}, and a name on the hub has the form owner/name"
-        )
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(source), re.ASCII):
+        raise ValueError(f"there is no directory {name}, and a name on the hub has the form owner/name")
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                str(source), allow_patterns=list(patterns)
-            )
-        )
-    except Exception as error:  # no network, no such repository, no access: many types, messages of several lines
-        raise ValueError(
-            f"there is no directory {name}, and the hub's {name} cannot be fetched from here "
-            f"({_in_one_line(error)})"
-        ) from None
+        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(patterns)))
+    except Exception as error:      # no network, no such repository, no access: many types, messages of several lines
+        raise ValueError(f"there is no directory {name}, and the hub's {name} cannot be fetched from here "
+                         f"({_in_one_line(error)})") from None
 
 # %% ../chapters/16_real_weights.ipynb #986cb864
 def config_of(source: str | Path) -> QwenConfig:
     """The configuration of a .gguf file, a Hugging Face directory or a repository on the hub; no weights are read or fetched."""
     if Path(source).suffix == ".gguf":
         return _gguf_config(*_read_gguf(Path(source)), Path(source))
-    path = _directory(source, ["config.json"]) / "config.json"
-    if not path.is_file():
-        raise ValueError(
-            f"{path.parent} has no config.json: it is not a model that transformers' save_pretrained wrote"
-        )
+    path = _model_file(_directory(source, ["config.json"]), "config.json")
     return _read_config(_read_json(path), path)
 
+
+def _model_file(directory: Path, name: str) -> Path:
+    if not (directory / name).is_file():
+        raise ValueError(f"{directory} has no {name}: it is not a model that transformers' save_pretrained wrote")
+    return directory / name
+
 # %% ../chapters/16_real_weights.ipynb #b0b73b3b
-def load_pretrained(
-    source: str | Path, dtype: torch.dtype = torch.float32
-) -> tuple[QwenForCausalLM, Tokenizer]:
+def load_pretrained(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[QwenForCausalLM, Tokenizer]:
     """Model and tokenizer of a Qwen2, Qwen2.5 or Llama directory as `transformers` writes it, or of such a repository on the hub.
 
     Safetensors in one file or in shards, tied or not. The model is in eval mode on the CPU; its `generation_config` is the
@@ -1122,32 +916,21 @@ def load_pretrained(
     missing, left over or of another shape, and for a configuration that this model cannot follow, naming what is wrong.
     """
     directory = _directory(source)
-    for name in ("config.json", "tokenizer.json"):
-        if not (directory / name).is_file():
-            raise ValueError(
-                f"{directory} has no {name}: it is not a model that transformers' save_pretrained wrote"
-            )
-    values = _read_json(directory / "config.json")
-    config = _read_config(values, directory / "config.json")
+    path = _model_file(directory, "config.json")
+    _model_file(directory, "tokenizer.json")
+    values = _read_json(path)
+    config = _read_config(values, path)
     names = _check_weights(directory, config)
     generation = _generation_config(directory, values, config)
     tokenizer = _read_tokenizer(directory)
     _check_vocabulary(config, tokenizer, directory)
-    if (
-        "eos_token_id" not in generation
-    ):  # the end of a turn, maybe, and the end of text
-        ends = [
-            i
-            for i in (tokenizer.tokenizer.eos_token_id, tokenizer.eos_token_id)
-            if i is not None
-        ]
-        generation |= check_generation_config(
-            {"eos_token_id": ends}, config.vocab_size, f"{directory}: the tokenizer"
-        )
+    if "eos_token_id" not in generation:        # the end of a turn, maybe, and the end of text
+        ends = [i for i in (tokenizer.tokenizer.eos_token_id, tokenizer.eos_token_id) if i is not None]
+        generation |= check_generation_config({"eos_token_id": ends}, config.vocab_size, f"{directory}: the tokenizer")
     weights = _read_weights(names, dtype)
     try:
         return _fill(_without_weights(config), weights, generation), tokenizer
-    except ValueError as error:  # a head that is not the embedding's matrix, though the configuration says so
+    except ValueError as error:     # a head that is not the embedding's matrix, though the configuration says so
         raise ValueError(f"{directory}: {error}") from None
 
 # %% ../chapters/16_real_weights.ipynb #f3a6d5fb

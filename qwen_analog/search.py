@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from .generate import (Sampling, _check_arguments, _check_logits, _check_number, _check_whole, _evaluating, _short,
+from .config import shown
+from .generate import (Sampling, _check_arguments, _check_logits, _check_number, _check_whole, _evaluating,
                                   distribution, draw, pad_left)
 from .kv_cache import KVCache
 from .model import QwenForCausalLM
@@ -43,7 +44,7 @@ class Beam(NamedTuple):
 def _check_beams(early_stopping: object, length_penalty: object, max_new_tokens: int) -> None:
     """ValueError for what has no meaning here, or would lead out of the range of floating point."""
     if not isinstance(early_stopping, bool) and not (isinstance(early_stopping, str) and early_stopping == "never"):
-        raise ValueError(f'early_stopping must be True, False or "never", not {_short(early_stopping)}')
+        raise ValueError(f'early_stopping must be True, False or "never", not {shown(early_stopping)}')
     most = int(600 / math.log(max(2, max_new_tokens)))
     wanted = f"a number from {-most} to {most} for {max_new_tokens} new tokens"
     _check_number("length_penalty", length_penalty, wanted, -most, most)
@@ -65,7 +66,11 @@ def beam_search(model: QwenForCausalLM, input_ids: torch.Tensor, max_new_tokens:
     _check_whole("max_new_tokens", max_new_tokens, 1)
     _check_beams(early_stopping, length_penalty, max_new_tokens)
     spare = max(2, 1 + len(eos_ids))                               # candidates for each beam: all but one may end here
-    _check_whole("num_beams", num_beams, 1, (valid_vocab_size or model.config.vocab_size) // spare)
+    _check_whole("num_beams", num_beams, 1)
+    vocabulary = valid_vocab_size or model.config.vocab_size
+    if spare * num_beams > vocabulary:
+        raise ValueError(f"num_beams {num_beams} needs {spare} candidates for each beam, one more than there are end tokens and "
+                         f"at least 2; the vocabulary has {vocabulary} tokens")
     _check_whole("num_return_sequences", num_return_sequences, 1, num_beams)
     prompt, device = input_ids[0].tolist(), model.lm_head.weight.device
     cache = model.new_cache(1, len(prompt) + max_new_tokens)

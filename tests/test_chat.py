@@ -421,6 +421,46 @@ def test_terminal_interrupts(monkeypatch, capsys, directory):
     assert answer(model, [hello, {"role": "assistant", "content": said}, {"role": "user", "content": "again"}], **GREEDY) + "\n" in out
 
 
+@pytest.mark.parametrize("template, reason", [("{{ raise_exception('not today') }}", "not today"), ("{{", "unexpected"), ("{{ 9 ** (9 ** 9) }}", "")])
+def test_what_a_chat_template_refuses_is_said(template, reason, tmp_path, monkeypatch, capsys):
+    save_pretrained(small(), TOKENIZER, tmp_path / "hf")
+    settings = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    with pytest.raises(ValueError, match=f"^the chat template .*{reason}"):
+        Chat(*open_model(tmp_path / "hf"))
+    if reason:
+        assert f"{reason}" in terminal(monkeypatch, capsys, tmp_path / "hf", "")
+
+
+def test_end_ids_may_be_set_as_one_number():
+    model = small()
+    model.generation_config = {"eos_token_id": END}
+    assert "".join(Chat(model, TOKENIZER, max_new_tokens=8, **GREEDY).reply("Hello")) == answer(small(), [{"role": "user", "content": "Hello"}], **GREEDY)
+    model.generation_config = {"eos_token_id": "x"}
+    with pytest.raises(ValueError, match="^eos_token_id of the model's generation_config"):
+        Chat(model, TOKENIZER)
+
+
+def test_what_cannot_fit_is_refused_before_it_is_tokenized(monkeypatch, tmp_path):
+    chat = Chat(small(context=200), TOKENIZER, max_new_tokens=8, **GREEDY)
+    long, encode = "long " * 10_000, TOKENIZER.encode
+    monkeypatch.setattr(TOKENIZER, "encode", lambda text, special=False: encode(text, special) if len(text) < len(long) else pytest.fail("tokenized"))
+    with pytest.raises(ValueError, match="^the message makes a prompt of more than 200 tokens; there is room for 192: send it in parts$"):
+        chat.reply(long)
+    with pytest.raises(ValueError, match="^a text of 50000 characters does not fit into the model's 200 tokens$"):
+        stream(chat.model, TOKENIZER, long)
+    with pytest.raises(ValueError, match="^a text of 50000 characters"):
+        chat_module._continue(chat.model, TOKENIZER, long, {"max_new_tokens": 8})
+    # a conversation that is far too long loses its old turns in few steps
+    turns = [{"role": role, "content": f"{role} {i}"} for i in range(3000) for role in ("user", "assistant")]
+    (tmp_path / "long.json").write_text(json.dumps(turns))
+    chat.load(tmp_path / "long.json")
+    asked = []
+    monkeypatch.setattr(chat_module, "chat_ids", lambda *arguments: asked.append(arguments) or chat_ids(*arguments))
+    list(chat.reply("Hello"))
+    assert chat.forgotten > 5900 and len(asked) < 20
+
+
 @pytest.mark.parametrize("where", ["_command", "has_chat_format", "chat_ids"])
 def test_ctrl_c_at_other_moments(monkeypatch, capsys, directory, where):
     """In a command and while a prompt is made it stops that; while the model is opened it ends the program, as an exception for its caller."""

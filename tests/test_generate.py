@@ -498,7 +498,7 @@ def test_what_generation_settings_mean(own, expected):
 
 
 @pytest.mark.parametrize("name, value", [("temperature", -1), ("temperature", "hot"), ("temperature", True), ("top_k", -1), ("top_k", 2.5), ("top_p", 2),
-                                         ("min_p", math.nan), ("repetition_penalty", 0), ("repetition_penalty", [1.1])])
+                                         ("min_p", math.nan), ("repetition_penalty", 0), ("repetition_penalty", [1.1]), ("do_sample", "no"), ("do_sample", 1)])
 def test_settings_that_mean_nothing_are_named(name, value):
     model = model_of()
     model.generation_config = {"temperature": 0.5, name: value}

@@ -144,6 +144,16 @@ def test_an_old_directory_keeps_its_settings_in_config_json(tmp_path, tokenizer_
     assert load_pretrained(tmp_path)[0].generation_config["eos_token_id"] == [402, 400]
 
 
+def test_generation_settings_that_cannot_be_read_are_not_passed_over(tmp_path):
+    """A link of the hub's cache whose target is gone, say."""
+    save_pretrained(small(), TOKENIZER, tmp_path / "m")
+    path = tmp_path / "m" / "generation_config.json"
+    path.unlink()
+    path.symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match="generation_config.json is no regular file$"):
+        load_pretrained(tmp_path / "m")
+
+
 @pytest.mark.parametrize("file, changes", [("generation_config.json", {"eos_token_id": 430}), ("generation_config.json", {"temperature": float("nan")}),
                                            ("config.json", {"eos_token_id": "x"}), ("generation_config.json", {"top_p": 7})])
 def test_wrong_generation_settings_name_their_file(file, changes, tmp_path, tokenizer_files):

@@ -292,6 +292,11 @@ def test_far_length_penalties_give_finite_scores(length_penalty):
     assert all(math.isfinite(beam.score) for beam in beams)
 
 
+def test_beams_that_the_vocabulary_does_not_feed_are_refused():
+    with pytest.raises(ValueError, match="^num_beams 1 needs 41 candidates for each beam, one more .*; the vocabulary has 24 tokens$"):
+        beam_search(tiny(), PROMPT, 3, num_beams=1, eos_token_id=list(range(20)) * 2)
+
+
 @pytest.mark.parametrize("call, message", [
     (lambda m: beam_search(m, PROMPT, 3, num_beams=0), "num_beams"), (lambda m: beam_search(m, PROMPT, 3, num_beams=13), "num_beams"),
     (lambda m: beam_search(m, PROMPT, 0), "max_new_tokens"), (lambda m: beam_search(m, PROMPT, 3, num_beams=2.0), "num_beams"),
