@@ -27,7 +27,7 @@ from qwen_analog.optim import build_optimizers
 from qwen_analog.parallel import Processes, build_model, make_mesh
 from qwen_analog.plan import ledger_of, report
 from qwen_analog.tokenizer import load_tokenizer
-from qwen_analog.train import TrainConfig, add_arguments, config_from_arguments, report_errors, train_step
+from qwen_analog.train import TrainConfig, add_settings, config_from_arguments, report_errors, train_step
 
 RESULTS = Path(__file__).with_name("gpu_pretrain.json")
 DEFAULTS = dict(max_steps=30, gradient_accumulation_steps=4, compile=True)
@@ -62,7 +62,7 @@ def measure(config: TrainConfig, processes: Processes) -> dict:
 
 def check_memory(config: TrainConfig, processes: Processes, check: bool) -> None:
     """ValueError of one line where the run cannot fit, before anything is allocated."""
-    gpus, here = processes.world_size, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    gpus, here = processes.world_size, processes.local_world_size
     needed = ledger_of(config, gpus, here).total * (1 if processes.device.type == "cuda" else here)
     require_memory(needed, processes.device, f"this run of {sum(parameter_ledger(config.qwen_config()).values()):,} parameters",
                    "choose a smaller --model, --micro-batch-size or --block-size, or --parallel fsdp on more GPUs", check)
@@ -70,9 +70,8 @@ def check_memory(config: TrainConfig, processes: Processes, check: bool) -> None
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    if not any("--ignore-memory" in action.option_strings for action in parser._actions):
-        parser.add_argument("--ignore-memory", action="store_true")
+    add_settings(parser)
+    parser.add_argument("--ignore-memory", action="store_true", help="start although memory will not suffice")
     arguments = parser.parse_args()
     return report_errors("gpu_pretrain", lambda: run(arguments))
 
@@ -86,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
     with Processes() as processes:
         check_memory(config, processes, not arguments.ignore_memory)
         found, device = measure(config, processes), processes.device
-        rank, gpus = processes.rank, processes.world_size
+        rank, gpus, here = processes.rank, processes.world_size, processes.local_world_size
     if rank:
         return
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
@@ -98,7 +97,7 @@ def run(arguments: argparse.Namespace) -> None:
               "peak_memory_gb": found["peak_memory"] / 1e9, "first_loss": found["losses"][0], "last_loss": found["losses"][-1]}
     known = next((gpu for gpu in GPUS if name and gpu in name), None)
     if known:
-        plan = report(config, known, gpus, mfu=result["mfu"], tokens=1e9, gpus_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        plan = report(config, known, gpus, mfu=result["mfu"], tokens=1e9, gpus_per_node=here)
         result["planned_memory_gb"] = {column: sum(plan[column].values()) / 1e9 for column in ("simulated", "arithmetic")}
     print(json.dumps(result, indent=1))
     if name:

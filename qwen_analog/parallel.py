@@ -76,6 +76,7 @@ class ProcessGroup:
         self.world_size = _variable("WORLD_SIZE", 1, 1)
         self.rank = _variable("RANK", 0, 0, self.world_size)
         self.local_rank = _variable("LOCAL_RANK", 0, 0)
+        self.local_world_size = _variable("LOCAL_WORLD_SIZE", self.world_size, 1)
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
             self.device = torch.device("cuda", self.local_rank)
@@ -193,7 +194,7 @@ def make_mesh(strategy: str, world_size: int, device_type: str, shard_size: int 
         return None
     if strategy == "fsdp":
         return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
-    shard_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if shard_size is None else shard_size
+    shard_size = _variable("LOCAL_WORLD_SIZE", world_size, 1) if shard_size is None else shard_size
     if shard_size < 1 or world_size % shard_size:
         raise ValueError(f"shard_size {shard_size} does not divide the {world_size} processes: choose a divisor")
     return init_device_mesh(device_type, (world_size // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))

@@ -26,7 +26,7 @@ from .model import QwenForCausalLM
 from .monitor import GPUS, Gpu
 from .optim import build_optimizers
 from .parallel import build_model, default_dtype, make_mesh
-from .train import TrainConfig, accumulate_gradients, add_arguments as add_settings, config_from_arguments
+from .train import TrainConfig, accumulate_gradients, add_settings, config_from_arguments
 
 # %% ../chapters/19b_plan.ipynb #p1900010
 class Traffic(TorchDispatchMode):
