@@ -10,7 +10,6 @@ script itself, and nothing is written.
 import argparse
 import importlib.util
 import json
-import os
 import statistics
 import sys
 import tempfile

@@ -146,12 +146,7 @@ class Processes(ProcessGroup):
     @contextmanager
     def together(self) -> Iterator[None]:
         """Nobody leaves before all have done the body; an error on one ends all."""
-        try:
-            yield
-        except BaseException as error:
-            if self.lifeline:
-                self.lifeline.fail(error)
-            raise
+        yield                                # `__exit__` tells the others of an error
         self.meet()
 
     @contextmanager
@@ -583,6 +578,9 @@ class _Judge(_Reader):
 
     def _beat(self) -> None:
         self.beats += 1
+        if self.failure:                     # no more of torch, which the program leaves
+            self._end_if_stuck()
+            return
         with suppress(RuntimeError):         # the groups are closed in this moment
             self.begun[self.rank] = _collectives()
         for rank, line in list(self.lines.items()):
@@ -592,8 +590,6 @@ class _Judge(_Reader):
                                   f"{self._time()}")
         if self.rank == 0:
             self._find_late()
-        if self.failure:
-            self._end_if_stuck()
 
     def _find_late(self) -> None:
         begun = dict(self.begun)

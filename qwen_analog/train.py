@@ -202,7 +202,7 @@ def fitted(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
     beyond = [step for step in config.skip_steps if step > steps]
     if beyond:
         raise ValueError(f"skip_steps: step {beyond[0]:,} is beyond max_steps {steps:,}")
-    if config.warmup_steps >= steps > 1:
+    if config.warmup_steps > steps or config.warmup_steps == steps >= 10:
         shorter = max(1, steps // 10)
         notes.append(f"warmup_steps {config.warmup_steps:,} does not fit into {steps:,} "
                      f"steps: the learning rate warms up over {shorter:,} instead")
@@ -391,8 +391,7 @@ def restore(path: str | Path, config: TrainConfig, model: QwenForCausalLM, optim
 
     With `new_data` the place in the data is left out: `blocks` begin where they are.
     """
-    with processes.together():           # where only some processes see it, they are named
-        state = check_resumable(path, config, tokenizer)
+    state = check_resumable(path, config, tokenizer)
     # a directory that the machines do not share may hold another run's under the same name
     processes.agree({name: state.get(name) for name in ("step", "data", "spike_watch", "train_config")}, f"checkpoint {path}")
     if set(state["data"]) != set(blocks.state_dict()):
