@@ -7,6 +7,7 @@ __all__ = ['STRATEGIES', 'BEAT', 'JOIN', 'GRACE', 'end_with_torchrun', 'ProcessG
            'compile_blocks', 'reshard', 'build_model', 'gradient_sync', 'clip_grad_norm', 'RankError', 'Lifeline']
 
 # %% ../chapters/13_many_gpus.ipynb #a524c52f
+import atexit
 import ctypes
 import faulthandler
 import hashlib
@@ -728,4 +729,7 @@ def _close_groups(failed: bool) -> None:
             dist.destroy_process_group()
         elif dist.get_backend() == "nccl":
             dist.distributed_c10d._abort_process_group()     # waits for nobody
-    # after a failure gloo's groups stay: their end can wait for the lost process
+        else:
+            # gloo's groups stay, since their end can wait for the lost process; but their
+            # threads let go of tensors, which kills a program that is ending already
+            atexit.register(time.sleep, 0.5)
