@@ -10,7 +10,6 @@ script itself, and nothing is written.
 import argparse
 import importlib.util
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -62,7 +61,7 @@ def measure(config: TrainConfig, processes: Processes) -> dict:
 
 def check_memory(config: TrainConfig, processes: Processes, check: bool) -> None:
     """ValueError of one line where the run cannot fit, before anything is allocated."""
-    gpus, here = processes.world_size, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    gpus, here = processes.world_size, processes.local_world_size
     needed = ledger_of(config, gpus, here).total * (1 if processes.device.type == "cuda" else here)
     require_memory(needed, processes.device, f"this run of {sum(parameter_ledger(config.qwen_config()).values()):,} parameters",
                    "choose a smaller --model, --micro-batch-size or --block-size, or --parallel fsdp on more GPUs", check)
@@ -71,7 +70,11 @@ def check_memory(config: TrainConfig, processes: Processes, check: bool) -> None
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_settings(parser)
+<<<<<<< HEAD
     add_ignore_memory(parser)
+=======
+    parser.add_argument("--ignore-memory", action="store_true", help="start although memory will not suffice")
+>>>>>>> r_train
     arguments = parser.parse_args()
     return report_errors("gpu_pretrain", lambda: run(arguments))
 
@@ -85,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
     with Processes() as processes:
         check_memory(config, processes, not arguments.ignore_memory)
         found, device = measure(config, processes), processes.device
-        rank, gpus = processes.rank, processes.world_size
+        rank, gpus, here = processes.rank, processes.world_size, processes.local_world_size
     if rank:
         return
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
@@ -97,7 +100,7 @@ def run(arguments: argparse.Namespace) -> None:
               "peak_memory_gb": found["peak_memory"] / 1e9, "first_loss": found["losses"][0], "last_loss": found["losses"][-1]}
     known = next((gpu for gpu in GPUS if name and gpu in name), None)
     if known:
-        plan = report(config, known, gpus, mfu=result["mfu"], tokens=1e9, gpus_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        plan = report(config, known, gpus, mfu=result["mfu"], tokens=1e9, gpus_per_node=here)
         result["planned_memory_gb"] = {column: sum(plan[column].values()) / 1e9 for column in ("simulated", "arithmetic")}
     print(json.dumps(result, indent=1))
     if name:

@@ -7,6 +7,7 @@ __all__ = ['STRATEGIES', 'BEAT', 'JOIN', 'GRACE', 'end_with_torchrun', 'ProcessG
            'compile_blocks', 'reshard', 'build_model', 'gradient_sync', 'clip_grad_norm', 'RankError', 'Lifeline']
 
 # %% ../chapters/13_many_gpus.ipynb #a524c52f
+import atexit
 import ctypes
 import faulthandler
 import hashlib
@@ -76,6 +77,7 @@ class ProcessGroup:
         self.world_size = _variable("WORLD_SIZE", 1, 1)
         self.rank = _variable("RANK", 0, 0, self.world_size)
         self.local_rank = _variable("LOCAL_RANK", 0, 0)
+        self.local_world_size = _variable("LOCAL_WORLD_SIZE", self.world_size, 1)
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
             self.device = torch.device("cuda", self.local_rank)
@@ -145,12 +147,7 @@ class Processes(ProcessGroup):
     @contextmanager
     def together(self) -> Iterator[None]:
         """Nobody leaves before all have done the body; an error on one ends all."""
-        try:
-            yield
-        except BaseException as error:
-            if self.lifeline:
-                self.lifeline.fail(error)
-            raise
+        yield                                # `__exit__` tells the others of an error
         self.meet()
 
     @contextmanager
@@ -193,7 +190,7 @@ def make_mesh(strategy: str, world_size: int, device_type: str, shard_size: int 
         return None
     if strategy == "fsdp":
         return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
-    shard_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if shard_size is None else shard_size
+    shard_size = _variable("LOCAL_WORLD_SIZE", world_size, 1) if shard_size is None else shard_size
     if shard_size < 1 or world_size % shard_size:
         raise ValueError(f"shard_size {shard_size} does not divide the {world_size} processes: choose a divisor")
     return init_device_mesh(device_type, (world_size // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
@@ -582,6 +579,9 @@ class _Judge(_Reader):
 
     def _beat(self) -> None:
         self.beats += 1
+        if self.failure:                     # no more of torch, which the program leaves
+            self._end_if_stuck()
+            return
         with suppress(RuntimeError):         # the groups are closed in this moment
             self.begun[self.rank] = _collectives()
         for rank, line in list(self.lines.items()):
@@ -591,8 +591,6 @@ class _Judge(_Reader):
                                   f"{self._time()}")
         if self.rank == 0:
             self._find_late()
-        if self.failure:
-            self._end_if_stuck()
 
     def _find_late(self) -> None:
         begun = dict(self.begun)
@@ -731,4 +729,7 @@ def _close_groups(failed: bool) -> None:
             dist.destroy_process_group()
         elif dist.get_backend() == "nccl":
             dist.distributed_c10d._abort_process_group()     # waits for nobody
-    # after a failure gloo's groups stay: their end can wait for the lost process
+        else:
+            # gloo's groups stay, since their end can wait for the lost process; but their
+            # threads let go of tensors, which kills a program that is ending already
+            atexit.register(time.sleep, 0.5)

@@ -34,7 +34,7 @@ import time
 import typing
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -202,7 +202,7 @@ def fitted(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
     beyond = [step for step in config.skip_steps if step > steps]
     if beyond:
         raise ValueError(f"skip_steps: step {beyond[0]:,} is beyond max_steps {steps:,}")
-    if config.warmup_steps > steps:
+    if config.warmup_steps > steps or config.warmup_steps == steps >= 10:
         shorter = max(1, steps // 10)
         notes.append(f"warmup_steps {config.warmup_steps:,} does not fit into {steps:,} "
                      f"steps: the learning rate warms up over {shorter:,} instead")
@@ -357,12 +357,19 @@ def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
     return state
 
 
+def _training_state(path: str | Path) -> dict:
+    """A run's checkpoint but for tensors. CheckpointError for one of weights only."""
+    state = read_state(path)                 # which has checked the types
+    needed = {"step", "data", "tokenizer", "tokenizer_fingerprint", "train_config", "spike_watch", "rank_states"}
+    random = [(rank or {}).get("rng") for rank in state.get("rank_states", [])]
+    if not needed <= state.keys() or "losses" not in state["spike_watch"] or not all(isinstance(rng, dict) for rng in random):
+        raise CheckpointError(f"{path} holds no training state: it cannot be resumed")
+    return state
+
+
 def check_resumable(path: str | Path, config: TrainConfig, tokenizer: Tokenizer) -> dict:
     """A checkpoint's state but for tensors. CheckpointError, before anything is read or made, if it belongs to another run than `config`'s."""
-    state = read_state(path)
-    kinds = {"step": int, "data": dict, "tokenizer_fingerprint": str, "train_config": dict, "spike_watch": dict, "rank_states": list}
-    if not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
-        raise CheckpointError(f"{path} holds no training state: it cannot be resumed")
+    state = _training_state(path)
     shape, before = config.qwen_config().to_dict(), state["train_config"]
     names = [name for name, value in shape.items() if state["config"].get(name) != value]
     if names:
@@ -372,7 +379,7 @@ def check_resumable(path: str | Path, config: TrainConfig, tokenizer: Tokenizer)
     changed = [n for n in ("optimizer", "stream", "block_size", "seed", "heldout_fraction") if before.get(n, getattr(config, n)) != getattr(config, n)]
     if changed:
         raise CheckpointError(f"{path} was trained with another {', '.join(changed)}: this run cannot go on from it")
-    behind = [step for step in config.skip_steps if step <= state["step"] and step not in before.get("skip_steps", [])]
+    behind = [step for step in config.skip_steps if step <= state["step"] and step not in (before.get("skip_steps") or [])]
     if behind:
         raise ValueError(f"skip_steps: step {behind[0]:,} was done before {path} was written: resume from an earlier checkpoint")
     return state
@@ -384,8 +391,7 @@ def restore(path: str | Path, config: TrainConfig, model: QwenForCausalLM, optim
 
     With `new_data` the place in the data is left out: `blocks` begin where they are.
     """
-    with processes.together():           # where only some processes see it, they are named
-        state = check_resumable(path, config, tokenizer)
+    state = check_resumable(path, config, tokenizer)
     # a directory that the machines do not share may hold another run's under the same name
     processes.agree({name: state.get(name) for name in ("step", "data", "spike_watch", "train_config")}, f"checkpoint {path}")
     if set(state["data"]) != set(blocks.state_dict()):
@@ -394,13 +400,13 @@ def restore(path: str | Path, config: TrainConfig, model: QwenForCausalLM, optim
     if not new_data:
         blocks.load_state_dict(state["data"])
     watch.load_state_dict(state["spike_watch"])
-    random = state["rank_states"]
     # replicas of a weight must round alike: on another number of processes all start from one seed again
     torch.manual_seed(config.seed + state["step"])
-    if len(random) == processes.world_size and random[processes.rank]["rng"].keys() == rng_state(processes.device).keys():
-        torch.set_rng_state(random[processes.rank]["rng"]["cpu"])
+    random = [rank["rng"] for rank in state["rank_states"]]
+    if len(random) == processes.world_size and random[processes.rank].keys() == rng_state(processes.device).keys():
+        torch.set_rng_state(random[processes.rank]["cpu"])
         if processes.device.type == "cuda":
-            torch.cuda.set_rng_state(random[processes.rank]["rng"]["cuda"], processes.device)
+            torch.cuda.set_rng_state(random[processes.rank]["cuda"], processes.device)
     return state["step"]
 
 
@@ -450,7 +456,7 @@ def train(config: TrainConfig, resume_from: str | None = None, *, from_checkpoin
         # the paths of data and tokenizer may differ: what they hold is compared later
         own = {"data", "tokenizer", "output_dir"}
         processes.agree(config.model_dump(exclude=own), "setting")
-        config, path = _decide(config, resume_from, from_checkpoint, init_from, processes, held)
+        config, path = _decide(config, resume_from, from_checkpoint, init_from, new_data, processes, held)
         # nothing of the model stays when the processes part
         summary = _run(_set_up(config, path, init_from, new_data, ignore_memory, processes), processes)
     if processes.rank == 0 and summary["step"] >= config.max_steps:
@@ -458,8 +464,8 @@ def train(config: TrainConfig, resume_from: str | None = None, *, from_checkpoin
     return summary
 
 # %% ../chapters/19_pretraining.ipynb #9250331d
-def _decide(config: TrainConfig, resume_from: str | None, from_checkpoint: bool, init_from: str | None, processes: Processes,
-            held: ExitStack) -> tuple[TrainConfig, str | None]:
+def _decide(config: TrainConfig, resume_from: str | None, from_checkpoint: bool, init_from: str | None, new_data: bool,
+            processes: Processes, held: ExitStack) -> tuple[TrainConfig, str | None]:
     """The first process's settings and checkpoint, for all; `held` keeps the output directory for this run."""
     decision = None
     with processes.together():
@@ -467,6 +473,8 @@ def _decide(config: TrainConfig, resume_from: str | None, from_checkpoint: bool,
             raise ValueError("--resume and --init-from name a checkpoint, and must not be empty")
         if resume_from and init_from:
             raise ValueError("--init-from starts a new run and --resume goes on with an old one: leave one of them out")
+        if new_data and not resume_from:
+            raise ValueError("--new-data lets a resumed run go on with other data, and needs --resume")
         if processes.rank == 0:
             decision = _choose(config, resume_from, from_checkpoint, held)
     values, path = processes.broadcast(decision)
@@ -603,8 +611,7 @@ def _set_up(config: TrainConfig, path: str | None, init_from: str | None, new_da
         return setup
     _make_model(setup, mesh, source, processes)
     if path:
-        setup.start = restore(path, config, setup.model, setup.optimizers, blocks, tokenizer, setup.watch, processes,
-                              **({} if same else {"new_data": True}))
+        setup.start = restore(path, config, setup.model, setup.optimizers, blocks, tokenizer, setup.watch, processes, new_data=not same)
         setup.tokens = _tokens_before(config, state)
     return setup
 
@@ -639,11 +646,8 @@ def _owned(output: Path) -> Iterator[None]:
 
 def _settings_on_top(path: str | Path, config: TrainConfig) -> TrainConfig:
     """A checkpoint's settings, with those that `config` was given on top."""
-    stored = read_state(path).get("train_config", {})
-    if not isinstance(stored, dict):
-        raise CheckpointError(f"{path} holds no training state: it cannot be resumed")
     given = config.model_dump(exclude_unset=True)
-    return TrainConfig.create({**stored, **given}, f"the settings in {path}", given)
+    return TrainConfig.create({**_training_state(path)["train_config"], **given}, f"the settings in {path}", given)
 
 
 def _newest_for_good(output: Path) -> Path | None:
@@ -686,10 +690,8 @@ def _choose(config: TrainConfig, resume_from: str | None, from_checkpoint: bool,
 # %% ../chapters/19_pretraining.ipynb #f6f80a26
 def _of_checkpoint(config: TrainConfig, path: str | Path) -> tuple[TrainConfig, Tokenizer]:
     """What the settings do not name of model and tokenizer, and the tokenizer itself where they name the same, is the checkpoint's."""
-    state = read_state(path)
-    before = state.get("train_config")
-    if not isinstance(before, dict) or not isinstance(state.get("tokenizer"), str):
-        raise CheckpointError(f"{path} holds no training state: it cannot be resumed")
+    state = _training_state(path)
+    before = state["train_config"]
     unnamed = {name: before[name] for name in ("model", "tokenizer") if name in before and name not in config.model_fields_set}
     config = TrainConfig.create({**config.model_dump(exclude_unset=True), **unnamed}, f"the settings in {path}")
     there = Path(config.tokenizer.partition(":")[2]).exists()
@@ -762,7 +764,7 @@ def check_room(config: TrainConfig, processes: Processes, mesh: DeviceMesh | Non
                            batch_size=config.micro_batch_size, sequence_length=config.block_size,
                            micro_batches=config.gradient_accumulation_steps, strategy=config.parallel, shards=shards,
                            replicas=processes.world_size // shards, document_masks=config.isolate_documents)
-    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", processes.world_size))       # share this machine's memory
+    neighbours = processes.local_world_size              # share this machine's memory
     on_cpu = processes.device.type == "cpu"
     step = 24 * config.block_size * config.micro_batch_size * config.gradient_accumulation_steps * neighbours
     count = sum(parameter_ledger(shape).values())
@@ -831,8 +833,9 @@ def _tokens_before(config: TrainConfig, state: dict) -> int:
         return state["tokens"]
     if "position" in state["data"]:
         return state["data"]["position"] * config.block_size
-    names = ("block_size", "micro_batch_size", "gradient_accumulation_steps")
-    return state["step"] * len(state["rank_states"]) * math.prod(state["train_config"][name] for name in names)
+    before = config.model_copy(update=state["train_config"])
+    blocks = before.micro_batch_size * before.gradient_accumulation_steps
+    return state["step"] * len(state["rank_states"]) * blocks * before.block_size
 
 # %% ../chapters/19_pretraining.ipynb #f0eb30da
 def _json_values(values: dict) -> dict:
@@ -867,7 +870,9 @@ def _finish(config: TrainConfig, summary: dict) -> None:
     if (output / "metrics.jsonl").exists():
         _for_looking(output / "loss.png", lambda: plot_losses(output / "metrics.jsonl", output / "loss.png"))
     print(", ".join(f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:,.4g}" for name, value in summary.items() if value is not None))
-    if summary["step"] < config.max_steps:
+    if summary["step"] >= config.max_steps:
+        print(f"the model is in {output / 'final'}")
+    else:
         print(f"stopped after step {summary['step']:,}; continue with --resume auto")
 
 # %% ../chapters/19_pretraining.ipynb #59efceed
@@ -917,10 +922,29 @@ def config_from_arguments(arguments: argparse.Namespace) -> TrainConfig:
     return _settings_on_top(path, config) if path else config
 
 
+class _Screen:
+    """stdout or stderr of a run, which goes on when nobody reads them any more."""
+
+    def __init__(self, stream: typing.TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Train as the arguments say, then print what the finished model makes of `sample_prompts`."""
-    train(_given(arguments), arguments.resume, from_checkpoint=not arguments.config, init_from=arguments.init_from,
-          new_data=arguments.new_data, ignore_memory=arguments.ignore_memory)
+    with redirect_stdout(_Screen(sys.stdout)), redirect_stderr(_Screen(sys.stderr)):
+        train(_given(arguments), arguments.resume, from_checkpoint=not arguments.config, init_from=arguments.init_from,
+              new_data=arguments.new_data, ignore_memory=arguments.ignore_memory)
 
 # %% ../chapters/19_pretraining.ipynb #c3b886bf
 _NO_MEMORY = re.compile(

@@ -145,13 +145,14 @@ def test_every_process_of_a_failed_run_ends_with_one_line(tmp_path):
 @pytest.mark.parametrize("variables, words", [
     ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK is 'one'"), ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is '2', and must be a number from 0 to 1"),
     ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK is '-1'"), ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"), ({"WORLD_SIZE": "many"}, "WORLD_SIZE is 'many'"),
-    ({"RANK": "1"}, "RANK is '1'"), ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x'"), ({"WORLD_SIZE": "2"}, "MASTER_ADDR, where rank 0 runs, is not set"),
+    ({"RANK": "1"}, "RANK is '1'"), ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x'"), ({"LOCAL_WORLD_SIZE": "x"}, "LOCAL_WORLD_SIZE is 'x'"),
+    ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE is '0'"), ({"WORLD_SIZE": "2"}, "MASTER_ADDR, where rank 0 runs, is not set"),
     ({"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
     ({"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "70000000000"}, "MASTER_PORT is '70000000000'"),
     ({"WORLD_SIZE": "2", "MASTER_ADDR": "no host of this name", "MASTER_PORT": "1"}, "no address that this machine knows"),
 ])
 def test_a_senseless_environment_is_one_line(monkeypatch, variables, words):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

@@ -136,6 +136,12 @@ def test_what_cannot_be_simulated_is_one_line(settings, said, capsys):
     assert said in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("flag", [["--init-from", "smollm2"], ["--new-data"], ["--ignore-memory"]])
+def test_a_plan_knows_no_flag_that_it_would_not_heed(flag, capsys):
+    assert cli(["plan", *flag]) == 2
+    assert f"unrecognized arguments: {flag[0]}" in capsys.readouterr().err
+
+
 def test_a_plan_is_made_by_one_process(tmp_path):
     torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:

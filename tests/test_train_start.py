@@ -1,6 +1,8 @@
 """How a run begins, goes on and ends: its directory, data, tokenizer, memory and weights; settings that do not fit; what is only for looking at."""
+import io
 import json
 import shutil
+import sys
 import threading
 from pathlib import Path
 
@@ -171,6 +173,15 @@ def test_a_shape_without_a_vocabulary_takes_the_tokenizers():
     assert same(training_state("checkpoints/final"), training_state("whole/final"))
 
 
+@pytest.mark.parametrize("change", [dict(rank_states=[None]), dict(rank_states=[{}]), dict(spike_watch={})])
+def test_a_checkpoint_without_a_random_state_is_one_line(change, capsys):
+    stopped()
+    rewrite("checkpoints/step_4/checkpoint.pt", lambda checkpoint: checkpoint.update(change))
+    for options in (["--config", as_file(settings())], []):
+        assert module.main([*options, "--resume", "checkpoints/step_4"]) == 2
+        assert capsys.readouterr().err.endswith("error: checkpoints/step_4 holds no training state: it cannot be resumed\n")
+
+
 # --- the weights of others
 
 def source(kind, seed=5, **changes):
@@ -265,6 +276,8 @@ def test_every_setting_beyond_the_run_is_named():
     assert config.warmup_steps == 19
     for name in ("wsd", "save_every 21", "eval_every 22", "log_every 23", "keep_every 7"):
         assert any(name in note for note in notes)
+    config, (note,) = fitted(settings(max_steps=20, warmup_steps=20))         # would end at the highest rate
+    assert config.warmup_steps == 2 and "warmup_steps 20 does not fit into 20 steps" in note
     assert fitted(settings())[1] == [] and fitted(settings(max_steps=1, warmup_steps=1, save_every=1, eval_every=1))[1] == []
     assert "profile_steps" in fitted(settings(max_steps=2, profile_steps=1, eval_every=1))[1][0]
 
@@ -318,13 +331,36 @@ def test_the_settings_for_a_laptop_train_on_own_documents(capsys):
     file = ROOT / "qwen_analog" / "train_laptop.json"
     assert cli(["tokenizer", "--data", "corpus.jsonl", "--output", "data/own", "--vocab-size", "300"]) == 0
     assert cli(["train", "--config", str(file), "--data", "corpus.jsonl", "--max-steps", "2", "--micro-batch-size", "2", "--eval-blocks", "1"]) == 0
-    assert cli(["generate", "document", "--max-new-tokens", "3"]) == 0
+    assert cli(["generate", "document", "--checkpoint", "runs/own/final", "--max-new-tokens", "3"]) == 0
     config = TrainConfig.from_file(file)
-    assert fitted(config)[1] == [] and load_checkpoint("checkpoints/final")["config"]["vocab_size"] < 300
+    assert fitted(config)[1] == [] and load_checkpoint("runs/own/final")["config"]["vocab_size"] < 300
     assert config.precision == "fp32" and config.qwen_config().hidden_size <= 256
 
 
+def test_new_data_are_for_resuming(capsys):
+    assert module.main(["--config", as_file(settings()), "--new-data"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1 and not Path("checkpoints").exists()
+
+
 # --- the end
+
+
+class Gone(io.StringIO):
+    """An output that nobody reads any more."""
+
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    def flush(self):
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+@pytest.mark.parametrize("lost", [["stdout"], ["stdout", "stderr"]])
+def test_a_run_goes_on_when_its_words_are_not_read(lost, monkeypatch):
+    for name in lost:
+        monkeypatch.setattr(sys, name, Gone())
+    assert module.main(["--config", as_file(settings(max_steps=3))]) == 141
+    assert Path("checkpoints/final").is_dir() and Path("checkpoints/summary.json").exists()
 
 def test_training_in_a_thread():
     codes = []
