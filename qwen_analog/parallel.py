@@ -513,8 +513,8 @@ class _Watch:
             self.news.notify_all()
         if first:
             # libraries can hang at the program's end, where no thread of Python runs
-            faulthandler.dump_traceback_later(2 * GRACE * BEAT, exit=True,
-                                              file=self.nowhere)
+            atexit.register(faulthandler.dump_traceback_later, 2 * GRACE * BEAT,
+                            exit=True, file=self.nowhere)
             for line in list(self.lines.values()):
                 line.send("failed", text)
 
