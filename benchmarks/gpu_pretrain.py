@@ -70,11 +70,7 @@ def check_memory(config: TrainConfig, processes: Processes, check: bool) -> None
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_settings(parser)
-<<<<<<< HEAD
     add_ignore_memory(parser)
-=======
-    parser.add_argument("--ignore-memory", action="store_true", help="start although memory will not suffice")
->>>>>>> r_train
     arguments = parser.parse_args()
     return report_errors("gpu_pretrain", lambda: run(arguments))
 
