@@ -35,7 +35,7 @@ export: .venv/installed
 
 # run every chapter and keep its outputs, without times, which would change at each run
 execute: .venv/installed
-	cd chapters && for nb in [0-9]*.ipynb; do ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.coalesce_streams=True $$nb || exit 1; done
+	cd chapters && for nb in [0-9]*.ipynb; do ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False --coalesce-streams $$nb || exit 1; done
 
 figures: .venv/installed
 	for f in figures/*.py; do $(BIN)/python $$f || exit 1; done
