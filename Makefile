@@ -23,7 +23,7 @@ train: .venv/installed data/wiki/tokenizer.tiktoken
 	$(BIN)/qwen-analog train --config qwen_analog/train_small.json --resume auto
 
 test: .venv/installed lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
 	$(BIN)/python tests/solve_exercises.py
 	PYTHONPATH=$(CURDIR)/tests/no_network HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=300 --timeout=300 build/solved/chapters
 

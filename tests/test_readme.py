@@ -104,10 +104,8 @@ def small(command: str, port: int) -> list[str]:
     return words + small_work.get(words[1], [])
 
 
-@pytest.mark.xdist_group("readme")
-@pytest.mark.parametrize("command", RUN)
-def test_a_command_runs_as_printed(command, home):
-    path, port = home
+def run(command: str, path: Path, port: int) -> tuple[int, str]:
+    """Exit code and outputs of `command` in a terminal in which the activation line was typed."""
     if "runs/3b" in command:                # three ways to begin the same run
         shutil.rmtree(path / "runs" / "3b", ignore_errors=True)
     activation = next(line for line in commands("README.md") if program(line).startswith("."))
@@ -121,8 +119,14 @@ def test_a_command_runs_as_printed(command, home):
             process.terminate()
         code = process.wait(120)
         said.seek(0)
-        text = said.read()
-    assert code == 0 and "Traceback" not in text, f"{line}\n{text[-3000:]}"
+        return code, said.read()
+
+
+def test_the_commands_run_as_printed(home):
+    # one after the other: a reader trains before generating
+    for command in RUN:
+        code, text = run(command, *home)
+        assert code == 0 and "Traceback" not in text, f"{command}\n{text[-3000:]}"
 
 
 def wait_for_server(port: int, process: subprocess.Popen) -> None:
