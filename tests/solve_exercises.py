@@ -1,11 +1,9 @@
-"""Copies the chapters to build/solved; behind each, its exercises come once more, solved.
+"""Copies the chapters to build/solved, with each exercise solved where a reader would solve it.
 
-`make test` executes these copies: first a chapter as it is committed, then the part from its
-first exercise to its end with each `exercise_N` replaced by `solution_N`, where a check that
-does not accept the answer raises.
+`make test` executes these copies. An exercise is first tried as it is committed; then it becomes
+its solution, which its check must accept, and the rest of the chapter runs with it.
 """
 import ast
-import copy
 import os
 import re
 import shutil
@@ -14,30 +12,29 @@ from pathlib import Path
 import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
-RAISES = "def attempt(check, answer):\n    check(answer)"
 
 
-def defined(source: str) -> dict[str, ast.FunctionDef]:
-    """The functions that a cell defines, by name."""
-    code = "\n".join("" if line.startswith(("%", "!")) else line for line in source.splitlines())
-    return {node.name: node for node in ast.parse(code).body if isinstance(node, ast.FunctionDef)}
+def is_call(statement: ast.stmt, name: str) -> bool:
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call) and getattr(statement.value.func, "id", "") == name
 
 
-def solved(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
-    """The code cells from the first exercise on, each exercise with the body of its solution."""
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    functions = [{} if cell.source.startswith("%%") else defined(cell.source) for cell in cells]
-    solutions = {name.removeprefix("solution_"): ast.unparse(node)
-                 for names in functions for name, node in names.items()
-                 if re.fullmatch(r"solution_\d+", name)}
-    again = []
-    for cell, names in zip(copy.deepcopy(cells), functions):
-        numbers = [name.removeprefix("exercise_") for name in names if re.fullmatch(r"exercise_\d+", name)]
-        for number in numbers:
-            cell.source += f"\n\n\n{solutions[number]}\n\n\nexercise_{number} = solution_{number}"
-        if again or numbers:
-            again.append(cell)
-    return again
+def solution(cell: nbformat.NotebookNode) -> str:
+    """What a solution's cell defines, without the proof that stands in it."""
+    return "\n".join(ast.unparse(statement) for statement in ast.parse(cell.source).body if not is_call(statement, "prove"))
+
+
+def solve(notebook: nbformat.NotebookNode) -> None:
+    """Behind each `attempt(check_N, exercise_N)`, solve exercise N."""
+    solutions = {number: cell for cell in notebook.cells if cell.cell_type == "code"
+                 for number in re.findall(r"^def solution_(\d+)", cell.source, re.MULTILINE)}
+    cells = []
+    for cell in notebook.cells:
+        cells.append(cell)
+        for number in re.findall(r"^attempt\(check_(\d+),", cell.source, re.MULTILINE):
+            solved = f"exercise_{number} = solution_{number}\ncheck_{number}(exercise_{number})"
+            cells.append(nbformat.v4.new_code_cell(solution(solutions.pop(number)) + "\n\n\n" + solved))
+    assert not solutions, f"no attempt at exercise {', '.join(solutions)}"
+    notebook.cells = cells
 
 
 def main() -> None:
@@ -50,12 +47,7 @@ def main() -> None:
             os.symlink(path, target / path.relative_to(ROOT))
     for path in sorted((ROOT / "chapters").glob("[0-9]*.ipynb")):
         notebook = nbformat.read(path, 4)
-        again = solved(notebook)
-        if again:
-            notebook.cells += [nbformat.v4.new_code_cell(RAISES), *again]
-        notebook.cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-        for number, cell in enumerate(notebook.cells):
-            cell.update(outputs=[], execution_count=None, id=f"cell-{number}")
+        solve(notebook)
         nbformat.write(notebook, target / "chapters" / path.name)
 
 
