@@ -44,6 +44,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .config import QwenConfig, check_generation_config, parameter_ledger
+from .data import flush_to_disk, make_directory
 from .model import QwenForCausalLM
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -78,38 +79,22 @@ def _write_error(error: BaseException, path: Path) -> BaseException:
     return error
 
 # %% ../chapters/14_checkpoints.ipynb #a1ec3217
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _make_directory(directory: Path) -> None:
-    """`directory` and the parents that it lacks; the entry of each is on the disk afterwards."""
-    missing = [path for path in (directory, *directory.parents) if not path.exists()]
-    directory.mkdir(parents=True, exist_ok=True)
-    for path in reversed(missing):
-        _fsync(path.parent)
-
-
 def _new_partial(directory: Path) -> Path:
     """An empty `directory`.partial to write into. CheckpointError if `directory` exists."""
     if directory.exists():
         raise CheckpointError(f"{directory} exists already: move it away or choose another output directory")
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    _make_directory(partial)
+    make_directory(partial)
     return partial
 
 
 def _commit(partial: Path, directory: Path) -> None:
     """Give `partial` the name `directory`, once all of it is on the disk."""
     for path in (*partial.rglob("*"), partial):
-        _fsync(path)
+        flush_to_disk(path)
     partial.rename(directory)
-    _fsync(directory.parent)
+    flush_to_disk(directory.parent)
 
 # %% ../chapters/14_checkpoints.ipynb #2fb9ab82
 def _is_sharded(directory: Path) -> bool:
@@ -608,7 +593,7 @@ def claim(directory: str | Path) -> Iterator[None]:
     directory = Path(directory)
     file = directory / "run.lock"
     try:
-        _make_directory(directory)
+        make_directory(directory)
         handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise OSError(f"{directory} cannot be written: {_reason(error)}") from None
@@ -889,8 +874,8 @@ def _flush(file: Path) -> None:
     """Put a file, where there is one, and its entry in the directory on the disk. OSError that names it."""
     if file.is_file():
         try:
-            _fsync(file)
-            _fsync(file.parent)
+            flush_to_disk(file)
+            flush_to_disk(file.parent)
         except OSError as error:
             raise OSError(f"{file} cannot be written: {_reason(error)}") from None
 
@@ -1022,10 +1007,10 @@ def _write_consolidated(directory: Path, checkpoint: dict) -> None:
     try:
         for name, write in writers.items():
             write(contents, partials[name])
-            _fsync(partials[name])
+            flush_to_disk(partials[name])
         for name, partial in partials.items():
             partial.rename(directory / name)
-        _fsync(directory)
+        flush_to_disk(directory)
     finally:
         for partial in partials.values():
             partial.unlink(missing_ok=True)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['WIKI_SHA256', 'SUFFIXES', 'LINE_LIMIT', 'LONG_STRING', 'REST_LIMIT', 'SCHEMA', 'BUFFER_CHARACTERS', 'DataError',
-           'wiki_documents', 'stdlib_documents', 'write_jsonl', 'Document', 'read_jsonl', 'find_files', 'is_held_out',
-           'held_out_mask', 'tokenize_files', 'skipped_lines', 'Block', 'collate', 'fingerprint', 'data_difference',
-           'PackedBlocks', 'held_out_blocks', 'open_stream', 'StreamedBlocks']
+           'wiki_documents', 'stdlib_documents', 'flush_to_disk', 'make_directory', 'write_jsonl', 'Document',
+           'read_jsonl', 'find_files', 'is_held_out', 'held_out_mask', 'tokenize_files', 'skipped_lines', 'Block',
+           'collate', 'fingerprint', 'data_difference', 'PackedBlocks', 'held_out_blocks', 'open_stream',
+           'StreamedBlocks']
 
 # %% ../chapters/02_data.ipynb #e29e00a5
 import glob
@@ -82,7 +83,7 @@ def _compression(path: str | Path) -> str | None:
     return {".gz": "gzip", ".zst": "zstd"}.get(Path(path).suffix)
 
 
-def _flush(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
     """Have the disk hold a file's content, or a directory's names, also if power is lost now."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -91,12 +92,12 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _make_directory(path: Path) -> None:
+def make_directory(path: Path) -> None:
     """Make a directory and its parents, each flushed into the directory above it."""
     if not path.is_dir():
-        _make_directory(path.parent)
+        make_directory(path.parent)
         path.mkdir(exist_ok=True)
-        _flush(path.parent)
+        flush_to_disk(path.parent)
 
 
 @contextmanager
@@ -116,7 +117,7 @@ def write_jsonl(documents: Iterable[dict], path: str | Path) -> int:
     path, count = Path(path), 0
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     with _naming(path, "written"):
-        _make_directory(path.parent)
+        make_directory(path.parent)
         file = pyarrow.output_stream(str(partial), compression=_compression(path))
     try:
         for document in documents:
@@ -126,9 +127,9 @@ def write_jsonl(documents: Iterable[dict], path: str | Path) -> int:
             count += 1
         with _naming(path, "written"):
             file.close()
-            _flush(partial)
+            flush_to_disk(partial)
             partial.replace(path)
-            _flush(path.parent)
+            flush_to_disk(path.parent)
     finally:
         with suppress(OSError):
             file.close()

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from .data import Block
+from .data import Block, make_directory
 
 # %% ../chapters/18_watching.ipynb #w1800008
 def _whole(line: bytes) -> dict | None:
@@ -73,10 +73,7 @@ class LogFile:
     def __init__(self, path: Path):
         self.path = path
         with self._named():
-            missing = [parent for parent in path.parents if not parent.exists()]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for parent in reversed(missing):
-                _fsync(parent.parent)
+            make_directory(path.parent)
             if path.suffix == ".jsonl" and path.exists():
                 _mend_end(path)
             self.file = open(path, "ab", buffering=0)
@@ -95,14 +92,6 @@ class LogFile:
 
     def close(self) -> None:
         self.file.close()
-
-# %% ../chapters/18_watching.ipynb #2b267b24
-def _fsync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 # %% ../chapters/18_watching.ipynb #f9609cd1
 class _Board:
