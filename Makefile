@@ -28,10 +28,12 @@ test: .venv/installed lint
 	PYTHONPATH=$(CURDIR)/tests/no_network HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=300 --timeout=300 build/solved/chapters
 
 lint: .venv/installed
-	$(BIN)/ruff check .
+	$(BIN)/ruff format --check -q .
+	$(BIN)/ruff check -q .
 
 export: .venv/installed
 	$(BIN)/nbdev-export
+	$(BIN)/ruff format -q qwen_analog
 
 # run every chapter and keep its outputs, without times, which would change at each run
 execute: .venv/installed

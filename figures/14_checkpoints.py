@@ -1,4 +1,5 @@
 """Draw two ways of saving on a time axis: writes 14_checkpoints.svg beside this file."""
+
 from pathlib import Path
 
 import matplotlib
@@ -20,15 +21,31 @@ for ax, title in zip(axes, ("over the old file", "beside it, then rename")):
 
 def bar(ax, start, end, row, text, face):
     ax.barh(row, end - start, left=start, height=0.7, color=face)
-    ax.text((start + end) / 2, row, text, ha="center", va="center", fontsize=9, color="white" if face == WHOLE else "black")
+    ax.text(
+        (start + end) / 2,
+        row,
+        text,
+        ha="center",
+        va="center",
+        fontsize=9,
+        color="white" if face == WHOLE else "black",
+    )
 
 
 top, bottom = axes
 bar(top, 0, 4, 0.6, "step 1000, whole", WHOLE)
 bar(top, 4, 7, 0.6, "half written", HALF)
 bar(top, 7, 10, 0.6, "step 2000, whole", WHOLE)
-top.annotate("a crash here leaves nothing", (5.5, 1.0), (5.5, 1.85), ha="center", va="center", fontsize=9,
-             arrowprops={"arrowstyle": "-|>", "color": "#d1495b"}, color="#d1495b")
+top.annotate(
+    "a crash here leaves nothing",
+    (5.5, 1.0),
+    (5.5, 1.85),
+    ha="center",
+    va="center",
+    fontsize=9,
+    arrowprops={"arrowstyle": "-|>", "color": "#d1495b"},
+    color="#d1495b",
+)
 bar(bottom, 0, 10, 0.35, "step 1000, whole", WHOLE)
 bar(bottom, 4, 7, 1.45, "step 2000.partial", HALF)
 bar(bottom, 7, 10, 1.45, "step 2000, whole", WHOLE)

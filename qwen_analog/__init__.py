@@ -1,4 +1,5 @@
 """Qwen2.5-style language models."""
+
 import os
 import signal
 import sys
@@ -8,7 +9,9 @@ import threading
 def _is_the_program() -> bool:
     """Whether this process was started as one of the package's commands."""
     words = sys.orig_argv
-    module = any(a == "-m" and b.partition(".")[0] == __name__ for a, b in zip(words, words[1:]))
+    module = any(
+        a == "-m" and b.partition(".")[0] == __name__ for a, b in zip(words, words[1:])
+    )
     return module or os.path.basename(sys.argv[0] if sys.argv else "") == "qwen-analog"
 
 
@@ -29,5 +32,15 @@ from .norm import RMSNorm
 from .rope import RotaryEmbedding
 
 __version__ = "0.1.0"
-__all__ = ["DecoderLayer", "GQAttention", "KVCache", "PRESETS", "QwenConfig", "QwenForCausalLM", "QwenModel", "RMSNorm",
-           "RotaryEmbedding", "SwiGLU"]
+__all__ = [
+    "DecoderLayer",
+    "GQAttention",
+    "KVCache",
+    "PRESETS",
+    "QwenConfig",
+    "QwenForCausalLM",
+    "QwenModel",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "SwiGLU",
+]

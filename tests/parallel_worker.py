@@ -1,4 +1,5 @@
 """What `test_parallel.py` runs under torchrun: small trainings in every layout; each process checks, and rank 0 writes what it found."""
+
 import sys
 from collections import Counter
 from pathlib import Path
@@ -12,48 +13,103 @@ from qwen_analog.config import QwenConfig
 from qwen_analog.loss import IGNORE_INDEX
 from qwen_analog.model import QwenForCausalLM
 from qwen_analog.optim import build_optimizers
-from qwen_analog.parallel import Processes, build_model, clip_grad_norm, gradient_sync, make_mesh
+from qwen_analog.parallel import (
+    Processes,
+    build_model,
+    clip_grad_norm,
+    gradient_sync,
+    make_mesh,
+)
 
-T, BLOCKS, STEPS = 16, 16, 5      # tokens a block, blocks a step, steps
+T, BLOCKS, STEPS = 16, 16, 5  # tokens a block, blocks a step, steps
 
 
 def small(tied: bool, **changes) -> QwenConfig:
     """A vocabulary, a width and a depth that neither 2 nor 4 divides."""
-    shape = dict(vocab_size=279, hidden_size=24, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=10,
-                 intermediate_size=51, max_position_embeddings=32, rope_theta=1e4, initializer_range=0.1)
+    shape = dict(
+        vocab_size=279,
+        hidden_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=10,
+        intermediate_size=51,
+        max_position_embeddings=32,
+        rope_theta=1e4,
+        initializer_range=0.1,
+    )
     return QwenConfig(**{**shape, **changes}, tie_word_embeddings=tied)
 
 
 def batch(step: int) -> dict[str, torch.Tensor]:
     """The step's blocks, [16, T] each: two documents a block, and between one and T - 1 real targets."""
     g = torch.Generator().manual_seed(100 + step)
-    ids = torch.randint(279, (BLOCKS, T + 1), generator=g) // (1 + torch.arange(T + 1) % 3)      # not uniform: there is something to learn
-    cut, length = torch.randint(1, T, (BLOCKS, 1), generator=g), torch.randint(1, T, (BLOCKS, 1), generator=g) ** 2 // T + 1
+    ids = torch.randint(279, (BLOCKS, T + 1), generator=g) // (
+        1 + torch.arange(T + 1) % 3
+    )  # not uniform: there is something to learn
+    cut, length = (
+        torch.randint(1, T, (BLOCKS, 1), generator=g),
+        torch.randint(1, T, (BLOCKS, 1), generator=g) ** 2 // T + 1,
+    )
     place = torch.arange(T)
-    return {"input_ids": ids[:, :-1], "targets": ids[:, 1:].where(place < length, IGNORE_INDEX), "document_ids": (place >= cut).long()}
+    return {
+        "input_ids": ids[:, :-1],
+        "targets": ids[:, 1:].where(place < length, IGNORE_INDEX),
+        "document_ids": (place >= cut).long(),
+    }
 
 
-def train(model, call, processes, accumulation=1, kind="adamw", precision="fp32", mutant=None) -> list[float]:
+def train(
+    model, call, processes, accumulation=1, kind="adamw", precision="fp32", mutant=None
+) -> list[float]:
     """Losses of `STEPS` steps; this process takes every world_size-th block. Clipped to half of the usual gradient norm."""
-    optimizers = build_optimizers(model, 1e-2, eps=1e-3, kind=kind)       # a large eps: the step follows the gradient's size
+    optimizers = build_optimizers(
+        model, 1e-2, eps=1e-3, kind=kind
+    )  # a large eps: the step follows the gradient's size
     losses = []
     for step in range(STEPS):
-        mine = {name: value[processes.rank :: processes.world_size] for name, value in batch(step % 2).items()}
+        mine = {
+            name: value[processes.rank :: processes.world_size]
+            for name, value in batch(step % 2).items()
+        }
         real = (mine["targets"] != IGNORE_INDEX).sum().item()
         (targets,) = processes.sum(real)
         nats = 0.0
         size = len(mine["targets"]) // accumulation
         for i in range(accumulation):
-            with gradient_sync(call, i == accumulation - 1 and mutant != "never synchronised"), \
-                 torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
-                loss = call(**{name: value[i * size : (i + 1) * size] for name, value in mine.items()}, reduction="sum")
-                scale = 1 / real if mutant == "mean of each process" else processes.world_size / targets
+            with (
+                gradient_sync(
+                    call, i == accumulation - 1 and mutant != "never synchronised"
+                ),
+                torch.autocast(
+                    "cpu",
+                    torch.bfloat16,
+                    enabled=precision == "bf16",
+                    cache_enabled=False,
+                ),
+            ):
+                loss = call(
+                    **{
+                        name: value[i * size : (i + 1) * size]
+                        for name, value in mine.items()
+                    },
+                    reduction="sum",
+                )
+                scale = (
+                    1 / real
+                    if mutant == "mean of each process"
+                    else processes.world_size / targets
+                )
                 (loss * scale).backward()
             nats += loss.item()
         losses.append(processes.sum(nats)[0] / targets)
         if mutant == "clipped by its own shard":
-            torch.nn.utils.clip_grad_norm_([p.grad.to_local() for p in model.parameters()], 1e9)
-            own = torch.stack([p.grad.to_local().norm() for p in model.parameters()]).norm()
+            torch.nn.utils.clip_grad_norm_(
+                [p.grad.to_local() for p in model.parameters()], 1e9
+            )
+            own = torch.stack(
+                [p.grad.to_local().norm() for p in model.parameters()]
+            ).norm()
             for p in model.parameters():
                 p.grad.mul_(min(1.0, 0.7 / own.item()))
         else:
@@ -66,7 +122,11 @@ def train(model, call, processes, accumulation=1, kind="adamw", precision="fp32"
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+    return (
+        (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
+        .detach()
+        .clone()
+    )
 
 
 def check_initial_weights(strategy, mesh, processes, tied, precision):
@@ -75,31 +135,61 @@ def check_initial_weights(strategy, mesh, processes, tied, precision):
     torch.manual_seed(11)
     expected = QwenForCausalLM(config)
     after = torch.get_rng_state()
-    model, call = build_model(config, 11, processes.device, strategy=strategy, mesh=mesh, precision=precision)
+    model, call = build_model(
+        config, 11, processes.device, strategy=strategy, mesh=mesh, precision=precision
+    )
     assert torch.equal(torch.get_rng_state(), after)
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied and model.count_parameters() == expected.count_parameters()
+    assert (
+        model.lm_head.weight is model.model.embed_tokens.weight
+    ) == tied and model.count_parameters() == expected.count_parameters()
     dtype = torch.bfloat16 if precision == "bf16-pure" else torch.float32
-    for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
-        assert p.dtype == dtype and torch.equal(whole(p), q.detach().to(dtype)), f"{strategy} {precision}: {name}"
-    held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())
+    for (name, p), q in zip(
+        model.named_parameters(), expected.parameters(), strict=True
+    ):
+        assert p.dtype == dtype and torch.equal(whole(p), q.detach().to(dtype)), (
+            f"{strategy} {precision}: {name}"
+        )
+    held = sum(
+        p.to_local().numel() if isinstance(p, DTensor) else p.numel()
+        for p in model.parameters()
+    )
     share = held / expected.count_parameters()
     parts = 1 if mesh is None else mesh.size(-1)
-    assert share == 1 if parts == 1 else 0.9 / parts < share < 1.15 / parts, f"{strategy}: {share:.2f} of the weights, not 1/{parts}"
+    assert share == 1 if parts == 1 else 0.9 / parts < share < 1.15 / parts, (
+        f"{strategy}: {share:.2f} of the weights, not 1/{parts}"
+    )
     assert (call is model) == (strategy != "ddp")
 
 
 def check_memory_of_initialisation(mesh, processes):
     """While a sharded model is made, the resident memory grows by much less than the whole model."""
-    def peak():
-        return next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
 
-    config = small(True, vocab_size=512, hidden_size=512, intermediate_size=1536, num_hidden_layers=6)
-    Path("/proc/self/clear_refs").write_text("5")           # the high-water mark starts again from here
+    def peak():
+        return next(
+            int(line.split()[1]) << 10
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith("VmHWM")
+        )
+
+    config = small(
+        True,
+        vocab_size=512,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=6,
+    )
+    Path("/proc/self/clear_refs").write_text(
+        "5"
+    )  # the high-water mark starts again from here
     before = peak()
-    model, _ = build_model(config, 0, processes.device, strategy="fsdp", mesh=mesh, precision="fp32")
+    model, _ = build_model(
+        config, 0, processes.device, strategy="fsdp", mesh=mesh, precision="fp32"
+    )
     grown, size = peak() - before, 4 * model.count_parameters()
     # a shard and one whole parameter are a third; the allocator keeps some of what was freed
-    assert grown < 0.75 * size, f"grew by {grown >> 20} MiB, the whole model is {size >> 20} MiB"
+    assert grown < 0.75 * size, (
+        f"grew by {grown >> 20} MiB, the whole model is {size >> 20} MiB"
+    )
 
 
 class Messages(TorchDispatchMode):
@@ -111,7 +201,9 @@ class Messages(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         if operation.namespace == "c10d":
-            tensor = next(leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))
+            tensor = next(
+                leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)
+            )
             self.sent[operation._opname.strip("_"), tensor.dtype] += 1
         return operation(*args, **(kwargs or {}))
 
@@ -119,33 +211,65 @@ class Messages(TorchDispatchMode):
 def check_messages(strategy, mesh, processes, kept=False, precision="fp32"):
     """What two micro-batches of a step send: DDP exchanges once, HSDP sums between machines once, shards are scattered twice."""
     config = small(True)
-    model, call = build_model(config, 0, processes.device, strategy=strategy, mesh=mesh, precision=precision, reshard_after_forward=not kept)
+    model, call = build_model(
+        config,
+        0,
+        processes.device,
+        strategy=strategy,
+        mesh=mesh,
+        precision=precision,
+        reshard_after_forward=not kept,
+    )
     with Messages() as record:
         for last in (False, True):
             with gradient_sync(call, last):
                 call(**batch(0), reduction="sum").backward()
     groups = config.num_hidden_layers + 1
     gathered = 2 * groups + (0 if kept else 2 * config.num_hidden_layers)
-    weights, gradients = torch.bfloat16 if precision == "bf16" else torch.float32, torch.float32
-    expected = {"ddp": {("allreduce", gradients): 1},
-                "fsdp": {("allgather_base", weights): gathered, ("reduce_scatter_base", gradients): 2 * groups}}
+    weights, gradients = (
+        torch.bfloat16 if precision == "bf16" else torch.float32,
+        torch.float32,
+    )
+    expected = {
+        "ddp": {("allreduce", gradients): 1},
+        "fsdp": {
+            ("allgather_base", weights): gathered,
+            ("reduce_scatter_base", gradients): 2 * groups,
+        },
+    }
     expected["hsdp"] = {**expected["fsdp"], ("allreduce", gradients): groups}
-    assert record.sent == expected[strategy], f"{strategy} sends {record.sent}, not {expected[strategy]}"
+    assert record.sent == expected[strategy], (
+        f"{strategy} sends {record.sent}, not {expected[strategy]}"
+    )
 
 
 def check_sharded_after_forward(strategy, mesh, processes):
     """A pass without gradients, an evaluation's or a sample's, leaves every parameter sharded, and the next step as it would have been."""
     ends = []
     for looks in (False, True):
-        model, call = build_model(small(True), 0, processes.device, strategy=strategy, mesh=mesh, precision="fp32", reshard_after_forward=False)
+        model, call = build_model(
+            small(True),
+            0,
+            processes.device,
+            strategy=strategy,
+            mesh=mesh,
+            precision="fp32",
+            reshard_after_forward=False,
+        )
         call(**batch(0), reduction="sum").backward()
         model.zero_grad()
         if looks:
             with torch.no_grad():
                 call(**batch(1), reduction="sum")
-            assert all(isinstance(p, DTensor) for p in model.parameters()), f"{strategy}: an evaluation leaves gathered weights"
-            model.generate(batch(1)["input_ids"][:1, :4], max_new_tokens=3, temperature=0.0)
-            assert all(isinstance(p, DTensor) for p in model.parameters()), f"{strategy}: a sample leaves gathered weights"
+            assert all(isinstance(p, DTensor) for p in model.parameters()), (
+                f"{strategy}: an evaluation leaves gathered weights"
+            )
+            model.generate(
+                batch(1)["input_ids"][:1, :4], max_new_tokens=3, temperature=0.0
+            )
+            assert all(isinstance(p, DTensor) for p in model.parameters()), (
+                f"{strategy}: a sample leaves gathered weights"
+            )
         call(**batch(0), reduction="sum").backward()
         ends.append([whole(p.grad) for p in model.parameters()])
     assert all(map(torch.equal, *ends))
@@ -155,44 +279,94 @@ def main(out: str) -> None:
     found = {}
     with Processes() as processes:
         n = processes.world_size
-        meshes = {"ddp": None, "fsdp": make_mesh("fsdp", n, "cpu"), "hsdp": make_mesh("hsdp", n, "cpu") if n == 4 else None}
-        layouts = [name for name, mesh in meshes.items() if name == "ddp" or mesh is not None]
-        if n == 4:         # two machines of two processes each, by torchrun's variables alone
-            assert meshes["hsdp"].shape == (2, 2) and meshes["hsdp"].mesh_dim_names == ("replicate", "shard")
+        meshes = {
+            "ddp": None,
+            "fsdp": make_mesh("fsdp", n, "cpu"),
+            "hsdp": make_mesh("hsdp", n, "cpu") if n == 4 else None,
+        }
+        layouts = [
+            name for name, mesh in meshes.items() if name == "ddp" or mesh is not None
+        ]
+        if n == 4:  # two machines of two processes each, by torchrun's variables alone
+            assert meshes["hsdp"].shape == (2, 2) and meshes["hsdp"].mesh_dim_names == (
+                "replicate",
+                "shard",
+            )
             assert meshes["hsdp"].mesh.tolist() == [[0, 1], [2, 3]]
 
-        def run(strategy, tied=True, checkpointing=False, precision="fp32", kind="adamw", accumulation=1, mutant=None, **options):
-            model, call = build_model(small(tied), 0, processes.device, strategy=strategy, mesh=meshes[strategy], precision=precision, **options)
+        def run(
+            strategy,
+            tied=True,
+            checkpointing=False,
+            precision="fp32",
+            kind="adamw",
+            accumulation=1,
+            mutant=None,
+            **options,
+        ):
+            model, call = build_model(
+                small(tied),
+                0,
+                processes.device,
+                strategy=strategy,
+                mesh=meshes[strategy],
+                precision=precision,
+                **options,
+            )
             if checkpointing:
                 model.gradient_checkpointing_enable()
-            losses = train(model, call, processes, accumulation, kind, precision, mutant)
-            return losses, {name: whole(p) for name, p in model.named_parameters()}, list(model.state_dict())
+            losses = train(
+                model, call, processes, accumulation, kind, precision, mutant
+            )
+            return (
+                losses,
+                {name: whole(p) for name, p in model.named_parameters()},
+                list(model.state_dict()),
+            )
 
         for strategy in layouts:
             check_messages(strategy, meshes[strategy], processes)
             for tied, precision in ((True, "fp32"), (False, "bf16-pure")):
-                check_initial_weights(strategy, meshes[strategy], processes, tied, precision)
+                check_initial_weights(
+                    strategy, meshes[strategy], processes, tied, precision
+                )
                 found[strategy, f"tied={tied}"] = run(strategy, tied, accumulation=2)
                 if tied or n == 2:
-                    found[strategy, f"bf16 tied={tied}"] = run(strategy, tied, precision="bf16")
+                    found[strategy, f"bf16 tied={tied}"] = run(
+                        strategy, tied, precision="bf16"
+                    )
             for accumulation in (1, 4) if n == 2 else (4,):
-                found[strategy, f"accumulation {accumulation}"] = run(strategy, accumulation=accumulation)
+                found[strategy, f"accumulation {accumulation}"] = run(
+                    strategy, accumulation=accumulation
+                )
             found[strategy, "checkpointing"] = run(strategy, checkpointing=True)
-            found[strategy, "mean of each process"] = run(strategy, mutant="mean of each process")
+            found[strategy, "mean of each process"] = run(
+                strategy, mutant="mean of each process"
+            )
         if n == 4:
             check_memory_of_initialisation(meshes["fsdp"], processes)
         else:
-            check_messages("fsdp", meshes["fsdp"], processes, kept=True, precision="bf16")
+            check_messages(
+                "fsdp", meshes["fsdp"], processes, kept=True, precision="bf16"
+            )
             check_sharded_after_forward("fsdp", meshes["fsdp"], processes)
-            check_sharded_after_forward("hsdp", make_mesh("hsdp", n, "cpu", 2), processes)
-            found["fsdp", "kept after forward"] = run("fsdp", reshard_after_forward=False, prefetch=0)
+            check_sharded_after_forward(
+                "hsdp", make_mesh("hsdp", n, "cpu", 2), processes
+            )
+            found["fsdp", "kept after forward"] = run(
+                "fsdp", reshard_after_forward=False, prefetch=0
+            )
             found["fsdp", "two ahead"] = run("fsdp", prefetch=2, accumulation=2)
             found["fsdp", "muon"] = run("fsdp", kind="muon")
-            found["fsdp", "clipped by its own shard"] = run("fsdp", mutant="clipped by its own shard")
+            found["fsdp", "clipped by its own shard"] = run(
+                "fsdp", mutant="clipped by its own shard"
+            )
             found["ddp", "never synchronised"] = run("ddp", mutant="never synchronised")
             found["fsdp", "compiled"] = run("fsdp", checkpointing=True, compile=True)
             graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-            assert graphs == 1 and not torch._dynamo.utils.counters["graph_break"], f"{graphs} graphs"
+            assert graphs == 1 and not torch._dynamo.utils.counters["graph_break"], (
+                f"{graphs} graphs"
+            )
         if processes.rank == 0:
             torch.save(found, out)
 

@@ -1,4 +1,5 @@
 """One process of a real step: prints the bytes that the allocator handed out at the fullest moment of the third step."""
+
 import itertools
 import json
 import sys
@@ -18,27 +19,57 @@ output = Path(sys.argv[1])
 with Processes() as processes:
     for number, line in enumerate((output / "configs.jsonl").read_text().splitlines()):
         config = TrainConfig.create(json.loads(line))
-        mesh = make_mesh(config.parallel, processes.world_size, "cpu", config.shard_size or None)
-        model, wrapped = build_model(config.qwen_config(), 0, processes.device, strategy=config.parallel, mesh=mesh, precision=config.precision)
+        mesh = make_mesh(
+            config.parallel, processes.world_size, "cpu", config.shard_size or None
+        )
+        model, wrapped = build_model(
+            config.qwen_config(),
+            0,
+            processes.device,
+            strategy=config.parallel,
+            mesh=mesh,
+            precision=config.precision,
+        )
         set_activation_checkpointing(model, config.activation_checkpointing)
         optimizers = build_optimizers(model, 1e-3, kind=config.optimizer)
         ids = torch.zeros(config.block_size, dtype=torch.int64)
-        blocks = [Block(ids, ids, ids, [])] * (config.micro_batch_size * config.gradient_accumulation_steps)
-        for _ in range(2):                        # DDP arranges its buckets anew in the second step
+        blocks = [Block(ids, ids, ids, [])] * (
+            config.micro_batch_size * config.gradient_accumulation_steps
+        )
+        for _ in range(2):  # DDP arranges its buckets anew in the second step
             train_step(wrapped, optimizers, blocks, config, processes)
-        state = [value for optimizer in optimizers for values in optimizer.state.values() for value in values.values()]
-        tensors = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in [*model.parameters(), *state] if isinstance(tensor, torch.Tensor)]
+        state = [
+            value
+            for optimizer in optimizers
+            for values in optimizer.state.values()
+            for value in values.values()
+        ]
+        tensors = [
+            tensor.to_local() if hasattr(tensor, "to_local") else tensor
+            for tensor in [*model.parameters(), *state]
+            if isinstance(tensor, torch.Tensor)
+        ]
         held = sum(tensor.nbytes for tensor in tensors)
-        if wrapped is not model:                  # DDP's buckets, which hold the gradients, are there already
+        if (
+            wrapped is not model
+        ):  # DDP's buckets, which hold the gradients, are there already
             held += sum(p.nbytes for p in model.parameters())
         peaks = []
-        for _ in range(5):                        # on a busy machine gloo's threads hold a buffer for longer: the least of several steps counts
-            time.sleep(0.3)                       # what they still hold is not this step's
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        for _ in range(
+            5
+        ):  # on a busy machine gloo's threads hold a buffer for longer: the least of several steps counts
+            time.sleep(0.3)  # what they still hold is not this step's
+            with torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+            ) as profile:
                 train_step(wrapped, optimizers, blocks, config, processes)
             trace = output / f"trace_{processes.rank}.json"
             profile.export_chrome_trace(str(trace))
-            changes = sorted((e["ts"], e["args"]["Bytes"]) for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]")
+            changes = sorted(
+                (e["ts"], e["args"]["Bytes"])
+                for e in json.loads(trace.read_text())["traceEvents"]
+                if e.get("name") == "[memory]"
+            )
             peaks.append(max(itertools.accumulate(size for _, size in changes)))
         (output / f"peak_{number}_{processes.rank}").write_text(str(held + min(peaks)))
         del model, wrapped, optimizers, state, tensors

@@ -3,6 +3,7 @@
 `ranks_worker.py FOLDER NAME...` writes what each process ended with, its exit code and its words on stderr, into
 FOLDER/found.json: {scenario: [[code, words], ...]}. Forking saves the seconds that importing torch takes.
 """
+
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from qwen_analog import parallel
 from qwen_analog.parallel import Processes, RankError
 
 FOLDER = Path(sys.argv[1])
-QUICK = 0.05                   # minutes: three seconds
+QUICK = 0.05  # minutes: three seconds
 
 
 def error_in_a_meeting(processes):
@@ -79,7 +80,9 @@ def patient(processes):
             time.sleep(4.5)
     time.sleep(4.5)
     assert processes.sum(processes.rank, 1) == [1, 2]
-    assert processes.broadcast({"a": (processes.rank, Path("x"))}) == {"a": (0, Path("x"))}
+    assert processes.broadcast({"a": (processes.rank, Path("x"))}) == {
+        "a": (0, Path("x"))
+    }
 
 
 def other_settings(processes):
@@ -95,11 +98,23 @@ missing = taken = unreachable = other_size
 
 def in_child(scenario, rank, world_size, port):
     """One process of a scenario; does not return."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.dup2(os.open(FOLDER / f"{scenario.__name__ if callable(scenario) else scenario}.{rank}", os.O_CREAT | os.O_WRONLY), 2)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    os.dup2(
+        os.open(
+            FOLDER / f"{scenario.__name__ if callable(scenario) else scenario}.{rank}",
+            os.O_CREAT | os.O_WRONLY,
+        ),
+        2,
+    )
     code = 1
     try:
-        if scenario is patient:              # a process may form one group after the other
+        if scenario is patient:  # a process may form one group after the other
             with Processes(QUICK) as processes:
                 processes.sum(1)
         with Processes(QUICK) as processes:
@@ -127,8 +142,15 @@ class Scenario:
     def __init__(self, name):
         self.name, port = name, free_port()
         globals()[name].__name__ = name
-        self.places = {"other_size": [(0, 2), (1, 3)], "missing": [(0, 2)], "unreachable": [(1, 2)], "taken": [(0, 2)]}.get(name, [(0, 2), (1, 2)])
-        self.held = socket.create_server(("127.0.0.1", port)) if name == "taken" else None
+        self.places = {
+            "other_size": [(0, 2), (1, 3)],
+            "missing": [(0, 2)],
+            "unreachable": [(1, 2)],
+            "taken": [(0, 2)],
+        }.get(name, [(0, 2), (1, 2)])
+        self.held = (
+            socket.create_server(("127.0.0.1", port)) if name == "taken" else None
+        )
         self.codes, self.children = {}, []
         for rank, size in self.places:
             child = os.fork()
@@ -147,7 +169,10 @@ class Scenario:
         return len(self.codes) == len(self.children)
 
     def found(self):
-        return [[self.codes[child], (FOLDER / f"{self.name}.{rank}").read_text().strip()] for child, (rank, _) in zip(self.children, self.places)]
+        return [
+            [self.codes[child], (FOLDER / f"{self.name}.{rank}").read_text().strip()]
+            for child, (rank, _) in zip(self.children, self.places)
+        ]
 
 
 if __name__ == "__main__":
@@ -155,4 +180,6 @@ if __name__ == "__main__":
     scenarios, until = [Scenario(name) for name in sys.argv[2:]], time.monotonic() + 60
     while not all([scenario.ended(time.monotonic() > until) for scenario in scenarios]):
         time.sleep(0.05)
-    (FOLDER / "found.json").write_text(json.dumps({scenario.name: scenario.found() for scenario in scenarios}))
+    (FOLDER / "found.json").write_text(
+        json.dumps({scenario.name: scenario.found() for scenario in scenarios})
+    )

@@ -3,6 +3,7 @@
 `make test` executes these copies. An exercise is first tried as it is committed; then it becomes
 its solution, which its check must accept, and the rest of the chapter runs with it.
 """
+
 import ast
 import os
 import re
@@ -15,24 +16,40 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def is_call(statement: ast.stmt, name: str) -> bool:
-    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call) and getattr(statement.value.func, "id", "") == name
+    return (
+        isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Call)
+        and getattr(statement.value.func, "id", "") == name
+    )
 
 
 def solution(cell: nbformat.NotebookNode) -> str:
     """What a solution's cell defines, without the proof that stands in it."""
-    return "\n".join(ast.unparse(statement) for statement in ast.parse(cell.source).body if not is_call(statement, "prove"))
+    return "\n".join(
+        ast.unparse(statement)
+        for statement in ast.parse(cell.source).body
+        if not is_call(statement, "prove")
+    )
 
 
 def solve(notebook: nbformat.NotebookNode) -> None:
     """Behind each `attempt(check_N, exercise_N)`, solve exercise N."""
-    solutions = {number: cell for cell in notebook.cells if cell.cell_type == "code"
-                 for number in re.findall(r"^def solution_(\d+)", cell.source, re.MULTILINE)}
+    solutions = {
+        number: cell
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for number in re.findall(r"^def solution_(\d+)", cell.source, re.MULTILINE)
+    }
     cells = []
     for cell in notebook.cells:
         cells.append(cell)
         for number in re.findall(r"^attempt\(check_(\d+),", cell.source, re.MULTILINE):
             solved = f"exercise_{number} = solution_{number}\ncheck_{number}(exercise_{number})"
-            cells.append(nbformat.v4.new_code_cell(solution(solutions.pop(number)) + "\n\n\n" + solved))
+            cells.append(
+                nbformat.v4.new_code_cell(
+                    solution(solutions.pop(number)) + "\n\n\n" + solved
+                )
+            )
     assert not solutions, f"no attempt at exercise {', '.join(solutions)}"
     notebook.cells = cells
 

@@ -1,4 +1,5 @@
 """The committed chapters: executed in order, without errors or machine paths; the package is what they export, byte for byte."""
+
 import ast
 import os
 import re
@@ -17,24 +18,45 @@ CHAPTERS = sorted((ROOT / "chapters").glob("[0-9][0-9]*.ipynb"))
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
 def test_committed_executed_in_order(path):
-    code = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code" and c.source.strip()]
+    code = [
+        c
+        for c in nbformat.read(path, 4).cells
+        if c.cell_type == "code" and c.source.strip()
+    ]
     assert [c.execution_count for c in code] == list(range(1, len(code) + 1))
     assert any(c.outputs for c in code)
     assert not [o for c in code for o in c.outputs if o.output_type == "error"]
-    assert not any("execution" in c.metadata for c in code)      # times: `make execute` leaves them out
-    assert not any(str(o).count(word) for c in code for o in c.outputs for word in ("/home/", "/root/", "/tmp/", "site-packages"))
+    assert not any(
+        "execution" in c.metadata for c in code
+    )  # times: `make execute` leaves them out
+    assert not any(
+        str(o).count(word)
+        for c in code
+        for o in c.outputs
+        for word in ("/home/", "/root/", "/tmp/", "site-packages")
+    )
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
 def test_an_exercise_is_open_and_may_be_solved(path):
     cells = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
-    names = {n for c in cells for n in re.findall(r"^def (exercise_\d+)", c.source, re.MULTILINE)}
+    names = {
+        n
+        for c in cells
+        for n in re.findall(r"^def (exercise_\d+)", c.source, re.MULTILINE)
+    }
     assert names
-    printed = "".join(o.text for c in cells for o in c.outputs if o.output_type == "stream")
+    printed = "".join(
+        o.text for c in cells for o in c.outputs if o.output_type == "stream"
+    )
     for name in names:
-        assert f"{name}: not yet." in printed      # the check rejects what is there before it is solved
+        assert (
+            f"{name}: not yet." in printed
+        )  # the check rejects what is there before it is solved
     # `prove` raises for an answer that is accepted: the reader's own must not be among the wrong ones
-    assert not [c.source for c in cells if re.search(r"prove\([^)]*exercise_\d", c.source)]
+    assert not [
+        c.source for c in cells if re.search(r"prove\([^)]*exercise_\d", c.source)
+    ]
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
@@ -42,39 +64,87 @@ def test_figures_exist(path):
     for cell in nbformat.read(path, 4).cells:
         for part in cell.source.split("](../figures/")[1:]:
             name = part.split(")")[0]
-            assert (ROOT / "figures" / name).is_file() and (ROOT / "figures" / name).with_suffix(".py").is_file(), name
+            assert (ROOT / "figures" / name).is_file() and (
+                ROOT / "figures" / name
+            ).with_suffix(".py").is_file(), name
 
 
 def test_export_round_trip(tmp_path):
-    shutil.copytree(ROOT / "chapters", tmp_path / "chapters", ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-    shutil.copytree(ROOT / "qwen_analog", tmp_path / "qwen_analog", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "chapters",
+        tmp_path / "chapters",
+        ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"),
+    )
+    shutil.copytree(
+        ROOT / "qwen_analog",
+        tmp_path / "qwen_analog",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    modules = {line.split()[-1] + ".py" for p in CHAPTERS for c in nbformat.read(p, 4).cells
-               for line in c.source.splitlines() if line.startswith("#| default_exp")}
+    modules = {
+        line.split()[-1] + ".py"
+        for p in CHAPTERS
+        for c in nbformat.read(p, 4).cells
+        for line in c.source.splitlines()
+        if line.startswith("#| default_exp")
+    }
     modules.add("_modidx.py")
     for name in modules:
         (tmp_path / "qwen_analog" / name).unlink()
-    subprocess.run([Path(sys.executable).with_name("nbdev-export")], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": ""})
+    for command in (["nbdev-export"], ["ruff", "format", "-q", "qwen_analog"]):
+        subprocess.run(
+            [Path(sys.executable).with_name(command[0]), *command[1:]],
+            cwd=tmp_path,
+            check=True,
+            env={**os.environ, "PYTHONPATH": ""},
+        )
     for name in modules:
-        assert (tmp_path / "qwen_analog" / name).read_bytes() == (ROOT / "qwen_analog" / name).read_bytes(), f"run `make export`: {name}"
+        assert (tmp_path / "qwen_analog" / name).read_bytes() == (
+            ROOT / "qwen_analog" / name
+        ).read_bytes(), f"run `make export`: {name}"
 
 
 def test_the_network_is_blocked_for_chapters():
     code = "import socket; socket.create_connection(('192.0.2.1', 80), timeout=1)"
-    run = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT / "tests" / "no_network")},
-                         capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tests" / "no_network")},
+        capture_output=True,
+        text=True,
+    )
     assert "the book runs without a network" in run.stderr
 
 
-MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "qwen_analog").glob("[a-z]*.py"))}
-FLOORS = [{"config", "norm", "rope", "mask", "mlp", "tokenizer", "loss", "optim", "kv_cache"}, {"attention", "data"}, {"model"},
-          {"generate", "checkpoint", "memory", "parallel", "monitor"}, {"hf"}, {"search", "chat"}, {"train"}, {"evaluate", "serve", "plan"}, {"cli"}]
+MODULES = {
+    path.stem: ast.parse(path.read_text(encoding="utf-8"))
+    for path in sorted((ROOT / "qwen_analog").glob("[a-z]*.py"))
+}
+FLOORS = [
+    {"config", "norm", "rope", "mask", "mlp", "tokenizer", "loss", "optim", "kv_cache"},
+    {"attention", "data"},
+    {"model"},
+    {"generate", "checkpoint", "memory", "parallel", "monitor"},
+    {"hf"},
+    {"search", "chat"},
+    {"train"},
+    {"evaluate", "serve", "plan"},
+    {"cli"},
+]
 
 
 def test_every_exported_name_has_one_definition():
-    defined = Counter(node.name for tree in MODULES.values() for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)))
-    twice = {name for name, count in defined.items() if count > 1 and not name.startswith("_")}
-    assert twice == {"main", "add_arguments", "run"}     # what each command brings along
+    defined = Counter(
+        node.name
+        for tree in MODULES.values()
+        for node in tree.body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+    )
+    twice = {
+        name
+        for name, count in defined.items()
+        if count > 1 and not name.startswith("_")
+    }
+    assert twice == {"main", "add_arguments", "run"}  # what each command brings along
 
 
 def test_modules_import_only_from_floors_below():
@@ -83,6 +153,10 @@ def test_modules_import_only_from_floors_below():
         below = set().union(*FLOORS[:floor])
         for name in names & set(MODULES):
             # inside an `if` stands the guard that lets a file be started by its path
-            imported = {alias.name if node.module is None else node.module for node in MODULES[name].body if isinstance(node, ast.ImportFrom)
-                        and node.level for alias in node.names}
+            imported = {
+                alias.name if node.module is None else node.module
+                for node in MODULES[name].body
+                if isinstance(node, ast.ImportFrom) and node.level
+                for alias in node.names
+            }
             assert imported <= below, f"{name} imports {sorted(imported - below)}"

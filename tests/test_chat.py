@@ -1,4 +1,5 @@
 """Conversations: history, the cache between turns, a full context, and the terminal."""
+
 import argparse
 import io
 import json
@@ -25,81 +26,167 @@ from qwen_analog.hf import chat_ids, save_pretrained
 from qwen_analog.model import QwenForCausalLM
 from qwen_analog.tokenizer import TiktokenTokenizer, train_bpe
 
-TOKENIZER = TiktokenTokenizer(train_bpe(["The cat sat on the mat. You are a helpful assistant, created by"] * 3, 300))
+TOKENIZER = TiktokenTokenizer(
+    train_bpe(
+        ["The cat sat on the mat. You are a helpful assistant, created by"] * 3, 300
+    )
+)
 END = TOKENIZER.encode("<|im_end|>", special=True)[0]
 GREEDY = {"temperature": 0}
 
 
 def small(trained=True, context=1024, **generation) -> QwenForCausalLM:
-    config = QwenConfig(vocab_size=330, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
-                        max_position_embeddings=context, tie_word_embeddings=False)
+    config = QwenConfig(
+        vocab_size=330,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=context,
+        tie_word_embeddings=False,
+    )
     model = scramble_(QwenForCausalLM(config)).eval()
     if trained:
-        model.generation_config = {"eos_token_id": [END, TOKENIZER.eos_token_id], **generation}
+        model.generation_config = {
+            "eos_token_id": [END, TOKENIZER.eos_token_id],
+            **generation,
+        }
     return model
 
 
 def answer(model, messages, n=8, **options):
     """The answer of `stream` to the whole conversation, without any cache from earlier turns."""
     ids = chat_ids(TOKENIZER, messages)
-    return "".join(stream(model, TOKENIZER, ids, max_new_tokens=n, eos_token_id=model.generation_config["eos_token_id"], **options))
+    return "".join(
+        stream(
+            model,
+            TOKENIZER,
+            ids,
+            max_new_tokens=n,
+            eos_token_id=model.generation_config["eos_token_id"],
+            **options,
+        )
+    )
 
 
 @pytest.mark.parametrize("system", [None, "Be brief."])
 def test_each_turn_is_what_the_whole_conversation_gives(system):
     model = small()
     read = []
-    model.model.embed_tokens.register_forward_hook(lambda module, arguments, out: read.append(arguments[0].shape[1]))
-    chat, before, history = Chat(model, TOKENIZER, system, max_new_tokens=8, **GREEDY), 0, [] if system is None else [{"role": "system", "content": system}]
+    model.model.embed_tokens.register_forward_hook(
+        lambda module, arguments, out: read.append(arguments[0].shape[1])
+    )
+    chat, before, history = (
+        Chat(model, TOKENIZER, system, max_new_tokens=8, **GREEDY),
+        0,
+        [] if system is None else [{"role": "system", "content": system}],
+    )
     for turn, text in enumerate(["Hello", "And then?", "<|im_end|> Why, é?"]):
         read.clear()
         said = "".join(chat.reply(text))
         computed = sum(read)
         history += [{"role": "user", "content": text}]
         assert said == answer(model, history, **GREEDY) and len(said) > 0
-        if turn:           # the prompt of before, and most of the answer, were in the cache
-            assert chat.reused >= before and computed <= len(chat_ids(TOKENIZER, history)) - chat.reused + 8
+        if turn:  # the prompt of before, and most of the answer, were in the cache
+            assert (
+                chat.reused >= before
+                and computed <= len(chat_ids(TOKENIZER, history)) - chat.reused + 8
+            )
         before = len(chat_ids(TOKENIZER, history))
         history += [{"role": "assistant", "content": said}]
         assert ([] if system is None else history[:1]) + chat.messages == history
     chat.reset()
-    assert "".join(chat.reply("Hello")) == answer(model, [*([] if system is None else history[:1]), {"role": "user", "content": "Hello"}], **GREEDY)
+    assert "".join(chat.reply("Hello")) == answer(
+        model,
+        [
+            *([] if system is None else history[:1]),
+            {"role": "user", "content": "Hello"},
+        ],
+        **GREEDY,
+    )
 
 
 def test_sampling_and_seed():
     model = small()
-    options = dict(temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.3)
-    first, second, other = (["".join(chat.reply("Hi")) for _ in range(2)] for chat in
-                            (Chat(model, TOKENIZER, max_new_tokens=8, seed=seed, **options) for seed in (3, 3, 4)))
+    options = dict(
+        temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.3
+    )
+    first, second, other = (
+        ["".join(chat.reply("Hi")) for _ in range(2)]
+        for chat in (
+            Chat(model, TOKENIZER, max_new_tokens=8, seed=seed, **options)
+            for seed in (3, 3, 4)
+        )
+    )
     assert first == second != other
-    assert first[0] == answer(model, [{"role": "user", "content": "Hi"}], seed=3, **options)
+    assert first[0] == answer(
+        model, [{"role": "user", "content": "Hi"}], seed=3, **options
+    )
 
 
 def test_defaults_are_the_models_own():
     assert Chat(small(), TOKENIZER).sampling == {"temperature": 0.2, "top_p": 0.9}
-    assert Chat(small(temperature=0.7, top_k=20, do_sample=True), TOKENIZER).sampling == {"temperature": 0.7, "top_k": 20}
-    assert Chat(small(temperature=0.7), TOKENIZER, temperature=0, top_p=0.5).sampling == {"temperature": 0, "top_p": 0.5}
+    assert Chat(
+        small(temperature=0.7, top_k=20, do_sample=True), TOKENIZER
+    ).sampling == {"temperature": 0.7, "top_k": 20}
+    assert Chat(
+        small(temperature=0.7), TOKENIZER, temperature=0, top_p=0.5
+    ).sampling == {"temperature": 0, "top_p": 0.5}
     with pytest.raises(ValueError, match="^top_p must be a number above 0"):
         Chat(small(), TOKENIZER, top_p=2)
-    with pytest.raises(ValueError, match="^this model was not trained for conversations"):
+    with pytest.raises(
+        ValueError, match="^this model was not trained for conversations"
+    ):
         Chat(small(trained=False), TOKENIZER)
 
 
-@pytest.mark.parametrize("own, expected", [
-    ({"do_sample": False, "temperature": 1.5, "top_k": 3}, {"temperature": 0}), ({"do_sample": True, "temperature": 1.5, "top_k": 0}, {"temperature": 1.5}),
-    ({"do_sample": True, "temperature": 1.5, "top_k": None, "top_p": 1.0}, {"temperature": 1.5}), ({"do_sample": True}, {"temperature": 1.0}),
-    ({"repetition_penalty": 1.1}, {"temperature": 0.2, "top_p": 0.9, "repetition_penalty": 1.1})], ids=str)
+@pytest.mark.parametrize(
+    "own, expected",
+    [
+        ({"do_sample": False, "temperature": 1.5, "top_k": 3}, {"temperature": 0}),
+        ({"do_sample": True, "temperature": 1.5, "top_k": 0}, {"temperature": 1.5}),
+        (
+            {"do_sample": True, "temperature": 1.5, "top_k": None, "top_p": 1.0},
+            {"temperature": 1.5},
+        ),
+        ({"do_sample": True}, {"temperature": 1.0}),
+        (
+            {"repetition_penalty": 1.1},
+            {"temperature": 0.2, "top_p": 0.9, "repetition_penalty": 1.1},
+        ),
+    ],
+    ids=str,
+)
 def test_generation_settings_keep_their_meaning(own, expected):
     assert Chat(small(**own), TOKENIZER).sampling == expected
-    assert Chat(small(**own), TOKENIZER, temperature=0.3).sampling == {**expected, "temperature": 0.3}
+    assert Chat(small(**own), TOKENIZER, temperature=0.3).sampling == {
+        **expected,
+        "temperature": 0.3,
+    }
 
 
 def test_every_setting_answers_or_is_named():
     model = small()
-    for options in (dict(temperature=1e-40), dict(temperature=5e-324), dict(temperature=1e300), dict(repetition_penalty=1e-300), dict(top_p=1e-300),
-                    dict(top_k=10**20), dict(min_p=1.0, repetition_penalty=1e300)):
+    for options in (
+        dict(temperature=1e-40),
+        dict(temperature=5e-324),
+        dict(temperature=1e300),
+        dict(repetition_penalty=1e-300),
+        dict(top_p=1e-300),
+        dict(top_k=10**20),
+        dict(min_p=1.0, repetition_penalty=1e300),
+    ):
         list(Chat(model, TOKENIZER, max_new_tokens=4, seed=0, **options).reply("Hello"))
-    for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "seed"):
+    for name in (
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "max_new_tokens",
+        "seed",
+    ):
         for value in (float("nan"), float("inf"), -1, True, "1"):
             with pytest.raises(ValueError, match=f"^{name} must be "):
                 Chat(model, TOKENIZER, **{name: value})
@@ -108,8 +195,11 @@ def test_every_setting_answers_or_is_named():
             Chat(model, TOKENIZER, value)
         with pytest.raises(ValueError, match="^text must be a text"):
             Chat(model, TOKENIZER).reply(value)
-    assert "".join(Chat(model, TOKENIZER, max_new_tokens=4, **GREEDY).reply("\ud800 \x00\x1b[31m")) == "".join(
-        Chat(model, TOKENIZER, max_new_tokens=4, **GREEDY).reply("? \x00\x1b[31m"))
+    assert "".join(
+        Chat(model, TOKENIZER, max_new_tokens=4, **GREEDY).reply("\ud800 \x00\x1b[31m")
+    ) == "".join(
+        Chat(model, TOKENIZER, max_new_tokens=4, **GREEDY).reply("? \x00\x1b[31m")
+    )
 
 
 def test_logits_that_are_not_finite_are_a_line_and_end_nothing():
@@ -133,8 +223,13 @@ def test_end_token_ends_and_stays_out_of_the_history(monkeypatch):
     step = iter(ids)
 
     def scripted(input_ids, cache, logits_to_keep):
-        QwenForCausalLM.forward(model, input_ids, cache=cache, logits_to_keep=logits_to_keep)
-        return torch.nn.functional.one_hot(torch.tensor([[next(step)]]), 330).float() * 99
+        QwenForCausalLM.forward(
+            model, input_ids, cache=cache, logits_to_keep=logits_to_keep
+        )
+        return (
+            torch.nn.functional.one_hot(torch.tensor([[next(step)]]), 330).float() * 99
+        )
+
     monkeypatch.setattr(model, "forward", scripted)
     chat = Chat(model, TOKENIZER, **GREEDY)
     assert "".join(chat.reply("x")) == "The cat" == chat.messages[1]["content"]
@@ -147,10 +242,13 @@ def test_broken_off():
     pieces = chat.reply("Hello")
     first = next(pieces)
     pieces.close()
-    assert whole.startswith(first) and chat.messages == [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": first}]
+    assert whole.startswith(first) and chat.messages == [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": first},
+    ]
     chat.reset()
     chat.reply("Hello")
-    assert chat.messages == []         # never asked for a piece
+    assert chat.messages == []  # never asked for a piece
     assert "".join(chat.reply("Hello")) == whole
 
 
@@ -161,18 +259,35 @@ def test_a_full_context_forgets_the_oldest_turns():
     for turn in range(12):
         before, forgotten = list(chat.messages), chat.forgotten
         said = "".join(chat.reply(f"Turn {turn}"))
-        given = [{"role": "system", "content": "S"}, *before[chat.forgotten:], {"role": "user", "content": f"Turn {turn}"}]
-        assert len(chat_ids(TOKENIZER, given)) <= 150 and said == answer(model, given, 50, **GREEDY)
+        given = [
+            {"role": "system", "content": "S"},
+            *before[chat.forgotten :],
+            {"role": "user", "content": f"Turn {turn}"},
+        ]
+        assert len(chat_ids(TOKENIZER, given)) <= 150 and said == answer(
+            model, given, 50, **GREEDY
+        )
         assert chat.forgotten % 2 == 0
         if chat.forgotten > forgotten:
-            assert len(chat_ids(TOKENIZER, given)) <= 75 < len(chat_ids(TOKENIZER, [given[0], *before[chat.forgotten - 2:], given[-1]]))
+            assert (
+                len(chat_ids(TOKENIZER, given))
+                <= 75
+                < len(
+                    chat_ids(
+                        TOKENIZER, [given[0], *before[chat.forgotten - 2 :], given[-1]]
+                    )
+                )
+            )
     assert chat.forgotten > 2 and chat.forgotten % 2 == 0 and len(chat.messages) == 24
     long_questions = Chat(model, TOKENIZER, "S", max_new_tokens=1, **GREEDY)
     for turn in range(6):
         list(long_questions.reply("The cat sat on the mat. " * (turn + 2)))
         assert long_questions.forgotten % 2 == 0
     assert long_questions.forgotten
-    with pytest.raises(ValueError, match="^the message makes a prompt of .* tokens; there is room for 150: send it in parts$"):
+    with pytest.raises(
+        ValueError,
+        match="^the message makes a prompt of .* tokens; there is room for 150: send it in parts$",
+    ):
         chat.reply("x y " * 200)
     assert len(chat.messages) == 24
 
@@ -194,13 +309,35 @@ def test_save_and_load(tmp_path):
         chat.save(tmp_path / "c.json")
     other = Chat(small(), TOKENIZER, max_new_tokens=4, **GREEDY)
     other.load(tmp_path / "c.json")
-    assert other.system == "Système" and other.messages == chat.messages and "Привет" in (tmp_path / "c.json").read_text(encoding="utf-8")
+    assert (
+        other.system == "Système"
+        and other.messages == chat.messages
+        and "Привет" in (tmp_path / "c.json").read_text(encoding="utf-8")
+    )
     assert "".join(other.reply("C")) == "".join(chat.reply("C"))
     kept = list(other.messages)
     user, said = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-    for wrong in ("{", "{}", "3", "[3]", json.dumps([user]), json.dumps([said, user]), json.dumps([user, {**said, "content": 1}]),
-                  json.dumps([user, user]), json.dumps([{"role": "system"}]), json.dumps([{"role": "system", "content": 1}]), "[" * 100_000,
-                  '{"a":' * 100_000, json.dumps([[user, said]]), json.dumps([{**user, "role": ["user"]}, said]), "null", "", "\xff", "1" * 10_000, "[NaN]"):
+    for wrong in (
+        "{",
+        "{}",
+        "3",
+        "[3]",
+        json.dumps([user]),
+        json.dumps([said, user]),
+        json.dumps([user, {**said, "content": 1}]),
+        json.dumps([user, user]),
+        json.dumps([{"role": "system"}]),
+        json.dumps([{"role": "system", "content": 1}]),
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        json.dumps([[user, said]]),
+        json.dumps([{**user, "role": ["user"]}, said]),
+        "null",
+        "",
+        "\xff",
+        "1" * 10_000,
+        "[NaN]",
+    ):
         (tmp_path / "w.json").write_text(wrong)
         with pytest.raises(ValueError, match="w.json holds no conversation"):
             other.load(tmp_path / "w.json")
@@ -214,8 +351,10 @@ def test_save_and_load(tmp_path):
         with pytest.raises(ValueError, match="is no file"):
             other.load(place)
     assert other.messages == kept and other.system == "Système"
-    (tmp_path / "w.json").write_text(json.dumps([{**user, "name": {"a": 1}}, {**said, "content": "\ud800!"}]))
-    other.load(tmp_path / "w.json")                    # of a message the role and the text count
+    (tmp_path / "w.json").write_text(
+        json.dumps([{**user, "name": {"a": 1}}, {**said, "content": "\ud800!"}])
+    )
+    other.load(tmp_path / "w.json")  # of a message the role and the text count
     assert other.messages == [user, {**said, "content": "?!"}] and other.system is None
 
 
@@ -251,23 +390,37 @@ class Full(type(Path())):
             def write(self, text):
                 file.write(text[:1])
                 raise OSError(28, "No space left on device")
+
         return Writer()
 
 
 # ---- where models come from
+
 
 def test_open_model(tmp_path, monkeypatch):
     model = small()
     save_checkpoint(tmp_path / "final", model, TOKENIZER, safetensors=True)
     save_pretrained(model, TOKENIZER, tmp_path / "hf")
     ids = torch.arange(5)[None]
-    for source in (tmp_path / "final", str(tmp_path / "final"), tmp_path / "final" / "checkpoint.pt", tmp_path / "hf"):
+    for source in (
+        tmp_path / "final",
+        str(tmp_path / "final"),
+        tmp_path / "final" / "checkpoint.pt",
+        tmp_path / "hf",
+    ):
         again, tokenizer = open_model(source)
-        assert torch.equal(again(ids), model(ids)) and tokenizer.encode("The cat") == TOKENIZER.encode("The cat")
+        assert torch.equal(again(ids), model(ids)) and tokenizer.encode(
+            "The cat"
+        ) == TOKENIZER.encode("The cat")
         assert again.generation_config["eos_token_id"] == [END, TOKENIZER.eos_token_id]
-    assert open_model(tmp_path / "final", torch.bfloat16)[0].lm_head.weight.dtype == torch.bfloat16
+    assert (
+        open_model(tmp_path / "final", torch.bfloat16)[0].lm_head.weight.dtype
+        == torch.bfloat16
+    )
     asked = []
-    monkeypatch.setattr(chat_module, "load_gguf", lambda path, dtype: asked.append((str(path), dtype)))
+    monkeypatch.setattr(
+        chat_module, "load_gguf", lambda path, dtype: asked.append((str(path), dtype))
+    )
     monkeypatch.setattr(chat_module, "smollm2_path", lambda: "where/it/is.gguf")
     open_model("some.gguf")
     open_model("smollm2", torch.bfloat16)
@@ -279,21 +432,59 @@ def test_open_model(tmp_path, monkeypatch):
 HF_NAMES = ("config.json", "tokenizer.json", "model.safetensors")
 
 
-@pytest.mark.parametrize("source, message", [
-    ("", "'' is no source of a model: name a checkpoint"), ("  ", "is no source of a model"), ("a\nb", "is no source of a model"), ("a\0b", "is no source"),
-    (None, "None is no source of a model"), (3, "3 is no source of a model"), ("empty", "empty holds no model .no checkpoint.pt, no config.json.: name a"),
-    ("runs", "runs holds checkpoints and is none: name one of them, runs/final, say"), ("quants", "quants holds GGUF files: name one of them, quants/a.gguf"),
-    *((f"hf/{name}", f"hf/{name} is one file of a Hugging Face model: name its directory, hf") for name in HF_NAMES),
-    ("hf/pytorch_model.bin", "pytorch_model.bin may run code when it is read"), ("other.zip", "other.zip"), ("notes.txt", "notes.txt is no model: name a"),
-    ("odd.bin", "odd.bin is a GGUF file without the ending .gguf"), ("some.gguf", "some.gguf"), ("no.gguf", "there is no file no.gguf"), ("no.pt", "there is no directory no.pt and no file"),
-    ("/dev/null", "/dev/null is neither a file nor a directory"), ("checkpoints/final", "there is no checkpoint at checkpoints/final: train one first"),
-    ("a/b/c", "there is no directory a/b/c and no file"), ("../x/y", "there is no directory ../x/y"), ("x" * 5000, "cannot be read: File name too long"),
-    ("owner/name", "hub's owner/name cannot be fetched from here"), (b"hf", "is no source of a model"), ("a b/c", "there is no directory a b/c")], ids=lambda v: repr(v)[:24])
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("", "'' is no source of a model: name a checkpoint"),
+        ("  ", "is no source of a model"),
+        ("a\nb", "is no source of a model"),
+        ("a\0b", "is no source"),
+        (None, "None is no source of a model"),
+        (3, "3 is no source of a model"),
+        ("empty", "empty holds no model .no checkpoint.pt, no config.json.: name a"),
+        (
+            "runs",
+            "runs holds checkpoints and is none: name one of them, runs/final, say",
+        ),
+        ("quants", "quants holds GGUF files: name one of them, quants/a.gguf"),
+        *(
+            (
+                f"hf/{name}",
+                f"hf/{name} is one file of a Hugging Face model: name its directory, hf",
+            )
+            for name in HF_NAMES
+        ),
+        ("hf/pytorch_model.bin", "pytorch_model.bin may run code when it is read"),
+        ("other.zip", "other.zip"),
+        ("notes.txt", "notes.txt is no model: name a"),
+        ("odd.bin", "odd.bin is a GGUF file without the ending .gguf"),
+        ("some.gguf", "some.gguf"),
+        ("no.gguf", "there is no file no.gguf"),
+        ("no.pt", "there is no directory no.pt and no file"),
+        ("/dev/null", "/dev/null is neither a file nor a directory"),
+        (
+            "checkpoints/final",
+            "there is no checkpoint at checkpoints/final: train one first",
+        ),
+        ("a/b/c", "there is no directory a/b/c and no file"),
+        ("../x/y", "there is no directory ../x/y"),
+        ("x" * 5000, "cannot be read: File name too long"),
+        ("owner/name", "hub's owner/name cannot be fetched from here"),
+        (b"hf", "is no source of a model"),
+        ("a b/c", "there is no directory a b/c"),
+    ],
+    ids=lambda v: repr(v)[:24],
+)
 def test_what_is_no_source_is_one_line(tmp_path, monkeypatch, source, message):
     monkeypatch.chdir(tmp_path)
     for name in ("empty", "runs/final", "runs/step_3", "quants", "hf"):
         Path(name).mkdir(parents=True)
-    for name in (*(f"hf/{name}" for name in HF_NAMES), "quants/a.gguf", "notes.txt", "some.gguf"):
+    for name in (
+        *(f"hf/{name}" for name in HF_NAMES),
+        "quants/a.gguf",
+        "notes.txt",
+        "some.gguf",
+    ):
         Path(name).write_text("text")
     for name in ("hf/pytorch_model.bin", "other.zip"):
         with zipfile.ZipFile(name, "w") as file:
@@ -311,7 +502,9 @@ def test_paths_with_blanks_and_a_tilde(tmp_path, monkeypatch, directory):
     save_checkpoint(tmp_path / "my runs" / "final", model, TOKENIZER)
     shutil.copytree(directory, tmp_path / "a model")
     for source in ("~/my runs/final", "~/a model", tmp_path / "my runs" / "final"):
-        assert torch.equal(open_model(source)[0](torch.arange(5)[None]), model(torch.arange(5)[None]))
+        assert torch.equal(
+            open_model(source)[0](torch.arange(5)[None]), model(torch.arange(5)[None])
+        )
 
 
 def test_the_memory_is_asked_before_a_weight_is_read(tmp_path, monkeypatch, directory):
@@ -320,10 +513,17 @@ def test_the_memory_is_asked_before_a_weight_is_read(tmp_path, monkeypatch, dire
     need = sum(weight.numel() for weight in model.parameters()) * 4
     reads = []
     for name in ("load_model", "load_pretrained", "load_gguf"):
-        monkeypatch.setattr(chat_module, name, lambda *_, name=name: reads.append(name) or (torch.nn.Linear(1, 1), None))
+        monkeypatch.setattr(
+            chat_module,
+            name,
+            lambda *_, name=name: reads.append(name) or (torch.nn.Linear(1, 1), None),
+        )
     for source in (tmp_path / "final", directory):
         monkeypatch.setattr(memory_module, "available_memory", lambda device: need - 1)
-        with pytest.raises(ValueError, match=f"^the model of {re.escape(str(source))} needs about .* of memory, and cpu has .* left: .*--ignore-memory"):
+        with pytest.raises(
+            ValueError,
+            match=f"^the model of {re.escape(str(source))} needs about .* of memory, and cpu has .* left: .*--ignore-memory",
+        ):
             open_model(source)
         assert reads == []
         open_model(source, check_memory=False)
@@ -336,13 +536,23 @@ def test_the_memory_is_asked_before_a_weight_is_read(tmp_path, monkeypatch, dire
 def test_a_hub_that_does_not_answer(monkeypatch, tmp_path):
     """A silent server: a look at the hub ends after the given time, and what was fetched earlier is opened."""
     silent = socket.create_server(("127.0.0.1", 0))
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+    monkeypatch.setattr(
+        huggingface_hub.constants,
+        "ENDPOINT",
+        f"http://127.0.0.1:{silent.getsockname()[1]}",
+    )
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     assert not chat_module.hub_answers(seconds=0.2)
     monkeypatch.setattr(chat_module, "hub_answers", lambda: False)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, local_files_only: str(tmp_path / name))
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda name, local_files_only: str(tmp_path / name),
+    )
     monkeypatch.setattr(chat_module, "load_pretrained", lambda source, dtype: source)
-    assert open_model("owner/name", check_memory=False) == str(tmp_path / "owner" / "name")
+    assert open_model("owner/name", check_memory=False) == str(
+        tmp_path / "owner" / "name"
+    )
     silent.close()
 
 
@@ -353,10 +563,17 @@ def test_a_hub_that_answers(monkeypatch, status):
     def answer_once():
         connection, _ = server.accept()
         connection.recv(10_000)
-        connection.sendall(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
+        connection.sendall(
+            f"HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode()
+        )
         connection.close()
+
     threading.Thread(target=answer_once, daemon=True).start()
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+    monkeypatch.setattr(
+        huggingface_hub.constants,
+        "ENDPOINT",
+        f"http://127.0.0.1:{server.getsockname()[1]}",
+    )
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     assert chat_module.hub_answers()
     server.close()
@@ -364,31 +581,70 @@ def test_a_hub_that_answers(monkeypatch, status):
 
 # ---- the terminal
 
+
 def terminal(monkeypatch, capsys, directory, typed, *options):
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
-    run(parser.parse_args(["--model", str(directory), "--max-new-tokens", "8", "--temperature", "0", *options]))
+    run(
+        parser.parse_args(
+            [
+                "--model",
+                str(directory),
+                "--max-new-tokens",
+                "8",
+                "--temperature",
+                "0",
+                *options,
+            ]
+        )
+    )
     return capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    return save_pretrained(small(), TOKENIZER, tmp_path_factory.mktemp("chat") / "model")
+    return save_pretrained(
+        small(), TOKENIZER, tmp_path_factory.mktemp("chat") / "model"
+    )
 
 
 def test_terminal(monkeypatch, capsys, tmp_path, directory):
     file = tmp_path / "talk.json"
-    out = terminal(monkeypatch, capsys, directory, f"Hello\n\n/save {file}\n/save {file}\n/reset\nHello\n/load {file}\n/system Be brief.\nHello\n"
-                   "/what\n/save\n/load nowhere.json\n/help\n/exit\nnot read\n", "--system", "S")
+    out = terminal(
+        monkeypatch,
+        capsys,
+        directory,
+        f"Hello\n\n/save {file}\n/save {file}\n/reset\nHello\n/load {file}\n/system Be brief.\nHello\n"
+        "/what\n/save\n/load nowhere.json\n/help\n/exit\nnot read\n",
+        "--system",
+        "S",
+    )
     model = small()
     s = {"role": "system", "content": "S"}
     hello = {"role": "user", "content": "Hello"}
     said = answer(model, [s, hello], **GREEDY)
-    assert json.loads(file.read_text()) == [s, hello, {"role": "assistant", "content": said}]
-    assert out.count(said + "\n") == 2 and answer(model, [{"role": "system", "content": "Be brief."}, hello], **GREEDY) + "\n" in out
-    for line in (f"(2 messages written to {file})", f"({file} exists already: choose another name)", "(a new conversation)", f"(2 messages read from {file})",
-                 "(a new conversation with this system prompt)", "/what is no command", "/save is no command, or its argument is missing", "No such file"):
+    assert json.loads(file.read_text()) == [
+        s,
+        hello,
+        {"role": "assistant", "content": said},
+    ]
+    assert (
+        out.count(said + "\n") == 2
+        and answer(model, [{"role": "system", "content": "Be brief."}, hello], **GREEDY)
+        + "\n"
+        in out
+    )
+    for line in (
+        f"(2 messages written to {file})",
+        f"({file} exists already: choose another name)",
+        "(a new conversation)",
+        f"(2 messages read from {file})",
+        "(a new conversation with this system prompt)",
+        "/what is no command",
+        "/save is no command, or its argument is missing",
+        "No such file",
+    ):
         assert line in out
     assert out.count("/exit         end (also Ctrl-D)") == 3 and "not read" not in out
 
@@ -402,6 +658,7 @@ def test_terminal_interrupts(monkeypatch, capsys, directory):
         if len(calls) == 4:
             raise KeyboardInterrupt
         return real(self, *args, **kwargs)
+
     monkeypatch.setattr(QwenForCausalLM, "forward", forward)
     lines = iter(["Hello", KeyboardInterrupt, "again", EOFError])
 
@@ -410,22 +667,50 @@ def test_terminal_interrupts(monkeypatch, capsys, directory):
         if isinstance(line, str):
             return line
         raise line
+
     monkeypatch.setattr("builtins.input", typed)
     out = terminal(monkeypatch, capsys, directory, "")
     monkeypatch.undo()
     model = small()
     hello = {"role": "user", "content": "Hello"}
     said = out.split("\n")[1].removesuffix(" (stopped)")
-    assert out.split("\n")[1] == said + " (stopped)" and 0 < len(said) and answer(model, [hello], **GREEDY).startswith(said)
+    assert (
+        out.split("\n")[1] == said + " (stopped)"
+        and 0 < len(said)
+        and answer(model, [hello], **GREEDY).startswith(said)
+    )
     assert "(/exit or Ctrl-D ends)" in out
-    assert answer(model, [hello, {"role": "assistant", "content": said}, {"role": "user", "content": "again"}], **GREEDY) + "\n" in out
+    assert (
+        answer(
+            model,
+            [
+                hello,
+                {"role": "assistant", "content": said},
+                {"role": "user", "content": "again"},
+            ],
+            **GREEDY,
+        )
+        + "\n"
+        in out
+    )
 
 
-@pytest.mark.parametrize("template, reason", [("{{ raise_exception('not today') }}", "not today"), ("{{", "unexpected"), ("{{ 9 ** (9 ** 9) }}", "")])
-def test_what_a_chat_template_refuses_is_said(template, reason, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "template, reason",
+    [
+        ("{{ raise_exception('not today') }}", "not today"),
+        ("{{", "unexpected"),
+        ("{{ 9 ** (9 ** 9) }}", ""),
+    ],
+)
+def test_what_a_chat_template_refuses_is_said(
+    template, reason, tmp_path, monkeypatch, capsys
+):
     save_pretrained(small(), TOKENIZER, tmp_path / "hf")
     settings = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
-    (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    (tmp_path / "hf" / "tokenizer_config.json").write_text(
+        json.dumps({**settings, "chat_template": template})
+    )
     with pytest.raises(ValueError, match=f"^the chat template .*{reason}"):
         Chat(*open_model(tmp_path / "hf"))
     if reason:
@@ -435,28 +720,52 @@ def test_what_a_chat_template_refuses_is_said(template, reason, tmp_path, monkey
 def test_end_ids_may_be_set_as_one_number():
     model = small()
     model.generation_config = {"eos_token_id": END}
-    assert "".join(Chat(model, TOKENIZER, max_new_tokens=8, **GREEDY).reply("Hello")) == answer(small(), [{"role": "user", "content": "Hello"}], **GREEDY)
+    assert "".join(
+        Chat(model, TOKENIZER, max_new_tokens=8, **GREEDY).reply("Hello")
+    ) == answer(small(), [{"role": "user", "content": "Hello"}], **GREEDY)
     model.generation_config = {"eos_token_id": "x"}
-    with pytest.raises(ValueError, match="^eos_token_id of the model's generation_config"):
+    with pytest.raises(
+        ValueError, match="^eos_token_id of the model's generation_config"
+    ):
         Chat(model, TOKENIZER)
 
 
 def test_what_cannot_fit_is_refused_before_it_is_tokenized(monkeypatch, tmp_path):
     chat = Chat(small(context=200), TOKENIZER, max_new_tokens=8, **GREEDY)
     long, encode = "long " * 10_000, TOKENIZER.encode
-    monkeypatch.setattr(TOKENIZER, "encode", lambda text, special=False: encode(text, special) if len(text) < len(long) else pytest.fail("tokenized"))
-    with pytest.raises(ValueError, match="^the message makes a prompt of more than 200 tokens; there is room for 192: send it in parts$"):
+    monkeypatch.setattr(
+        TOKENIZER,
+        "encode",
+        lambda text, special=False: (
+            encode(text, special) if len(text) < len(long) else pytest.fail("tokenized")
+        ),
+    )
+    with pytest.raises(
+        ValueError,
+        match="^the message makes a prompt of more than 200 tokens; there is room for 192: send it in parts$",
+    ):
         chat.reply(long)
-    with pytest.raises(ValueError, match="^a text of 50000 characters does not fit into the model's 200 tokens$"):
+    with pytest.raises(
+        ValueError,
+        match="^a text of 50000 characters does not fit into the model's 200 tokens$",
+    ):
         stream(chat.model, TOKENIZER, long)
     with pytest.raises(ValueError, match="^a text of 50000 characters"):
         chat_module._continue(chat.model, TOKENIZER, long, {"max_new_tokens": 8})
     # a conversation that is far too long loses its old turns in few steps
-    turns = [{"role": role, "content": f"{role} {i}"} for i in range(3000) for role in ("user", "assistant")]
+    turns = [
+        {"role": role, "content": f"{role} {i}"}
+        for i in range(3000)
+        for role in ("user", "assistant")
+    ]
     (tmp_path / "long.json").write_text(json.dumps(turns))
     chat.load(tmp_path / "long.json")
     asked = []
-    monkeypatch.setattr(chat_module, "chat_ids", lambda *arguments: asked.append(arguments) or chat_ids(*arguments))
+    monkeypatch.setattr(
+        chat_module,
+        "chat_ids",
+        lambda *arguments: asked.append(arguments) or chat_ids(*arguments),
+    )
     list(chat.reply("Hello"))
     assert chat.forgotten > 5900 and len(asked) < 20
 
@@ -464,14 +773,21 @@ def test_what_cannot_fit_is_refused_before_it_is_tokenized(monkeypatch, tmp_path
 @pytest.mark.parametrize("where", ["_command", "has_chat_format", "chat_ids"])
 def test_ctrl_c_at_other_moments(monkeypatch, capsys, directory, where):
     """In a command and while a prompt is made it stops that; while the model is opened it ends the program, as an exception for its caller."""
+
     def interrupted(*_, **__):
         raise KeyboardInterrupt
+
     monkeypatch.setattr(chat_module, where, interrupted)
     if where == "has_chat_format":
         with pytest.raises(KeyboardInterrupt):
             terminal(monkeypatch, capsys, directory, "Hello\n")
     else:
-        out = terminal(monkeypatch, capsys, directory, "/help\n" if where == "_command" else "Hello\n")
+        out = terminal(
+            monkeypatch,
+            capsys,
+            directory,
+            "/help\n" if where == "_command" else "Hello\n",
+        )
         assert out.endswith(" (stopped)\n\n")
 
 
@@ -482,6 +798,7 @@ def test_an_output_that_nobody_reads_ends_the_program(monkeypatch, capsys, direc
         printed.append(texts)
         if len(printed) > 1:
             raise BrokenPipeError
+
     monkeypatch.setattr(chat_module, "print", broken, raising=False)
     with pytest.raises(BrokenPipeError):
         terminal(monkeypatch, capsys, directory, "Hello\nHello\n")
@@ -492,21 +809,47 @@ def test_input_that_is_no_text(monkeypatch, capsys, directory):
     """Bytes that are no UTF-8, control characters, a closed input."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    arguments = parser.parse_args(["--model", str(directory), "--max-new-tokens", "8", "--temperature", "0"])
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\x00\x1b[31m\nHello\n"), encoding="utf-8"))
+    arguments = parser.parse_args(
+        ["--model", str(directory), "--max-new-tokens", "8", "--temperature", "0"]
+    )
+    monkeypatch.setattr(
+        sys,
+        "stdin",
+        io.TextIOWrapper(
+            io.BytesIO(b"\xff\xfe\x00\x1b[31m\nHello\n"), encoding="utf-8"
+        ),
+    )
     run(arguments)
     model, first = small(), {"role": "user", "content": "\ufffd\ufffd\x00\x1b[31m"}
     said = answer(model, [first], **GREEDY)
     out = capsys.readouterr().out
     assert said + "\n" in out
-    assert answer(model, [first, {"role": "assistant", "content": said}, {"role": "user", "content": "Hello"}], **GREEDY) + "\n" in out
+    assert (
+        answer(
+            model,
+            [
+                first,
+                {"role": "assistant", "content": said},
+                {"role": "user", "content": "Hello"},
+            ],
+            **GREEDY,
+        )
+        + "\n"
+        in out
+    )
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(ValueError, match="standard input, which is closed"):
         run(arguments)
 
 
-@pytest.mark.parametrize("flag, value", [(flag, value) for flag in ("--max-new-tokens", "--temperature", "--top-p", "--seed")
-                                         for value in ("nan", "inf", "-1", "x", "1e400")])
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        (flag, value)
+        for flag in ("--max-new-tokens", "--temperature", "--top-p", "--seed")
+        for value in ("nan", "inf", "-1", "x", "1e400")
+    ],
+)
 def test_flags_are_named(capsys, flag, value):
     parser = argparse.ArgumentParser()
     add_arguments(parser)
@@ -518,34 +861,66 @@ def test_flags_are_named(capsys, flag, value):
 def test_a_context_shorter_than_the_longest_answer(monkeypatch, capsys, tmp_path):
     """A model that continues text is asked for as many tokens as its context has room for."""
     save_checkpoint(tmp_path / "final", small(trained=False, context=40), TOKENIZER)
-    out = terminal(monkeypatch, capsys, tmp_path / "final", "The cat\n" + "x y " * 40 + "\n", "--max-new-tokens", "512")
-    assert re.search(r"\(the text makes a prompt of \d+ tokens; the model reads 40\)", out) and "max_position" not in out
+    out = terminal(
+        monkeypatch,
+        capsys,
+        tmp_path / "final",
+        "The cat\n" + "x y " * 40 + "\n",
+        "--max-new-tokens",
+        "512",
+    )
+    assert (
+        re.search(r"\(the text makes a prompt of \d+ tokens; the model reads 40\)", out)
+        and "max_position" not in out
+    )
 
 
-def test_an_interrupt_while_a_piece_is_printed(monkeypatch, capsys, tmp_path, directory):
+def test_an_interrupt_while_a_piece_is_printed(
+    monkeypatch, capsys, tmp_path, directory
+):
     printed = []
 
     def interrupted(*texts, **options):
         printed.append(texts)
-        if len(printed) == 3:              # the greeting, a piece, a piece
+        if len(printed) == 3:  # the greeting, a piece, a piece
             raise KeyboardInterrupt
+
     monkeypatch.setattr(chat_module, "print", interrupted, raising=False)
     terminal(monkeypatch, capsys, directory, f"Hello\n/save {tmp_path / 'c.json'}\n")
-    assert json.loads((tmp_path / "c.json").read_text())[1]["content"] == printed[1][0] + printed[2][0] and printed[3] == (" (stopped)",)
+    assert json.loads((tmp_path / "c.json").read_text())[1]["content"] == printed[1][
+        0
+    ] + printed[2][0] and printed[3] == (" (stopped)",)
 
 
-def test_terminal_says_what_it_forgets_and_what_is_too_long(monkeypatch, capsys, tmp_path):
+def test_terminal_says_what_it_forgets_and_what_is_too_long(
+    monkeypatch, capsys, tmp_path
+):
     directory = save_pretrained(small(context=200), TOKENIZER, tmp_path / "short")
-    out = terminal(monkeypatch, capsys, directory, "".join(f"The number {i}\n" for i in range(8)) + "x y " * 200 + "\n", "--system", "S")
-    assert "(the context is full: the first " in out and "(the message makes a prompt of" in out
+    out = terminal(
+        monkeypatch,
+        capsys,
+        directory,
+        "".join(f"The number {i}\n" for i in range(8)) + "x y " * 200 + "\n",
+        "--system",
+        "S",
+    )
+    assert (
+        "(the context is full: the first " in out
+        and "(the message makes a prompt of" in out
+    )
 
 
 def test_a_model_without_chat_training_continues_text(monkeypatch, capsys, tmp_path):
     model = small(trained=False)
     save_checkpoint(tmp_path / "final", model, TOKENIZER)
     out = terminal(monkeypatch, capsys, tmp_path / "final", "The cat\n/exit\n")
-    assert "was not trained for conversations: it continues what you type" in out and "qwen-analog chat --model smollm2" in out
-    assert "".join(stream(model, TOKENIZER, "The cat", max_new_tokens=8, **GREEDY)) in out
+    assert (
+        "was not trained for conversations: it continues what you type" in out
+        and "qwen-analog chat --model smollm2" in out
+    )
+    assert (
+        "".join(stream(model, TOKENIZER, "The cat", max_new_tokens=8, **GREEDY)) in out
+    )
     # the tokenizer's chat template alone does not make it one
     shutil.rmtree(tmp_path / "final")
     save_pretrained(model, TOKENIZER, tmp_path / "final")
@@ -560,8 +935,20 @@ def test_a_model_without_chat_training_continues_text(monkeypatch, capsys, tmp_p
 
 
 def test_pipe(directory):
-    code = ("import argparse; from qwen_analog.chat import *; p = argparse.ArgumentParser(); add_arguments(p); "
-            f"run(p.parse_args(['--model', {str(directory)!r}, '--temperature', '0', '--max-new-tokens', '8']))")
-    result = subprocess.run([sys.executable, "-c", code], input="Hello\n", capture_output=True, text=True, check=True)
+    code = (
+        "import argparse; from qwen_analog.chat import *; p = argparse.ArgumentParser(); add_arguments(p); "
+        f"run(p.parse_args(['--model', {str(directory)!r}, '--temperature', '0', '--max-new-tokens', '8']))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        input="Hello\n",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     lines = result.stdout.split("\n", 1)
-    assert lines[0].startswith("A conversation with") and lines[1] == answer(small(), [{"role": "user", "content": "Hello"}], **GREEDY) + "\n\n"
+    assert (
+        lines[0].startswith("A conversation with")
+        and lines[1]
+        == answer(small(), [{"role": "user", "content": "Hello"}], **GREEDY) + "\n\n"
+    )

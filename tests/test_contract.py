@@ -1,4 +1,5 @@
 """The names others depend on, the published counts, the cache and packed documents."""
+
 import dataclasses
 import json
 import re
@@ -15,8 +16,14 @@ from qwen_analog.config import check_generation_config, parameter_ledger
 from qwen_analog.loss import linear_cross_entropy
 
 ROOT = Path(__file__).resolve().parents[1]
-COUNTS = {"card": 3_199_240_192, "analog-2.5b": 2_557_446_144, "qwen2.5-0.5b": 494_032_768, "qwen2.5-1.5b": 1_543_714_304,
-          "qwen2.5-3b": 3_085_938_688, "qwen2.5-7b": 7_615_616_512}
+COUNTS = {
+    "card": 3_199_240_192,
+    "analog-2.5b": 2_557_446_144,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+}
 
 
 def tiny():
@@ -24,7 +31,9 @@ def tiny():
 
 
 def ids(rows=2, length=12):
-    return torch.randint(512, (rows, length), generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        512, (rows, length), generator=torch.Generator().manual_seed(0)
+    )
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -32,39 +41,81 @@ def test_parameter_counts(name):
     config = QwenConfig.from_preset(name)
     with torch.device("meta"):
         model = QwenForCausalLM(config)
-    assert model.count_parameters() == sum(parameter_ledger(config).values()) == COUNTS[name]
+    assert (
+        model.count_parameters()
+        == sum(parameter_ledger(config).values())
+        == COUNTS[name]
+    )
 
 
 def test_default_config_is_the_card():
     assert QwenConfig() == QwenConfig.from_preset("card") and set(COUNTS) < set(PRESETS)
 
 
-NONSENSE = [None, True, "x", "1e4", [], {}, float("nan"), float("inf"), -1, 0, 2.5j, 10**30, 10**5000]
+NONSENSE = [
+    None,
+    True,
+    "x",
+    "1e4",
+    [],
+    {},
+    float("nan"),
+    float("inf"),
+    -1,
+    0,
+    2.5j,
+    10**30,
+    10**5000,
+]
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(QwenConfig)])
+@pytest.mark.parametrize(
+    "field", [field.name for field in dataclasses.fields(QwenConfig)]
+)
 def test_every_field_refuses_nonsense_in_one_line_that_names_it(field):
-    fine = {"head_dim": [None], "rope_scaling": [None], "tie_word_embeddings": [True], "attention_bias": [True]}
+    fine = {
+        "head_dim": [None],
+        "rope_scaling": [None],
+        "tie_word_embeddings": [True],
+        "attention_bias": [True],
+    }
     for value in NONSENSE:
         if any(value is right for right in fine.get(field, ())):
             continue
         with pytest.raises(ValueError) as error:
             QwenConfig.from_dict({field: value})
-        assert field in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 250, value
+        assert (
+            field in str(error.value)
+            and "\n" not in str(error.value)
+            and len(str(error.value)) < 250
+        ), value
 
 
-@pytest.mark.parametrize("name", ["factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+    ],
+)
 def test_every_number_of_a_stretched_rotation_is_checked(name):
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
     QwenConfig(rope_scaling=yarn)
     for value in NONSENSE:
-        with pytest.raises(ValueError, match=f"rope_scaling's {name} must be a positive number"):
+        with pytest.raises(
+            ValueError, match=f"rope_scaling's {name} must be a positive number"
+        ):
             QwenConfig(rope_scaling={**yarn, name: value})
 
 
 def test_a_configuration_that_is_no_mapping_and_a_preset_that_is_no_name():
     for values in ([1], None, "tiny", 5):
-        with pytest.raises(ValueError, match="a model's configuration must be fields and their values"):
+        with pytest.raises(
+            ValueError, match="a model's configuration must be fields and their values"
+        ):
             QwenConfig.from_dict(values)
     for values in ({5: 1}, {"a\nb" * 1000: 1}):
         with pytest.raises(ValueError, match="unknown model field") as error:
@@ -76,32 +127,87 @@ def test_a_configuration_that_is_no_mapping_and_a_preset_that_is_no_name():
 
 
 def test_generation_settings_keep_their_meaning():
-    given = {"eos_token_id": 5, "bos_token_id": 1, "pad_token_id": None, "do_sample": False, "temperature": 0, "top_k": 0, "top_p": 1.0,
-             "min_p": None, "repetition_penalty": 1.2, "max_new_tokens": 2048, "stop_strings": ["x"], "_from": {"a": [None, 1.5]}}
+    given = {
+        "eos_token_id": 5,
+        "bos_token_id": 1,
+        "pad_token_id": None,
+        "do_sample": False,
+        "temperature": 0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": None,
+        "repetition_penalty": 1.2,
+        "max_new_tokens": 2048,
+        "stop_strings": ["x"],
+        "_from": {"a": [None, 1.5]},
+    }
     checked = check_generation_config(given, 10, "g.json")
-    assert checked == {**{name: value for name, value in given.items() if name != "pad_token_id"}, "eos_token_id": [5]}
-    assert check_generation_config(checked, 10, "g.json") == checked and json.loads(json.dumps(checked)) == checked
-    assert check_generation_config({"eos_token_id": [7, 5, 7]}, 10, "g.json") == {"eos_token_id": [7, 5]}
-    nothing = {"eos_token_id": None, "bos_token_id": -1, "pad_token_id": 10, "a": float("nan"), "b": {5: 1}, "c": object(), 7: 1, "d": 2**70}
-    assert check_generation_config(nothing, 10, "g.json") == {} == check_generation_config({"eos_token_id": []}, 10, "g.json")
+    assert checked == {
+        **{name: value for name, value in given.items() if name != "pad_token_id"},
+        "eos_token_id": [5],
+    }
+    assert (
+        check_generation_config(checked, 10, "g.json") == checked
+        and json.loads(json.dumps(checked)) == checked
+    )
+    assert check_generation_config({"eos_token_id": [7, 5, 7]}, 10, "g.json") == {
+        "eos_token_id": [7, 5]
+    }
+    nothing = {
+        "eos_token_id": None,
+        "bos_token_id": -1,
+        "pad_token_id": 10,
+        "a": float("nan"),
+        "b": {5: 1},
+        "c": object(),
+        7: 1,
+        "d": 2**70,
+    }
+    assert (
+        check_generation_config(nothing, 10, "g.json")
+        == {}
+        == check_generation_config({"eos_token_id": []}, 10, "g.json")
+    )
 
 
-@pytest.mark.parametrize("name, values", [
-    ("eos_token_id", [10, -1, True, "5", 5.0, [5, None], [[5]], {}, 2**70]), ("do_sample", [1, "yes", []]),
-    ("temperature", [float("nan"), float("inf"), -0.1, "1", True, [1], 10**400]), ("top_k", [-1, 2.0, True, "5", 2**40, float("nan")]),
-    ("top_p", [1.1, -0.1, float("nan"), "1", True]), ("min_p", [1.1, -1, "x", {}]), ("repetition_penalty", [0, -1, 1e-300, 1e300, "1", True])])
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("eos_token_id", [10, -1, True, "5", 5.0, [5, None], [[5]], {}, 2**70]),
+        ("do_sample", [1, "yes", []]),
+        ("temperature", [float("nan"), float("inf"), -0.1, "1", True, [1], 10**400]),
+        ("top_k", [-1, 2.0, True, "5", 2**40, float("nan")]),
+        ("top_p", [1.1, -0.1, float("nan"), "1", True]),
+        ("min_p", [1.1, -1, "x", {}]),
+        ("repetition_penalty", [0, -1, 1e-300, 1e300, "1", True]),
+    ],
+)
 def test_wrong_generation_settings_are_refused_by_file_and_name(name, values):
     for value in values:
         with pytest.raises(ValueError, match=f"^g.json: {name} ") as error:
             check_generation_config({name: value}, 10, "g.json")
         assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="^g.json: generation settings must be names and their values"):
+    with pytest.raises(
+        ValueError, match="^g.json: generation settings must be names and their values"
+    ):
         check_generation_config([1], 10, "g.json")
 
 
-@pytest.mark.parametrize("field, value", [("vocab_size", 0), ("hidden_size", 2.5), ("num_hidden_layers", True), ("head_dim", 3),
-                                          ("num_key_value_heads", 3), ("rope_theta", float("nan")), ("rms_norm_eps", "1e-6"),
-                                          ("attention_bias", 1), ("num_attention_heads", -1), ("widht", 1)])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("vocab_size", 0),
+        ("hidden_size", 2.5),
+        ("num_hidden_layers", True),
+        ("head_dim", 3),
+        ("num_key_value_heads", 3),
+        ("rope_theta", float("nan")),
+        ("rms_norm_eps", "1e-6"),
+        ("attention_bias", 1),
+        ("num_attention_heads", -1),
+        ("widht", 1),
+    ],
+)
 def test_impossible_values_name_the_field(field, value):
     with pytest.raises(ValueError, match=field):
         QwenConfig.from_dict({field: value})
@@ -113,7 +219,9 @@ def test_any_chunking_equals_the_full_forward(chunks):
     model, x = tiny(), ids(length=sum(chunks))
     cache = model.new_cache(2, sum(chunks))
     with torch.no_grad():
-        pieces = torch.cat([model(piece, cache=cache) for piece in x.split(chunks, dim=1)], dim=1)
+        pieces = torch.cat(
+            [model(piece, cache=cache) for piece in x.split(chunks, dim=1)], dim=1
+        )
         torch.testing.assert_close(pieces, model(x), rtol=1e-5, atol=1e-5)
 
 
@@ -130,7 +238,15 @@ def test_cache_overflow_and_crop():
 
 def test_a_token_of_the_card_costs_147456_bytes():
     c = QwenConfig()
-    cache = KVCache(c.num_hidden_layers, 1, c.num_key_value_heads, c.head_dim, 1, dtype=torch.bfloat16, device="meta")
+    cache = KVCache(
+        c.num_hidden_layers,
+        1,
+        c.num_key_value_heads,
+        c.head_dim,
+        1,
+        dtype=torch.bfloat16,
+        device="meta",
+    )
     assert cache.nbytes == 147_456
 
 
@@ -146,7 +262,10 @@ def test_packed_documents_do_not_see_each_other():
 def test_checkpointing_changes_neither_loss_nor_gradients():
     model, x = tiny().train(), ids()
     results = []
-    for switch in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
+    for switch in (
+        model.gradient_checkpointing_disable,
+        model.gradient_checkpointing_enable,
+    ):
         switch()
         model.zero_grad()
         loss = model(x[:, :-1], targets=x[:, 1:])
@@ -162,9 +281,14 @@ def test_chunked_loss_equals_plain(chunk_size):
     targets = torch.randint(11, (3, 7))
     targets[0, :4] = -100
     loss = linear_cross_entropy(hidden, weight, targets, chunk_size=chunk_size)
-    reference = torch.nn.functional.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten())
+    reference = torch.nn.functional.cross_entropy(
+        (hidden @ weight.T).flatten(0, 1), targets.flatten()
+    )
     torch.testing.assert_close(loss.double(), reference, rtol=1e-5, atol=1e-5)
-    for a, b in zip(torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(reference, (hidden, weight))):
+    for a, b in zip(
+        torch.autograd.grad(loss, (hidden, weight)),
+        torch.autograd.grad(reference, (hidden, weight)),
+    ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -178,9 +302,21 @@ def test_a_tied_model_refuses_a_different_head():
 
 def test_pins_agree():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    pins = {r for group in [project["dependencies"], *project["optional-dependencies"].values()] for r in group if "==" in r}
+    pins = {
+        r
+        for group in [
+            project["dependencies"],
+            *project["optional-dependencies"].values(),
+        ]
+        for r in group
+        if "==" in r
+    }
     pins |= set((ROOT / "requirements-assets.txt").read_text().split())
-    locked = set((ROOT / "requirements.lock").read_text().lower().replace("_", "-").split())
+    locked = set(
+        (ROOT / "requirements.lock").read_text().lower().replace("_", "-").split()
+    )
     locked |= set((ROOT / "requirements-assets.txt").read_text().split())
-    environment = set(re.findall(r"^ {6}- (\S+)$", (ROOT / "environment.yml").read_text(), re.M))
+    environment = set(
+        re.findall(r"^ {6}- (\S+)$", (ROOT / "environment.yml").read_text(), re.M)
+    )
     assert pins == environment and pins <= locked

@@ -1,4 +1,5 @@
 """The book in JupyterLab, as `make lab` opens it."""
+
 import json
 import os
 import posixpath
@@ -17,7 +18,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "a-token-for-the-test"
-IMAGE = re.compile(r"!\[[^\]]*\]\(\s*<?([^)\s>]+)|<img[^>]+src=[\"']([^\"']+)", re.IGNORECASE)
+IMAGE = re.compile(
+    r"!\[[^\]]*\]\(\s*<?([^)\s>]+)|<img[^>]+src=[\"']([^\"']+)", re.IGNORECASE
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +31,23 @@ def lab(tmp_path_factory):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     options = f"--no-browser --allow-root --port={port} --ServerApp.port_retries=0 --IdentityProvider.token={TOKEN}"
-    environment = {**os.environ, "JUPYTER_CONFIG_DIR": str(home), "JUPYTER_RUNTIME_DIR": str(home), "JUPYTER_DATA_DIR": str(home)}
+    environment = {
+        **os.environ,
+        "JUPYTER_CONFIG_DIR": str(home),
+        "JUPYTER_RUNTIME_DIR": str(home),
+        "JUPYTER_DATA_DIR": str(home),
+    }
     with open(home / "log", "w") as log:
         # --assume-old: the test must not install anything
-        server = subprocess.Popen(["make", "lab", "--assume-old=.venv/installed", f"LAB_OPTIONS={options}"], cwd=ROOT, env=environment,
-                                  stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        server = subprocess.Popen(
+            ["make", "lab", "--assume-old=.venv/installed", f"LAB_OPTIONS={options}"],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
     try:
         address, until = f"http://127.0.0.1:{port}", time.monotonic() + 90
         while True:
@@ -40,7 +55,9 @@ def lab(tmp_path_factory):
                 get(f"{address}/api")
                 break
             except OSError:
-                assert server.poll() is None and time.monotonic() < until, (home / "log").read_text()
+                assert server.poll() is None and time.monotonic() < until, (
+                    home / "log"
+                ).read_text()
                 time.sleep(0.2)
         yield address
     finally:
@@ -55,17 +72,27 @@ def get(url: str) -> tuple[str, bytes]:
 
 
 def test_every_image_of_every_chapter_is_served(lab):
-    names = [entry["path"] for entry in json.loads(get(f"{lab}/api/contents/chapters")[1])["content"] if entry["path"].endswith(".ipynb")]
+    names = [
+        entry["path"]
+        for entry in json.loads(get(f"{lab}/api/contents/chapters")[1])["content"]
+        if entry["path"].endswith(".ipynb")
+    ]
     assert len(names) == len(list((ROOT / "chapters").glob("[0-9]*.ipynb")))
     broken, fetched = [], 0
     for name in names:
         for cell in nbformat.read(ROOT / name, 4).cells:
-            for match in IMAGE.finditer(cell.source if cell.cell_type == "markdown" else ""):
+            for match in IMAGE.finditer(
+                cell.source if cell.cell_type == "markdown" else ""
+            ):
                 source = match[1] or match[2]
                 if source.startswith("attachment:"):
                     continue
                 # JupyterLab counts a relative path from the notebook's place below the server's root
-                path = posixpath.normpath(posixpath.join(posixpath.dirname(name), urllib.parse.unquote(source)))
+                path = posixpath.normpath(
+                    posixpath.join(
+                        posixpath.dirname(name), urllib.parse.unquote(source)
+                    )
+                )
                 try:
                     kind, body = get(f"{lab}/files/{urllib.parse.quote(path)}")
                     fetched += 1

@@ -1,4 +1,5 @@
 """The loss: gradients, chunks, ignored targets, precision, and the same gradient however a step is cut into micro-batches."""
+
 import contextlib
 import math
 import os
@@ -18,12 +19,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from qwen_analog.loss import IGNORE_INDEX, bits_per_byte, cross_entropy, linear_cross_entropy
+from qwen_analog.loss import (
+    IGNORE_INDEX,
+    bits_per_byte,
+    cross_entropy,
+    linear_cross_entropy,
+)
 
 
 def problem(tokens=13, width=6, vocab=17, ignored=4, dtype=torch.float64):
     g = torch.Generator().manual_seed(tokens + vocab)
-    hidden, weight = (torch.randn(n, width, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for n in (tokens, vocab))
+    hidden, weight = (
+        torch.randn(n, width, generator=g, dtype=torch.float64)
+        .to(dtype)
+        .requires_grad_()
+        for n in (tokens, vocab)
+    )
     targets = torch.randint(vocab, (tokens,), generator=g)
     targets[torch.randperm(tokens, generator=g)[:ignored]] = IGNORE_INDEX
     return hidden, weight, targets
@@ -42,49 +53,91 @@ def results(loss, hidden, weight, *args, **kwargs):
     return value.detach(), *torch.autograd.grad(value, (hidden, weight))
 
 
-@pytest.mark.parametrize("options", [{}, {"reduction": "sum"}, {"z_loss": 0.2}, {"z_loss": 0.2, "reduction": "sum"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"reduction": "sum"}, {"z_loss": 0.2}, {"z_loss": 0.2, "reduction": "sum"}],
+)
 @pytest.mark.parametrize("chunk_size", [1, 4, 13, None])
 def test_gradcheck(options, chunk_size):
     hidden, weight, targets = problem()
-    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, targets, chunk_size=chunk_size, **options), (hidden, weight))
+    assert torch.autograd.gradcheck(
+        lambda h, w: linear_cross_entropy(
+            h, w, targets, chunk_size=chunk_size, **options
+        ),
+        (hidden, weight),
+    )
 
 
 def test_gradcheck_inside_a_checkpoint():
     hidden, weight, targets = problem()
-    assert torch.autograd.gradcheck(lambda h, w: checkpoint(linear_cross_entropy, h, w, targets, use_reentrant=False), (hidden, weight))
+    assert torch.autograd.gradcheck(
+        lambda h, w: checkpoint(
+            linear_cross_entropy, h, w, targets, use_reentrant=False
+        ),
+        (hidden, weight),
+    )
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_checkpoint_changes_no_bit(reentrant):
     hidden, weight, targets = problem(dtype=torch.float32)
     want = results(linear_cross_entropy, hidden, weight, targets)
-    loss = checkpoint(linear_cross_entropy, hidden, weight, targets, use_reentrant=reentrant)
+    loss = checkpoint(
+        linear_cross_entropy, hidden, weight, targets, use_reentrant=reentrant
+    )
     loss.backward()
     for a, b in zip((loss.detach(), hidden.grad, weight.grad), want):
         assert torch.equal(a, b)
 
 
 @settings(max_examples=60, deadline=None)
-@given(tokens=st.integers(1, 40), vocab=st.integers(1, 30), chunk_size=st.none() | st.integers(1, 50), ignored=st.integers(0, 39),
-       z_loss=st.sampled_from([0.0, 1e-4, 0.5]), reduction=st.sampled_from(["mean", "sum"]))
-def test_any_chunk_size_equals_the_naive_formula(tokens, vocab, chunk_size, ignored, z_loss, reduction):
+@given(
+    tokens=st.integers(1, 40),
+    vocab=st.integers(1, 30),
+    chunk_size=st.none() | st.integers(1, 50),
+    ignored=st.integers(0, 39),
+    z_loss=st.sampled_from([0.0, 1e-4, 0.5]),
+    reduction=st.sampled_from(["mean", "sum"]),
+)
+def test_any_chunk_size_equals_the_naive_formula(
+    tokens, vocab, chunk_size, ignored, z_loss, reduction
+):
     hidden, weight, targets = problem(tokens, 5, vocab, min(ignored, tokens - 1))
-    got = results(linear_cross_entropy, hidden, weight, targets, reduction, chunk_size, z_loss)
+    got = results(
+        linear_cross_entropy, hidden, weight, targets, reduction, chunk_size, z_loss
+    )
     for a, b in zip(got, results(naive, hidden, weight, targets, reduction, z_loss)):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 def test_leading_dimensions_and_views():
     hidden, weight, targets = problem(24)
-    got = results(lambda h, w: linear_cross_entropy(h.view(2, 12, -1)[:, :-1], w, targets.view(2, 12)[:, 1:], chunk_size=5), hidden, weight)
-    want = results(lambda h, w: naive(h.view(2, 12, -1)[:, :-1].flatten(0, 1), w, targets.view(2, 12)[:, 1:].flatten()), hidden, weight)
+    got = results(
+        lambda h, w: linear_cross_entropy(
+            h.view(2, 12, -1)[:, :-1], w, targets.view(2, 12)[:, 1:], chunk_size=5
+        ),
+        hidden,
+        weight,
+    )
+    want = results(
+        lambda h, w: naive(
+            h.view(2, 12, -1)[:, :-1].flatten(0, 1),
+            w,
+            targets.view(2, 12)[:, 1:].flatten(),
+        ),
+        hidden,
+        weight,
+    )
     for a, b in zip(got, want):
         torch.testing.assert_close(a, b)
 
 
 def test_a_vocabulary_larger_than_one_block():
     hidden, weight, targets = problem(20, 4, 20_000, dtype=torch.float32)
-    for a, b in zip(results(linear_cross_entropy, hidden, weight, targets, chunk_size=7), results(naive, hidden, weight, targets)):
+    for a, b in zip(
+        results(linear_cross_entropy, hidden, weight, targets, chunk_size=7),
+        results(naive, hidden, weight, targets),
+    ):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
@@ -92,16 +145,25 @@ def test_a_vocabulary_larger_than_one_block():
 @pytest.mark.parametrize("tokens", [0, 13])
 def test_no_target_at_all_gives_zero_and_zero_gradients(reduction, tokens):
     hidden, weight, targets = problem(tokens, ignored=tokens)
-    for result in results(linear_cross_entropy, hidden, weight, targets, reduction, z_loss=0.1):
+    for result in results(
+        linear_cross_entropy, hidden, weight, targets, reduction, z_loss=0.1
+    ):
         assert not result.any()
-    for result in results(lambda h, w: cross_entropy(h @ w.T, targets, reduction), hidden, weight):
+    for result in results(
+        lambda h, w: cross_entropy(h @ w.T, targets, reduction), hidden, weight
+    ):
         assert not result.any()
 
 
 def test_an_ignored_token_has_no_influence():
     hidden, weight, targets = problem()
-    other = torch.where((targets == IGNORE_INDEX)[:, None], 9.0, hidden.detach()).requires_grad_()
-    first, second = (results(linear_cross_entropy, h, weight, targets, z_loss=0.1, chunk_size=3) for h in (hidden, other))
+    other = torch.where(
+        (targets == IGNORE_INDEX)[:, None], 9.0, hidden.detach()
+    ).requires_grad_()
+    first, second = (
+        results(linear_cross_entropy, h, weight, targets, z_loss=0.1, chunk_size=3)
+        for h in (hidden, other)
+    )
     for a, b in zip(first, second):
         torch.testing.assert_close(a, b)
     assert not first[1][targets == IGNORE_INDEX].any()
@@ -111,7 +173,10 @@ def test_an_ignored_token_has_no_influence():
 def test_a_target_out_of_range_is_refused(bad):
     hidden, weight, targets = problem()
     targets[2] = bad
-    for call in (lambda: linear_cross_entropy(hidden, weight, targets), lambda: cross_entropy(hidden @ weight.T, targets)):
+    for call in (
+        lambda: linear_cross_entropy(hidden, weight, targets),
+        lambda: cross_entropy(hidden @ weight.T, targets),
+    ):
         with pytest.raises(ValueError, match=f"target {bad} is neither"):
             call()
 
@@ -119,12 +184,25 @@ def test_a_target_out_of_range_is_refused(bad):
 @pytest.mark.parametrize("tokens, chunk_size", [(12, 4), (14, 4), (13, 0), (13, -1)])
 def test_sizes_that_do_not_fit_are_refused(tokens, chunk_size):
     hidden, weight, _ = problem()
-    with torch.no_grad(), pytest.raises(ValueError, match=f"13 hidden vectors, {tokens} targets, chunk_size {chunk_size}"):
-        linear_cross_entropy(hidden, weight, torch.zeros(tokens, dtype=torch.int64), chunk_size=chunk_size)
+    with (
+        torch.no_grad(),
+        pytest.raises(
+            ValueError,
+            match=f"13 hidden vectors, {tokens} targets, chunk_size {chunk_size}",
+        ),
+    ):
+        linear_cross_entropy(
+            hidden,
+            weight,
+            torch.zeros(tokens, dtype=torch.int64),
+            chunk_size=chunk_size,
+        )
 
 
 def test_an_unknown_reduction_is_refused():
-    with pytest.raises(ValueError, match="reduction must be 'mean' or 'sum', not 'none'"):
+    with pytest.raises(
+        ValueError, match="reduction must be 'mean' or 'sum', not 'none'"
+    ):
         linear_cross_entropy(*problem(), reduction="none")
 
 
@@ -133,7 +211,10 @@ def test_autocast_is_as_close_to_float64_as_the_naive_loss(z_loss):
     hidden, weight, targets = problem(300, 32, 200, 40, torch.float32)
     exact = results(naive, hidden.double(), weight.double(), targets, z_loss=z_loss)
     with torch.autocast("cpu", torch.bfloat16):
-        plain, chunked = results(naive, hidden, weight, targets, z_loss=z_loss), results(linear_cross_entropy, hidden, weight, targets, "mean", 16, z_loss)
+        plain, chunked = (
+            results(naive, hidden, weight, targets, z_loss=z_loss),
+            results(linear_cross_entropy, hidden, weight, targets, "mean", 16, z_loss),
+        )
     for a, b, c in zip(chunked, plain, exact):
         assert a.dtype == torch.float32
         assert (a - c).norm() < 1.5 * (b - c).norm() + 1e-4 * c.norm()
@@ -141,7 +222,10 @@ def test_autocast_is_as_close_to_float64_as_the_naive_loss(z_loss):
 
 def test_bfloat16_weights():
     hidden, weight, targets = problem(300, 32, 200, 40, torch.bfloat16)
-    got, exact = results(linear_cross_entropy, hidden, weight, targets, chunk_size=16), results(naive, hidden.double(), weight.double(), targets)
+    got, exact = (
+        results(linear_cross_entropy, hidden, weight, targets, chunk_size=16),
+        results(naive, hidden.double(), weight.double(), targets),
+    )
     assert [x.dtype for x in got] == [torch.float32, torch.bfloat16, torch.bfloat16]
     for a, c in zip(got, exact):
         assert (a - c).norm() < 1e-2 * c.norm()
@@ -151,24 +235,45 @@ def test_float64_stays_float64_under_autocast():
     hidden, weight, targets = problem()
     with torch.autocast("cpu", torch.bfloat16):
         loss = linear_cross_entropy(hidden, weight, targets)
-    assert loss.dtype == torch.float64 and torch.equal(loss, linear_cross_entropy(hidden, weight, targets))
+    assert loss.dtype == torch.float64 and torch.equal(
+        loss, linear_cross_entropy(hidden, weight, targets)
+    )
 
 
 def test_only_the_gradients_that_are_wanted():
     hidden, weight, targets = problem()
     want = results(linear_cross_entropy, hidden, weight, targets)
-    assert torch.equal(torch.autograd.grad(linear_cross_entropy(hidden.detach(), weight, targets), weight)[0], want[2])
-    assert torch.equal(torch.autograd.grad(linear_cross_entropy(hidden, weight.detach(), targets), hidden)[0], want[1])
+    assert torch.equal(
+        torch.autograd.grad(
+            linear_cross_entropy(hidden.detach(), weight, targets), weight
+        )[0],
+        want[2],
+    )
+    assert torch.equal(
+        torch.autograd.grad(
+            linear_cross_entropy(hidden, weight.detach(), targets), hidden
+        )[0],
+        want[1],
+    )
     with torch.no_grad():
         assert torch.equal(linear_cross_entropy(hidden, weight, targets), want[0])
 
 
-@pytest.mark.parametrize("device, mode", [("meta", contextlib.nullcontext), ("cpu", FakeTensorMode)])
+@pytest.mark.parametrize(
+    "device, mode", [("meta", contextlib.nullcontext), ("cpu", FakeTensorMode)]
+)
 def test_shapes_without_values(device, mode):
     with mode():
-        hidden, weight = (torch.empty(n, 8, device=device, requires_grad=True) for n in (20, 11))
+        hidden, weight = (
+            torch.empty(n, 8, device=device, requires_grad=True) for n in (20, 11)
+        )
         targets = torch.empty(20, dtype=torch.int64, device=device)
-        assert [x.shape for x in results(linear_cross_entropy, hidden, weight, targets, chunk_size=7)] == [(), (20, 8), (11, 8)]
+        assert [
+            x.shape
+            for x in results(
+                linear_cross_entropy, hidden, weight, targets, chunk_size=7
+            )
+        ] == [(), (20, 8), (11, 8)]
 
 
 def test_a_second_backward_pass_gives_the_same_gradients():
@@ -183,35 +288,61 @@ def test_a_second_backward_pass_gives_the_same_gradients():
 def test_unequal_documents_in_any_number_of_micro_batches(micro_batches):
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(17, 6, generator=g, dtype=torch.float64, requires_grad=True)
-    documents = [(torch.randn(n, 6, generator=g, dtype=torch.float64), torch.randint(17, (n,), generator=g)) for n in (50, 1, 7, 3)]
+    documents = [
+        (
+            torch.randn(n, 6, generator=g, dtype=torch.float64),
+            torch.randint(17, (n,), generator=g),
+        )
+        for n in (50, 1, 7, 3)
+    ]
     count = sum(len(t) for _, t in documents)
     size = len(documents) // micro_batches
     for i in range(0, len(documents), size):
         h, t = (torch.cat(parts) for parts in zip(*documents[i : i + size]))
-        (linear_cross_entropy(h, weight, t, reduction="sum", chunk_size=4) / count).backward()
+        (
+            linear_cross_entropy(h, weight, t, reduction="sum", chunk_size=4) / count
+        ).backward()
     h, t = (torch.cat(parts) for parts in zip(*documents))
-    torch.testing.assert_close(weight.grad, torch.autograd.grad(naive(h, weight, t), weight)[0])
+    torch.testing.assert_close(
+        weight.grad, torch.autograd.grad(naive(h, weight, t), weight)[0]
+    )
 
 
 class Head(nn.Module):
     def __init__(self):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(17, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+        self.weight = nn.Parameter(
+            torch.randn(
+                17, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+            )
+        )
 
     def forward(self, h, t, reduction):
-        return linear_cross_entropy(h, self.weight, t, reduction=reduction, chunk_size=4)
+        return linear_cross_entropy(
+            h, self.weight, t, reduction=reduction, chunk_size=4
+        )
 
 
 def _two_ranks(rank, folder):
     """Eight unequal documents, dealt out to two processes, in 1, 2 or 4 micro-batches each: one gradient, that of the whole."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
     g = torch.Generator().manual_seed(0)
-    documents = [(torch.randn(n, 6, generator=g, dtype=torch.float64), torch.randint(17, (n,), generator=g)) for n in (50, 1, 7, 3, 90, 2, 4, 30)]
+    documents = [
+        (
+            torch.randn(n, 6, generator=g, dtype=torch.float64),
+            torch.randint(17, (n,), generator=g),
+        )
+        for n in (50, 1, 7, 3, 90, 2, 4, 30)
+    ]
     for _, t in documents:
-        t[::5] = IGNORE_INDEX                                             # the document of one token has no target left
+        t[::5] = IGNORE_INDEX  # the document of one token has no target left
     h, t = (torch.cat(parts) for parts in zip(*documents))
     model = DistributedDataParallel(Head())
-    whole = torch.autograd.grad(naive(h, model.module.weight, t), model.module.weight)[0]
+    whole = torch.autograd.grad(naive(h, model.module.weight, t), model.module.weight)[
+        0
+    ]
     mine = documents[rank::2]
     for micro_batches in (1, 2, 4):
         size = len(mine) // micro_batches
@@ -221,11 +352,21 @@ def _two_ranks(rank, folder):
             model.zero_grad()
             for i in range(0, len(mine), size):
                 h, t = (torch.cat(parts) for parts in zip(*mine[i : i + size]))
-                with contextlib.nullcontext() if i + size == len(mine) else model.no_sync():
-                    loss = model(h, t, "sum") * 2 / count if right else model(h, t, "mean") / micro_batches      # DDP averages
+                with (
+                    contextlib.nullcontext()
+                    if i + size == len(mine)
+                    else model.no_sync()
+                ):
+                    loss = (
+                        model(h, t, "sum") * 2 / count
+                        if right
+                        else model(h, t, "mean") / micro_batches
+                    )  # DDP averages
                     loss.backward()
             off = (model.module.weight.grad - whole).norm() / whole.norm()
-            assert off < 1e-12 if right else off > 0.1, f"{micro_batches} micro-batches: off by {off:.1e}"
+            assert off < 1e-12 if right else off > 0.1, (
+                f"{micro_batches} micro-batches: off by {off:.1e}"
+            )
     dist.barrier()
     dist.destroy_process_group()
 
@@ -248,20 +389,35 @@ print("grew by", status("VmHWM") - before)
 """
 
 
-@pytest.mark.skipif("QWEN_ANALOG_FULL_SIZE" not in os.environ, reason="4 GB and minutes: set QWEN_ANALOG_FULL_SIZE=1")
+@pytest.mark.skipif(
+    "QWEN_ANALOG_FULL_SIZE" not in os.environ,
+    reason="4 GB and minutes: set QWEN_ANALOG_FULL_SIZE=1",
+)
 def test_memory_at_the_full_size():
     """Beyond the weight in bfloat16 and the gradients, which every loss needs: a tenth of the naive loss's three float32 logits."""
-    run = subprocess.run([sys.executable, "-c", FULL_SIZE], capture_output=True, text=True, check=True,
-                         env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])})
+    run = subprocess.run(
+        [sys.executable, "-c", FULL_SIZE],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+    )
     grown = int(re.search(r"grew by (\d+)", run.stdout)[1])
     T, D, V = 4096, 2048, 151_936
-    assert grown - (V * D * 2 + V * D * 4 + T * D * 4) < 3 * T * V * 4 / 10, f"{grown:,} bytes"
+    assert grown - (V * D * 2 + V * D * 4 + T * D * 4) < 3 * T * V * 4 / 10, (
+        f"{grown:,} bytes"
+    )
 
 
 def test_the_weights_gradient_is_not_held_twice():
     hidden, weight, targets = problem()
     loss = 3 * linear_cross_entropy(hidden, weight, targets)
-    kept = loss.grad_fn.next_functions[0][0].next_functions[0][0].saved_tensors[1].data_ptr()      # the tensor itself, held here, would be copied
+    kept = (
+        loss.grad_fn.next_functions[0][0]
+        .next_functions[0][0]
+        .saved_tensors[1]
+        .data_ptr()
+    )  # the tensor itself, held here, would be copied
     loss.backward()
     assert weight.grad.data_ptr() == kept
 
@@ -270,7 +426,9 @@ def test_cross_entropy_is_float32_inside():
     logits, targets = torch.randn(4, 5, 50).bfloat16(), torch.randint(50, (4, 5))
     loss = cross_entropy(logits, targets)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()))
+    torch.testing.assert_close(
+        loss, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+    )
 
 
 def test_bits_per_byte():

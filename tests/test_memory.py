@@ -1,4 +1,5 @@
 """Activation checkpointing changes memory and work but no gradient; the ledger's arithmetic is what a tracker measures."""
+
 import itertools
 import os
 
@@ -14,14 +15,37 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qwen_analog import memory
 from qwen_analog.config import QwenConfig
-from qwen_analog.memory import RECOMPUTE, MemoryLedger, StorageTracker, flops_per_token, memory_ledger, saved_activations, set_activation_checkpointing
+from qwen_analog.memory import (
+    RECOMPUTE,
+    MemoryLedger,
+    StorageTracker,
+    flops_per_token,
+    memory_ledger,
+    saved_activations,
+    set_activation_checkpointing,
+)
 from qwen_analog.model import QwenForCausalLM
 from qwen_analog.optim import build_optimizers
 
-NARROW = QwenConfig(vocab_size=512, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=176,
-                    max_position_embeddings=512)
-WIDE = QwenConfig(vocab_size=256, hidden_size=256, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, intermediate_size=1024,
-                  max_position_embeddings=512, tie_word_embeddings=False)
+NARROW = QwenConfig(
+    vocab_size=512,
+    hidden_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=176,
+    max_position_embeddings=512,
+)
+WIDE = QwenConfig(
+    vocab_size=256,
+    hidden_size=256,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    intermediate_size=1024,
+    max_position_embeddings=512,
+    tie_word_embeddings=False,
+)
 
 
 def batch(config, B, T):
@@ -30,23 +54,47 @@ def batch(config, B, T):
 
 
 def backward(model, ids, documents, precision):
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
+    with torch.autocast(
+        "cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False
+    ):
         loss = model(ids, ids, document_ids=documents)
     loss.backward()
 
 
-def measured(model, optimizers, B, T, precision, micro_batches=1, documents=True, cast_by_autocast=True):
+def measured(
+    model,
+    optimizers,
+    B,
+    T,
+    precision,
+    micro_batches=1,
+    documents=True,
+    cast_by_autocast=True,
+):
     """Bytes by category at the peak of a step after the first."""
     ids, document_ids = batch(model.config, B, T)
-    for optimizer in optimizers:                    # the states of a first step, without its cost
-        for p in itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups):
+    for optimizer in optimizers:  # the states of a first step, without its cost
+        for p in itertools.chain.from_iterable(
+            group["params"] for group in optimizer.param_groups
+        ):
             p.grad = torch.zeros_like(p)
         optimizer.step()
         optimizer.zero_grad()
-    states = [v for optimizer in optimizers for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    states = [
+        v
+        for optimizer in optimizers
+        for s in optimizer.state.values()
+        for v in s.values()
+        if isinstance(v, torch.Tensor)
+    ]
     with StorageTracker(parameters=model.parameters(), optimizer=states) as tracker:
         for _ in range(micro_batches):
-            backward(model, ids, document_ids if documents else None, precision if cast_by_autocast else "fp32")
+            backward(
+                model,
+                ids,
+                document_ids if documents else None,
+                precision if cast_by_autocast else "fp32",
+            )
         tracker.mark("gradients", [p.grad for p in model.parameters()])
     return tracker.peak
 
@@ -54,23 +102,40 @@ def measured(model, optimizers, B, T, precision, micro_batches=1, documents=True
 def test_tracker_counts_storages_not_views():
     held = torch.zeros(10)
     with StorageTracker(held=[held]) as tracker:
-        a = torch.ones(100)                         # 400 bytes
-        b = a.view(10, 10).T + 1                    # and 400 more
+        a = torch.ones(100)  # 400 bytes
+        b = a.view(10, 10).T + 1  # and 400 more
         del a
-        c = b[:5].contiguous() * 2                  # 200 (a view of b is not contiguous: copied), then 200
+        c = (
+            b[:5].contiguous() * 2
+        )  # 200 (a view of b is not contiguous: copied), then 200
         tracker.mark("kept", [b])
         del b, c
         held.untyped_storage().resize_(0)
     sums = [sum(row.values()) for row in tracker.timeline()]
-    assert sums == [40, 440, 840, 440, 640, 840, 640, 240, 40, 0] and tracker.timeline()[-1] == {"held": 0, "kept": 0, "other": 0}
+    assert sums == [
+        40,
+        440,
+        840,
+        440,
+        640,
+        840,
+        640,
+        240,
+        40,
+        0,
+    ] and tracker.timeline()[-1] == {"held": 0, "kept": 0, "other": 0}
     assert tracker.peak == {"held": 40, "kept": 400, "other": 400}
-    torch.zeros(3)                                  # outside: not seen, and `resize_` is PyTorch's own again
-    assert len(tracker.timeline()) == len(sums) and torch.UntypedStorage.resize_.__name__ == "resize_"
+    torch.zeros(3)  # outside: not seen, and `resize_` is PyTorch's own again
+    assert (
+        len(tracker.timeline()) == len(sums)
+        and torch.UntypedStorage.resize_.__name__ == "resize_"
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-pure"])
 def test_recomputing_changes_no_bit_of_a_gradient(precision):
     from book import scramble_
+
     model = scramble_(QwenForCausalLM(NARROW))
     if precision == "bf16-pure":
         model.bfloat16()
@@ -81,13 +146,21 @@ def test_recomputing_changes_no_bit_of_a_gradient(precision):
         backward(model, *batch(NARROW, 2, 64), precision)
         gradients[mode] = [p.grad for p in model.parameters()]
     for mode in ("full", "selective"):
-        assert all(torch.equal(a, b) for a, b in zip(gradients[mode], gradients["none"])), mode
+        assert all(
+            torch.equal(a, b) for a, b in zip(gradients[mode], gradients["none"])
+        ), mode
 
 
 def test_an_unknown_mode_is_refused():
-    for call in (lambda: set_activation_checkpointing(QwenForCausalLM(NARROW), "some"), lambda: flops_per_token(NARROW, 64, "some"),
-                 lambda: memory_ledger(NARROW, recompute="some")):
-        with pytest.raises(ValueError, match="^recompute must be one of none, selective, full, not 'some'$"):
+    for call in (
+        lambda: set_activation_checkpointing(QwenForCausalLM(NARROW), "some"),
+        lambda: flops_per_token(NARROW, 64, "some"),
+        lambda: memory_ledger(NARROW, recompute="some"),
+    ):
+        with pytest.raises(
+            ValueError,
+            match="^recompute must be one of none, selective, full, not 'some'$",
+        ):
             call()
 
 
@@ -101,8 +174,10 @@ def test_flops_are_those_that_are_counted(config, mode):
     def attention_backward(upstream, q, k, *_, out_shape=None, **__):
         return 2 * attention(q, k)
 
-    formulas = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
-                torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward}
+    formulas = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+    }
     model = QwenForCausalLM(config)
     set_activation_checkpointing(model, mode)
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
@@ -114,76 +189,146 @@ def test_the_card_in_numbers():
     card = QwenConfig()
     assert round(flops_per_token(card, 4096) / 1e9, 1) == 22.8
     training = memory_ledger(card, recompute="full", micro_batches=2)
-    assert training.parameters == training.optimizer / 2 == 4 * 3_199_240_192 and training.gradients >= training.parameters
-    one, two = (memory_ledger(card, optimizer=None, sequence_length=T) for T in (1000, 1001))
-    assert one.parameters == 2 * 3_199_240_192 and two.kv_cache - one.kv_cache == 147_456
+    assert (
+        training.parameters == training.optimizer / 2 == 4 * 3_199_240_192
+        and training.gradients >= training.parameters
+    )
+    one, two = (
+        memory_ledger(card, optimizer=None, sequence_length=T) for T in (1000, 1001)
+    )
+    assert (
+        one.parameters == 2 * 3_199_240_192 and two.kv_cache - one.kv_cache == 147_456
+    )
 
 
 @pytest.mark.parametrize("mode", RECOMPUTE)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-pure"])
-@pytest.mark.parametrize("config,B,T", [(NARROW, 2, 128), (WIDE, 2, 128), (WIDE, 1, 32)], ids=["logits", "activations", "weights"])
+@pytest.mark.parametrize(
+    "config,B,T",
+    [(NARROW, 2, 128), (WIDE, 2, 128), (WIDE, 1, 32)],
+    ids=["logits", "activations", "weights"],
+)
 def test_ledger_against_measured(config, B, T, precision, mode):
     for micro_batches, documents in ((1, True), (2, False)):
-        model = QwenForCausalLM(config).to(torch.bfloat16 if precision == "bf16-pure" else torch.float32)
+        model = QwenForCausalLM(config).to(
+            torch.bfloat16 if precision == "bf16-pure" else torch.float32
+        )
         set_activation_checkpointing(model, mode)
-        got = measured(model, build_optimizers(model, 1e-3), B, T, precision, micro_batches, documents)
-        ledger = memory_ledger(config, precision=precision, recompute=mode, batch_size=B, sequence_length=T, micro_batches=micro_batches,
-                               document_masks=documents)
+        got = measured(
+            model,
+            build_optimizers(model, 1e-3),
+            B,
+            T,
+            precision,
+            micro_batches,
+            documents,
+        )
+        ledger = memory_ledger(
+            config,
+            precision=precision,
+            recompute=mode,
+            batch_size=B,
+            sequence_length=T,
+            micro_batches=micro_batches,
+            document_masks=documents,
+        )
         assert ledger.parameters == got["parameters"]
-        assert ledger.optimizer == pytest.approx(got["optimizer"], abs=4 * len(list(model.parameters())))      # + step counters
-        assert ledger.total == pytest.approx(sum(got.values()), rel=0.04), f"{ledger}\n{got}"
+        assert ledger.optimizer == pytest.approx(
+            got["optimizer"], abs=4 * len(list(model.parameters()))
+        )  # + step counters
+        assert ledger.total == pytest.approx(sum(got.values()), rel=0.04), (
+            f"{ledger}\n{got}"
+        )
 
 
 @pytest.mark.parametrize("documents", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-pure"])
 def test_what_a_block_keeps_is_what_is_listed(precision, documents):
     """The autograd hooks' list for one block, without weights, cos and sin, against `saved_activations`."""
-    model = QwenForCausalLM(NARROW).to(torch.bfloat16 if precision == "bf16-pure" else torch.float32)
+    model = QwenForCausalLM(NARROW).to(
+        torch.bfloat16 if precision == "bf16-pure" else torch.float32
+    )
     ids, document_ids = batch(NARROW, 2, 48)
     marks, saved = [], []
     layers = model.model.layers
     for layer in layers:
         layer.register_forward_pre_hook(lambda *_: marks.append(len(saved)))
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t), \
-            torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(
+            lambda t: saved.append(t) or t, lambda t: t
+        ),
+        torch.autocast(
+            "cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False
+        ),
+    ):
         model(ids, ids, document_ids=document_ids if documents else None)
     weights = {p.numel() for p in layers[1].parameters()}
     cos = NARROW.head_dim * 48 * (2 if documents else 1)
-    sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in saved[marks[1]:marks[2]] if t.numel() not in weights | {cos}}
-    assert sum(sizes.values()) == sum(saved_activations(NARROW, 2, 48, precision=precision, document_masks=documents).values())
+    sizes = {
+        t.untyped_storage()._cdata: t.untyped_storage().nbytes()
+        for t in saved[marks[1] : marks[2]]
+        if t.numel() not in weights | {cos}
+    }
+    assert sum(sizes.values()) == sum(
+        saved_activations(
+            NARROW, 2, 48, precision=precision, document_masks=documents
+        ).values()
+    )
 
 
 @pytest.mark.parametrize("mode", RECOMPUTE)
 def test_a_block_more_keeps_what_the_mode_keeps(mode):
     held = []
     for layers in (1, 2):
-        model = QwenForCausalLM(QwenConfig.from_dict({**NARROW.to_dict(), "num_hidden_layers": layers}))
+        model = QwenForCausalLM(
+            QwenConfig.from_dict({**NARROW.to_dict(), "num_hidden_layers": layers})
+        )
         set_activation_checkpointing(model, mode)
         ids, documents = batch(NARROW, 2, 48)
         with StorageTracker(parameters=model.parameters()) as tracker:
             loss = model(ids, ids, document_ids=documents)
             held.append(tracker.timeline()[-1]["other"])
         del loss
-    assert held[1] - held[0] == sum(saved_activations(NARROW, 2, 48, precision="fp32", recompute=mode).values())
+    assert held[1] - held[0] == sum(
+        saved_activations(NARROW, 2, 48, precision="fp32", recompute=mode).values()
+    )
 
 
 def test_muon_and_bfloat16_moments():
     model = QwenForCausalLM(NARROW)
     got = measured(model, build_optimizers(model, 1e-3, kind="muon"), 2, 64, "fp32")
-    assert memory_ledger(NARROW, optimizer="muon").optimizer == pytest.approx(got["optimizer"], abs=4 * len(list(model.parameters())))
-    assert memory_ledger(NARROW, optimizer="adamw-bf16").optimizer * 2 == memory_ledger(NARROW, optimizer="adamw").optimizer
+    assert memory_ledger(NARROW, optimizer="muon").optimizer == pytest.approx(
+        got["optimizer"], abs=4 * len(list(model.parameters()))
+    )
+    assert (
+        memory_ledger(NARROW, optimizer="adamw-bf16").optimizer * 2
+        == memory_ledger(NARROW, optimizer="adamw").optimizer
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_inference_against_measured(precision):
     for B, T in ((2, 256), (1, 16)):
-        model = QwenForCausalLM(NARROW).to(torch.float32 if precision == "fp32" else torch.bfloat16).eval()
+        model = (
+            QwenForCausalLM(NARROW)
+            .to(torch.float32 if precision == "fp32" else torch.bfloat16)
+            .eval()
+        )
         with torch.no_grad(), StorageTracker(parameters=model.parameters()) as tracker:
             cache = model.new_cache(B, T)
             tracker.mark("kv_cache", [cache.keys, cache.values])
-            logits = model(batch(NARROW, B, T)[0], cache=cache, logits_to_keep=1).float().softmax(-1)
-        ledger = memory_ledger(NARROW, precision=precision, optimizer=None, batch_size=B, sequence_length=T)
-        assert (ledger.parameters, ledger.kv_cache) == (tracker.peak["parameters"], tracker.peak["kv_cache"]) and logits.shape == (B, 1, 512)
+            logits = (
+                model(batch(NARROW, B, T)[0], cache=cache, logits_to_keep=1)
+                .float()
+                .softmax(-1)
+            )
+        ledger = memory_ledger(
+            NARROW, precision=precision, optimizer=None, batch_size=B, sequence_length=T
+        )
+        assert (ledger.parameters, ledger.kv_cache) == (
+            tracker.peak["parameters"],
+            tracker.peak["kv_cache"],
+        ) and logits.shape == (B, 1, 512)
         assert ledger.total == pytest.approx(sum(tracker.peak.values()), rel=0.03)
 
 
@@ -199,45 +344,94 @@ def test_ledger_at_the_cards_width():
             set_activation_checkpointing(model, mode)
             got = measured(model, [], 1, 4096, "bf16", micro_batches)
         ledger = memory_ledger(config, recompute=mode, micro_batches=micro_batches)
-        assert ledger.total - ledger.optimizer == pytest.approx(sum(got.values()), rel=0.06)
+        assert ledger.total - ledger.optimizer == pytest.approx(
+            sum(got.values()), rel=0.06
+        )
 
 
 @pytest.fixture
 def four_ranks():
-    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())       # collectives that do nothing
+    dist.init_process_group(
+        "fake", rank=0, world_size=4, store=FakeStore()
+    )  # collectives that do nothing
     yield init_device_mesh("cpu", (4,))
     dist.destroy_process_group()
 
 
 def test_sharded_ledger_against_measured(four_ranks):
     for config, (precision, mode, B, T) in itertools.product(
-            (NARROW, WIDE), (("bf16", "none", 2, 128), ("bf16", "full", 1, 16), ("fp32", "selective", 2, 256), ("bf16-pure", "full", 2, 256))):
-        model = QwenForCausalLM(config).to(torch.bfloat16 if precision == "bf16-pure" else torch.float32)
+        (NARROW, WIDE),
+        (
+            ("bf16", "none", 2, 128),
+            ("bf16", "full", 1, 16),
+            ("fp32", "selective", 2, 256),
+            ("bf16-pure", "full", 2, 256),
+        ),
+    ):
+        model = QwenForCausalLM(config).to(
+            torch.bfloat16 if precision == "bf16-pure" else torch.float32
+        )
         set_activation_checkpointing(model, mode)
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if precision == "bf16" else None, reduce_dtype=torch.float32)
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if precision == "bf16" else None,
+            reduce_dtype=torch.float32,
+        )
         for layer in model.model.layers:
             fully_shard(layer, mesh=four_ranks, mp_policy=policy)
-        fully_shard(model, mesh=four_ranks, mp_policy=policy, reshard_after_forward=False)
-        backward(model, *batch(config, B, T), "fp32")          # the first pass sets FSDP up
+        fully_shard(
+            model, mesh=four_ranks, mp_policy=policy, reshard_after_forward=False
+        )
+        backward(model, *batch(config, B, T), "fp32")  # the first pass sets FSDP up
         model.zero_grad()
         got = measured(model, [], B, T, precision, cast_by_autocast=False)
-        ledger = memory_ledger(config, precision=precision, recompute=mode, batch_size=B, sequence_length=T, strategy="fsdp", shards=4)
+        ledger = memory_ledger(
+            config,
+            precision=precision,
+            recompute=mode,
+            batch_size=B,
+            sequence_length=T,
+            strategy="fsdp",
+            shards=4,
+        )
         assert ledger.parameters == got["parameters"] and ledger.communication > 0
-        assert ledger.total - ledger.optimizer == pytest.approx(sum(got.values()), rel=0.1), f"{ledger}\n{got}"
+        assert ledger.total - ledger.optimizer == pytest.approx(
+            sum(got.values()), rel=0.1
+        ), f"{ledger}\n{got}"
 
 
 def test_data_parallel_holds_the_gradients_all_the_time():
-    alone, one_of_two = (memory_ledger(NARROW, batch_size=2, sequence_length=128, replicas=n) for n in (1, 2))
-    assert one_of_two.total == memory_ledger(NARROW, batch_size=2, sequence_length=128, micro_batches=2).total > alone.total
+    alone, one_of_two = (
+        memory_ledger(NARROW, batch_size=2, sequence_length=128, replicas=n)
+        for n in (1, 2)
+    )
+    assert (
+        one_of_two.total
+        == memory_ledger(
+            NARROW, batch_size=2, sequence_length=128, micro_batches=2
+        ).total
+        > alone.total
+    )
 
 
-@pytest.mark.parametrize("given,message", [
-    ({"precision": "fp16"}, "precision must be one of fp32, bf16, bf16-pure, not 'fp16'"),
-    ({"optimizer": "sgd"}, "optimizer must be one of adamw, adamw-bf16, muon, None, not 'sgd'"),
-    ({"strategy": "tp"}, "strategy must be one of ddp, fsdp, hsdp, not 'tp'"),
-    ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
-    ({"shards": 8}, "strategy 'ddp' keeps the whole model on each GPU: shards must be 1, not 8"),
-])
+@pytest.mark.parametrize(
+    "given,message",
+    [
+        (
+            {"precision": "fp16"},
+            "precision must be one of fp32, bf16, bf16-pure, not 'fp16'",
+        ),
+        (
+            {"optimizer": "sgd"},
+            "optimizer must be one of adamw, adamw-bf16, muon, None, not 'sgd'",
+        ),
+        ({"strategy": "tp"}, "strategy must be one of ddp, fsdp, hsdp, not 'tp'"),
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        (
+            {"shards": 8},
+            "strategy 'ddp' keeps the whole model on each GPU: shards must be 1, not 8",
+        ),
+    ],
+)
 def test_impossible_settings_are_refused_in_one_line(given, message):
     with pytest.raises(ValueError) as error:
         memory_ledger(NARROW, **given)
@@ -245,12 +439,20 @@ def test_impossible_settings_are_refused_in_one_line(given, message):
 
 
 def test_the_table_can_be_read():
-    lines = str(MemoryLedger(parameters=2_000_000_000, kv_cache=500_000_000, moment="noon")).splitlines()
-    assert lines == ["parameters         2.000 GB", "kv_cache           0.500 GB", "total              2.500 GB   at noon"]
+    lines = str(
+        MemoryLedger(parameters=2_000_000_000, kv_cache=500_000_000, moment="noon")
+    ).splitlines()
+    assert lines == [
+        "parameters         2.000 GB",
+        "kv_cache           0.500 GB",
+        "total              2.500 GB   at noon",
+    ]
 
 
 def test_the_selective_policy_compiles():
-    model = QwenForCausalLM(QwenConfig.from_dict({**NARROW.to_dict(), "num_hidden_layers": 1}))
+    model = QwenForCausalLM(
+        QwenConfig.from_dict({**NARROW.to_dict(), "num_hidden_layers": 1})
+    )
     gradients = {}
     for mode in ("none", "selective"):
         set_activation_checkpointing(model, mode)
@@ -258,7 +460,9 @@ def test_the_selective_policy_compiles():
             model.model.layers[0].compile(backend="aot_eager", fullgraph=True)
         model.zero_grad()
         backward(model, *batch(NARROW, 1, 32), "fp32")
-        gradients[mode] = nn.utils.parameters_to_vector(p.grad for p in model.parameters())
+        gradients[mode] = nn.utils.parameters_to_vector(
+            p.grad for p in model.parameters()
+        )
     torch.testing.assert_close(gradients["selective"], gradients["none"])
 
 
@@ -270,25 +474,69 @@ def machine(path, files):
     return {"proc": path / "proc", "cgroups": path / "cgroup"}
 
 
-@pytest.mark.parametrize("files, left", [
-    ({}, 8000 * 1024),
-    ({"cgroup/memory.max": "5000000", "cgroup/memory.current": "1000000"}, 4_000_000),
-    ({"cgroup/memory.max": "max", "cgroup/memory.current": "1000000"}, 8000 * 1024),
-    ({"cgroup/a/b/memory.max": "max", "cgroup/a/b/memory.current": "5", "cgroup/a/memory.max": "3000000", "cgroup/a/memory.current": "2000000",
-      "cgroup/a/memory.stat": "anon 7\ninactive_file 500000\n"}, 1_500_000),
-    ({"cgroup/memory.max": "5000000", "cgroup/memory.current": "4900000",
-      "cgroup/memory.stat": "anon 100000\ninactive_file 800000\nactive_file 4000000\n"}, 4_900_000),
-    ({"cgroup/memory.max": "1000000", "cgroup/memory.current": "2000000"}, 0),
-    ({"proc/self/cgroup": "7:cpu,cpuacct:/x\n4:memory:/a\n0::/\n", "cgroup/memory/a/memory.limit_in_bytes": "6000000",
-      "cgroup/memory/a/memory.usage_in_bytes": "2000000", "cgroup/memory/a/memory.stat": "total_inactive_file 1000000\n"}, 5_000_000),
-    # a container without a name space of its own: the path is the host's, the group's files are at the root
-    ({"proc/self/cgroup": "4:memory:/docker/0123\n", "cgroup/memory/memory.limit_in_bytes": "2000000",
-      "cgroup/memory/memory.usage_in_bytes": "500000"}, 1_500_000),
-    ({"proc/self/cgroup": "4:memory:/\n", "cgroup/memory/memory.limit_in_bytes": "9223372036854771712",
-      "cgroup/memory/memory.usage_in_bytes": "500000"}, 8000 * 1024),
-])
-def test_what_is_left_is_the_least_of_the_machine_and_its_control_groups(tmp_path, files, left):
-    kernel = {"proc/meminfo": "MemTotal: 16000 kB\nMemFree: 10 kB\nMemAvailable: 8000 kB\n", "proc/self/cgroup": "0::/a/b\n"}
+@pytest.mark.parametrize(
+    "files, left",
+    [
+        ({}, 8000 * 1024),
+        (
+            {"cgroup/memory.max": "5000000", "cgroup/memory.current": "1000000"},
+            4_000_000,
+        ),
+        ({"cgroup/memory.max": "max", "cgroup/memory.current": "1000000"}, 8000 * 1024),
+        (
+            {
+                "cgroup/a/b/memory.max": "max",
+                "cgroup/a/b/memory.current": "5",
+                "cgroup/a/memory.max": "3000000",
+                "cgroup/a/memory.current": "2000000",
+                "cgroup/a/memory.stat": "anon 7\ninactive_file 500000\n",
+            },
+            1_500_000,
+        ),
+        (
+            {
+                "cgroup/memory.max": "5000000",
+                "cgroup/memory.current": "4900000",
+                "cgroup/memory.stat": "anon 100000\ninactive_file 800000\nactive_file 4000000\n",
+            },
+            4_900_000,
+        ),
+        ({"cgroup/memory.max": "1000000", "cgroup/memory.current": "2000000"}, 0),
+        (
+            {
+                "proc/self/cgroup": "7:cpu,cpuacct:/x\n4:memory:/a\n0::/\n",
+                "cgroup/memory/a/memory.limit_in_bytes": "6000000",
+                "cgroup/memory/a/memory.usage_in_bytes": "2000000",
+                "cgroup/memory/a/memory.stat": "total_inactive_file 1000000\n",
+            },
+            5_000_000,
+        ),
+        # a container without a name space of its own: the path is the host's, the group's files are at the root
+        (
+            {
+                "proc/self/cgroup": "4:memory:/docker/0123\n",
+                "cgroup/memory/memory.limit_in_bytes": "2000000",
+                "cgroup/memory/memory.usage_in_bytes": "500000",
+            },
+            1_500_000,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:memory:/\n",
+                "cgroup/memory/memory.limit_in_bytes": "9223372036854771712",
+                "cgroup/memory/memory.usage_in_bytes": "500000",
+            },
+            8000 * 1024,
+        ),
+    ],
+)
+def test_what_is_left_is_the_least_of_the_machine_and_its_control_groups(
+    tmp_path, files, left
+):
+    kernel = {
+        "proc/meminfo": "MemTotal: 16000 kB\nMemFree: 10 kB\nMemAvailable: 8000 kB\n",
+        "proc/self/cgroup": "0::/a/b\n",
+    }
     assert memory.available_memory("cpu", **machine(tmp_path, kernel | files)) == left
 
 
@@ -298,18 +546,41 @@ def test_where_the_kernel_says_nothing_the_machine_counts(tmp_path):
 
 
 def test_a_limit_of_addresses_counts(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory.resource, "getrlimit", lambda which: (3_000_000, -1) if which == memory.resource.RLIMIT_AS else (-1, -1))
+    monkeypatch.setattr(
+        memory.resource,
+        "getrlimit",
+        lambda which: (
+            (3_000_000, -1) if which == memory.resource.RLIMIT_AS else (-1, -1)
+        ),
+    )
     page = os.sysconf("SC_PAGE_SIZE")
-    kernel = {"proc/meminfo": "MemAvailable: 8000 kB\n", "proc/self/statm": "100 50 0 0 0 0 0\n"}
-    assert memory.available_memory("cpu", **machine(tmp_path, kernel)) == 3_000_000 - 100 * page
+    kernel = {
+        "proc/meminfo": "MemAvailable: 8000 kB\n",
+        "proc/self/statm": "100 50 0 0 0 0 0\n",
+    }
+    assert (
+        memory.available_memory("cpu", **machine(tmp_path, kernel))
+        == 3_000_000 - 100 * page
+    )
 
 
 def test_what_cannot_fit_is_refused_in_one_line(monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda device: 2_000_000_000)
     with pytest.raises(ValueError) as refused:
-        memory.require_memory(12.3e9, "cpu", "training this model", "choose a smaller --model")
+        memory.require_memory(
+            12.3e9, "cpu", "training this model", "choose a smaller --model"
+        )
     message = str(refused.value)
-    assert all(part in message for part in ("training this model", "12.3 GB", "2.0 GB", "choose a smaller --model", "--ignore-memory"))
+    assert all(
+        part in message
+        for part in (
+            "training this model",
+            "12.3 GB",
+            "2.0 GB",
+            "choose a smaller --model",
+            "--ignore-memory",
+        )
+    )
     assert "\n" not in message
     memory.require_memory(2e9, "cpu", "training this model", "-")
     memory.require_memory(12.3e9, "cpu", "training this model", "-", check=False)

@@ -1,4 +1,5 @@
 """The log of a run: torn lines, full disks, numbers that are none."""
+
 import json
 import math
 import os
@@ -11,7 +12,14 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qwen_analog.data import Block
-from qwen_analog.monitor import LogFile, RunLog, documents_of_step, log_entries, plot_losses, profiled
+from qwen_analog.monitor import (
+    LogFile,
+    RunLog,
+    documents_of_step,
+    log_entries,
+    plot_losses,
+    profiled,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -31,9 +39,16 @@ def log_of(steps, directory="run", **options):
     log.close()
 
 
-TAILS = {"half a line": lambda line: line[: len(line) // 2], "all but its end": lambda line: line[:-2], "zeros": lambda line: b"\0" * 300,
-         "zeros and an end": lambda line: b"\0" * 300 + b"\n", "half a character": lambda line: b'{"step": 3, "x": "\xc3', "no object": lambda line: b"3\n",
-         "many brackets": lambda line: b"[" * 100_000, "several": lambda line: b"\n\n{\n" + line[:9] + b"\n\0"}
+TAILS = {
+    "half a line": lambda line: line[: len(line) // 2],
+    "all but its end": lambda line: line[:-2],
+    "zeros": lambda line: b"\0" * 300,
+    "zeros and an end": lambda line: b"\0" * 300 + b"\n",
+    "half a character": lambda line: b'{"step": 3, "x": "\xc3',
+    "no object": lambda line: b"3\n",
+    "many brackets": lambda line: b"[" * 100_000,
+    "several": lambda line: b"\n\n{\n" + line[:9] + b"\n\0",
+}
 
 
 @pytest.mark.parametrize("label", TAILS)
@@ -48,7 +63,10 @@ def test_a_torn_end_is_left_out_and_written_over(label):
         documents_of_step("run", 3)
     log_of([3, 4])
     for name in ("metrics.jsonl", "ledger/rank_0.jsonl"):
-        assert [json.loads(line)["step"] for line in Path("run", name).read_text().splitlines()] == [1, 2, 3, 4]
+        assert [
+            json.loads(line)["step"]
+            for line in Path("run", name).read_text().splitlines()
+        ] == [1, 2, 3, 4]
     assert documents_of_step("run", 3) == ["d.jsonl:3"]
 
 
@@ -58,7 +76,11 @@ def test_a_last_line_that_lacks_its_end_only_is_kept():
     file.write_bytes(file.read_bytes()[:-1])
     assert [entry["step"] for entry in log_entries(file)] == [1, 2]
     log_of([3])
-    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3]
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [
+        1,
+        2,
+        3,
+    ]
 
 
 def test_an_empty_file_and_one_of_zeros_are_begun_anew():
@@ -72,24 +94,42 @@ def test_an_empty_file_and_one_of_zeros_are_begun_anew():
 
 def test_lines_torn_in_the_middle_hide_no_others():
     """As an earlier version left them, which appended to a torn line."""
-    lines = ['{"step": 1, "loss": 2.0}\n', "\0" * 50 + '{"step": 2, "loss": 1.5}\n', '{"step": 3, "lo{"step": 3, "loss": 1.0}\n', '{"step": 4, "loss": 0.5}\n']
+    lines = [
+        '{"step": 1, "loss": 2.0}\n',
+        "\0" * 50 + '{"step": 2, "loss": 1.5}\n',
+        '{"step": 3, "lo{"step": 3, "loss": 1.0}\n',
+        '{"step": 4, "loss": 0.5}\n',
+    ]
     Path("metrics.jsonl").write_text("".join(lines))
     assert [entry["step"] for entry in log_entries("metrics.jsonl")] == [1, 2, 4]
     plot_losses("metrics.jsonl", "loss.png")
 
 
-@pytest.mark.parametrize("entry", [{"world_size": 1}, {"world_size": "x", "documents": {}}, {"world_size": 1, "documents": [1]},
-                                   {"world_size": 1, "documents": {"d.jsonl": ["x"]}}, {"world_size": None, "documents": {}}])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"world_size": 1},
+        {"world_size": "x", "documents": {}},
+        {"world_size": 1, "documents": [1]},
+        {"world_size": 1, "documents": {"d.jsonl": ["x"]}},
+        {"world_size": None, "documents": {}},
+    ],
+)
 def test_a_ledger_that_no_run_has_written_is_one_line(entry):
     Path("run/ledger").mkdir(parents=True)
     Path("run/ledger/rank_0.jsonl").write_text(json.dumps({"step": 1, **entry}) + "\n")
-    with pytest.raises(ValueError, match="run/ledger/rank_0.jsonl: the entry of step 1 is not one that a run writes"):
+    with pytest.raises(
+        ValueError,
+        match="run/ledger/rank_0.jsonl: the entry of step 1 is not one that a run writes",
+    ):
         documents_of_step("run", 1)
 
 
 def test_a_ledger_of_many_ranks_ends_at_the_first_that_is_missing():
     Path("run/ledger").mkdir(parents=True)
-    Path("run/ledger/rank_0.jsonl").write_text('{"step": 1, "world_size": 1000000000000, "documents": {}}\n')
+    Path("run/ledger/rank_0.jsonl").write_text(
+        '{"step": 1, "world_size": 1000000000000, "documents": {}}\n'
+    )
     with pytest.raises(ValueError, match="the ledger in run has no step 1 of rank 1"):
         documents_of_step("run", 1)
 
@@ -99,10 +139,12 @@ def test_a_full_disk_names_the_file(name):
     Path("run/ledger").mkdir(parents=True)
     Path("run", name).symlink_to("/dev/full")
     log = RunLog("run", tensorboard=False)
-    with pytest.raises(OSError, match=rf"^run/{name} cannot be written: \[Errno 28\]") as raised:
+    with pytest.raises(
+        OSError, match=rf"^run/{name} cannot be written: \[Errno 28\]"
+    ) as raised:
         log.consume(1, {}, [])
         log.write(1, loss=1.0)
-    log.close()                                     # nothing is held back that could fail once more
+    log.close()  # nothing is held back that could fail once more
     assert "\n" not in str(raised.value)
 
 
@@ -110,7 +152,9 @@ def test_what_is_in_the_way_is_named():
     Path("file").touch()
     Path("run/metrics.jsonl").mkdir(parents=True)
     for directory in ("run", "file/run"):
-        with pytest.raises(OSError, match=f"^{directory}/metrics.jsonl cannot be written"):
+        with pytest.raises(
+            OSError, match=f"^{directory}/metrics.jsonl cannot be written"
+        ):
             RunLog(directory).write(1, loss=1.0)
 
 
@@ -129,36 +173,78 @@ log.close()
 
 
 def test_a_full_disk_under_tensorboard_is_one_line_too():
-    done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     assert done.returncode == 0 and done.stderr == "" and done.stdout.count("\n") == 1
-    assert done.stdout.startswith("run/tensorboard/events.out.tfevents") and "cannot be written: [Errno 27] File too large" in done.stdout
+    assert (
+        done.stdout.startswith("run/tensorboard/events.out.tfevents")
+        and "cannot be written: [Errno 27] File too large" in done.stdout
+    )
 
 
 def test_tensorboard_reads_what_is_written_and_drops_what_was_taken_back():
     log_of([1, 2, 3, 4], tensorboard=True)
     log_of([3, 4, 5], tensorboard=True)
-    RunLog("run").write(6, loss=math.nan, text="no number")          # in the file when `write` returns
+    RunLog("run").write(
+        6, loss=math.nan, text="no number"
+    )  # in the file when `write` returns
     events = EventAccumulator("run/tensorboard").Reload()
-    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6] and math.isnan(events.Scalars("loss")[-1].value)
+    assert [event.step for event in events.Scalars("loss")] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ] and math.isnan(events.Scalars("loss")[-1].value)
 
 
 def test_numbers_that_are_not_finite_are_null():
-    RunLog("run", tensorboard=False).write(1, loss=math.nan, grad_norm=math.inf, rate=0.5)
-    assert Path("run/metrics.jsonl").read_text() == '{"step": 1, "loss": null, "grad_norm": null, "rate": 0.5}\n'
+    RunLog("run", tensorboard=False).write(
+        1, loss=math.nan, grad_norm=math.inf, rate=0.5
+    )
+    assert (
+        Path("run/metrics.jsonl").read_text()
+        == '{"step": 1, "loss": null, "grad_norm": null, "rate": 0.5}\n'
+    )
 
 
 def test_new_directories_are_on_the_disk(monkeypatch):
     flushed, fsync = [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda handle: (flushed.append(os.readlink(f"/proc/self/fd/{handle}")), fsync(handle)))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda handle: (
+            flushed.append(os.readlink(f"/proc/self/fd/{handle}")),
+            fsync(handle),
+        ),
+    )
     here = Path.cwd()
     log = RunLog("a/run", tensorboard=False)
     log.consume(1, {}, [])
     log.write(1, loss=1.0)
-    assert {str(here), str(here / "a"), str(here / "a/run")} <= set(flushed)        # where the new directories' entries are
+    assert {str(here), str(here / "a"), str(here / "a/run")} <= set(
+        flushed
+    )  # where the new directories' entries are
 
 
-@pytest.mark.parametrize("lines", [[], [{"step": 1}], [{"step": 1, "loss": None}], [{"step": "x", "loss": 1.0}], [{"step": 1, "loss": math.nan}],
-                                   [{"step": 10**400, "loss": 1}, {"step": 2, "loss": -math.inf}], [{"step": 1, "heldout_loss": [1]}], [{"step": 1, "loss": 1.0}]])
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [],
+        [{"step": 1}],
+        [{"step": 1, "loss": None}],
+        [{"step": "x", "loss": 1.0}],
+        [{"step": 1, "loss": math.nan}],
+        [{"step": 10**400, "loss": 1}, {"step": 2, "loss": -math.inf}],
+        [{"step": 1, "heldout_loss": [1]}],
+        [{"step": 1, "loss": 1.0}],
+    ],
+)
 def test_any_metrics_give_a_picture(lines):
     Path("metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with warnings.catch_warnings():
@@ -182,9 +268,15 @@ def test_a_trace_that_cannot_be_written_ends_no_run(capsys):
         for _ in range(4):
             step()
     said = capsys.readouterr().err
-    assert "warning: run/trace_rank_0.json cannot be written" in said and "Traceback" not in said
+    assert (
+        "warning: run/trace_rank_0.json cannot be written" in said
+        and "Traceback" not in said
+    )
     for steps in (-1, 1.5, math.nan, True):
-        with pytest.raises(ValueError, match="^steps must be a whole number"), profiled("run", 0, steps):
+        with (
+            pytest.raises(ValueError, match="^steps must be a whole number"),
+            profiled("run", 0, steps),
+        ):
             pass
 
 
@@ -193,4 +285,6 @@ def test_a_file_is_appended_to_whole():
     file.write(b"a" * 100_000)
     file.close()
     LogFile(Path("new/x.bin")).write(b"b")
-    assert Path("new/x.bin").read_bytes() == b"a" * 100_000 + b"b"          # records, which end in no line, stay
+    assert (
+        Path("new/x.bin").read_bytes() == b"a" * 100_000 + b"b"
+    )  # records, which end in no line, stay

@@ -1,4 +1,5 @@
 """The optimizers against rules written out here, every parameter in one group, and the schedule's properties."""
+
 import copy
 import math
 
@@ -10,26 +11,41 @@ import torch.multiprocessing as mp
 from book import scramble_
 from hypothesis import given, settings, strategies as st
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from qwen_analog import QwenConfig, QwenForCausalLM
-from qwen_analog.optim import AdamWBf16, SpikeWatch, build_optimizers, learning_rate_at, parameter_groups, set_learning_rate, stochastic_round_
+from qwen_analog.optim import (
+    AdamWBf16,
+    SpikeWatch,
+    build_optimizers,
+    learning_rate_at,
+    parameter_groups,
+    set_learning_rate,
+    stochastic_round_,
+)
 
 LEARNING_RATE, DECAY = 0.01, 0.1
 KINDS = ("adamw", "adamw-bf16", "muon")
 
 
 def tiny(tied=True):
-    return scramble_(QwenForCausalLM(QwenConfig.from_preset("tiny", tie_word_embeddings=tied)))
+    return scramble_(
+        QwenForCausalLM(QwenConfig.from_preset("tiny", tie_word_embeddings=tied))
+    )
 
 
 def set_gradients(model, step):
     for i, p in enumerate(model.parameters()):
-        g = torch.randn(p.shape, generator=torch.Generator().manual_seed(1000 * step + i))
-        p.grad = (g * 10.0 ** -(i % 9)).to(p.dtype)    # down to the size of eps
+        g = torch.randn(
+            p.shape, generator=torch.Generator().manual_seed(1000 * step + i)
+        )
+        p.grad = (g * 10.0 ** -(i % 9)).to(p.dtype)  # down to the size of eps
 
 
 def is_table(name):
@@ -54,7 +70,7 @@ def muon_reference(values, gradients, decay, momentum=0.95):
     for g in gradients:
         mean = momentum * mean + (1 - momentum) * g.double()
         X = (1 - momentum) * g.double() + momentum * mean
-        X = X / X.norm().clamp(min=1e-7)               # some of the gradients here are that small
+        X = X / X.norm().clamp(min=1e-7)  # some of the gradients here are that small
         for _ in range(5):
             X = 3.4445 * X - 4.7750 * X @ X.T @ X + 2.0315 * X @ X.T @ X @ X.T @ X
         w = w - LEARNING_RATE * (0.2 * max(w.shape) ** 0.5 * X + decay * w)
@@ -76,10 +92,19 @@ def test_five_steps_equal_the_rules(kind, tied):
     for name, p in model.named_parameters():
         decay = DECAY if p.ndim == 2 else 0.0
         if kind == "muon" and p.ndim == 2 and not is_table(name):
-            gap = (p - muon_reference(before[name], seen[name], decay)).pow(2).mean().sqrt() / (5 * LEARNING_RATE)
-            assert gap < 5e-3, f"{name}: rms difference {gap:.1e} learning rates a step"       # Newton-Schulz runs in bfloat16
+            gap = (p - muon_reference(before[name], seen[name], decay)).pow(
+                2
+            ).mean().sqrt() / (5 * LEARNING_RATE)
+            assert gap < 5e-3, (
+                f"{name}: rms difference {gap:.1e} learning rates a step"
+            )  # Newton-Schulz runs in bfloat16
         else:
-            torch.testing.assert_close(p.double(), adamw_reference(before[name], seen[name], decay), rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(
+                p.double(),
+                adamw_reference(before[name], seen[name], decay),
+                rtol=1e-6,
+                atol=1e-6,
+            )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -89,10 +114,19 @@ def test_every_parameter_is_in_one_group(kind, tied):
     optimizers = build_optimizers(model, LEARNING_RATE, kind=kind)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
-    assert sum(len(group["params"]) for group in groups) == len(decays) == len(list(model.parameters()))
+    assert (
+        sum(len(group["params"]) for group in groups)
+        == len(decays)
+        == len(list(model.parameters()))
+    )
     for name, p in model.named_parameters():
-        assert decays[id(p)] == (0.0 if name.endswith(("bias", "norm.weight", "layernorm.weight")) else DECAY), name
-    assert sum(p.numel() for group in groups for p in group["params"]) == model.count_parameters()
+        assert decays[id(p)] == (
+            0.0 if name.endswith(("bias", "norm.weight", "layernorm.weight")) else DECAY
+        ), name
+    assert (
+        sum(p.numel() for group in groups for p in group["params"])
+        == model.count_parameters()
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -102,17 +136,29 @@ def test_muon_has_the_hidden_matrices_only(tied):
     assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
     names = {id(p): name for name, p in model.named_parameters()}
     hidden = {names[id(p)] for p in muon.param_groups[0]["params"]}
-    assert hidden == {name for name in names.values() if name.endswith("_proj.weight")} and len(hidden) == 2 * 7
+    assert (
+        hidden == {name for name in names.values() if name.endswith("_proj.weight")}
+        and len(hidden) == 2 * 7
+    )
     rest = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
-    assert {name for name in rest if is_table(name)} == {"model.embed_tokens.weight"} | (set() if tied else {"lm_head.weight"})
+    assert {name for name in rest if is_table(name)} == {
+        "model.embed_tokens.weight"
+    } | (set() if tied else {"lm_head.weight"})
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_frozen_parameters_are_left_out(kind):
     model = tiny()
     model.model.layers[0].requires_grad_(False)
-    chosen = [p for o in build_optimizers(model, LEARNING_RATE, kind=kind) for group in o.param_groups for p in group["params"]]
-    assert {id(p) for p in chosen} == {id(p) for p in model.parameters() if p.requires_grad}
+    chosen = [
+        p
+        for o in build_optimizers(model, LEARNING_RATE, kind=kind)
+        for group in o.param_groups
+        for p in group["params"]
+    ]
+    assert {id(p) for p in chosen} == {
+        id(p) for p in model.parameters() if p.requires_grad
+    }
 
 
 def test_empty_groups_are_left_out():
@@ -135,7 +181,9 @@ def test_the_learning_rate_reaches_every_group_and_scales_the_step(kind):
         before = [p.detach().clone() for p in model.parameters()]
         optimizers = build_optimizers(model, 1.0, weight_decay=0.0, kind=kind)
         set_learning_rate(optimizers, rate)
-        assert {group["lr"] for optimizer in optimizers for group in optimizer.param_groups} == {rate}
+        assert {
+            group["lr"] for optimizer in optimizers for group in optimizer.param_groups
+        } == {rate}
         set_gradients(model, 0)
         for optimizer in optimizers:
             optimizer.step()
@@ -155,7 +203,9 @@ def test_a_list_of_optimizers_goes_through_a_distributed_checkpoint(kind):
     model = tiny()
     optimizers = build_optimizers(model, LEARNING_RATE, kind=kind)
     stepped(0, model, optimizers)
-    state = copy.deepcopy(get_optimizer_state_dict(model, optimizers))        # as read from a file: no memory shared
+    state = copy.deepcopy(
+        get_optimizer_state_dict(model, optimizers)
+    )  # as read from a file: no memory shared
     twin = tiny()
     twin.load_state_dict(model.state_dict())
     restored = build_optimizers(twin, 1.0, kind=kind)
@@ -165,9 +215,18 @@ def test_a_list_of_optimizers_goes_through_a_distributed_checkpoint(kind):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters()))
 
 
-runs = st.integers(1, 500).flatmap(lambda n: st.fixed_dictionaries({
-    "learning_rate": st.floats(1e-6, 1.0), "max_steps": st.just(n), "warmup_steps": st.integers(0, n - 1),
-    "schedule": st.sampled_from(["cosine", "wsd", "constant"]), "min_ratio": st.floats(0.0, 1.0), "decay_fraction": st.floats(0.0, 1.0)}))
+runs = st.integers(1, 500).flatmap(
+    lambda n: st.fixed_dictionaries(
+        {
+            "learning_rate": st.floats(1e-6, 1.0),
+            "max_steps": st.just(n),
+            "warmup_steps": st.integers(0, n - 1),
+            "schedule": st.sampled_from(["cosine", "wsd", "constant"]),
+            "min_ratio": st.floats(0.0, 1.0),
+            "decay_fraction": st.floats(0.0, 1.0),
+        }
+    )
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -180,41 +239,94 @@ def test_schedule_properties(run):
     assert all(0 < rate or run["min_ratio"] == 0 for rate in rates[:n])
     assert all(lowest - rounding <= rate <= peak + rounding for rate in rates), "bounds"
     assert all(a < b for a, b in zip(rates[:warmup], rates[1:warmup])), "warmup rises"
-    assert math.isclose(rates[max(0, warmup - 1)], peak), "the warmup's last step has the peak rate"
-    assert all(a >= b - rounding for a, b in zip(rates[warmup:], rates[warmup + 1:])), "falls afterwards"
+    assert math.isclose(rates[max(0, warmup - 1)], peak), (
+        "the warmup's last step has the peak rate"
+    )
+    assert all(
+        a >= b - rounding for a, b in zip(rates[warmup:], rates[warmup + 1 :])
+    ), "falls afterwards"
     end = peak if run["schedule"] == "constant" else run["min_ratio"] * peak
-    assert all(math.isclose(rate, end, abs_tol=rounding) for rate in rates[n:]), "stays at the floor"
+    assert all(math.isclose(rate, end, abs_tol=rounding) for rate in rates[n:]), (
+        "stays at the floor"
+    )
     # continuous: no jump is larger than the steepest of the three shapes allows
     decay = max(1, min(round(run["decay_fraction"] * n), n - warmup))
-    steepest = {"cosine": math.pi / 2 / (n - warmup), "wsd": 1 / decay, "constant": 0.0}[run["schedule"]]
-    assert all(abs(a - b) <= max(1 / max(1, warmup), steepest) * peak + rounding for a, b in zip(rates, rates[1:])), "continuous"
+    steepest = {
+        "cosine": math.pi / 2 / (n - warmup),
+        "wsd": 1 / decay,
+        "constant": 0.0,
+    }[run["schedule"]]
+    assert all(
+        abs(a - b) <= max(1 / max(1, warmup), steepest) * peak + rounding
+        for a, b in zip(rates, rates[1:])
+    ), "continuous"
 
 
-@pytest.mark.parametrize("schedule, at_half", [("cosine", 0.55), ("wsd", 1.0), ("constant", 1.0)])
+@pytest.mark.parametrize(
+    "schedule, at_half", [("cosine", 0.55), ("wsd", 1.0), ("constant", 1.0)]
+)
 def test_schedule_values(schedule, at_half):
-    at = lambda step: learning_rate_at(step, learning_rate=1.0, max_steps=110, warmup_steps=10, schedule=schedule)
+    at = lambda step: learning_rate_at(
+        step, learning_rate=1.0, max_steps=110, warmup_steps=10, schedule=schedule
+    )
     assert (at(0), at(4), at(9)) == (0.1, 0.5, 1.0) and math.isclose(at(60), at_half)
-    assert math.isclose(at(99), {"cosine": 0.1 + 0.45 * (1 + math.cos(0.89 * math.pi)), "wsd": 0.55, "constant": 1.0}[schedule])
+    assert math.isclose(
+        at(99),
+        {
+            "cosine": 0.1 + 0.45 * (1 + math.cos(0.89 * math.pi)),
+            "wsd": 0.55,
+            "constant": 1.0,
+        }[schedule],
+    )
 
 
 def test_an_unknown_schedule_is_refused_during_warmup():
     with pytest.raises(ValueError, match="'linear'"):
-        learning_rate_at(0, learning_rate=1.0, max_steps=10, warmup_steps=5, schedule="linear")
+        learning_rate_at(
+            0, learning_rate=1.0, max_steps=10, warmup_steps=5, schedule="linear"
+        )
 
 
 def test_stochastic_rounding_has_the_right_mean_and_keeps_what_fits():
     torch.manual_seed(0)
-    values = torch.tensor([1 + 2**-9, -1 - 2**-10, 2 - 2**-12, 3.14159, -1e-3, 1e-30, 1e-40, 2.0**-133 * 0.3])
-    draws = torch.stack([stochastic_round_(torch.empty(8, dtype=torch.bfloat16), values) for _ in range(20_000)]).double()
+    values = torch.tensor(
+        [
+            1 + 2**-9,
+            -1 - 2**-10,
+            2 - 2**-12,
+            3.14159,
+            -1e-3,
+            1e-30,
+            1e-40,
+            2.0**-133 * 0.3,
+        ]
+    )
+    draws = torch.stack(
+        [
+            stochastic_round_(torch.empty(8, dtype=torch.bfloat16), values)
+            for _ in range(20_000)
+        ]
+    ).double()
     down, up = draws.min(0).values, draws.max(0).values
-    assert all(len(column.unique()) == 2 for column in draws.T) and ((down < values) & (values < up)).all()
-    deviation = ((up - values.double()) * (values.double() - down) / 20_000).sqrt()           # of the mean of coin tosses
+    assert (
+        all(len(column.unique()) == 2 for column in draws.T)
+        and ((down < values) & (values < up)).all()
+    )
+    deviation = (
+        (up - values.double()) * (values.double() - down) / 20_000
+    ).sqrt()  # of the mean of coin tosses
     assert ((draws.mean(0) - values.double()).abs() < 4.5 * deviation).all()
-    exact = torch.tensor([0.0, -0.0, 1.0, -1.5, 2.0**-130, 3.3895314e38, math.inf, -math.inf])
+    exact = torch.tensor(
+        [0.0, -0.0, 1.0, -1.5, 2.0**-130, 3.3895314e38, math.inf, -math.inf]
+    )
     for _ in range(100):
         rounded = stochastic_round_(torch.empty(8, dtype=torch.bfloat16), exact)
-        assert torch.equal(rounded.view(torch.int16), exact.bfloat16().view(torch.int16))
-    nan = torch.tensor([0x7FC00000, -1, 0x7F800001], dtype=torch.int32).view(torch.float32)    # -1 has every bit set
+        assert torch.equal(
+            rounded.view(torch.int16), exact.bfloat16().view(torch.int16)
+        )
+    nan = torch.tensor([0x7FC00000, -1, 0x7F800001], dtype=torch.int32).view(
+        torch.float32
+    )  # -1 has every bit set
     assert stochastic_round_(torch.empty(3, dtype=torch.bfloat16), nan).isnan().all()
 
 
@@ -222,20 +334,44 @@ def test_stochastic_rounding_has_the_right_mean_and_keeps_what_fits():
 def test_adamw_in_bf16_follows_the_rule_in_the_mean(dtype):
     """20,000 copies of each of three weights see the same gradients; their mean is the float64 rule's weight."""
     torch.manual_seed(0)
-    p = nn.Parameter(torch.tensor([1.0, -0.5, 2.0])[:, None].expand(3, 20_000).contiguous().to(dtype))
+    p = nn.Parameter(
+        torch.tensor([1.0, -0.5, 2.0])[:, None].expand(3, 20_000).contiguous().to(dtype)
+    )
     optimizer = AdamWBf16([p], lr=LEARNING_RATE, weight_decay=DECAY)
-    gradients = [torch.tensor([1.0, 0.01 * (-1) ** t, 1.0 + 0.5 * math.sin(t)])[:, None].expand(3, 20_000) for t in range(60)]
+    gradients = [
+        torch.tensor([1.0, 0.01 * (-1) ** t, 1.0 + 0.5 * math.sin(t)])[:, None].expand(
+            3, 20_000
+        )
+        for t in range(60)
+    ]
     for g in gradients:
         p.grad = g.to(dtype)
         optimizer.step()
-    w = adamw_reference(torch.tensor([1.0, -0.5, 2.0]), [g[:, 0].to(dtype) for g in gradients], DECAY)
+    w = adamw_reference(
+        torch.tensor([1.0, -0.5, 2.0]), [g[:, 0].to(dtype) for g in gradients], DECAY
+    )
     state, t = optimizer.state[p], 60
-    assert p.dtype == dtype and state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.bfloat16
-    torch.testing.assert_close(p.double().mean(1), w, rtol=0, atol=2e-3)                         # of 0.6 that the first one moves
+    assert (
+        p.dtype == dtype
+        and state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.bfloat16
+    )
+    torch.testing.assert_close(
+        p.double().mean(1), w, rtol=0, atol=2e-3
+    )  # of 0.6 that the first one moves
     age = torch.arange(t - 1, -1, -1, dtype=torch.float64)[:, None]
     g = torch.stack([g[:, 0] for g in gradients]).to(dtype).double()
-    torch.testing.assert_close(state["exp_avg"].double().mean(1), (0.1 * 0.9**age * g).sum(0), rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(state["exp_avg_sq"].double().mean(1), (0.05 * 0.95**age * g**2).sum(0), rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(
+        state["exp_avg"].double().mean(1),
+        (0.1 * 0.9**age * g).sum(0),
+        rtol=1e-3,
+        atol=1e-5,
+    )
+    torch.testing.assert_close(
+        state["exp_avg_sq"].double().mean(1),
+        (0.05 * 0.95**age * g**2).sum(0),
+        rtol=1e-3,
+        atol=1e-7,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -252,7 +388,10 @@ def test_adamw_in_bf16_goes_on_bit_for_bit_from_its_state(dtype, tmp_path):
     model, optimizer = new()
     for step in range(2):
         stepped(model, optimizer, step)
-    torch.save([model.state_dict(), optimizer.state_dict(), torch.get_rng_state()], tmp_path / "state.pt")
+    torch.save(
+        [model.state_dict(), optimizer.state_dict(), torch.get_rng_state()],
+        tmp_path / "state.pt",
+    )
     stepped(model, optimizer, 2)
     twin, restored = new()
     weights, state, rng = torch.load(tmp_path / "state.pt")
@@ -260,11 +399,22 @@ def test_adamw_in_bf16_goes_on_bit_for_bit_from_its_state(dtype, tmp_path):
     restored.load_state_dict(state)
     for i, saved in state["state"].items():
         loaded = restored.state_dict()["state"][i]
-        assert all(loaded[name].dtype == saved[name].dtype and torch.equal(loaded[name], saved[name]) for name in saved) and len(saved) == 3
+        assert (
+            all(
+                loaded[name].dtype == saved[name].dtype
+                and torch.equal(loaded[name], saved[name])
+                for name in saved
+            )
+            and len(saved) == 3
+        )
     torch.set_rng_state(rng)
     stepped(twin, restored, 2)
     same = [torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters())]
-    same += [torch.equal(optimizer.state[p][n], restored.state[q][n]) for p, q in zip(model.parameters(), twin.parameters()) for n in ("exp_avg", "exp_avg_sq")]
+    same += [
+        torch.equal(optimizer.state[p][n], restored.state[q][n])
+        for p, q in zip(model.parameters(), twin.parameters())
+        for n in ("exp_avg", "exp_avg_sq")
+    ]
     assert all(same)
 
 
@@ -277,22 +427,39 @@ def test_adamw_in_bf16_calls_a_closure_and_leaves_weights_without_gradient_alone
         loss.backward()
         return loss
 
-    assert optimizer.step(closure).item() == 3.0 and (p < 1).all() and (q == 1).all() and set(optimizer.state) == {p}
+    assert (
+        optimizer.step(closure).item() == 3.0
+        and (p < 1).all()
+        and (q == 1).all()
+        and set(optimizer.state) == {p}
+    )
 
 
 def _sharded(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
     mesh = init_device_mesh("cpu", (2,))
 
     def pieces(dtype=torch.float32):
-        return scramble_(nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 24), nn.Linear(24, 9, bias=False))).to(dtype)     # 5, 9 and 7 do not divide by 2
+        return scramble_(
+            nn.Sequential(
+                nn.Linear(7, 5), nn.Linear(5, 24), nn.Linear(24, 9, bias=False)
+            )
+        ).to(dtype)  # 5, 9 and 7 do not divide by 2
 
     def stepped(model, optimizers, steps, first=0):
         torch.manual_seed(first)
         for t in range(first, first + steps):
             for i, p in enumerate(model.parameters()):
-                g = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * t + i)).to(p.dtype)
-                p.grad = distribute_tensor(g, p.device_mesh, p.placements) if isinstance(p, DTensor) else g
+                g = torch.randn(
+                    p.shape, generator=torch.Generator().manual_seed(100 * t + i)
+                ).to(p.dtype)
+                p.grad = (
+                    distribute_tensor(g, p.device_mesh, p.placements)
+                    if isinstance(p, DTensor)
+                    else g
+                )
             for optimizer in optimizers:
                 optimizer.step()
 
@@ -304,26 +471,48 @@ def _sharded(rank, folder):
         stepped(model, optimizers, 4)
         return model, optimizers
 
-    for kind, dtype, bound in (("muon", torch.float32, 0.01), ("adamw-bf16", torch.float32, 0.01), ("adamw-bf16", torch.bfloat16, 0.3)):
+    for kind, dtype, bound in (
+        ("muon", torch.float32, 0.01),
+        ("adamw-bf16", torch.float32, 0.01),
+        ("adamw-bf16", torch.bfloat16, 0.3),
+    ):
         model, optimizers = run(kind, True, dtype)
         whole, _ = run(kind if kind == "muon" else "adamw", False)
         for p, q in zip(model.parameters(), whole.parameters()):
             assert isinstance(p, DTensor) and p.dtype == dtype
             gap = (p.full_tensor() - q).pow(2).mean().sqrt() / (4 * LEARNING_RATE)
-            assert gap < bound, f"{kind} {dtype}: a weight of shape {tuple(p.shape)} is off by {gap:.1e} learning rates a step"
-    assert all(isinstance(state["exp_avg"], DTensor) and state["exp_avg"].dtype == torch.bfloat16 for state in optimizers[0].state.values())
+            assert gap < bound, (
+                f"{kind} {dtype}: a weight of shape {tuple(p.shape)} is off by {gap:.1e} learning rates a step"
+            )
+    assert all(
+        isinstance(state["exp_avg"], DTensor)
+        and state["exp_avg"].dtype == torch.bfloat16
+        for state in optimizers[0].state.values()
+    )
 
     # the last of them through a distributed checkpoint: the next step is the same, bit for bit
-    dcp.save({"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizers)}, checkpoint_id=f"{folder}/checkpoint")
+    dcp.save(
+        {
+            "model": model.state_dict(),
+            "optimizer": get_optimizer_state_dict(model, optimizers),
+        },
+        checkpoint_id=f"{folder}/checkpoint",
+    )
     twin, restored = run("adamw-bf16", True, torch.bfloat16)
-    stepped(twin, restored, 1, first=77)                                                              # somewhere else
-    state = {"model": twin.state_dict(), "optimizer": get_optimizer_state_dict(twin, restored)}
+    stepped(twin, restored, 1, first=77)  # somewhere else
+    state = {
+        "model": twin.state_dict(),
+        "optimizer": get_optimizer_state_dict(twin, restored),
+    }
     dcp.load(state, checkpoint_id=f"{folder}/checkpoint")
     twin.load_state_dict(state["model"])
     set_optimizer_state_dict(twin, restored, state["optimizer"])
     for both in ((model, optimizers), (twin, restored)):
         stepped(*both, 1, first=5)
-    assert all(torch.equal(p.to_local(), q.to_local()) for p, q in zip(model.parameters(), twin.parameters()))
+    assert all(
+        torch.equal(p.to_local(), q.to_local())
+        for p, q in zip(model.parameters(), twin.parameters())
+    )
 
     # copies on two processes that are seeded alike stay equal
     copy_, _ = run("adamw-bf16", False, torch.bfloat16)
@@ -342,35 +531,47 @@ def test_sharded_parameters_get_the_updates_of_whole_ones(tmp_path):
 def falling(steps, seed=0):
     g = torch.Generator().manual_seed(seed)
     t = torch.arange(steps)
-    return (2.5 + 7 * (1 + t / 20) ** -0.5 + 0.1 * torch.randn(steps, generator=g, dtype=torch.float64)).tolist()
+    return (
+        2.5
+        + 7 * (1 + t / 20) ** -0.5
+        + 0.1 * torch.randn(steps, generator=g, dtype=torch.float64)
+    ).tolist()
 
 
 def test_the_watch_is_quiet_on_a_noisy_falling_loss_and_hears_a_jump():
     losses, watch = falling(20_000), SpikeWatch()
     alarms = sum(watch.update(loss) for loss in losses)
     assert alarms <= 2
-    assert not watch.update(losses[-1] - 1.5)                                                        # a step down is good news
-    assert watch.update(losses[-1] + 1.0) and watch.update(losses[-1] + 1.0)                         # the first does not hide the second
+    assert not watch.update(losses[-1] - 1.5)  # a step down is good news
+    assert watch.update(losses[-1] + 1.0) and watch.update(
+        losses[-1] + 1.0
+    )  # the first does not hide the second
     for at in range(200, 1000, 97):
         watch = SpikeWatch()
         assert not any([watch.update(loss) for loss in losses[:at]])
         assert watch.update(max(losses[at - 64 : at]) + 1.0), at
     watch = SpikeWatch()
-    assert not any(watch.update(loss) for loss in losses[:63]) and not watch.update(100.0)           # too early to know
+    assert not any(watch.update(loss) for loss in losses[:63]) and not watch.update(
+        100.0
+    )  # too early to know
 
 
 def test_the_watch_gets_used_to_a_new_level():
     watch = SpikeWatch(window=10)
     heard = [watch.update(loss) for loss in [1.0] * 10 + [2.0] * 20]
     assert heard[10:15] == [True] * 5 and not any(heard[:10] + heard[20:])
-    assert not watch.update(2.01) and watch.update(2.02)                                             # equal losses: a thousandth counts as deviation
+    assert not watch.update(2.01) and watch.update(
+        2.02
+    )  # equal losses: a thousandth counts as deviation
 
 
 def test_the_watch_reports_what_is_not_finite_and_forgets_it():
     watch, plain, losses = SpikeWatch(window=20), SpikeWatch(window=20), falling(100)
     for i, loss in enumerate(losses):
         if i % 10 == 0:
-            assert all(watch.update(bad) is True for bad in (math.nan, math.inf, -math.inf))
+            assert all(
+                watch.update(bad) is True for bad in (math.nan, math.inf, -math.inf)
+            )
         assert watch.update(loss) is plain.update(loss)
     assert watch.state_dict() == plain.state_dict()
 
@@ -384,11 +585,15 @@ def test_the_watch_resumes_exactly():
         state = watch.state_dict()
         assert all(type(value) is float for value in state["losses"])
         resumed.load_state_dict(copy.deepcopy(state))
-        assert [watch.update(loss) for loss in losses[cut:]] == [resumed.update(loss) for loss in losses[cut:]]
+        assert [watch.update(loss) for loss in losses[cut:]] == [
+            resumed.update(loss) for loss in losses[cut:]
+        ]
         assert resumed.state_dict() == watch.state_dict()
 
 
-@pytest.mark.parametrize("wrong", [{"window": 1}, {"threshold": 0.0}, {"threshold": math.nan}])
+@pytest.mark.parametrize(
+    "wrong", [{"window": 1}, {"threshold": 0.0}, {"threshold": math.nan}]
+)
 def test_the_watch_refuses_senseless_settings(wrong):
     with pytest.raises(ValueError, match=str(*wrong.values())):
         SpikeWatch(**wrong)

@@ -1,4 +1,5 @@
 """Logits, gradients and state_dict against Hugging Face's Qwen2, on scrambled weights; and mutants these checks must kill."""
+
 import math
 
 import pytest
@@ -7,10 +8,25 @@ import torch.nn.functional as F
 from book import scramble_
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from qwen_analog import QwenConfig, QwenForCausalLM, attention, mlp, model as model_module, norm, rope
+from qwen_analog import (
+    QwenConfig,
+    QwenForCausalLM,
+    attention,
+    mlp,
+    model as model_module,
+    norm,
+    rope,
+)
 
-BASE = dict(vocab_size=131, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            intermediate_size=80, max_position_embeddings=128)
+BASE = dict(
+    vocab_size=131,
+    hidden_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=80,
+    max_position_embeddings=128,
+)
 SHAPES = {
     "plain": {},
     "head_dim not hidden/heads": dict(head_dim=20),
@@ -18,7 +34,14 @@ SHAPES = {
     "KV heads = heads": dict(num_key_value_heads=4),
     "untied": dict(tie_word_embeddings=False),
     "theta 1e4": dict(rope_theta=1e4),
-    "YaRN": dict(rope_theta=1e4, rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}),
+    "YaRN": dict(
+        rope_theta=1e4,
+        rope_scaling={
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ),
     "one layer, odd FFN": dict(num_hidden_layers=1, intermediate_size=37),
 }
 BOUND = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -28,22 +51,30 @@ def pair(dtype, **overrides):
     """Our model and Hugging Face's with the same scrambled weights."""
     config = QwenConfig(**{**BASE, **overrides})
     values = config.to_dict()
-    rotation = {"rope_type": "default", "rope_theta": values.pop("rope_theta"), **(values.pop("rope_scaling") or {})}
+    rotation = {
+        "rope_type": "default",
+        "rope_theta": values.pop("rope_theta"),
+        **(values.pop("rope_scaling") or {}),
+    }
     del values["attention_bias"]
     theirs = Qwen2ForCausalLM(Qwen2Config(**values, rope_parameters=rotation))
     scramble_(theirs)
     with torch.no_grad():
-        theirs.model.embed_tokens.weight *= 0.01      # small inputs to the first norm: its eps shows
+        theirs.model.embed_tokens.weight *= (
+            0.01  # small inputs to the first norm: its eps shows
+        )
     inv_freq = theirs.model.rotary_emb.inv_freq.clone()
     theirs = theirs.to(dtype)
-    theirs.model.rotary_emb.inv_freq = inv_freq       # .to(bfloat16) rounded it
+    theirs.model.rotary_emb.inv_freq = inv_freq  # .to(bfloat16) rounded it
     ours = QwenForCausalLM(config).to(dtype)
     ours.load_state_dict(theirs.state_dict())
     return ours, theirs
 
 
 def tokens(length=17):
-    return torch.randint(BASE["vocab_size"], (2, length), generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        BASE["vocab_size"], (2, length), generator=torch.Generator().manual_seed(1)
+    )
 
 
 def distances(ours, theirs):
@@ -54,9 +85,19 @@ def distances(ours, theirs):
     (a * weights).sum().backward()
     (b * weights).sum().backward()
     reference = dict(theirs.named_parameters())
-    gradients = [math.inf if p.grad is None else ((p.grad - reference[name].grad).abs().max() / reference[name].grad.abs().max()).item()
-                 for name, p in ours.named_parameters()]
-    return {"logits": ((a - b).abs().max() / b.abs().max()).item(), "gradients": max(gradients)}
+    gradients = [
+        math.inf
+        if p.grad is None
+        else (
+            (p.grad - reference[name].grad).abs().max()
+            / reference[name].grad.abs().max()
+        ).item()
+        for name, p in ours.named_parameters()
+    ]
+    return {
+        "logits": ((a - b).abs().max() / b.abs().max()).item(),
+        "gradients": max(gradients),
+    }
 
 
 def disagreement(ours, theirs):
@@ -73,7 +114,9 @@ def test_state_dict_both_ways():
     ours, theirs = pair(torch.float32)
     assert set(ours.state_dict()) == set(theirs.state_dict())
     theirs.load_state_dict(scramble_(ours, seed=3).state_dict())
-    torch.testing.assert_close(ours(tokens()), theirs(tokens()).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        ours(tokens()), theirs(tokens()).logits, rtol=1e-4, atol=1e-4
+    )
     without_head = {k: v for k, v in ours.state_dict().items() if k != "lm_head.weight"}
     QwenForCausalLM(ours.config).load_state_dict(without_head)
 
@@ -88,7 +131,11 @@ def interleaved(x):
 
 def sdpa(**changes):
     real = F.scaled_dot_product_attention
-    return replace(attention.F, "scaled_dot_product_attention", lambda *a, **k: real(*a, **{**k, **changes}))
+    return replace(
+        attention.F,
+        "scaled_dot_product_attention",
+        lambda *a, **k: real(*a, **{**k, **changes}),
+    )
 
 
 def tiled_heads(q, k, v, real=F.scaled_dot_product_attention, **options):
@@ -107,12 +154,16 @@ def drop_bias(name):
     def mutate(patch, ours):
         for layer in ours.model.layers:
             getattr(layer.self_attn, name).bias = None
+
     return mutate
 
 
 def swap_norms(patch, ours):
     for layer in ours.model.layers:
-        layer.input_layernorm, layer.post_attention_layernorm = layer.post_attention_layernorm, layer.input_layernorm
+        layer.input_layernorm, layer.post_attention_layernorm = (
+            layer.post_attention_layernorm,
+            layer.input_layernorm,
+        )
 
 
 def swap_gate_up(patch, ours):
@@ -149,7 +200,11 @@ def no_residual(self, x, cos, sin, mask=None, cache=None):
 
 
 def query_only(x, cos, sin):
-    return x if x.shape[1] == BASE["num_key_value_heads"] else x * cos[:, None] + rope.rotate_half(x) * sin[:, None]
+    return (
+        x
+        if x.shape[1] == BASE["num_key_value_heads"]
+        else x * cos[:, None] + rope.rotate_half(x) * sin[:, None]
+    )
 
 
 MUTANTS = {
@@ -176,12 +231,14 @@ MUTANTS = {
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_mutant_is_killed(mutant, monkeypatch, record_property):
     ours, theirs = pair(torch.float64)
-    theirs.set_attn_implementation("eager")           # the reference must not run through a patched function
+    theirs.set_attn_implementation(
+        "eager"
+    )  # the reference must not run through a patched function
     for layer in theirs.model.layers:
         layer.mlp.act_fn = SiLU()
     assert disagreement(ours, theirs) < BOUND[torch.float64]
     ours.zero_grad(), theirs.zero_grad()
     MUTANTS[mutant](monkeypatch, ours)
     found = distances(ours, theirs)
-    record_property("mutant", (mutant, found))        # conftest.py prints the table
+    record_property("mutant", (mutant, found))  # conftest.py prints the table
     assert max(found.values()) > 100 * BOUND[torch.float64]

@@ -1,4 +1,5 @@
 """The plan against real processes, against arithmetic, and against what the README says."""
+
 import argparse
 import json
 import os
@@ -14,16 +15,39 @@ from qwen_analog import plan as module
 from qwen_analog.cli import main as cli
 from qwen_analog.memory import flops_per_token
 from qwen_analog.monitor import GPUS
-from qwen_analog.plan import add_arguments, cheapest_fit, fits, ledger_of, report, run, simulate
+from qwen_analog.plan import (
+    add_arguments,
+    cheapest_fit,
+    fits,
+    ledger_of,
+    report,
+    run,
+    simulate,
+)
 from qwen_analog.train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-MODEL = dict(vocab_size=3000, hidden_size=192, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, intermediate_size=512,
-             max_position_embeddings=512, rope_theta=1e4)
+MODEL = dict(
+    vocab_size=3000,
+    hidden_size=192,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    intermediate_size=512,
+    max_position_embeddings=512,
+    rope_theta=1e4,
+)
 
 
 def settings(**changes):
-    values = dict(model=MODEL, block_size=192, micro_batch_size=2, gradient_accumulation_steps=1, activation_checkpointing="none", precision="fp32")
+    values = dict(
+        model=MODEL,
+        block_size=192,
+        micro_batch_size=2,
+        gradient_accumulation_steps=1,
+        activation_checkpointing="none",
+        precision="fp32",
+    )
     return TrainConfig.create({**values, **changes})
 
 
@@ -31,39 +55,93 @@ def total(simulation):
     return sum(simulation.memory.values())
 
 
-REAL = {"fsdp": settings(parallel="fsdp"), "fsdp, two micro-batches, full": settings(parallel="fsdp", gradient_accumulation_steps=2, activation_checkpointing="full"),
-        "fsdp, bf16": settings(parallel="fsdp", precision="bf16"), "ddp": settings(gradient_accumulation_steps=2),
-        "fsdp, untied, pure": settings(parallel="fsdp", precision="bf16-pure", optimizer="adamw-bf16", model={**MODEL, "tie_word_embeddings": False})}
+REAL = {
+    "fsdp": settings(parallel="fsdp"),
+    "fsdp, two micro-batches, full": settings(
+        parallel="fsdp", gradient_accumulation_steps=2, activation_checkpointing="full"
+    ),
+    "fsdp, bf16": settings(parallel="fsdp", precision="bf16"),
+    "ddp": settings(gradient_accumulation_steps=2),
+    "fsdp, untied, pure": settings(
+        parallel="fsdp",
+        precision="bf16-pure",
+        optimizer="adamw-bf16",
+        model={**MODEL, "tie_word_embeddings": False},
+    ),
+}
 
 
 def test_two_real_processes_hold_what_was_planned(tmp_path):
-    (tmp_path / "configs.jsonl").write_text("".join(config.model_dump_json() + "\n" for config in REAL.values()))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "tests" / "plan_worker.py"), str(tmp_path)],
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280)
+    (tmp_path / "configs.jsonl").write_text(
+        "".join(config.model_dump_json() + "\n" for config in REAL.values())
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            str(ROOT / "tests" / "plan_worker.py"),
+            str(tmp_path),
+        ],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     for number, (name, config) in enumerate(REAL.items()):
-        real = [int((tmp_path / f"peak_{number}_{rank}").read_text()) for rank in range(2)]
+        real = [
+            int((tmp_path / f"peak_{number}_{rank}").read_text()) for rank in range(2)
+        ]
         simulated, arithmetic = total(simulate(config, 2)), ledger_of(config, 2).total
-        print(f"{name:32} real {real}, simulated {simulated:,}, arithmetic {arithmetic:,}")
+        print(
+            f"{name:32} real {real}, simulated {simulated:,}, arithmetic {arithmetic:,}"
+        )
         # gloo's threads give a buffer back when they get to it: how much longer a process holds it depends on the machine's load
-        assert abs(simulated / min(real) - 1) < 0.1 and abs(arithmetic / min(real) - 1) < 0.1, (name, real, simulated, arithmetic)
+        assert (
+            abs(simulated / min(real) - 1) < 0.1
+            and abs(arithmetic / min(real) - 1) < 0.1
+        ), (name, real, simulated, arithmetic)
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(gradient_accumulation_steps=5), dict(activation_checkpointing="full")])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(gradient_accumulation_steps=5),
+        dict(activation_checkpointing="full"),
+    ],
+)
 def test_operations_are_counted(changes):
     config = settings(**changes)
-    tokens = config.block_size * config.micro_batch_size * config.gradient_accumulation_steps
-    assert simulate(config).flops == pytest.approx(tokens * flops_per_token(config.qwen_config(), 192, config.activation_checkpointing), rel=0.01)
+    tokens = (
+        config.block_size * config.micro_batch_size * config.gradient_accumulation_steps
+    )
+    assert simulate(config).flops == pytest.approx(
+        tokens
+        * flops_per_token(config.qwen_config(), 192, config.activation_checkpointing),
+        rel=0.01,
+    )
 
 
 def test_what_is_sent_grows_with_micro_batches_only_where_it_is_sent_with_each():
-    one, four = (simulate(settings(parallel="hsdp", shard_size=2, gradient_accumulation_steps=n), 8).sent for n in (1, 4))
+    one, four = (
+        simulate(
+            settings(parallel="hsdp", shard_size=2, gradient_accumulation_steps=n), 8
+        ).sent
+        for n in (1, 4)
+    )
     assert four["all-reduce"] == one["all-reduce"]
     for kind in ("all-gather", "reduce-scatter"):
         assert four[kind] == pytest.approx(4 * one[kind], rel=0.01)
     kept = simulate(settings(parallel="fsdp", reshard_after_forward=False), 4).sent
     freed = simulate(settings(parallel="fsdp"), 4).sent
-    assert kept["all-gather"] < 0.7 * freed["all-gather"] and kept["reduce-scatter"] == freed["reduce-scatter"]
+    assert (
+        kept["all-gather"] < 0.7 * freed["all-gather"]
+        and kept["reduce-scatter"] == freed["reduce-scatter"]
+    )
 
 
 def test_more_processes_hold_less_each():
@@ -72,20 +150,45 @@ def test_more_processes_hold_less_each():
 
 
 def test_the_cheapest_settings_fit_and_keep_the_step():
-    wide = TrainConfig().model_copy(update={"micro_batch_size": 4, "gradient_accumulation_steps": 4, "activation_checkpointing": "none"})
+    wide = TrainConfig().model_copy(
+        update={
+            "micro_batch_size": 4,
+            "gradient_accumulation_steps": 4,
+            "activation_checkpointing": "none",
+        }
+    )
     found = {gpus: cheapest_fit(wide, GPUS["H100"], gpus) for gpus in (1, 8, 32)}
     for gpus, config in found.items():
-        assert fits(ledger_of(config, gpus).total, GPUS["H100"]) and config.micro_batch_size * config.gradient_accumulation_steps == 16
-        assert config.precision == "bf16" and config.optimizer == "adamw"       # what would change the result is not touched without need
+        assert (
+            fits(ledger_of(config, gpus).total, GPUS["H100"])
+            and config.micro_batch_size * config.gradient_accumulation_steps == 16
+        )
+        assert (
+            config.precision == "bf16" and config.optimizer == "adamw"
+        )  # what would change the result is not touched without need
     order = ["none", "selective", "full"]
-    assert order.index(found[8].activation_checkpointing) <= order.index(found[1].activation_checkpointing)
+    assert order.index(found[8].activation_checkpointing) <= order.index(
+        found[1].activation_checkpointing
+    )
     assert cheapest_fit(wide, GPUS["RTX 3090"], 1) is None
     small = settings()
-    assert cheapest_fit(small, GPUS["RTX 3090"]) == small.model_copy(update={"parallel": "ddp"})
+    assert cheapest_fit(small, GPUS["RTX 3090"]) == small.model_copy(
+        update={"parallel": "ddp"}
+    )
 
 
 def test_a_plan_that_does_not_fit_says_what_does():
-    big = settings(model={**MODEL, "vocab_size": 150_000, "hidden_size": 1536, "num_hidden_layers": 2}, micro_batch_size=4, block_size=512, gradient_accumulation_steps=2)
+    big = settings(
+        model={
+            **MODEL,
+            "vocab_size": 150_000,
+            "hidden_size": 1536,
+            "num_hidden_layers": 2,
+        },
+        micro_batch_size=4,
+        block_size=512,
+        gradient_accumulation_steps=2,
+    )
     tight = module.Gpu(4.5e9, 1e14, 1e12)
     module.GPUS["tight"] = tight
     try:
@@ -94,18 +197,44 @@ def test_a_plan_that_does_not_fit_says_what_does():
         del module.GPUS["tight"]
     assert not plan["fits"] and plan["instead"] is not None
     changes = {name: value for name, value in plan["instead"].items() if name != "gpus"}
-    assert fits(ledger_of(big.model_copy(update=changes), plan["instead"]["gpus"]).total, tight)
+    assert fits(
+        ledger_of(big.model_copy(update=changes), plan["instead"]["gpus"]).total, tight
+    )
 
 
 def test_the_command(capsys):
-    arguments = ["plan", "--model", "tiny", "--block-size", "128", "--gpu", "A100", "--gpus", "2", "--parallel", "fsdp", "--tokens", "1e9"]
+    arguments = [
+        "plan",
+        "--model",
+        "tiny",
+        "--block-size",
+        "128",
+        "--gpu",
+        "A100",
+        "--gpus",
+        "2",
+        "--parallel",
+        "fsdp",
+        "--tokens",
+        "1e9",
+    ]
     assert cli(arguments) == 0
     text = capsys.readouterr().out
-    assert "2 x A100, fsdp, bf16, adamw" in text and "fits: " in text and "all-gather" in text
+    assert (
+        "2 x A100, fsdp, bf16, adamw" in text
+        and "fits: " in text
+        and "all-gather" in text
+    )
     assert cli([*arguments, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert plan["days"] == pytest.approx(1e9 / plan["tokens_per_second"] / 86400) and plan["simulated"].keys() >= {"parameters", "optimizer"}
-    for wrong, message in ((["--mfu", "2"], "--mfu"), (["--gpus", "0"], "--gpus"), (["--gpus", "6", "--parallel", "hsdp", "--shard-size", "4"], "does not divide")):
+    assert plan["days"] == pytest.approx(
+        1e9 / plan["tokens_per_second"] / 86400
+    ) and plan["simulated"].keys() >= {"parameters", "optimizer"}
+    for wrong, message in (
+        (["--mfu", "2"], "--mfu"),
+        (["--gpus", "0"], "--gpus"),
+        (["--gpus", "6", "--parallel", "hsdp", "--shard-size", "4"], "does not divide"),
+    ):
         assert cli(["plan", "--model", "tiny", "--block-size", "128", *wrong]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
@@ -114,7 +243,11 @@ def test_the_command(capsys):
 def test_the_readme_says_what_the_plan_says():
     """Each line of its table: the command's flags, memory of a GPU by arithmetic, tokens a second and days."""
     text = (ROOT / "README.md").read_text()
-    rows = re.findall(r"^\| (\d+) x ([\w ]+?) \| `([^`]*)` \| ([\d.]+) GB \| ([\d,]+) \| ([\d.]+) \|", text, re.M)
+    rows = re.findall(
+        r"^\| (\d+) x ([\w ]+?) \| `([^`]*)` \| ([\d.]+) GB \| ([\d,]+) \| ([\d.]+) \|",
+        text,
+        re.M,
+    )
     assert len(rows) >= 4
     for gpus, name, flags, memory, speed, days in rows:
         parser = argparse.ArgumentParser()
@@ -123,27 +256,50 @@ def test_the_readme_says_what_the_plan_says():
         arguments.config = str(ROOT / "qwen_analog" / "train_config.json")
         config = module.config_from_arguments(arguments)
         ledger, gpu = ledger_of(config, int(gpus)).total, GPUS[name]
-        rate = 0.4 * gpu.flops / flops_per_token(config.qwen_config(), config.block_size) * int(gpus)
-        assert (f"{ledger / 1e9:.1f}", f"{rate:,.0f}", f"{64e9 / rate / 86400:.1f}") == (memory, speed, days), (gpus, name)
+        rate = (
+            0.4
+            * gpu.flops
+            / flops_per_token(config.qwen_config(), config.block_size)
+            * int(gpus)
+        )
+        assert (
+            f"{ledger / 1e9:.1f}",
+            f"{rate:,.0f}",
+            f"{64e9 / rate / 86400:.1f}",
+        ) == (memory, speed, days), (gpus, name)
         assert fits(ledger, gpu)
 
 
-@pytest.mark.parametrize("settings, said", [(["--micro-batch-size", "100000000"], "micro_batch_size"), (["--block-size", "257"], "block_size 257"),
-                                            (["--block-size", "1000000000"], "1000000000"), (["--init-from", "c"], "--init-from")])
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        (["--micro-batch-size", "100000000"], "micro_batch_size"),
+        (["--block-size", "257"], "block_size 257"),
+        (["--block-size", "1000000000"], "1000000000"),
+        (["--init-from", "c"], "--init-from"),
+    ],
+)
 def test_what_cannot_be_simulated_is_one_line(settings, said, capsys):
     assert cli(["plan", "--model", "tiny", "--block-size", "16", *settings]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("flag", [["--init-from", "smollm2"], ["--new-data"], ["--ignore-memory"]])
+@pytest.mark.parametrize(
+    "flag", [["--init-from", "smollm2"], ["--new-data"], ["--ignore-memory"]]
+)
 def test_a_plan_knows_no_flag_that_it_would_not_heed(flag, capsys):
     assert cli(["plan", *flag]) == 2
     assert f"unrecognized arguments: {flag[0]}" in capsys.readouterr().err
 
 
 def test_a_plan_is_made_by_one_process(tmp_path):
-    torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo",
+        store=torch.distributed.FileStore(str(tmp_path / "store"), 1),
+        rank=0,
+        world_size=1,
+    )
     try:
         with pytest.raises(ValueError, match="without torchrun"):
             simulate(settings())

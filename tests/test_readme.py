@@ -1,4 +1,5 @@
 """The commands of the README files, run as they are printed, on a small model and little text."""
+
 import itertools
 import json
 import os
@@ -25,8 +26,10 @@ ROOT = Path(__file__).resolve().parents[1]
 READMES = ("README.md", "README.ru.md")
 
 # what makes a command small: a flag that comes last is the one that counts
-SMALL_RUN = ("--block-size 32 --micro-batch-size 1 --gradient-accumulation-steps 1 --max-steps 2 "
-             "--warmup-steps 0 --no-tensorboard --peak-tflops 1 --sample-tokens 2 --no-compile").split()
+SMALL_RUN = (
+    "--block-size 32 --micro-batch-size 1 --gradient-accumulation-steps 1 --max-steps 2 "
+    "--warmup-steps 0 --no-tensorboard --peak-tflops 1 --sample-tokens 2 --no-compile"
+).split()
 
 
 def commands(readme: str) -> list[str]:
@@ -34,22 +37,36 @@ def commands(readme: str) -> list[str]:
     text = (ROOT / readme).read_text(encoding="utf-8")
     blocks = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [" ".join(line.split()) for line in (re.sub(r"(^|\s)#.*", "", line) for line in lines) if line.strip()]
+    return [
+        " ".join(line.split())
+        for line in (re.sub(r"(^|\s)#.*", "", line) for line in lines)
+        if line.strip()
+    ]
 
 
 def program(command: str) -> str:
     words = shlex.split(command)
-    return " ".join(words[:2]) if words[0] in ("qwen-analog", "make", "python", ".") else words[0]
+    return (
+        " ".join(words[:2])
+        if words[0] in ("qwen-analog", "make", "python", ".")
+        else words[0]
+    )
 
 
-RUN = [command for command in commands("README.md") if program(command).split()[0] not in ("make", ".")]
+RUN = [
+    command
+    for command in commands("README.md")
+    if program(command).split()[0] not in ("make", ".")
+]
 
 
 def test_one_line_first_makes_the_commands_known():
     for readme in READMES:
         found = commands(readme)
         programs = [program(command) for command in found]
-        first = next(i for i, name in enumerate(programs) if not name.startswith("make"))
+        first = next(
+            i for i, name in enumerate(programs) if not name.startswith("make")
+        )
         assert programs[first] == ". .venv/bin/activate", readme
         assert programs.count(". .venv/bin/activate") == 1
 
@@ -57,6 +74,7 @@ def test_one_line_first_makes_the_commands_known():
 def test_the_russian_readme_has_the_same_commands():
     def words(readme):
         return [shlex.split(command) for command in commands(readme)]
+
     assert words("README.ru.md") == words("README.md")
 
 
@@ -64,7 +82,12 @@ def test_make_knows_its_targets():
     for readme in READMES:
         for command in commands(readme):
             if program(command).startswith("make"):
-                subprocess.run([*shlex.split(command), "-n"], cwd=ROOT, check=True, capture_output=True)
+                subprocess.run(
+                    [*shlex.split(command), "-n"],
+                    cwd=ROOT,
+                    check=True,
+                    capture_output=True,
+                )
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +99,9 @@ def home(tmp_path_factory):
     with open(path / "my.jsonl", "w") as file:
         for document in itertools.islice(stdlib_documents(), 40):
             file.write(json.dumps({"text": document["text"][:2000]}) + "\n")
-    tokenizer = TiktokenTokenizer({token: rank for rank, token in enumerate(BYTE_ORDER)})
+    tokenizer = TiktokenTokenizer(
+        {token: rank for rank, token in enumerate(BYTE_ORDER)}
+    )
     tokenizer.save(path)
     torch.manual_seed(0)
     model = QwenForCausalLM(QwenConfig.from_preset("tiny")).eval()
@@ -89,8 +114,14 @@ def home(tmp_path_factory):
 
 def small(command: str, port: int) -> list[str]:
     """`command` with flags at its end that make its work small, and with what a reader fills in."""
-    command = command.replace("/path/to/Qwen2.5-0.5B", "a_model").replace("FIRST_MACHINE:29400", f"127.0.0.1:{port}")
-    command = re.sub(r"--nnodes=\d+ ", "--nnodes=1 ", re.sub(r"--nproc_per_node=\d+", "--nproc_per_node=2", command))
+    command = command.replace("/path/to/Qwen2.5-0.5B", "a_model").replace(
+        "FIRST_MACHINE:29400", f"127.0.0.1:{port}"
+    )
+    command = re.sub(
+        r"--nnodes=\d+ ",
+        "--nnodes=1 ",
+        re.sub(r"--nproc_per_node=\d+", "--nproc_per_node=2", command),
+    )
     if " chat " not in command:
         command = command.replace("smollm2", "a_model", 1)
     words = shlex.split(command)
@@ -99,21 +130,43 @@ def small(command: str, port: int) -> list[str]:
         if "a_model" not in words and "qwen_analog/train_laptop.json" not in words:
             words += ["--model", "tiny", "--tokenizer", "tiktoken:tokenizer.tiktoken"]
         return words
-    small_work = {"tokenizer": ["--vocab-size", "300"], "plan": ["--model", "tiny", "--block-size", "64"], "generate": ["--max-new-tokens", "2"],
-                  "eval": ["--data", "my.jsonl", "--heldout-fraction", "0.2"], "serve": ["--port", str(port)]}
+    small_work = {
+        "tokenizer": ["--vocab-size", "300"],
+        "plan": ["--model", "tiny", "--block-size", "64"],
+        "generate": ["--max-new-tokens", "2"],
+        "eval": ["--data", "my.jsonl", "--heldout-fraction", "0.2"],
+        "serve": ["--port", str(port)],
+    }
     return words + small_work.get(words[1], [])
 
 
 def run(command: str, path: Path, port: int) -> tuple[int, str]:
     """Exit code and outputs of `command` in a terminal in which the activation line was typed."""
-    if "runs/3b" in command:                # three ways to begin the same run
+    if "runs/3b" in command:  # three ways to begin the same run
         shutil.rmtree(path / "runs" / "3b", ignore_errors=True)
-    activation = next(line for line in commands("README.md") if program(line).startswith("."))
+    activation = next(
+        line for line in commands("README.md") if program(line).startswith(".")
+    )
     line = f"{activation} && exec {shlex.join(small(command, port))}"
-    environment = {name: value for name, value in os.environ.items() if name not in ("PATH", "VIRTUAL_ENV")}
-    environment |= {"PATH": "/usr/local/bin:/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PATH", "VIRTUAL_ENV")
+    }
+    environment |= {
+        "PATH": "/usr/local/bin:/usr/bin:/bin",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
     with open(path / "said", "w+") as said:
-        process = subprocess.Popen(["sh", "-c", line], cwd=path, env=environment, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+        process = subprocess.Popen(
+            ["sh", "-c", line],
+            cwd=path,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=said,
+        )
         if " serve " in command:
             wait_for_server(port, process)
             process.terminate()
@@ -132,7 +185,9 @@ def test_the_commands_run_as_printed(home):
 def wait_for_server(port: int, process: subprocess.Popen) -> None:
     for _ in range(300):
         try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5).read()
+            urllib.request.urlopen(
+                f"http://127.0.0.1:{port}/v1/models", timeout=5
+            ).read()
             return
         except OSError:
             assert process.poll() is None
