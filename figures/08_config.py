@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from qwen_analog.config import QwenConfig, parameter_ledger
+from qwen_analog.config import QwenConfig, parameter_counts
 
 plt.style.use(HERE / "book.mplstyle")
 COLOURS = {
@@ -82,7 +82,7 @@ left.set_aspect("equal")
 left.axis("off")
 
 for y, name in enumerate(reversed(SIZES)):
-    ledger, start = parameter_ledger(QwenConfig.from_preset(name)), 0.0
+    ledger, start = parameter_counts(QwenConfig.from_preset(name)), 0.0
     for part, colour in COLOURS.items():
         right.barh(
             y,

@@ -22,15 +22,15 @@ import huggingface_hub
 import torch
 
 from .checkpoint import load_model, read_config
-from .config import QwenConfig, parameter_ledger, shown
+from .config import QwenConfig, parameter_counts, shown
 from qwen_analog.generate import (
     _LONGEST_TOKEN,
-    Sampling,
+    SamplingParams,
     TextStream,
     _check_characters,
     _check_whole,
-    draw,
-    end_ids,
+    sample,
+    stop_ids,
     sampling_defaults,
     stream,
 )
@@ -74,7 +74,7 @@ def open_model(
 
 def _check_memory(source: str | Path, config: QwenConfig, itemsize: int) -> None:
     require_memory(
-        sum(parameter_ledger(config).values()) * itemsize,
+        sum(parameter_counts(config).values()) * itemsize,
         "cpu",
         f"the model of {source}",
         "choose a smaller one",
@@ -213,14 +213,14 @@ class Chat:
             ),
             **sampling,
         }
-        Sampling(**self.sampling)  # checks them
+        SamplingParams(**self.sampling)  # checks them
         self.model, self.tokenizer, self.system = model, tokenizer, system
         config, weight = model.config, model.lm_head.weight
         self.context = config.max_position_embeddings
         self.max_new_tokens = min(max_new_tokens, max(1, self.context // 4))
         self._generator = torch.Generator(weight.device)
         self._generator.seed() if seed is None else self._generator.manual_seed(seed)
-        self._ends = set(end_ids(model, tokenizer))
+        self._ends = set(stop_ids(model, tokenizer))
         self._cache = KVCache(
             config.num_hidden_layers,
             1,
@@ -289,14 +289,17 @@ class Chat:
         self._cache.crop(known)
         del self._held[known:]
         self.reused, new = known, prompt[known:]
-        sampling, device = Sampling(**self.sampling), self.model.lm_head.weight.device
+        sampling, device = (
+            SamplingParams(**self.sampling),
+            self.model.lm_head.weight.device,
+        )
         for _ in range(self.max_new_tokens):
             logits = self.model(
                 torch.tensor([new], device=device), cache=self._cache, logits_to_keep=1
             )
             self._held += new
             logits = logits[:, -1, : self.tokenizer.vocab_size].float()  # [1, V]
-            token = draw(
+            token = sample(
                 logits,
                 sampling,
                 torch.tensor([self._held], device=device),

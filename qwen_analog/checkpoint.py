@@ -70,7 +70,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .config import QwenConfig, check_generation_config, parameter_ledger
+from .config import QwenConfig, check_generation_config, parameter_counts
 from .data import flush_to_disk, make_directory
 from .model import QwenForCausalLM
 from .tokenizer import Tokenizer, load_tokenizer
@@ -615,7 +615,7 @@ def _without_weights(
     config: QwenConfig, found: dict[str, tuple], file: Path
 ) -> QwenForCausalLM:
     """A model of shapes only, on the meta device; CheckpointError where what is `found` in `file` does not fit it."""
-    described = sum(parameter_ledger(config).values())
+    described = sum(parameter_counts(config).values())
     held = sum(math.prod(shape) for shape, _ in found.values())
     if described > held or config.num_hidden_layers > len(found):
         raise CheckpointError(

@@ -50,7 +50,7 @@ from .generate import complete, sampling_defaults
 from .hf import save_pretrained
 from qwen_analog.memory import (
     add_ignore_memory,
-    memory_ledger,
+    estimate_memory,
     number,
     require_memory,
     whole,
@@ -198,7 +198,7 @@ def write(arguments: argparse.Namespace) -> None:
             "choose a smaller --max-new-tokens or a shorter prompt"
         )
     tokens = longest + new
-    ledger = memory_ledger(
+    ledger = estimate_memory(
         model.config, precision="fp32", optimizer=None, sequence_length=tokens
     )
     require_memory(

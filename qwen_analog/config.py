@@ -7,7 +7,7 @@ __all__ = [
     "PRESETS",
     "shown",
     "QwenConfig",
-    "parameter_ledger",
+    "parameter_counts",
     "check_generation_config",
 ]
 
@@ -188,7 +188,7 @@ PRESETS: dict[str, dict] = json.loads(
 
 
 # %% ../chapters/08_config.ipynb #42eb0b95
-def parameter_ledger(config: QwenConfig) -> dict[str, int]:
+def parameter_counts(config: QwenConfig) -> dict[str, int]:
     """Weights by part, summed over layers: embedding, attention, mlp, norms, lm_head (0 where tied)."""
     V, D, F, L = (
         config.vocab_size,

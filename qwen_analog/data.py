@@ -24,14 +24,14 @@ __all__ = [
     "held_out_mask",
     "tokenize_files",
     "skipped_lines",
-    "Block",
+    "TokenSequence",
     "collate",
     "fingerprint",
     "data_difference",
-    "PackedBlocks",
-    "held_out_blocks",
+    "PackedDataset",
+    "held_out_dataset",
     "open_stream",
-    "StreamedBlocks",
+    "StreamingDataset",
 ]
 
 # %% ../chapters/02_data.ipynb #e29e00a5
@@ -667,8 +667,8 @@ def skipped_lines(documents: datasets.Dataset) -> tuple[int, str]:
 
 # %% ../chapters/02_data.ipynb #fb543acc
 @dataclass
-class Block:
-    """`block_size` consecutive tokens of the packed stream, [T] int64 each, and where they came from.
+class TokenSequence:
+    """`sequence_length` consecutive tokens of the packed stream, [T] int64 each, and where they came from.
 
     `targets[t]` is the token after `input_ids[t]`; `document_ids` numbers the documents of the block from 0, and `sources`
     names them, with one more where the last target opens another document.
@@ -680,7 +680,7 @@ class Block:
     sources: list[str]
 
 
-def _pack(pieces: Sequence[tuple[np.ndarray, str]]) -> Block:
+def _pack(pieces: Sequence[tuple[np.ndarray, str]]) -> TokenSequence:
     """From runs of tokens, T + 1 in all, each of one document."""
     tokens = torch.from_numpy(
         np.concatenate([ids for ids, _ in pieces]).astype(np.int64)
@@ -688,12 +688,12 @@ def _pack(pieces: Sequence[tuple[np.ndarray, str]]) -> Block:
     document_ids = torch.from_numpy(
         np.repeat(np.arange(len(pieces)), [len(ids) for ids, _ in pieces])
     )
-    return Block(
+    return TokenSequence(
         tokens[:-1], tokens[1:], document_ids[:-1], [source for _, source in pieces]
     )
 
 
-def collate(blocks: Sequence[Block]) -> dict[str, torch.Tensor]:
+def collate(blocks: Sequence[TokenSequence]) -> dict[str, torch.Tensor]:
     """`input_ids`, `targets` and `document_ids`, [B, T] each, for the model's forward."""
     return {
         name: torch.stack([getattr(block, name) for block in blocks])
@@ -788,8 +788,8 @@ def _state(state: dict, *names: str) -> dict:
 
 
 # %% ../chapters/02_data.ipynb #7b0296c0
-class PackedBlocks:
-    """Documents in a new random order each epoch, one after the other, cut into blocks of `block_size` tokens.
+class PackedDataset:
+    """Documents in a new random order each epoch, one after the other, cut into blocks of `sequence_length` tokens.
 
     Block k is a pure function of (documents, seed, k), so the position of a run is one number, `position`, the blocks taken by
     all ranks together. Every token of an epoch is an input once; no remainder is dropped, the next epoch goes on in the same block.
@@ -798,13 +798,13 @@ class PackedBlocks:
     def __init__(
         self,
         documents: datasets.Dataset,
-        block_size: int,
+        sequence_length: int,
         seed: int = 0,
         held_out: bool = False,
     ):
         """`documents` from `tokenize_files`; of these the ones with the given `held_out`. DataError if there are none."""
-        self.block_size, self.seed, self.position = (
-            _whole("block_size", block_size, 1),
+        self.sequence_length, self.seed, self.position = (
+            _whole("sequence_length", sequence_length, 1),
             _whole("seed", seed, 0),
             0,
         )
@@ -839,13 +839,13 @@ class PackedBlocks:
             self._epoch = epoch, order, np.cumsum(self.lengths[order], dtype=np.int64)
         return self._epoch[1:]
 
-    def __getitem__(self, k: int) -> Block:
-        epoch, offset = divmod(k * self.block_size, self.tokens_per_epoch)
+    def __getitem__(self, k: int) -> TokenSequence:
+        epoch, offset = divmod(k * self.sequence_length, self.tokens_per_epoch)
         order, ends = self._order(epoch)
         i = int(np.searchsorted(ends, offset, side="right"))
         skip, missing, pieces = (
             offset - int(ends[i] - self.lengths[order[i]]),
-            self.block_size + 1,
+            self.sequence_length + 1,
             [],
         )
         while missing:
@@ -860,18 +860,20 @@ class PackedBlocks:
             i, skip, missing = i + 1, 0, missing - len(ids)
         return _pack(pieces)
 
-    def take(self, count: int, rank: int = 0, world_size: int = 1) -> list[Block]:
+    def take(
+        self, count: int, rank: int = 0, world_size: int = 1
+    ) -> list[TokenSequence]:
         """This rank's `count` blocks of the next `count * world_size`; the position moves on for all."""
         first = self.position
         self.position += count * world_size
         return [self[first + i * world_size + rank] for i in range(count)]
 
-    def epoch(self, limit: int | None = None) -> Iterator[Block]:
+    def epoch(self, limit: int | None = None) -> Iterator[TokenSequence]:
         """The blocks of the first epoch, at most `limit`; what reaches into the second has IGNORE_INDEX as target."""
-        whole = -(-self.tokens_per_epoch // self.block_size)
+        whole = -(-self.tokens_per_epoch // self.sequence_length)
         for k in range(whole if limit is None else min(limit, whole)):
-            block, last = self[k], self.tokens_per_epoch - 1 - k * self.block_size
-            beyond = torch.arange(self.block_size) >= last
+            block, last = self[k], self.tokens_per_epoch - 1 - k * self.sequence_length
+            beyond = torch.arange(self.sequence_length) >= last
             yield replace(
                 block, targets=block.targets.masked_fill(beyond, IGNORE_INDEX)
             )
@@ -889,15 +891,15 @@ class PackedBlocks:
         self.position = _state(state, "position")["position"]
 
 
-def held_out_blocks(
-    documents: datasets.Dataset, block_size: int
-) -> PackedBlocks | None:
+def held_out_dataset(
+    documents: datasets.Dataset, sequence_length: int
+) -> PackedDataset | None:
     """The held-out ones of `documents`, None where there are none, as of a single document."""
     held_out = documents.select_columns(["held_out"]).with_format("arrow")[:][
         "held_out"
     ]
     return (
-        PackedBlocks(documents, block_size, held_out=True)
+        PackedDataset(documents, sequence_length, held_out=True)
         if pyarrow.compute.any(held_out).as_py()
         else None
     )
@@ -1122,7 +1124,7 @@ def _find_held_out(
 
 
 # %% ../chapters/02_data.ipynb #60167934
-class StreamedBlocks:
+class StreamingDataset:
     """The same kind of blocks from a stream that is never held whole.
 
     Documents are shuffled within a buffer of `buffer_size` (0: not at all), or of BUFFER_CHARACTERS where these are reached first. A
@@ -1133,7 +1135,7 @@ class StreamedBlocks:
         self,
         stream: datasets.IterableDataset,
         tokenizer: Tokenizer,
-        block_size: int,
+        sequence_length: int,
         seed: int = 0,
         heldout_fraction: float = 0.0,
         held_out: bool = False,
@@ -1146,8 +1148,8 @@ class StreamedBlocks:
             heldout_fraction,
             held_out,
         )
-        self.block_size, self.seed = (
-            _whole("block_size", block_size, 1),
+        self.sequence_length, self.seed = (
+            _whole("sequence_length", sequence_length, 1),
             _whole("seed", seed, 0),
         )
         self.buffer_size, self._side = (
@@ -1156,12 +1158,12 @@ class StreamedBlocks:
         )
         self.load_state_dict({"epoch": 0, "document": 0, "offset": 0})
 
-    def _next(self) -> Block:
-        missing = self.block_size + 1 - sum(len(ids) for *_, ids, _ in self._runs)
+    def _next(self) -> TokenSequence:
+        missing = self.sequence_length + 1 - sum(len(ids) for *_, ids, _ in self._runs)
         while missing > 0:
             self._runs.append(next(self._reader))
             missing -= len(self._runs[-1][3])
-        pieces, wanted, place = [], self.block_size + 1, None
+        pieces, wanted, place = [], self.sequence_length + 1, None
         for epoch, document, _, ids, source in self._runs:
             ids, before, place = ids[:wanted], place, (epoch, document)
             if place == before:  # the same document goes on
@@ -1169,7 +1171,7 @@ class StreamedBlocks:
             else:
                 pieces.append((ids, source))
             wanted -= len(ids)
-        used = self.block_size  # the last token is the next block's first input
+        used = self.sequence_length  # the last token is the next block's first input
         while used >= len(self._runs[0][3]):
             used -= len(self._runs.popleft()[3])
         self._advance(used)
@@ -1180,12 +1182,14 @@ class StreamedBlocks:
         self._runs[0][2] += tokens
         self._runs[0][3] = self._runs[0][3][tokens:]
 
-    def take(self, count: int, rank: int = 0, world_size: int = 1) -> list[Block]:
+    def take(
+        self, count: int, rank: int = 0, world_size: int = 1
+    ) -> list[TokenSequence]:
         """This rank's `count` blocks of the next `count * world_size`; the position moves on for all."""
         blocks = [self._next() for _ in range(count * world_size)]
         return blocks[rank::world_size]
 
-    def held_out_blocks(self, count: int) -> PackedBlocks | None:
+    def held_out_dataset(self, count: int) -> PackedDataset | None:
         """The stream's first held-out documents, enough for `count` blocks where it has them; None where nothing is held out.
 
         Call it before the first block is taken: in a short stream it decides which documents are trained on.
@@ -1195,7 +1199,7 @@ class StreamedBlocks:
             self.tokenizer,
             self._side,
             self.heldout_fraction,
-            count * self.block_size,
+            count * self.sequence_length,
         )
         if not found:
             return None
@@ -1212,9 +1216,9 @@ class StreamedBlocks:
             offsets, np.concatenate(ids)
         )
         table = datasets.table.InMemoryTable(pyarrow.table(rows))
-        return PackedBlocks(
+        return PackedDataset(
             datasets.Dataset(table, fingerprint="held out"),
-            self.block_size,
+            self.sequence_length,
             held_out=True,
         )
 

@@ -9,8 +9,8 @@ __all__ = [
     "NGram",
     "Evaluation",
     "paired_difference",
-    "token_nats",
-    "document_nats",
+    "token_nll",
+    "document_nll",
     "evaluate_documents",
     "loss_by_position",
     "Accuracy",
@@ -197,7 +197,7 @@ class Evaluation:
     def from_tokens(
         cls, nats: Sequence[np.ndarray], texts: Sequence[str]
     ) -> "Evaluation":
-        """Of the documents `texts`, from the nats of each one's tokens, as `token_nats` and `NGram.nats` give them."""
+        """Of the documents `texts`, from the nats of each one's tokens, as `token_nll` and `NGram.nats` give them."""
         return cls(
             np.array([n.sum() for n in nats]),
             np.array([len(n) for n in nats]),
@@ -354,7 +354,7 @@ def _document_ids(model: QwenForCausalLM, tokenizer: Tokenizer, text: str) -> li
     return [tokenizer.eos_token_id, *tokenizer.encode(text)]
 
 
-def token_nats(
+def token_nll(
     model: QwenForCausalLM,
     tokenizer: Tokenizer,
     texts: Sequence[str],
@@ -382,11 +382,11 @@ def token_nats(
     ]
 
 
-def document_nats(
+def document_nll(
     model: QwenForCausalLM, tokenizer: Tokenizer, text: str, **options
 ) -> tuple[float, int]:
-    """The sum of `token_nats` over one text, and how many tokens it has; `options` are `token_nats`'s."""
-    (nats,) = token_nats(model, tokenizer, [text], **options)
+    """The sum of `token_nll` over one text, and how many tokens it has; `options` are `token_nll`'s."""
+    (nats,) = token_nll(model, tokenizer, [text], **options)
     return float(nats.sum()), len(nats)
 
 
@@ -394,8 +394,8 @@ def document_nats(
 def evaluate_documents(
     model: QwenForCausalLM, tokenizer: Tokenizer, texts: Sequence[str], **options
 ) -> Evaluation:
-    """Score each text as a document of its own; `options` are `token_nats`'s."""
-    return Evaluation.from_tokens(token_nats(model, tokenizer, texts, **options), texts)
+    """Score each text as a document of its own; `options` are `token_nll`'s."""
+    return Evaluation.from_tokens(token_nll(model, tokenizer, texts, **options), texts)
 
 
 # %% ../chapters/17_evaluation.ipynb #a85834f0
@@ -404,7 +404,7 @@ def loss_by_position(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean nats of the t-th token of a document, and how many documents have one, [context] each; nan where none has.
 
-    `nats` are those of `token_nats` with the same `context` (or of `NGram.nats`). Only the first `context` tokens of a document
+    `nats` are those of `token_nll` with the same `context` (or of `NGram.nats`). Only the first `context` tokens of a document
     are looked at: they are read in one window, so that the t-th, counted from 0, has exactly t tokens of text before it.
     """
     total, count = np.zeros(context), np.zeros(context, dtype=int)
@@ -466,10 +466,7 @@ def minimal_pair_accuracy(
         sentence for group in pairs.values() for pair in group for sentence in pair
     ]
     nats = np.array(
-        [
-            n.sum()
-            for n in token_nats(model, tokenizer, sentences, batch_size=batch_size)
-        ]
+        [n.sum() for n in token_nll(model, tokenizer, sentences, batch_size=batch_size)]
     )
     right = iter(nats[::2] < nats[1::2])
     correct = {
@@ -655,7 +652,7 @@ def lm_eval_model(model: QwenForCausalLM, tokenizer: Tokenizer, batch_size: int 
             texts = [request.args[0] for request in requests]
             return [
                 -float(nats.sum())
-                for nats in token_nats(
+                for nats in token_nll(
                     model, tokenizer, texts, stride=self.limit, batch_size=batch_size
                 )
             ]
@@ -965,7 +962,7 @@ def _scores(
             "choose a smaller --context",
             not arguments.ignore_memory,
         )
-        scored = token_nats(
+        scored = token_nll(
             model, tokenizer, group, context=arguments.context, stride=arguments.stride
         )
         sizes.extend(lengths)

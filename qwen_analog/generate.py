@@ -6,13 +6,13 @@
 __all__ = [
     "pad_left",
     "filter_logits",
-    "Sampling",
+    "SamplingParams",
     "penalize_repetition",
     "LogitsError",
     "distribution",
-    "draw",
+    "sample",
     "generate",
-    "end_ids",
+    "stop_ids",
     "sampling_defaults",
     "TextStream",
     "StopFinder",
@@ -113,10 +113,10 @@ def filter_logits(
     `min_p` times as probable as the most probable token. None leaves a filter out. The results are those of Hugging Face's
     TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper and MinPLogitsWarper, bit for bit, wherever theirs are finite.
     """
-    Sampling(temperature, top_k, top_p, min_p)  # checks them
+    SamplingParams(temperature, top_k, top_p, min_p)  # checks them
     if temperature == 0:
         raise ValueError(
-            "temperature 0 is greedy: there is nothing to draw, take the argmax"
+            "temperature 0 is greedy: there is nothing to sample, take the argmax"
         )
     logits = _divided(logits, temperature)
     if top_k is not None:
@@ -168,7 +168,7 @@ def _check_number(
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How the next token is chosen: the arguments of `filter_logits` and `penalize_repetition`; temperature 0 is greedy.
 
     Raises ValueError naming the field that is wrong.
@@ -215,7 +215,7 @@ def penalize_repetition(
     Where `attention_mask` [B, T] is 0 stands padding, which does not count. Equal to Hugging Face's
     RepetitionPenaltyLogitsProcessor bit for bit, except that theirs counts padding too, and that finite logits stay finite.
     """
-    Sampling(repetition_penalty=penalty)  # checks it
+    SamplingParams(repetition_penalty=penalty)  # checks it
     penalty = min(
         max(penalty, 1e-20), 1e20
     )  # a logit of 1 is then beyond all others, or nothing beside them
@@ -339,7 +339,7 @@ def _check_logits(logits: torch.Tensor) -> None:
 
 def distribution(
     logits: torch.Tensor,
-    sampling: Sampling,
+    sampling: SamplingParams,
     seen: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -362,9 +362,9 @@ def distribution(
     ).softmax(-1)
 
 
-def draw(
+def sample(
     logits: torch.Tensor,
-    sampling: Sampling,
+    sampling: SamplingParams,
     seen: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -397,7 +397,7 @@ def _steps(
     use_cache: bool = True,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Check the arguments, which are `generate`'s, at once; then an iterator over new tokens [B * copies] and their log-probabilities."""
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty)
     _check_whole("num_return_sequences", copies, 1, 2**31 - 1)
     eos_ids = _check_arguments(
         model, input_ids, max_new_tokens, eos_token_id, seed, valid_vocab_size
@@ -453,7 +453,7 @@ def _steps(
                 if padding is None
                 else torch.arange(end, device=device) >= padding[:, None]
             )
-            new = draw(
+            new = sample(
                 logits[:, :valid_vocab_size],
                 sampling,
                 tokens[:, :end],
@@ -538,14 +538,14 @@ def generate(
 
 
 # %% ../chapters/15_generation.ipynb #89e66528
-def end_ids(model: QwenForCausalLM, tokenizer: Tokenizer) -> list[int]:
+def stop_ids(model: QwenForCausalLM, tokenizer: Tokenizer) -> list[int]:
     """The ids at which text of `model` ends: those of its own `generation_config`, then the tokenizer's end of text."""
     ids = [*_own_ends(model), tokenizer.eos_token_id]
     return [i for i in dict.fromkeys(ids) if i < tokenizer.vocab_size]
 
 
 def sampling_defaults(model: QwenForCausalLM) -> dict[str, float]:
-    """How `model.generation_config` wants the model sampled, as fields of `Sampling`; {} where it says nothing.
+    """How `model.generation_config` wants the model sampled, as fields of `SamplingParams`; {} where it says nothing.
 
     Hugging Face's meanings: do_sample false is greedy; top_k 0 and top_p 1 filter nothing; do_sample true without a
     temperature means 1. Raises ValueError naming the setting that is wrong.
@@ -557,7 +557,7 @@ def sampling_defaults(model: QwenForCausalLM) -> dict[str, float]:
     )
     own = {name: value for name, value in own.items() if value is not None}
     names, nothing = (
-        Sampling.__dataclass_fields__,
+        SamplingParams.__dataclass_fields__,
         {"top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1},
     )
     settings = {
@@ -796,7 +796,7 @@ def _texts(
             _check_characters(prompt, model.config.max_position_embeddings)
     rows = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
     options = {
-        "eos_token_id": end_ids(model, tokenizer),
+        "eos_token_id": stop_ids(model, tokenizer),
         "valid_vocab_size": tokenizer.vocab_size,
         **options,
     }
@@ -845,7 +845,7 @@ def stream(
 
     A `prompt` of text is read as the start of a document; ids (of a conversation, say) are read as they are. Ends before the
     first string of `stop`, at an end token, or after `max_new_tokens`. `options` are `generate`'s for one row; where they are
-    not given, `eos_token_id` is what `end_ids` lists and `valid_vocab_size` the tokenizer's.
+    not given, `eos_token_id` is what `stop_ids` lists and `valid_vocab_size` the tokenizer's.
     """
     return (
         piece

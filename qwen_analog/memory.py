@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = [
-    "RECOMPUTE",
+    "ACTIVATION_CHECKPOINTING",
     "StorageTracker",
     "saved_activations",
     "set_activation_checkpointing",
     "flops_per_token",
-    "MemoryLedger",
-    "memory_ledger",
+    "MemoryEstimate",
+    "estimate_memory",
     "available_memory",
     "require_memory",
     "whole",
@@ -36,7 +36,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from .config import QwenConfig, parameter_ledger
+from .config import QwenConfig, parameter_counts
 from .model import QwenForCausalLM
 
 
@@ -135,7 +135,7 @@ def saved_activations(
 ) -> dict[str, int]:
     """Bytes that one block keeps between its forward and its backward pass, by tensor (weights not counted).
 
-    `precision` as for `memory_ledger`. Attention is taken to be a fused kernel, which keeps its result and one number a query and head.
+    `precision` as for `estimate_memory`. Attention is taken to be a fused kernel, which keeps its result and one number a query and head.
     """
     N, D, F = batch_size * sequence_length, config.hidden_size, config.intermediate_size
     H, K, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -180,7 +180,7 @@ def saved_activations(
 
 
 # %% ../chapters/12_memory.ipynb #34c48b77
-RECOMPUTE = ("none", "selective", "full")
+ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
 
 _ATTENTION = {
     getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default
@@ -201,9 +201,9 @@ def set_activation_checkpointing(model: QwenForCausalLM, mode: str) -> None:
     al. 2022). The down projection is an exception: nothing in its block reads its result, so that neither mode computes it again and keeping
     it would be waste. ValueError for another mode.
     """
-    if mode not in RECOMPUTE:
+    if mode not in ACTIVATION_CHECKPOINTING:
         raise ValueError(
-            f"recompute must be one of {', '.join(RECOMPUTE)}, not {mode!r}"
+            f"recompute must be one of {', '.join(ACTIVATION_CHECKPOINTING)}, not {mode!r}"
         )
     down = model.config.intermediate_size, model.config.hidden_size
 
@@ -231,9 +231,9 @@ def flops_per_token(
     hardware's FLOPs. Attention counts all `sequence_length` keys for each query, as is usual (Chowdhery et al. 2022, appendix B), though
     a causal kernel can skip half of them. ValueError for another `recompute`.
     """
-    if recompute not in RECOMPUTE:
+    if recompute not in ACTIVATION_CHECKPOINTING:
         raise ValueError(
-            f"recompute must be one of {', '.join(RECOMPUTE)}, not {recompute!r}"
+            f"recompute must be one of {', '.join(ACTIVATION_CHECKPOINTING)}, not {recompute!r}"
         )
     D, F, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     q, kv = (
@@ -253,7 +253,7 @@ def flops_per_token(
 
 # %% ../chapters/12_memory.ipynb #b9b35e1d
 @dataclass
-class MemoryLedger:
+class MemoryEstimate:
     """Bytes on one GPU at the fullest moment of a step, by category; `moment` says which moment that is."""
 
     parameters: int = 0
@@ -293,7 +293,7 @@ _CHUNK = 256
 _PIECE = 2**22
 
 
-def memory_ledger(
+def estimate_memory(
     config: QwenConfig,
     *,
     precision: str = "bf16",
@@ -306,7 +306,7 @@ def memory_ledger(
     shards: int = 1,
     replicas: int = 1,
     document_masks: bool = True,
-) -> MemoryLedger:
+) -> MemoryEstimate:
     """Bytes on one GPU at the fullest moment of a training step, or of inference where `optimizer` is None; arithmetic alone.
 
     `precision`: "fp32"; "bf16", computing in bfloat16 with weights, gradients and moments in float32; "bf16-pure", all of them
@@ -320,7 +320,7 @@ def memory_ledger(
     known = {
         "precision": ("fp32", "bf16", "bf16-pure"),
         "optimizer": ("adamw", "adamw-bf16", "muon", None),
-        "recompute": RECOMPUTE,
+        "recompute": ACTIVATION_CHECKPOINTING,
         "strategy": ("ddp", "fsdp", "hsdp"),
     }
     given = {
@@ -371,7 +371,7 @@ def memory_ledger(
 
 def _inference_moments(
     config: QwenConfig, c: int, batch_size: int, sequence_length: int
-) -> list[MemoryLedger]:
+) -> list[MemoryEstimate]:
     """`c`: bytes of a number."""
     N, D, F, V = (
         batch_size * sequence_length,
@@ -380,7 +380,7 @@ def _inference_moments(
         config.vocab_size,
     )
     static = {
-        "parameters": sum(parameter_ledger(config).values()) * c,
+        "parameters": sum(parameter_counts(config).values()) * c,
         "kv_cache": 2
         * config.num_hidden_layers
         * N
@@ -390,12 +390,12 @@ def _inference_moments(
     }
     # residual stream, its norm, the MLP's input; silu, up and their product
     return [
-        MemoryLedger(
+        MemoryEstimate(
             **static,
             activations=N * (3 * D + 3 * F) * c,
             moment="the prompt's pass through an MLP",
         ),
-        MemoryLedger(
+        MemoryEstimate(
             **static, logits=batch_size * V * (c + 8), moment="the draw of a token"
         ),
     ]
@@ -412,7 +412,7 @@ def _training_moments(
     document_masks: bool,
     batch_size: int,
     sequence_length: int,
-) -> list[MemoryLedger]:
+) -> list[MemoryEstimate]:
     """The moments of a step of which one is the fullest. Between two neighbours memory rises or falls steadily, block by block."""
     N, D, F, V, L = (
         batch_size * sequence_length,
@@ -421,7 +421,7 @@ def _training_moments(
         config.vocab_size,
         config.num_hidden_layers,
     )
-    parts = parameter_ledger(config)
+    parts = parameter_counts(config)
     total = sum(parts.values())
     block = (parts["attention"] + parts["mlp"]) // L + 2 * D  # weights in a block
     root = total - L * block  # and outside the blocks
@@ -508,13 +508,13 @@ def _training_moments(
         else 0
     )
     return [
-        MemoryLedger(
+        MemoryEstimate(
             **static,
             gradients=gradients,
             activations=updating,
             moment="the optimizer's step",
         ),
-        MemoryLedger(
+        MemoryEstimate(
             **static,
             gradients=earlier + V * D * 4,
             activations=L * per_block + around + N * D * stream,
@@ -522,7 +522,7 @@ def _training_moments(
             communication=wire,
             moment="the loss",
         ),
-        MemoryLedger(
+        MemoryEstimate(
             **static,
             gradients=earlier + 2 * head,
             activations=L * per_block + around,
@@ -530,28 +530,28 @@ def _training_moments(
             communication=wire,
             moment="the loss's backward pass",
         ),
-        MemoryLedger(
+        MemoryEstimate(
             **static,
             gradients=earlier + (waits if accumulated else head),
             activations=(L - 1) * per_block + in_use + around + working,
             communication=wire + gathered,
             moment="the last block's backward pass",
         ),
-        MemoryLedger(
+        MemoryEstimate(
             **static,
             gradients=before_last + waits,
             activations=in_use + working + masks,
             communication=wire + gathered + reducing,
             moment="the first block's backward pass",
         ),
-        MemoryLedger(
+        MemoryEstimate(
             **static,
             gradients=before_last + waits + block * g * sharded,
             activations=N * D * stream + masks,
             communication=wire + gathered + reducing,
             moment="the first block's last gradient",
         ),
-        MemoryLedger(
+        MemoryEstimate(
             **static,
             gradients=gradients + waits + head * summed,
             activations=N * D * stream,

@@ -36,7 +36,7 @@ from pathlib import Path
 
 import torch
 
-from .data import Block, make_directory
+from .data import TokenSequence, make_directory
 
 
 # %% ../chapters/18_watching.ipynb #w1800008
@@ -188,7 +188,9 @@ class RunLog:
                 if isinstance(value, (int, float)):
                     self._board.scalar(name, value, step)
 
-    def consume(self, step: int, position: dict, blocks: Sequence[Block]) -> None:
+    def consume(
+        self, step: int, position: dict, blocks: Sequence[TokenSequence]
+    ) -> None:
         """Note in this rank's ledger which documents `step` is made of, and the data's `position` before it."""
         documents: dict[str, list[int]] = {}
         for file, _, line in sorted(

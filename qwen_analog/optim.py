@@ -7,7 +7,7 @@ __all__ = [
     "parameter_groups",
     "learning_rate_at",
     "set_learning_rate",
-    "SpikeWatch",
+    "LossSpikeDetector",
     "stochastic_round_",
     "AdamWBf16",
     "build_optimizers",
@@ -92,7 +92,7 @@ def set_learning_rate(
 
 
 # %% ../chapters/11_optimizer.ipynb #2b046748
-class SpikeWatch:
+class LossSpikeDetector:
     """Says whether a step's loss stands out above the `window` losses before it.
 
     It does when it lies more than `threshold` robust standard deviations above their median. The deviation is 1.4826 times the

@@ -10,10 +10,10 @@ __all__ = [
     "GRACE",
     "end_with_torchrun",
     "ProcessGroup",
-    "Processes",
+    "DistributedContext",
     "make_mesh",
     "default_dtype",
-    "compile_blocks",
+    "compile_layers",
     "reshard",
     "build_model",
     "gradient_sync",
@@ -124,7 +124,7 @@ class ProcessGroup:
         if self.lifeline:
             self.lifeline.close(error)
 
-    def sum(self, *values: float) -> list[float]:
+    def all_reduce_sum(self, *values: float) -> list[float]:
         """Each value summed over all processes."""
         if self.world_size == 1:
             return list(values)
@@ -134,10 +134,10 @@ class ProcessGroup:
 
 
 # %% ../chapters/13_many_gpus.ipynb #69741a88
-class Processes(ProcessGroup):
+class DistributedContext(ProcessGroup):
     """This process's place among those that torchrun started; alone, rank 0 of 1.
 
-    An error inside `with Processes()` ends all processes: it goes on where it arose,
+    An error inside `with DistributedContext()` ends all processes: it goes on where it arose,
     and is a RankError, one line, elsewhere. One for which the others wait must arrive
     within `timeout_minutes`; the message about a lost one names `step`, which the
     caller sets. ValueError for environment variables that make no sense.
@@ -287,7 +287,7 @@ def _initialize(model: QwenForCausalLM, seed: int) -> None:
 
 
 # %% ../chapters/13_many_gpus.ipynb #13d6ffdf
-def compile_blocks(model: QwenForCausalLM) -> None:
+def compile_layers(model: QwenForCausalLM) -> None:
     """`torch.compile` for each block, in place: the names in the state dict stay, and one compiled block serves all."""
     for layer in model.model.layers:
         layer.compile()
@@ -360,7 +360,7 @@ def build_model(
     residual stream is float32), which does no harm to a sharded model; "bf16-pure" has bfloat16 weights, gradients and optimizer states.
 
     Sharded only: `reshard_after_forward` frees a block's gathered weights after its forward pass and gathers them again for the
-    backward pass; `prefetch` is how many blocks ahead weights are gathered (0: as PyTorch does by itself). `compile`: see `compile_blocks`.
+    backward pass; `prefetch` is how many blocks ahead weights are gathered (0: as PyTorch does by itself). `compile`: see `compile_layers`.
     After a forward pass without gradients everything is sharded again, since no backward pass will do it. Raises ValueError.
     """
     if precision not in ("bf16", "fp32", "bf16-pure"):
@@ -384,7 +384,7 @@ def build_model(
     model.to_empty(device=device)
     _initialize(model, seed)
     if compile:
-        compile_blocks(model)
+        compile_layers(model)
     if several and mesh is None:
         # gradients live in the buckets that are sent, so that they are held once
         return model, DistributedDataParallel(
@@ -531,7 +531,7 @@ def _software() -> dict[str, str]:
     return {"torch": torch.__version__, "the code of qwen_analog": code.hexdigest()}
 
 
-def _use_loopback(group: "Processes") -> None:
+def _use_loopback(group: "DistributedContext") -> None:
     """On a single machine gloo needs no look at the names and networks of the host."""
     try:
         machine = Path("/proc/sys/kernel/random/boot_id").read_text()
@@ -543,7 +543,7 @@ def _use_loopback(group: "Processes") -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
-def _form_group(group: "Processes") -> None:
+def _form_group(group: "DistributedContext") -> None:
     group.agree({**_software(), "the device": group.device.type}, "environment")
     _use_loopback(group)
     backend = "nccl" if group.device.type == "cuda" else "gloo"
@@ -599,7 +599,7 @@ GRACE = 10  # beats for a process to end by itself after a failure
 class _Watch:
     """A thread that keeps up the connections between rank 0 and all the others."""
 
-    def __init__(self, group: "Processes"):
+    def __init__(self, group: "DistributedContext"):
         self.group, self.rank, self.world_size = group, group.rank, group.world_size
         self.limit = max(3, round(group.timeout_minutes * 60 / BEAT))  # in beats
         self.lines: dict[int, _Line] = {}  # by the rank at the other end

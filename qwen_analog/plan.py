@@ -10,7 +10,7 @@ __all__ = [
     "Traffic",
     "Simulation",
     "simulate",
-    "ledger_of",
+    "estimate_for",
     "fits",
     "cheapest_fit",
     "report",
@@ -32,13 +32,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from .data import Block
+from .data import TokenSequence
 from qwen_analog.memory import (
-    RECOMPUTE,
-    MemoryLedger,
+    ACTIVATION_CHECKPOINTING,
+    MemoryEstimate,
     StorageTracker,
     flops_per_token,
-    memory_ledger,
+    estimate_memory,
     number,
     set_activation_checkpointing,
     whole,
@@ -191,9 +191,9 @@ def simulate(config: TrainConfig, world_size: int = 1) -> Simulation:
                 )  # inside a fused kernel nothing can be tracked
             weights, ids = (
                 list(model.parameters()),
-                torch.zeros(config.block_size, dtype=torch.int64),
+                torch.zeros(config.sequence_length, dtype=torch.int64),
             )
-            blocks = [Block(ids, ids, ids, [])] * (
+            blocks = [TokenSequence(ids, ids, ids, [])] * (
                 config.micro_batch_size * micro_batches
             )
             buckets = (
@@ -258,22 +258,22 @@ def simulate(config: TrainConfig, world_size: int = 1) -> Simulation:
 
 
 # %% ../chapters/19b_plan.ipynb #p1900013
-def ledger_of(
+def estimate_for(
     config: TrainConfig, world_size: int = 1, gpus_per_node: int = 8
-) -> MemoryLedger:
+) -> MemoryEstimate:
     """Chapter 12's arithmetic for these settings: no step is run. `gpus_per_node` is the default `shard_size` of hsdp."""
     shards = {
         "ddp": 1,
         "fsdp": world_size,
         "hsdp": config.shard_size or min(gpus_per_node, world_size),
     }[config.parallel]
-    return memory_ledger(
+    return estimate_memory(
         config.qwen_config(),
         precision=config.precision,
         optimizer=config.optimizer,
         recompute=config.activation_checkpointing,
         batch_size=config.micro_batch_size,
-        sequence_length=config.block_size,
+        sequence_length=config.sequence_length,
         micro_batches=config.gradient_accumulation_steps,
         strategy=config.parallel,
         shards=shards,
@@ -315,7 +315,7 @@ def cheapest_fit(
     ]
     number = {"precision": config.precision, "optimizer": config.optimizer}
     for numbers in (number, {"precision": "bf16-pure", "optimizer": "adamw-bf16"}):
-        for recompute in RECOMPUTE:
+        for recompute in ACTIVATION_CHECKPOINTING:
             for size in sizes:
                 for parallel in spread:
                     changed = config.model_copy(
@@ -328,7 +328,9 @@ def cheapest_fit(
                             "gradient_accumulation_steps": sequences // size,
                         }
                     )
-                    if fits(ledger_of(changed, world_size, gpus_per_node).total, gpu):
+                    if fits(
+                        estimate_for(changed, world_size, gpus_per_node).total, gpu
+                    ):
                         return changed
     return None
 
@@ -350,12 +352,12 @@ def report(
         )
     simulation, ledger = (
         simulate(config, world_size),
-        ledger_of(config, world_size, gpus_per_node),
+        estimate_for(config, world_size, gpus_per_node),
     )
     total = max(
         sum(simulation.memory.values()), ledger.total
     )  # the less hopeful of the two
-    speed = mfu * gpu.flops / flops_per_token(model, config.block_size)
+    speed = mfu * gpu.flops / flops_per_token(model, config.sequence_length)
     better = (
         None
         if fits(total, gpu)
@@ -368,7 +370,7 @@ def report(
     return {
         "gpu": gpu_name,
         "gpus": world_size,
-        "tokens_per_step": config.block_size
+        "tokens_per_step": config.sequence_length
         * config.micro_batch_size
         * config.gradient_accumulation_steps
         * world_size,
@@ -442,16 +444,16 @@ def run(arguments: argparse.Namespace) -> None:
     """Say what a run will need, before any GPU is paid for."""
     config = config_from_arguments(arguments)
     step = (
-        config.block_size
+        config.sequence_length
         * config.micro_batch_size
         * config.gradient_accumulation_steps
         * arguments.gpus
     )
     tokens = config.max_steps * step if arguments.tokens is None else arguments.tokens
     limit = config.qwen_config().max_position_embeddings
-    if config.block_size > limit:
+    if config.sequence_length > limit:
         raise ValueError(
-            f"block_size {config.block_size} is longer than max_position_embeddings {limit}"
+            f"sequence_length {config.sequence_length} is longer than max_position_embeddings {limit}"
         )
     if config.micro_batch_size > MOST_SEQUENCES:
         raise ValueError(
@@ -522,6 +524,6 @@ def _as_text(plan: dict, config: TrainConfig) -> str:
     elif not plan["fits"]:
         lines += [
             "",
-            "no settings fit, on up to 1,024 GPUs: choose a smaller model, block_size or a larger GPU",
+            "no settings fit, on up to 1,024 GPUs: choose a smaller model, sequence_length or a larger GPU",
         ]
     return "\n".join(lines)

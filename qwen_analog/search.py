@@ -15,14 +15,14 @@ import torch
 
 from .config import shown
 from qwen_analog.generate import (
-    Sampling,
+    SamplingParams,
     _check_arguments,
     _check_logits,
     _check_number,
     _check_whole,
     _evaluating,
     distribution,
-    draw,
+    sample,
     pad_left,
 )
 from .kv_cache import KVCache
@@ -205,7 +205,7 @@ def speculate(
     theorem 1). p and q are what penalty, temperature and filters leave; at temperature 0 the tokens are those of greedy decoding.
     Each round proposes `draft_tokens`. End tokens are `generate`'s. Raises ValueError naming the argument that is wrong.
     """
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty)
     _check_whole("draft_tokens", draft_tokens, 1)
     if draft.config.vocab_size != model.config.vocab_size:
         raise ValueError(
@@ -331,7 +331,7 @@ class PrefixCache:
         valid_vocab_size: int | None = None,
     ) -> tuple[torch.Tensor, int]:
         """As `generate` for one prompt [1, T]: the tokens [1, T + n], and how many of the prompt's were not read again."""
-        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty)
         eos_ids = _check_one_prompt(
             self.model, input_ids, max_new_tokens, eos_token_id, seed, valid_vocab_size
         )
@@ -353,7 +353,7 @@ class PrefixCache:
                 if repetition_penalty == 1
                 else torch.tensor([tokens], device=device)
             )
-            tokens.append(draw(logits, sampling, seen, generator=generator).item())
+            tokens.append(sample(logits, sampling, seen, generator=generator).item())
             if tokens[-1] in eos_ids:
                 break
         if max_new_tokens:

@@ -81,7 +81,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .chat import open_model
-from .generate import Sampling, TextStream, draw, end_ids, sampling_defaults
+from qwen_analog.generate import (
+    SamplingParams,
+    TextStream,
+    sample,
+    stop_ids,
+    sampling_defaults,
+)
 from .hf import chat_ids
 from .kv_cache import KVCache
 from .memory import require_memory
@@ -166,7 +172,7 @@ class RowCache(KVCache):
 # %% ../chapters/17b_serving.ipynb #01f60f6b
 @dataclass(frozen=True)
 class Request:
-    """What a client asks for: prompt ids, how many tokens at most, how to draw them (see `Sampling`), where to stop.
+    """What a client asks for: prompt ids, how many tokens at most, how to draw them (see `SamplingParams`), where to stop.
 
     `logprobs` n asks for the log-probability of each token and of the n most probable ones, before temperature and filters.
     """
@@ -182,9 +188,9 @@ class Request:
     stop: Sequence[str] = ()
     logprobs: int | None = None
 
-    def sampling(self) -> Sampling:
+    def sampling(self) -> SamplingParams:
         """How its tokens are drawn. Raises ValueError naming what is wrong."""
-        return Sampling(
+        return SamplingParams(
             self.temperature,
             self.top_k,
             self.top_p,
@@ -457,8 +463,8 @@ class Engine:
         turn_end = tokenizer.encode(
             "<|im_end|>", special=True
         )  # of the chat form, also where the model's settings do not name it
-        self.end_ids = {
-            *end_ids(model, tokenizer),
+        self.stop_ids = {
+            *stop_ids(model, tokenizer),
             *(turn_end if len(turn_end) == 1 else ()),
         }
         self.defaults = sampling_defaults(model)
@@ -678,7 +684,7 @@ class Engine:
             token = self._draw(job, logits)
             job.written.append(token)
             job.turn += 1
-            if token in self.end_ids:
+            if token in self.stop_ids:
                 self._finish(job, "stop", job.text.finish())
                 return
             text = job.text.push(token)
@@ -698,7 +704,7 @@ class Engine:
             seen = torch.tensor([[*request.prompt, *job.written]], device=logits.device)
         # the rows beyond the vocabulary are no tokens
         token = int(
-            draw(
+            sample(
                 logits[:, : self.tokenizer.vocab_size],
                 sampling,
                 seen,
@@ -1161,9 +1167,9 @@ class LogprobWriter:
     """
 
     def __init__(
-        self, bytes_of: Callable[[int], bytes], chat: bool, end_ids: Collection[int]
+        self, bytes_of: Callable[[int], bytes], chat: bool, stop_ids: Collection[int]
     ):
-        self._bytes_of, self._chat, self._end_ids = bytes_of, chat, end_ids
+        self._bytes_of, self._chat, self._end_ids = bytes_of, chat, stop_ids
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._offset = self._length = (
             0  # characters of the tokens so far, and of the text
@@ -1545,7 +1551,7 @@ class Reply:
         self._writers = [
             None
             if request.logprobs is None
-            else LogprobWriter(bytes_of, self._chat, engine.end_ids)
+            else LogprobWriter(bytes_of, self._chat, engine.stop_ids)
             for request in requests
         ]
 

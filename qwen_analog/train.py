@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "RENAMED_SETTINGS",
     "TrainConfig",
     "fitted",
     "check_data",
@@ -16,7 +17,7 @@ __all__ = [
     "rng_state",
     "check_resumable",
     "restore",
-    "take_blocks",
+    "next_sequences",
     "train",
     "copy_weights",
     "check_room",
@@ -74,7 +75,14 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -92,16 +100,16 @@ from qwen_analog.checkpoint import (
     read_state,
     restore_checkpoint,
 )
-from .config import QwenConfig, parameter_ledger
+from .config import QwenConfig, parameter_counts
 from qwen_analog.data import (
-    Block,
+    TokenSequence,
     DataError,
-    PackedBlocks,
-    StreamedBlocks,
+    PackedDataset,
+    StreamingDataset,
     collate,
     data_difference,
     find_files,
-    held_out_blocks,
+    held_out_dataset,
     open_stream,
     skipped_lines,
     tokenize_files,
@@ -109,23 +117,23 @@ from qwen_analog.data import (
 from .generate import complete
 from .loss import IGNORE_INDEX, bits_per_byte
 from qwen_analog.memory import (
-    RECOMPUTE,
+    ACTIVATION_CHECKPOINTING,
     flops_per_token,
-    memory_ledger,
+    estimate_memory,
     require_memory,
     set_activation_checkpointing,
 )
 from .model import QwenForCausalLM
 from .monitor import RunLog, peak_flops, peak_memory, plot_losses, profiled
 from qwen_analog.optim import (
-    SpikeWatch,
+    LossSpikeDetector,
     build_optimizers,
     learning_rate_at,
     set_learning_rate,
 )
 from qwen_analog.parallel import (
     STRATEGIES,
-    Processes,
+    DistributedContext,
     build_model,
     clip_grad_norm,
     gradient_sync,
@@ -144,6 +152,10 @@ def _wrong_setting(error: dict, flags: Collection[str]) -> str:
     if error["loc"] and error["loc"][0] in flags:
         name = "--" + name.replace("_", "-")
     return " ".join(f"{name:.60}: {reason:.300} (given {error['input']!r:.60})".split())
+
+
+# what version 0.1.0 called them
+RENAMED_SETTINGS = {"block_size": "sequence_length", "eval_blocks": "eval_sequences"}
 
 
 class TrainConfig(BaseModel):
@@ -181,7 +193,7 @@ class TrainConfig(BaseModel):
         True,
         description="packed documents do not attend to each other, positions restart",
     )
-    block_size: int = Field(4096, ge=1, description="tokens a sequence")
+    sequence_length: int = Field(4096, ge=1, description="tokens a sequence")
     micro_batch_size: int = Field(
         1, ge=1, description="sequences a process computes at once"
     )
@@ -232,7 +244,7 @@ class TrainConfig(BaseModel):
         "bf16",
         description="bf16 keeps weights in fp32 and computes in bf16; bf16-pure keeps them in bf16",
     )
-    activation_checkpointing: Literal[RECOMPUTE] = Field(
+    activation_checkpointing: Literal[ACTIVATION_CHECKPOINTING] = Field(
         "full",
         description="full keeps only each block's input and computes the rest again, selective "
         "keeps what is dear to compute, none keeps all",
@@ -281,7 +293,7 @@ class TrainConfig(BaseModel):
     eval_every: int = Field(
         1000, ge=1, description="steps between evaluations on the held-out part"
     )
-    eval_blocks: int = Field(
+    eval_sequences: int = Field(
         64, ge=1, description="at most so many held-out sequences an evaluation"
     )
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
@@ -300,6 +312,15 @@ class TrainConfig(BaseModel):
         [], description="texts that the finished model continues"
     )
     sample_tokens: int = Field(100, ge=1, description="how long each continuation is")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, values):
+        for old, new in RENAMED_SETTINGS.items():
+            if isinstance(values, dict) and old in values:
+                values = {new: values[old], **values}
+                del values[old]
+        return values
 
     @field_validator("*")
     @classmethod
@@ -438,9 +459,9 @@ def check_data(config: TrainConfig) -> None:
 def open_data(
     config: TrainConfig,
     tokenizer: Tokenizer,
-    processes: Processes,
+    processes: DistributedContext,
     insist: bool = False,
-) -> tuple[PackedBlocks | StreamedBlocks, PackedBlocks | None]:
+) -> tuple[PackedDataset | StreamingDataset, PackedDataset | None]:
     """The blocks to train on and the held-out ones (None where heldout_fraction is 0, or there is one document only).
 
     With `insist` that one document is a DataError.
@@ -457,14 +478,18 @@ def open_data(
         bad, first = skipped_lines(documents)
         if bad and processes.rank == 0:
             print(f"skipped {bad} bad lines, the first at {first}", file=sys.stderr)
-        blocks = PackedBlocks(documents, config.block_size, config.seed)
-        held_out = held_out_blocks(documents, config.block_size)
+        blocks = PackedDataset(documents, config.sequence_length, config.seed)
+        held_out = held_out_dataset(documents, config.sequence_length)
     else:
         stream = open_stream(config.data, config.skip_bad_lines)
-        blocks = StreamedBlocks(
-            stream, tokenizer, config.block_size, config.seed, config.heldout_fraction
+        blocks = StreamingDataset(
+            stream,
+            tokenizer,
+            config.sequence_length,
+            config.seed,
+            config.heldout_fraction,
         )
-        held_out = blocks.held_out_blocks(config.eval_blocks)
+        held_out = blocks.held_out_dataset(config.eval_sequences)
     if config.heldout_fraction and held_out is None:
         if insist:
             raise DataError(
@@ -480,7 +505,10 @@ def open_data(
 
 # %% ../chapters/19_pretraining.ipynb #b8523f77
 def forward_loss(
-    model: nn.Module, blocks: Sequence[Block], config: TrainConfig, device: torch.device
+    model: nn.Module,
+    blocks: Sequence[TokenSequence],
+    config: TrainConfig,
+    device: torch.device,
 ) -> torch.Tensor:
     """Cross entropy summed over the targets of `blocks`, a float32 scalar."""
     batch = {
@@ -504,7 +532,7 @@ def forward_loss(
 # %% ../chapters/19_pretraining.ipynb #52d38a68
 def accumulate_gradients(
     model: nn.Module,
-    blocks: Sequence[Block],
+    blocks: Sequence[TokenSequence],
     targets: float,
     config: TrainConfig,
     device: torch.device,
@@ -529,22 +557,22 @@ def accumulate_gradients(
 def train_step(
     model: nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
-    blocks: Sequence[Block],
+    blocks: Sequence[TokenSequence],
     config: TrainConfig,
-    processes: Processes,
+    processes: DistributedContext,
 ) -> tuple[float, float, bool]:
     """One optimizer step on this process's `blocks`; returns the loss over all processes, the gradient norm, and whether it was applied.
 
     The loss is a mean over the step's real targets, however they are spread over micro-batches and processes. A loss or
     gradient that is not finite leaves the weights and the optimizer as they were.
     """
-    (targets,) = processes.sum(
+    (targets,) = processes.all_reduce_sum(
         sum((block.targets != IGNORE_INDEX).sum().item() for block in blocks)
     )
     nats = accumulate_gradients(
         model, blocks, targets, config, processes.device, processes.world_size
     )
-    (nats,) = processes.sum(nats.item())
+    (nats,) = processes.all_reduce_sum(nats.item())
     grad_norm = clip_grad_norm(model, config.max_grad_norm)
     finite = math.isfinite(nats) and math.isfinite(grad_norm)
     for optimizer in optimizers:
@@ -558,11 +586,14 @@ def train_step(
 # %% ../chapters/19_pretraining.ipynb #3f95439a
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, blocks: PackedBlocks, config: TrainConfig, processes: Processes
+    model: nn.Module,
+    blocks: PackedDataset,
+    config: TrainConfig,
+    processes: DistributedContext,
 ) -> dict[str, float]:
-    """Held-out `loss` (nats a token) and `bits_per_byte` over the first `eval_blocks` blocks of the held-out documents."""
+    """Held-out `loss` (nats a token) and `bits_per_byte` over the first `eval_sequences` blocks of the held-out documents."""
     model.eval()
-    chosen = list(blocks.epoch(config.eval_blocks))
+    chosen = list(blocks.epoch(config.eval_sequences))
     # every process computes as many batches as the others, which wait for it where the model is sharded
     empty = replace(chosen[0], targets=torch.full_like(chosen[0].targets, IGNORE_INDEX))
     chosen += [empty] * (-len(chosen) % processes.world_size)
@@ -573,7 +604,7 @@ def evaluate(
         nats += forward_loss(model, batch, config, processes.device).item()
         targets += sum((block.targets != IGNORE_INDEX).sum().item() for block in batch)
     model.train()
-    nats, targets = processes.sum(nats, targets)
+    nats, targets = processes.all_reduce_sum(nats, targets)
     return {
         "loss": nats / targets,
         "bits_per_byte": bits_per_byte(nats / targets, 1)
@@ -662,7 +693,7 @@ def check_resumable(
         )
     changed = [
         n
-        for n in ("optimizer", "stream", "block_size", "seed", "heldout_fraction")
+        for n in ("optimizer", "stream", "sequence_length", "seed", "heldout_fraction")
         if before.get(n, getattr(config, n)) != getattr(config, n)
     ]
     if changed:
@@ -687,10 +718,10 @@ def restore(
     config: TrainConfig,
     model: QwenForCausalLM,
     optimizers: Sequence[torch.optim.Optimizer],
-    blocks: PackedBlocks | StreamedBlocks,
+    blocks: PackedDataset | StreamingDataset,
     tokenizer: Tokenizer,
-    watch: SpikeWatch,
-    processes: Processes,
+    watch: LossSpikeDetector,
+    processes: DistributedContext,
     new_data: bool = False,
 ) -> int:
     """Load a checkpoint into all that carries state; return the step it was written after. CheckpointError if it belongs to another run.
@@ -729,9 +760,11 @@ def restore(
     return state["step"]
 
 
-def take_blocks(
-    blocks: PackedBlocks | StreamedBlocks, config: TrainConfig, processes: Processes
-) -> list[Block]:
+def next_sequences(
+    blocks: PackedDataset | StreamingDataset,
+    config: TrainConfig,
+    processes: DistributedContext,
+) -> list[TokenSequence]:
     """This process's blocks of the next step. Where one process cannot read its data, the others raise a DataError."""
     taken, problem = [], None
     try:
@@ -742,7 +775,7 @@ def take_blocks(
         )
     except (DataError, OSError) as error:
         problem = error
-    failed = processes.sum(
+    failed = processes.all_reduce_sum(
         *(
             problem is not None and rank == processes.rank
             for rank in range(processes.world_size)
@@ -762,8 +795,8 @@ class _Setup:
 
     config: TrainConfig
     tokenizer: Tokenizer
-    blocks: PackedBlocks | StreamedBlocks
-    held_out: PackedBlocks | None
+    blocks: PackedDataset | StreamingDataset
+    held_out: PackedDataset | None
     data: dict  # what identifies it
     start: int = 0  # steps that are done
     tokens: int = 0  # that were read
@@ -771,7 +804,7 @@ class _Setup:
     model: QwenForCausalLM | None = None
     wrapped: nn.Module | None = None  # what training calls
     optimizers: Sequence[torch.optim.Optimizer] = ()
-    watch: SpikeWatch = field(default_factory=SpikeWatch)
+    watch: LossSpikeDetector = field(default_factory=LossSpikeDetector)
 
 
 def train(
@@ -792,7 +825,10 @@ def train(
     with data that are not the checkpoint's, from their beginning. `ignore_memory` tries what will not fit into memory or on the disk.
     Raises ValueError with one line that says what is wrong.
     """
-    with Processes(config.collective_timeout_minutes) as processes, ExitStack() as held:
+    with (
+        DistributedContext(config.collective_timeout_minutes) as processes,
+        ExitStack() as held,
+    ):
         # the paths of data and tokenizer may differ: what they hold is compared later
         own = {"data", "tokenizer", "output_dir"}
         processes.agree(config.model_dump(exclude=own), "setting")
@@ -816,7 +852,7 @@ def _decide(
     from_checkpoint: bool,
     init_from: str | None,
     new_data: bool,
-    processes: Processes,
+    processes: DistributedContext,
     held: ExitStack,
 ) -> tuple[TrainConfig, str | None]:
     """The first process's settings and checkpoint, for all; `held` keeps the output directory for this run."""
@@ -841,7 +877,7 @@ def _decide(
 
 
 # %% ../chapters/19_pretraining.ipynb #cf78e844
-def _run(setup: _Setup, processes: Processes) -> dict[str, float]:
+def _run(setup: _Setup, processes: DistributedContext) -> dict[str, float]:
     """The loop, from `setup.start` to the end or to a signal; returns the summary."""
     if setup.model is None:
         return {"step": setup.start}
@@ -890,12 +926,12 @@ def _run(setup: _Setup, processes: Processes) -> dict[str, float]:
             saved = step
 
     tokens_per_step = (
-        config.block_size
+        config.sequence_length
         * config.micro_batch_size
         * config.gradient_accumulation_steps
         * processes.world_size
     )
-    flops = flops_per_token(model.config, config.block_size)
+    flops = flops_per_token(model.config, config.sequence_length)
     peak = config.peak_tflops * 1e12 or peak_flops(
         device, torch.float32 if config.precision == "fp32" else torch.bfloat16
     )
@@ -929,7 +965,7 @@ def _run(setup: _Setup, processes: Processes) -> dict[str, float]:
             began = time.perf_counter()
             position = blocks.state_dict()
             try:
-                taken = take_blocks(blocks, config, processes)
+                taken = next_sequences(blocks, config, processes)
             except DataError as error:
                 save(f"step_{step}", step, position)
                 checkpointer.wait()
@@ -1006,7 +1042,7 @@ def _run(setup: _Setup, processes: Processes) -> dict[str, float]:
                         f"step {step:,}: held-out loss {evaluation['heldout_loss']:.3f} nats a token, "
                         f"{evaluation['heldout_bits_per_byte']:.3f} bits per byte"
                     )
-            (stop,) = processes.sum(stopped())
+            (stop,) = processes.all_reduce_sum(stopped())
             if step == config.max_steps:
                 save("final", step, blocks.state_dict())
             elif stop or step % config.save_every == 0:
@@ -1039,7 +1075,7 @@ def _set_up(
     init_from: str | None,
     new_data: bool,
     ignore_memory: bool,
-    processes: Processes,
+    processes: DistributedContext,
 ) -> _Setup:
     """All that the loop needs; without a model where there is nothing to train. Refuses what it can before data are tokenized."""
     source, state = None, {}
@@ -1119,7 +1155,7 @@ def _make_model(
     setup: _Setup,
     mesh: DeviceMesh | None,
     source: QwenForCausalLM | None,
-    processes: Processes,
+    processes: DistributedContext,
 ) -> None:
     """Model and optimizers, with the weights of `source` where there is one."""
     config = setup.config
@@ -1311,13 +1347,13 @@ def copy_weights(source: nn.Module, model: nn.Module) -> None:
 
 # %% ../chapters/19_pretraining.ipynb #40628ad0
 def _check_fit(config: TrainConfig, tokenizer: Tokenizer) -> None:
-    """ValueError where tokenizer, model, block_size and sample_prompts do not fit each other."""
+    """ValueError where tokenizer, model, sequence_length and sample_prompts do not fit each other."""
     shape = config.qwen_config()
     check_vocab_size(tokenizer, shape.vocab_size)
     limit = shape.max_position_embeddings
-    if config.block_size > limit:
+    if config.sequence_length > limit:
         raise ValueError(
-            f"block_size {config.block_size} is longer than max_position_embeddings {limit}"
+            f"sequence_length {config.sequence_length} is longer than max_position_embeddings {limit}"
         )
     for prompt in config.sample_prompts:
         length = 1 + len(tokenizer.encode(prompt)) + config.sample_tokens
@@ -1329,17 +1365,17 @@ def _check_fit(config: TrainConfig, tokenizer: Tokenizer) -> None:
 
 
 def check_room(
-    config: TrainConfig, processes: Processes, mesh: DeviceMesh | None
+    config: TrainConfig, processes: DistributedContext, mesh: DeviceMesh | None
 ) -> None:
     """ValueError of one line where the run's memory, or its checkpoints, will not fit."""
     shape, shards = config.qwen_config(), 1 if mesh is None else mesh.size(-1)
-    ledger = memory_ledger(
+    ledger = estimate_memory(
         shape,
         precision=config.precision,
         optimizer=config.optimizer,
         recompute=config.activation_checkpointing,
         batch_size=config.micro_batch_size,
-        sequence_length=config.block_size,
+        sequence_length=config.sequence_length,
         micro_batches=config.gradient_accumulation_steps,
         strategy=config.parallel,
         shards=shards,
@@ -1350,15 +1386,15 @@ def check_room(
     on_cpu = processes.device.type == "cpu"
     step = (
         24
-        * config.block_size
+        * config.sequence_length
         * config.micro_batch_size
         * config.gradient_accumulation_steps
         * neighbours
     )
-    count = sum(parameter_ledger(shape).values())
+    count = sum(parameter_counts(shape).values())
     what = (
-        f"training {count:,} parameters (model) on {config.micro_batch_size} x {config.block_size} tokens at once "
-        "(micro_batch_size x block_size)"
+        f"training {count:,} parameters (model) on {config.micro_batch_size} x {config.sequence_length} tokens at once "
+        "(micro_batch_size x sequence_length)"
     )
     cure = (
         "choose a smaller model, such as that of qwen_analog/train_laptop.json, or smaller numbers (`qwen-analog plan` finds "
@@ -1373,7 +1409,7 @@ def check_room(
     require_memory(
         step,
         "cpu",
-        "a step of gradient_accumulation_steps x micro_batch_size x block_size tokens",
+        "a step of gradient_accumulation_steps x micro_batch_size x sequence_length tokens",
         "choose smaller numbers",
     )
     if processes.rank == 0:
@@ -1413,7 +1449,7 @@ def _check_disk(config: TrainConfig, count: int) -> None:
 
 
 # %% ../chapters/19_pretraining.ipynb #a608a8ce
-def _note(text: str, processes: Processes) -> None:
+def _note(text: str, processes: DistributedContext) -> None:
     if processes.rank == 0:
         print(f"note: {text}", file=sys.stderr)
 
@@ -1424,7 +1460,7 @@ def _same_data(
     state: dict,
     now: dict,
     new_data: bool,
-    processes: Processes,
+    processes: DistributedContext,
 ) -> bool:
     """Whether the run goes on in the data of its checkpoint; `now` identifies the present ones.
 
@@ -1473,10 +1509,10 @@ def _tokens_before(config: TrainConfig, state: dict) -> int:
     if isinstance(state.get("tokens"), int):
         return state["tokens"]
     if "position" in state["data"]:
-        return state["data"]["position"] * config.block_size
+        return state["data"]["position"] * config.sequence_length
     before = config.model_copy(update=state["train_config"])
     blocks = before.micro_batch_size * before.gradient_accumulation_steps
-    return state["step"] * len(state["rank_states"]) * blocks * before.block_size
+    return state["step"] * len(state["rank_states"]) * blocks * before.sequence_length
 
 
 # %% ../chapters/19_pretraining.ipynb #f0eb30da
@@ -1561,6 +1597,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         help="a checkpoint.pt, its directory, or auto: the newest in --output-dir",
     )
     settings = parser.add_argument_group("settings, each overriding the file")
+    older = {new: old for old, new in RENAMED_SETTINGS.items()}
     for name, info in TrainConfig.model_fields.items():
         flag, text, default = (
             "--" + name.replace("_", "-"),
@@ -1590,6 +1627,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
             )
             settings.add_argument(
                 flag,
+                *(["--" + older[name].replace("_", "-")] if name in older else []),
                 type=kind,
                 choices=choices,
                 metavar=None if choices else kind.__name__.upper(),

@@ -14,7 +14,7 @@ from qwen_analog.loss import IGNORE_INDEX
 from qwen_analog.model import QwenForCausalLM
 from qwen_analog.optim import build_optimizers
 from qwen_analog.parallel import (
-    Processes,
+    DistributedContext,
     build_model,
     clip_grad_norm,
     gradient_sync,
@@ -73,7 +73,7 @@ def train(
             for name, value in batch(step % 2).items()
         }
         real = (mine["targets"] != IGNORE_INDEX).sum().item()
-        (targets,) = processes.sum(real)
+        (targets,) = processes.all_reduce_sum(real)
         nats = 0.0
         size = len(mine["targets"]) // accumulation
         for i in range(accumulation):
@@ -102,7 +102,7 @@ def train(
                 )
                 (loss * scale).backward()
             nats += loss.item()
-        losses.append(processes.sum(nats)[0] / targets)
+        losses.append(processes.all_reduce_sum(nats)[0] / targets)
         if mutant == "clipped by its own shard":
             torch.nn.utils.clip_grad_norm_(
                 [p.grad.to_local() for p in model.parameters()], 1e9
@@ -277,7 +277,7 @@ def check_sharded_after_forward(strategy, mesh, processes):
 
 def main(out: str) -> None:
     found = {}
-    with Processes() as processes:
+    with DistributedContext() as processes:
         n = processes.world_size
         meshes = {
             "ddp": None,

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 
-from qwen_analog.data import Block
+from qwen_analog.data import TokenSequence
 from qwen_analog.memory import set_activation_checkpointing
 from qwen_analog.optim import build_optimizers
-from qwen_analog.parallel import Processes, build_model, make_mesh
+from qwen_analog.parallel import DistributedContext, build_model, make_mesh
 from qwen_analog.train import TrainConfig, train_step
 
 torch.set_num_threads(1)
 output = Path(sys.argv[1])
-with Processes() as processes:
+with DistributedContext() as processes:
     for number, line in enumerate((output / "configs.jsonl").read_text().splitlines()):
         config = TrainConfig.create(json.loads(line))
         mesh = make_mesh(
@@ -32,8 +32,8 @@ with Processes() as processes:
         )
         set_activation_checkpointing(model, config.activation_checkpointing)
         optimizers = build_optimizers(model, 1e-3, kind=config.optimizer)
-        ids = torch.zeros(config.block_size, dtype=torch.int64)
-        blocks = [Block(ids, ids, ids, [])] * (
+        ids = torch.zeros(config.sequence_length, dtype=torch.int64)
+        blocks = [TokenSequence(ids, ids, ids, [])] * (
             config.micro_batch_size * config.gradient_accumulation_steps
         )
         for _ in range(2):  # DDP arranges its buckets anew in the second step

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from qwen_analog import parallel
-from qwen_analog.parallel import Processes, RankError
+from qwen_analog.parallel import DistributedContext, RankError
 
 FOLDER = Path(sys.argv[1])
 QUICK = 0.05  # minutes: three seconds
@@ -36,7 +36,7 @@ def error_in_a_collective(processes):
     processes.step = 3
     if processes.rank == 1:
         raise torch.OutOfMemoryError("out of memory")
-    processes.sum(1)
+    processes.all_reduce_sum(1)
 
 
 def interrupted(processes):
@@ -49,7 +49,7 @@ def killed_in_a_collective(processes):
     processes.step = 7
     if processes.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    processes.sum(1)
+    processes.all_reduce_sum(1)
 
 
 def first_killed_in_a_meeting(processes):
@@ -60,17 +60,17 @@ def first_killed_in_a_meeting(processes):
 
 def stopped(processes):
     processes.step = 9
-    processes.sum(1)
+    processes.all_reduce_sum(1)
     if processes.rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
-    processes.sum(1)
+    processes.all_reduce_sum(1)
 
 
 def late(processes):
     processes.step = 9
     if processes.rank == 1:
         time.sleep(60)
-    processes.sum(1)
+    processes.all_reduce_sum(1)
 
 
 def patient(processes):
@@ -79,14 +79,14 @@ def patient(processes):
         if processes.rank == 0:
             time.sleep(4.5)
     time.sleep(4.5)
-    assert processes.sum(processes.rank, 1) == [1, 2]
+    assert processes.all_reduce_sum(processes.rank, 1) == [1, 2]
     assert processes.broadcast({"a": (processes.rank, Path("x"))}) == {
         "a": (0, Path("x"))
     }
 
 
 def other_settings(processes):
-    processes.agree({"seed": 0, "block_size": 32 + processes.rank}, "setting")
+    processes.agree({"seed": 0, "sequence_length": 32 + processes.rank}, "setting")
 
 
 def other_size(processes):
@@ -115,9 +115,9 @@ def in_child(scenario, rank, world_size, port):
     code = 1
     try:
         if scenario is patient:  # a process may form one group after the other
-            with Processes(QUICK) as processes:
-                processes.sum(1)
-        with Processes(QUICK) as processes:
+            with DistributedContext(QUICK) as processes:
+                processes.all_reduce_sum(1)
+        with DistributedContext(QUICK) as processes:
             scenario(processes)
         code = 0
     except KeyboardInterrupt:

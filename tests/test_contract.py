@@ -12,7 +12,7 @@ from book import scramble_
 from hypothesis import given, settings, strategies as st
 
 from qwen_analog import PRESETS, KVCache, QwenConfig, QwenForCausalLM
-from qwen_analog.config import check_generation_config, parameter_ledger
+from qwen_analog.config import check_generation_config, parameter_counts
 from qwen_analog.loss import linear_cross_entropy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,7 +43,7 @@ def test_parameter_counts(name):
         model = QwenForCausalLM(config)
     assert (
         model.count_parameters()
-        == sum(parameter_ledger(config).values())
+        == sum(parameter_counts(config).values())
         == COUNTS[name]
     )
 

@@ -24,12 +24,12 @@ from qwen_analog import data
 from qwen_analog.data import (
     DataError,
     Document,
-    PackedBlocks,
-    StreamedBlocks,
+    PackedDataset,
+    StreamingDataset,
     collate,
     data_difference,
     find_files,
-    held_out_blocks,
+    held_out_dataset,
     held_out_mask,
     is_held_out,
     open_stream,
@@ -157,7 +157,7 @@ def test_bad_line(kind, suffix):
         assert [bool(row["error"]) for row in rows] == [False, False, True, False]
     rows = tokenized(path, skip_bad_lines=True)
     assert rows[2]["num_tokens"] == rows[2]["num_bytes"] == 0
-    assert len(PackedBlocks(rows, 4).rows) == 3
+    assert len(PackedDataset(rows, 4).rows) == 3
 
 
 def test_lines_that_are_good():
@@ -766,7 +766,7 @@ def test_memory_does_not_grow_with_documents():
     write("a.jsonl", *({"text": f"{i} " + "a word and " * 80_000} for i in range(12)))
     tracemalloc.start()
     rows = tokenized("a.jsonl", 0.1)
-    blocks = PackedBlocks(rows, 64)
+    blocks = PackedDataset(rows, 64)
     blocks.take(20)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -813,7 +813,7 @@ def test_the_document_with_the_smallest_hash_is_held_out():
 def test_few_documents_train_without_a_word_about_the_fraction(count, fraction):
     write("few.jsonl", *({"text": f"document {i}"} for i in range(count)))
     rows = tokenized("few.jsonl", fraction)
-    training, held_out = PackedBlocks(rows, 8), held_out_blocks(rows, 8)
+    training, held_out = PackedDataset(rows, 8), held_out_dataset(rows, 8)
     expected = [
         f"few.jsonl:{i}"
         for i in 1
@@ -823,14 +823,14 @@ def test_few_documents_train_without_a_word_about_the_fraction(count, fraction):
     ]
     sources = {s for b in held_out.epoch() for s in b.sources}
     assert sources == set(expected) and len(training.rows) == count - len(expected) > 0
-    streamed = StreamedBlocks(
+    streamed = StreamingDataset(
         open_stream(["few.jsonl"]),
         TOKENIZER,
         8,
         heldout_fraction=fraction,
         buffer_size=7,
     )
-    held_out = streamed.held_out_blocks(10**6)
+    held_out = streamed.held_out_dataset(10**6)
     assert {s for b in held_out.epoch() for s in b.sources} == set(expected)
     trained = {s for b in streamed.take(count * 3) for s in b.sources}
     assert not trained & set(expected) and len(trained) == count - len(expected)
@@ -840,11 +840,11 @@ def test_few_documents_train_without_a_word_about_the_fraction(count, fraction):
 def test_a_document_alone_is_trained_on(fraction):
     write("one.jsonl", {"text": "alone"})
     rows = tokenized("one.jsonl", fraction)
-    assert held_out_blocks(rows, 4) is None and PackedBlocks(rows, 4).take(3)
-    streamed = StreamedBlocks(
+    assert held_out_dataset(rows, 4) is None and PackedDataset(rows, 4).take(3)
+    streamed = StreamingDataset(
         open_stream(["one.jsonl"]), TOKENIZER, 4, heldout_fraction=fraction
     )
-    assert streamed.held_out_blocks(4) is None and streamed.take(3)
+    assert streamed.held_out_dataset(4) is None and streamed.take(3)
 
 
 @pytest.mark.parametrize("fraction", [math.nan, math.inf, -0.1, 1.1, "0.1", None])
@@ -854,7 +854,7 @@ def test_fractions_that_are_none(fraction):
         lambda: is_held_out("a", fraction),
         lambda: held_out_mask(["a"], fraction),
         lambda: tokenized("a.jsonl", fraction),
-        lambda: StreamedBlocks(
+        lambda: StreamingDataset(
             open_stream(["a.jsonl"]), TOKENIZER, 4, heldout_fraction=fraction
         ),
     ):
@@ -868,9 +868,11 @@ def test_fractions_that_are_none(fraction):
 def test_whole_numbers_that_are_none(value):
     rows, stream = tokenized(write("a.jsonl", {"text": "a"})), open_stream(["a.jsonl"])
     for name, call in {
-        "block_size": lambda: PackedBlocks(rows, value),
-        "seed": lambda: PackedBlocks(rows, 4, value),
-        "buffer_size": lambda: StreamedBlocks(stream, TOKENIZER, 4, buffer_size=value),
+        "sequence_length": lambda: PackedDataset(rows, value),
+        "seed": lambda: PackedDataset(rows, 4, value),
+        "buffer_size": lambda: StreamingDataset(
+            stream, TOKENIZER, 4, buffer_size=value
+        ),
     }.items():
         with pytest.raises(ValueError, match=f"{name} must be a whole number"):
             call()
@@ -880,7 +882,7 @@ def test_whole_numbers_that_are_none(value):
         None,
         {"epoch": 0, "document": value, "offset": 0},
     ):
-        for blocks in (PackedBlocks(rows, 4), StreamedBlocks(stream, TOKENIZER, 4)):
+        for blocks in (PackedDataset(rows, 4), StreamingDataset(stream, TOKENIZER, 4)):
             with pytest.raises(DataError, match="no position in this data"):
                 blocks.load_state_dict(state)
 
@@ -890,7 +892,7 @@ def test_whole_numbers_that_are_none(value):
 
 def identified(path, *arguments):
     return json.loads(
-        json.dumps(PackedBlocks(tokenized(path, *arguments), 8).fingerprint)
+        json.dumps(PackedDataset(tokenized(path, *arguments), 8).fingerprint)
     )
 
 
@@ -903,7 +905,7 @@ def test_what_differs_is_said():
         assert data_difference(before, identified(path, 0.3)) is expected
     assert (
         data_difference(
-            before, PackedBlocks(tokenized("d.jsonl", 0.3), 99, 5, True).fingerprint
+            before, PackedDataset(tokenized("d.jsonl", 0.3), 99, 5, True).fingerprint
         )
         is None
     )
@@ -928,7 +930,9 @@ def test_what_differs_is_said():
     for name in ("e.jsonl", "f.jsonl"):
         write(name, {"text": "x"})
     two, turned, other = (
-        PackedBlocks(tokenize_files(files, TOKENIZER, cache_dir="cache"), 8).fingerprint
+        PackedDataset(
+            tokenize_files(files, TOKENIZER, cache_dir="cache"), 8
+        ).fingerprint
         for files in (
             ["e.jsonl", "f.jsonl"],
             ["f.jsonl", "e.jsonl"],
@@ -958,7 +962,7 @@ def test_a_stream_knows_its_files():
     def identified(paths=("d",), fraction=0.1):
         return json.loads(
             json.dumps(
-                StreamedBlocks(
+                StreamingDataset(
                     open_stream(paths), TOKENIZER, 8, heldout_fraction=fraction
                 ).fingerprint
             )
@@ -976,7 +980,7 @@ def test_a_stream_knows_its_files():
         == "other documents are held out"
     )
     assert "streamed" in data_difference(
-        before, PackedBlocks(tokenized("d/a.jsonl"), 8).fingerprint
+        before, PackedDataset(tokenized("d/a.jsonl"), 8).fingerprint
     )
     write_jsonl(texts([1, 3]), "d/a.jsonl")
     assert data_difference(before, identified()).startswith("a.jsonl: ")
@@ -994,7 +998,7 @@ def test_a_stream_knows_its_files():
     ],
 )
 def test_fingerprints_that_cannot_be_read(before):
-    now = PackedBlocks(tokenized(write("a.jsonl", {"text": "a"})), 8).fingerprint
+    now = PackedDataset(tokenized(write("a.jsonl", {"text": "a"})), 8).fingerprint
     assert isinstance(data_difference(before, now), str)
 
 
@@ -1013,7 +1017,7 @@ def test_no_document():
         with pytest.raises(DataError, match=f"no document in {path}"):
             tokenized(path, skip_bad_lines=True)
         with pytest.raises(DataError, match="no document to train on in the stream"):
-            StreamedBlocks(open_stream([path], True), TOKENIZER, 4).take(1)
+            StreamingDataset(open_stream([path], True), TOKENIZER, 4).take(1)
     assert (
         len(
             tokenize_files(
@@ -1033,9 +1037,9 @@ def test_nothing_left_to_train_on_or_held_out():
         (1.0, False, "no document to train on"),
     ):
         with pytest.raises(DataError, match=message):
-            PackedBlocks(tokenized("a.jsonl", fraction), 4, held_out=held_out)
+            PackedDataset(tokenized("a.jsonl", fraction), 4, held_out=held_out)
         with pytest.raises(DataError, match=message):
-            StreamedBlocks(
+            StreamingDataset(
                 open_stream(["a.jsonl"]),
                 TOKENIZER,
                 4,
@@ -1043,7 +1047,7 @@ def test_nothing_left_to_train_on_or_held_out():
                 held_out=held_out,
             ).take(1)
     assert (
-        StreamedBlocks(open_stream(["a.jsonl"]), TOKENIZER, 4).held_out_blocks(1)
+        StreamingDataset(open_stream(["a.jsonl"]), TOKENIZER, 4).held_out_dataset(1)
         is None
     )
 
@@ -1055,16 +1059,16 @@ def texts(numbers):
     return [{"text": f"{i}." * n} for i, n in enumerate(numbers)]
 
 
-def make(kind, numbers, block_size, seed, fraction=0.0, held_out=False):
+def make(kind, numbers, sequence_length, seed, fraction=0.0, held_out=False):
     name = f"{hash(tuple(numbers)) & 0xFFFFFFFF}.jsonl"
     if not Path(name).exists():
         write_jsonl(texts(numbers), name)
     if kind == "packed":
-        return PackedBlocks(tokenized(name, fraction), block_size, seed, held_out)
-    return StreamedBlocks(
+        return PackedDataset(tokenized(name, fraction), sequence_length, seed, held_out)
+    return StreamingDataset(
         open_stream([name]),
         TOKENIZER,
-        block_size,
+        sequence_length,
         seed,
         fraction,
         held_out,
@@ -1091,11 +1095,13 @@ property_test = settings(
 
 @kinds
 @property_test
-@given(numbers=corpora, block_size=st.integers(1, 40), seed=st.integers(0, 3))
-def test_every_token_once_and_targets_follow(kind, numbers, block_size, seed):
+@given(numbers=corpora, sequence_length=st.integers(1, 40), seed=st.integers(0, 3))
+def test_every_token_once_and_targets_follow(kind, numbers, sequence_length, seed):
     documents = [(END, *TOKENIZER.encode(t["text"])) for t in texts(numbers)]
     epoch = sum(map(len, documents))
-    blocks = make(kind, numbers, block_size, seed).take(3 * epoch // block_size + 1)
+    blocks = make(kind, numbers, sequence_length, seed).take(
+        3 * epoch // sequence_length + 1
+    )
     inputs, targets = (
         torch.cat([getattr(b, name) for b in blocks])
         for name in ("input_ids", "targets")
@@ -1115,7 +1121,7 @@ def test_every_token_once_and_targets_follow(kind, numbers, block_size, seed):
         starts[0] = 1
         assert (
             torch.equal(block.document_ids, starts.cumsum(0) - 1)
-            and len(block.input_ids) == block_size
+            and len(block.input_ids) == sequence_length
         )
         for i in block.document_ids.unique().tolist():
             whole = documents[int(block.sources[i].split(":")[1]) - 1]
@@ -1127,20 +1133,22 @@ def test_every_token_once_and_targets_follow(kind, numbers, block_size, seed):
 @property_test
 @given(
     numbers=corpora,
-    block_size=st.integers(1, 30),
+    sequence_length=st.integers(1, 30),
     cut=st.integers(0, 25),
     ranks=st.integers(1, 3),
     after=st.integers(1, 3),
 )
-def test_resume_at_any_cut_with_any_ranks(kind, numbers, block_size, cut, ranks, after):
-    expected = make(kind, numbers, block_size, 1).take(cut + ranks * after * 2)
-    run = make(kind, numbers, block_size, 1)
+def test_resume_at_any_cut_with_any_ranks(
+    kind, numbers, sequence_length, cut, ranks, after
+):
+    expected = make(kind, numbers, sequence_length, 1).take(cut + ranks * after * 2)
+    run = make(kind, numbers, sequence_length, 1)
     assert same(run.take(cut), expected[:cut])
     for step in range(2):  # resumed from a resumed run, too
         state = json.dumps(run.state_dict())
         parts = []
         for rank in range(ranks):
-            run = make(kind, numbers, block_size, 1)
+            run = make(kind, numbers, sequence_length, 1)
             run.load_state_dict(json.loads(state))
             assert run.state_dict() == json.loads(state)
             parts.append(run.take(after, rank, ranks))
@@ -1189,7 +1197,7 @@ def test_any_block_at_once():
 
 def test_rows_that_were_selected():
     rows = tokenized(write("a.jsonl", *texts([1, 2, 3, 4, 5, 6])))
-    some = PackedBlocks(rows.select([5, 1, 3]), 200)[0]
+    some = PackedDataset(rows.select([5, 1, 3]), 200)[0]
     assert set(some.sources) == {"a.jsonl:6", "a.jsonl:2", "a.jsonl:4"}
 
 
@@ -1198,9 +1206,9 @@ def test_rows_that_were_selected():
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(numbers=corpora, block_size=st.integers(1, 60))
-def test_epoch_counts_every_target_once(numbers, block_size):
-    blocks = make("packed", numbers, block_size, 0)
+@given(numbers=corpora, sequence_length=st.integers(1, 60))
+def test_epoch_counts_every_target_once(numbers, sequence_length):
+    blocks = make("packed", numbers, sequence_length, 0)
     ours = list(blocks.epoch())
     targets, inputs = (
         torch.cat([getattr(b, name) for b in ours]) for name in ("targets", "input_ids")
@@ -1210,7 +1218,7 @@ def test_epoch_counts_every_target_once(numbers, block_size):
         counted, inputs[1 : blocks.tokens_per_epoch]
     )
     assert (inputs >= 0).all()  # marking a target leaves the inputs alone
-    assert len(ours) == -(-blocks.tokens_per_epoch // block_size)
+    assert len(ours) == -(-blocks.tokens_per_epoch // sequence_length)
     assert (
         same(list(blocks.epoch(1)), ours[:1])
         and not list(blocks.epoch(0))
@@ -1231,8 +1239,10 @@ def test_collate():
 
 def test_a_huge_document_is_not_read_whole_for_each_block():
     write("huge.jsonl", {"text": "ab" * 1_000_000})
-    packed = PackedBlocks(tokenized("huge.jsonl"), 64)
-    streamed = StreamedBlocks(open_stream(["huge.jsonl"]), TOKENIZER, 64, buffer_size=0)
+    packed = PackedDataset(tokenized("huge.jsonl"), 64)
+    streamed = StreamingDataset(
+        open_stream(["huge.jsonl"]), TOKENIZER, 64, buffer_size=0
+    )
     total = sum(b.input_ids.sum().item() for b in packed.take(3_000))
     assert total == sum(b.input_ids.sum().item() for b in streamed.take(3_000)) > 0
     assert (
@@ -1246,22 +1256,22 @@ def test_a_huge_document_is_not_read_whole_for_each_block():
 
 def test_a_stream_that_has_changed_is_refused():
     write("a.jsonl", *texts([9, 9, 9]))
-    blocks = StreamedBlocks(open_stream(["a.jsonl"]), TOKENIZER, 8, buffer_size=0)
+    blocks = StreamingDataset(open_stream(["a.jsonl"]), TOKENIZER, 8, buffer_size=0)
     blocks.take(4)
     state = blocks.state_dict()
     assert state["document"] == 1 and state["offset"] > 2
     write("a.jsonl", {"text": "a"}, {"text": "b"})
     with pytest.raises(DataError, match="the stream has changed"):
-        StreamedBlocks(
+        StreamingDataset(
             open_stream(["a.jsonl"]), TOKENIZER, 8, buffer_size=0
         ).load_state_dict(state)
 
 
 def test_resuming_a_stream_encodes_only_what_follows():
     write("a.jsonl", *texts([3] * 50))
-    run = StreamedBlocks(open_stream(["a.jsonl"]), TOKENIZER, 10, buffer_size=5)
+    run = StreamingDataset(open_stream(["a.jsonl"]), TOKENIZER, 10, buffer_size=5)
     run.take(25)
-    resumed = StreamedBlocks(
+    resumed = StreamingDataset(
         open_stream(["a.jsonl"]), Counting(RANKS), 10, buffer_size=5
     )
     Counting.encoded = 0
@@ -1272,17 +1282,17 @@ def test_resuming_a_stream_encodes_only_what_follows():
 def test_held_out_blocks_of_a_stream():
     write("a.jsonl", *texts([4] * 60))
     stream = open_stream(["a.jsonl"])
-    held = StreamedBlocks(
+    held = StreamingDataset(
         stream, TOKENIZER, 8, seed=3, heldout_fraction=0.4, buffer_size=5
-    ).held_out_blocks(3)
-    everything = PackedBlocks(tokenized("a.jsonl", 0.4), 8, held_out=True)
+    ).held_out_dataset(3)
+    everything = PackedDataset(tokenized("a.jsonl", 0.4), 8, held_out=True)
     assert 3 * 8 < held.tokens_per_epoch < everything.tokens_per_epoch
     assert set(s for b in held.epoch() for s in b.sources) <= set(
         s for b in everything.epoch() for s in b.sources
     )
-    more = StreamedBlocks(
+    more = StreamingDataset(
         stream, TOKENIZER, 8, seed=4, heldout_fraction=0.4
-    ).held_out_blocks(10**6)
+    ).held_out_dataset(10**6)
     assert (
         more.tokens_per_epoch == everything.tokens_per_epoch
         and more.bytes_per_epoch == everything.bytes_per_epoch
@@ -1329,7 +1339,7 @@ def test_a_huge_document_in_a_stream_is_encoded_piece_by_piece():
 
     text = "some words, " * 100_000
     write("huge.jsonl", {"text": text}, {"text": "b"})
-    run = StreamedBlocks(
+    run = StreamingDataset(
         open_stream(["huge.jsonl"]), Watching(RANKS), 400_000, buffer_size=0
     )
     first = run.take(2)
@@ -1338,7 +1348,7 @@ def test_a_huge_document_in_a_stream_is_encoded_piece_by_piece():
         and not first[1].document_ids.any()
     )
     assert Watching.longest <= 1 << 18
-    resumed = StreamedBlocks(
+    resumed = StreamingDataset(
         open_stream(["huge.jsonl"]), TOKENIZER, 400_000, buffer_size=0
     )
     resumed.load_state_dict(run.state_dict())
@@ -1353,7 +1363,7 @@ def test_several_files_are_one_stream():
         "d/a.jsonl:2",
         "d/b.jsonl.gz:1",
     ]
-    blocks = StreamedBlocks(open_stream(["d"]), TOKENIZER, 5).take(30)
+    blocks = StreamingDataset(open_stream(["d"]), TOKENIZER, 5).take(30)
     assert {s for b in blocks for s in b.sources} == {
         "d/a.jsonl:1",
         "d/a.jsonl:2",
@@ -1387,14 +1397,14 @@ def test_hub_directory(kind):
         return
     write("same.jsonl", *records)
     streams = [
-        StreamedBlocks(open_stream([p]), TOKENIZER, 8, 1, 0.3, buffer_size=4)
+        StreamingDataset(open_stream([p]), TOKENIZER, 8, 1, 0.3, buffer_size=4)
         for p in (name, "same.jsonl")
     ]
     a, b = (blocks.take(20) for blocks in streams)
     assert all(
         torch.equal(getattr(x, f), getattr(y, f)) for x, y in zip(a, b) for f in FIELDS
     )
-    assert streams[0].held_out_blocks(2)[0].input_ids[0] == END
+    assert streams[0].held_out_dataset(2)[0].input_ids[0] == END
 
 
 def test_hub_records_that_are_bad():
@@ -1410,7 +1420,7 @@ def test_hub_records_that_are_bad():
         list(open_stream([hub("body", [{"body": "a"}])]))
     broken = hub("broken", [{"text": "a"}, b"{broken", {"text": "b"}], "jsonl")
     with pytest.raises(DataError, match="the stream cannot be read"):
-        StreamedBlocks(open_stream([broken]), TOKENIZER, 4).take(1)
+        StreamingDataset(open_stream([broken]), TOKENIZER, 4).take(1)
 
 
 @pytest.mark.parametrize(
@@ -1420,7 +1430,7 @@ def test_hub_files_that_are_damaged(content):
     name = hub("damaged", [{"text": "a"}])
     Path("damaged/data/train-00000-of-00001.parquet").write_bytes(content)
     with pytest.raises(DataError, match="cannot be") as error:
-        StreamedBlocks(open_stream([name]), TOKENIZER, 4).take(1)
+        StreamingDataset(open_stream([name]), TOKENIZER, 4).take(1)
     assert "\n" not in str(error.value)
 
 
@@ -1471,7 +1481,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
 )
 def test_places_that_a_stream_does_not_have(state):
     write("six.jsonl", *({"text": text} for text in LETTERS.values()))
-    blocks = StreamedBlocks(open_stream(["six.jsonl"]), TOKENIZER, 4, buffer_size=2)
+    blocks = StreamingDataset(open_stream(["six.jsonl"]), TOKENIZER, 4, buffer_size=2)
     with pytest.raises(
         DataError,
         match="the place to resume from is not in it|no position in this data",
@@ -1486,13 +1496,13 @@ def test_a_stream_that_breaks_off():
 
     stream = datasets.IterableDataset.from_generator(rows)
     with pytest.raises(DataError, match="the server is gone"):
-        StreamedBlocks(stream, TOKENIZER, 8, buffer_size=0).take(1)
+        StreamingDataset(stream, TOKENIZER, 8, buffer_size=0).take(1)
 
 
 def test_an_abandoned_stream_is_closed_at_once():
     """Left to the garbage collector, the library's reader may be closed inside another thread's start, which then waits for itself."""
     write("a.jsonl", *({"text": f"text {i}"} for i in range(50)))
-    blocks = StreamedBlocks(open_stream(["a.jsonl"]), TOKENIZER, 8)
+    blocks = StreamingDataset(open_stream(["a.jsonl"]), TOKENIZER, 8)
     blocks.take(2)
     alive = weakref.ref(blocks)
     gc.disable()

@@ -22,7 +22,7 @@ from qwen_analog.evaluate import (
     NGram,
     _windows,
     add_arguments,
-    document_nats,
+    document_nll,
     evaluate_documents,
     fit_scaling_law,
     lm_eval_model,
@@ -30,7 +30,7 @@ from qwen_analog.evaluate import (
     minimal_pair_accuracy,
     paired_difference,
     run,
-    token_nats,
+    token_nll,
     wilson,
     xz_bits_per_byte,
 )
@@ -95,7 +95,7 @@ def test_equals_one_forward_pass_when_the_context_fits():
         expected = torch.nn.functional.cross_entropy(
             MODEL(ids[:, :-1])[0], ids[0, 1:], reduction="none"
         ).detach()
-        (nats,) = token_nats(MODEL, BYTES, [BYTES.decode(ids[0, 1:].tolist())])
+        (nats,) = token_nll(MODEL, BYTES, [BYTES.decode(ids[0, 1:].tolist())])
         assert np.allclose(nats, expected, atol=1e-5) and len(nats) == ids.shape[1] - 1
 
 
@@ -109,31 +109,31 @@ def test_sliding_equals_a_pass_for_each_token(context, stride):
             for t in range(len(expected), end)
         ]
         end = min(end + stride, len(ids) - 1)
-    (nats,) = token_nats(MODEL, BYTES, [TEXTS[2]], context=context, stride=stride)
+    (nats,) = token_nll(MODEL, BYTES, [TEXTS[2]], context=context, stride=stride)
     assert np.allclose(nats, expected, atol=1e-4)
-    total, count = document_nats(MODEL, BYTES, TEXTS[2], context=context, stride=stride)
+    total, count = document_nll(MODEL, BYTES, TEXTS[2], context=context, stride=stride)
     assert abs(total - sum(expected)) < 1e-3 and count == len(ids) - 1 == len(
         BYTES.encode(TEXTS[2])
     )
 
 
 def test_a_full_context_is_the_default_and_half_of_it_the_stride():
-    assert document_nats(MODEL, BYTES, TEXTS[2]) == document_nats(
+    assert document_nll(MODEL, BYTES, TEXTS[2]) == document_nll(
         MODEL, BYTES, TEXTS[2], context=24, stride=12
     )
-    assert document_nats(MODEL, BYTES, TEXTS[2]) != document_nats(
+    assert document_nll(MODEL, BYTES, TEXTS[2]) != document_nll(
         MODEL, BYTES, TEXTS[2], stride=24
     )
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7])
 def test_batches_do_not_mix(batch_size):
-    together = token_nats(
+    together = token_nll(
         MODEL, BYTES, TEXTS, context=9, stride=4, batch_size=batch_size
     )
     for text, nats in zip(TEXTS, together):
         assert np.allclose(
-            nats, token_nats(MODEL, BYTES, [text], context=9, stride=4)[0], atol=1e-5
+            nats, token_nll(MODEL, BYTES, [text], context=9, stride=4)[0], atol=1e-5
         )
     assert [len(nats) for nats in together] == [
         len(BYTES.encode(text)) for text in TEXTS
@@ -157,7 +157,7 @@ def test_equals_hugging_face():
             loss = theirs(
                 ids, labels=ids
             ).loss.item()  # the mean over all tokens but the first
-        nats, tokens = document_nats(MODEL, BYTES, BYTES.decode(ids[0, 1:].tolist()))
+        nats, tokens = document_nll(MODEL, BYTES, BYTES.decode(ids[0, 1:].tolist()))
         assert abs(nats / tokens - loss) < 1e-5
 
 
@@ -172,7 +172,7 @@ def test_equals_hugging_face():
 )
 def test_impossible_windows(options, message):
     with pytest.raises(ValueError, match=message):
-        document_nats(MODEL, BYTES, "text", **options)
+        document_nll(MODEL, BYTES, "text", **options)
 
 
 def test_a_tokenizer_of_another_model():
@@ -187,14 +187,14 @@ def test_a_tokenizer_of_another_model():
     )
     assert big.vocab_size > CONFIG.vocab_size
     with pytest.raises(ValueError, match="do not belong together"):
-        document_nats(MODEL, big, "text")
+        document_nll(MODEL, big, "text")
 
 
 def test_weights_that_are_not_finite():
     broken = scramble_(QwenForCausalLM(CONFIG)).eval()
     broken.model.norm.weight.data[3] = torch.nan
     with pytest.raises(ValueError, match="not all finite"):
-        document_nats(broken, BYTES, "text")
+        document_nll(broken, BYTES, "text")
 
 
 # documents
@@ -207,7 +207,7 @@ def test_evaluation_adds_up():
         found.bytes.tolist() == [len(text.encode()) for text in TEXTS]
         and found.bytes.sum() > found.tokens.sum()
     )
-    total = sum(document_nats(MODEL, BPE, text)[0] for text in TEXTS)
+    total = sum(document_nll(MODEL, BPE, text)[0] for text in TEXTS)
     assert math.isclose(
         found.loss, total / found.tokens.sum(), rel_tol=1e-5
     ) and math.isclose(found.perplexity, math.exp(found.loss))
@@ -279,7 +279,7 @@ def test_paired_difference():
 
 
 def test_loss_by_position():
-    mean, count = loss_by_position(token_nats(MODEL, BYTES, TEXTS, context=14), 14)
+    mean, count = loss_by_position(token_nll(MODEL, BYTES, TEXTS, context=14), 14)
     assert (
         len(mean) == len(count) == 14
         and count[0] == 4
@@ -299,7 +299,7 @@ def test_loss_by_position():
         ),
         rel_tol=1e-5,
     )
-    mean, count = loss_by_position(token_nats(MODEL, BYTES, ["abc"]), 24)
+    mean, count = loss_by_position(token_nll(MODEL, BYTES, ["abc"]), 24)
     assert count[3] == 0 and np.isnan(mean[3]) and len(mean) == 24
 
 
@@ -358,7 +358,7 @@ def test_accuracy_counts_the_right_sentences():
         "second": [("the cat", "cat the")],
     }
     nats = {
-        s: document_nats(MODEL, BYTES, s)[0]
+        s: document_nll(MODEL, BYTES, s)[0]
         for group in pairs.values()
         for pair in group
         for s in pair
@@ -791,7 +791,7 @@ def test_lm_eval_charges_for_what_a_continuation_changes():
         ((value, _),) = adapter.loglikelihood(
             [Request(context, continuation)], disable_tqdm=True
         )
-        nats = token_nats(MODEL, tokenizer, [context + continuation])[0]
+        nats = token_nll(MODEL, tokenizer, [context + continuation])[0]
         assert abs(value + nats[same:].sum()) < 1e-4 and value < 0, (
             context,
             continuation,
@@ -833,9 +833,9 @@ def test_lm_eval_runs_a_task(tmp_path):
     )
     correct = 0
     for q in questions:
-        context = document_nats(MODEL, BYTES, f"{q['question']}:")[0]
+        context = document_nll(MODEL, BYTES, f"{q['question']}:")[0]
         nats = [
-            document_nats(MODEL, BYTES, f"{q['question']}:{choice}")[0] - context
+            document_nll(MODEL, BYTES, f"{q['question']}:{choice}")[0] - context
             for choice in q["choices"]
         ]
         correct += int(np.argmin(nats)) == q["answer"]
@@ -899,7 +899,7 @@ def test_the_command(tmp_path, capsys):
         (3, 6),
         (7, 11),
     ]
-    mean, _ = loss_by_position(token_nats(MODEL, BYTES, held, context=12), 12)
+    mean, _ = loss_by_position(token_nll(MODEL, BYTES, held, context=12), 12)
     assert math.isclose(
         found["loss_by_position"][2]["loss"], mean[3:7].mean(), rel_tol=1e-6
     )

@@ -19,10 +19,10 @@ from transformers.generation.logits_process import (
 from qwen_analog import QwenConfig, QwenForCausalLM
 from qwen_analog.generate import (
     LogitsError,
-    Sampling,
+    SamplingParams,
     _padded,
     distribution,
-    draw,
+    sample,
     filter_logits,
     generate,
     pad_left,
@@ -837,14 +837,14 @@ def test_every_legal_setting_draws_from_finite_logits(settings):
         {**settings, "temperature": 0},
         {"repetition_penalty": 1e-40, **settings},
     ):
-        p = distribution(logits, Sampling(**options), seen)
+        p = distribution(logits, SamplingParams(**options), seen)
         assert (
             p.isfinite().all()
             and (p >= 0).all()
             and torch.allclose(p.sum(-1), torch.ones(12))
         )
         assert not p[logits == -math.inf].any()  # what is forbidden stays so
-        assert draw(logits, Sampling(**options), seen).shape == (12,)
+        assert sample(logits, SamplingParams(**options), seen).shape == (12,)
     assert model_of(torch.float32).generate(prompt(), 3, seed=0, **settings).shape == (
         3,
         12,
@@ -854,20 +854,26 @@ def test_every_legal_setting_draws_from_finite_logits(settings):
 def test_extremes_are_limits():
     logits = torch.tensor([[3.0, 1.0, 3.0, -2.0]])
     for temperature in (5e-324, 1e-40, 1e-20):
-        assert distribution(logits, Sampling(temperature)).tolist() == [
+        assert distribution(logits, SamplingParams(temperature)).tolist() == [
             [0.5, 0, 0.5, 0]
         ]
     for temperature in (1e30, 1e300):
-        assert distribution(logits, Sampling(temperature)).tolist() == [[0.25] * 4]
+        assert distribution(logits, SamplingParams(temperature)).tolist() == [
+            [0.25] * 4
+        ]
     for penalty in (5e-324, 1e-40):  # of what has occurred the largest positive one
         assert distribution(
-            logits, Sampling(repetition_penalty=penalty), torch.tensor([[1, 2, 3]])
+            logits,
+            SamplingParams(repetition_penalty=penalty),
+            torch.tensor([[1, 2, 3]]),
         ).tolist() == [[0, 0, 1, 0]]
     for penalty in (1e40, 1e300):
         expected = torch.tensor([[3.0, 0.0, 0.0, -math.inf]]).softmax(-1)
         torch.testing.assert_close(
             distribution(
-                logits, Sampling(repetition_penalty=penalty), torch.tensor([[1, 2, 3]])
+                logits,
+                SamplingParams(repetition_penalty=penalty),
+                torch.tensor([[1, 2, 3]]),
             ),
             expected,
         )
@@ -876,7 +882,11 @@ def test_extremes_are_limits():
 @pytest.mark.parametrize("bad", [math.nan, math.inf, "nothing"])
 @pytest.mark.parametrize(
     "sampling",
-    [Sampling(0), Sampling(), Sampling(top_p=0.5, repetition_penalty=1.3)],
+    [
+        SamplingParams(0),
+        SamplingParams(),
+        SamplingParams(top_p=0.5, repetition_penalty=1.3),
+    ],
     ids=str,
 )
 def test_rows_without_a_choice_are_named(bad, sampling):
@@ -889,15 +899,15 @@ def test_rows_without_a_choice_are_named(bad, sampling):
     with pytest.raises(
         LogitsError, match="^the logits are not finite in 2 of 5 rows: "
     ) as error:
-        draw(logits, sampling, torch.zeros(5, 2, dtype=torch.int64))
+        sample(logits, sampling, torch.zeros(5, 2, dtype=torch.int64))
     assert error.value.rows == [1, 4] and isinstance(error.value, ValueError)
     with pytest.raises(
         LogitsError, match="^the logits are not finite in row 1 of 4: "
     ) as error:
-        draw(logits[:4], sampling)
+        sample(logits[:4], sampling)
     with pytest.raises(LogitsError, match="^the logits are not finite: "):
-        draw(logits[4:], sampling)
-    assert draw(logits[[0, 2, 3]], sampling).shape == (3,)
+        sample(logits[4:], sampling)
+    assert sample(logits[[0, 2, 3]], sampling).shape == (3,)
 
 
 def test_the_models_own_end_tokens_end():
@@ -998,7 +1008,7 @@ def test_what_generation_settings_mean(own, expected):
     model = model_of()
     model.generation_config = own
     assert sampling_defaults(model) == expected
-    Sampling(**expected)
+    SamplingParams(**expected)
 
 
 @pytest.mark.parametrize(

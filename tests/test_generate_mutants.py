@@ -282,7 +282,7 @@ MUTANTS = {
         "if False:",
         samplers.test_rows_without_a_choice_are_named,
         "nothing",
-        samplers.Sampling(0),
+        samplers.SamplingParams(0),
     ),
     "the model's own end tokens are ignored": (
         "_own_ends(model) if eos_id <= last]",
@@ -314,10 +314,10 @@ MUTANTS = {
 }
 NAMES = (
     "LogitsError",
-    "Sampling",
+    "SamplingParams",
     "distribution",
-    "draw",
-    "end_ids",
+    "sample",
+    "stop_ids",
     "sampling_defaults",
     "filter_logits",
     "penalize_repetition",

@@ -19,7 +19,7 @@ from qwen_analog.generate import (
     TextStream,
     complete,
     complete_many,
-    end_ids,
+    stop_ids,
     stream,
 )
 from qwen_analog.tokenizer import (
@@ -485,7 +485,7 @@ def test_text_ends_at_the_models_own_end_tokens():
         [BYTES.vocab_size + 1, new],
     ):  # the second is a row of padding, which is never chosen
         model.generation_config = {"eos_token_id": own}
-        assert end_ids(model, BYTES) == [new, BYTES.eos_token_id]
+        assert stop_ids(model, BYTES) == [new, BYTES.eos_token_id]
         assert "".join(stream(model, BYTES, "Hello", **options)) == expected
         assert (
             "".join(stream(model, BYTES, "Hello", eos_token_id=None, **options))
@@ -502,10 +502,10 @@ def test_text_ends_at_the_models_own_end_tokens():
             == free
         )  # the caller's word counts
     model.generation_config = {"eos_token_id": BYTES.eos_token_id}
-    assert end_ids(model, BYTES) == [BYTES.eos_token_id]
+    assert stop_ids(model, BYTES) == [BYTES.eos_token_id]
     del model.generation_config
     assert (
-        end_ids(model, BYTES) == [BYTES.eos_token_id]
+        stop_ids(model, BYTES) == [BYTES.eos_token_id]
         and "".join(stream(model, BYTES, "Hello", **options)) == free
     )
 

@@ -16,11 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from qwen_analog import memory
 from qwen_analog.config import QwenConfig
 from qwen_analog.memory import (
-    RECOMPUTE,
-    MemoryLedger,
+    ACTIVATION_CHECKPOINTING,
+    MemoryEstimate,
     StorageTracker,
     flops_per_token,
-    memory_ledger,
+    estimate_memory,
     saved_activations,
     set_activation_checkpointing,
 )
@@ -155,7 +155,7 @@ def test_an_unknown_mode_is_refused():
     for call in (
         lambda: set_activation_checkpointing(QwenForCausalLM(NARROW), "some"),
         lambda: flops_per_token(NARROW, 64, "some"),
-        lambda: memory_ledger(NARROW, recompute="some"),
+        lambda: estimate_memory(NARROW, recompute="some"),
     ):
         with pytest.raises(
             ValueError,
@@ -164,7 +164,7 @@ def test_an_unknown_mode_is_refused():
             call()
 
 
-@pytest.mark.parametrize("mode", RECOMPUTE)
+@pytest.mark.parametrize("mode", ACTIVATION_CHECKPOINTING)
 @pytest.mark.parametrize("config", [NARROW, WIDE], ids=["tied", "untied"])
 def test_flops_are_those_that_are_counted(config, mode):
     # PyTorch knows no formula for the CPU's kernel; backward is twice forward, as model FLOPs are counted
@@ -188,20 +188,20 @@ def test_flops_are_those_that_are_counted(config, mode):
 def test_the_card_in_numbers():
     card = QwenConfig()
     assert round(flops_per_token(card, 4096) / 1e9, 1) == 22.8
-    training = memory_ledger(card, recompute="full", micro_batches=2)
+    training = estimate_memory(card, recompute="full", micro_batches=2)
     assert (
         training.parameters == training.optimizer / 2 == 4 * 3_199_240_192
         and training.gradients >= training.parameters
     )
     one, two = (
-        memory_ledger(card, optimizer=None, sequence_length=T) for T in (1000, 1001)
+        estimate_memory(card, optimizer=None, sequence_length=T) for T in (1000, 1001)
     )
     assert (
         one.parameters == 2 * 3_199_240_192 and two.kv_cache - one.kv_cache == 147_456
     )
 
 
-@pytest.mark.parametrize("mode", RECOMPUTE)
+@pytest.mark.parametrize("mode", ACTIVATION_CHECKPOINTING)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-pure"])
 @pytest.mark.parametrize(
     "config,B,T",
@@ -223,7 +223,7 @@ def test_ledger_against_measured(config, B, T, precision, mode):
             micro_batches,
             documents,
         )
-        ledger = memory_ledger(
+        ledger = estimate_memory(
             config,
             precision=precision,
             recompute=mode,
@@ -276,7 +276,7 @@ def test_what_a_block_keeps_is_what_is_listed(precision, documents):
     )
 
 
-@pytest.mark.parametrize("mode", RECOMPUTE)
+@pytest.mark.parametrize("mode", ACTIVATION_CHECKPOINTING)
 def test_a_block_more_keeps_what_the_mode_keeps(mode):
     held = []
     for layers in (1, 2):
@@ -297,12 +297,12 @@ def test_a_block_more_keeps_what_the_mode_keeps(mode):
 def test_muon_and_bfloat16_moments():
     model = QwenForCausalLM(NARROW)
     got = measured(model, build_optimizers(model, 1e-3, kind="muon"), 2, 64, "fp32")
-    assert memory_ledger(NARROW, optimizer="muon").optimizer == pytest.approx(
+    assert estimate_memory(NARROW, optimizer="muon").optimizer == pytest.approx(
         got["optimizer"], abs=4 * len(list(model.parameters()))
     )
     assert (
-        memory_ledger(NARROW, optimizer="adamw-bf16").optimizer * 2
-        == memory_ledger(NARROW, optimizer="adamw").optimizer
+        estimate_memory(NARROW, optimizer="adamw-bf16").optimizer * 2
+        == estimate_memory(NARROW, optimizer="adamw").optimizer
     )
 
 
@@ -322,7 +322,7 @@ def test_inference_against_measured(precision):
                 .float()
                 .softmax(-1)
             )
-        ledger = memory_ledger(
+        ledger = estimate_memory(
             NARROW, precision=precision, optimizer=None, batch_size=B, sequence_length=T
         )
         assert (ledger.parameters, ledger.kv_cache) == (
@@ -343,7 +343,7 @@ def test_ledger_at_the_cards_width():
             model = QwenForCausalLM(config)
             set_activation_checkpointing(model, mode)
             got = measured(model, [], 1, 4096, "bf16", micro_batches)
-        ledger = memory_ledger(config, recompute=mode, micro_batches=micro_batches)
+        ledger = estimate_memory(config, recompute=mode, micro_batches=micro_batches)
         assert ledger.total - ledger.optimizer == pytest.approx(
             sum(got.values()), rel=0.06
         )
@@ -384,7 +384,7 @@ def test_sharded_ledger_against_measured(four_ranks):
         backward(model, *batch(config, B, T), "fp32")  # the first pass sets FSDP up
         model.zero_grad()
         got = measured(model, [], B, T, precision, cast_by_autocast=False)
-        ledger = memory_ledger(
+        ledger = estimate_memory(
             config,
             precision=precision,
             recompute=mode,
@@ -401,12 +401,12 @@ def test_sharded_ledger_against_measured(four_ranks):
 
 def test_data_parallel_holds_the_gradients_all_the_time():
     alone, one_of_two = (
-        memory_ledger(NARROW, batch_size=2, sequence_length=128, replicas=n)
+        estimate_memory(NARROW, batch_size=2, sequence_length=128, replicas=n)
         for n in (1, 2)
     )
     assert (
         one_of_two.total
-        == memory_ledger(
+        == estimate_memory(
             NARROW, batch_size=2, sequence_length=128, micro_batches=2
         ).total
         > alone.total
@@ -434,13 +434,13 @@ def test_data_parallel_holds_the_gradients_all_the_time():
 )
 def test_impossible_settings_are_refused_in_one_line(given, message):
     with pytest.raises(ValueError) as error:
-        memory_ledger(NARROW, **given)
+        estimate_memory(NARROW, **given)
     assert str(error.value) == message
 
 
 def test_the_table_can_be_read():
     lines = str(
-        MemoryLedger(parameters=2_000_000_000, kv_cache=500_000_000, moment="noon")
+        MemoryEstimate(parameters=2_000_000_000, kv_cache=500_000_000, moment="noon")
     ).splitlines()
     assert lines == [
         "parameters         2.000 GB",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from qwen_analog.data import Block
+from qwen_analog.data import TokenSequence
 from qwen_analog.monitor import (
     LogFile,
     RunLog,
@@ -28,7 +28,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def block(*sources):
-    return Block(None, None, None, list(sources))
+    return TokenSequence(None, None, None, list(sources))
 
 
 def log_of(steps, directory="run", **options):

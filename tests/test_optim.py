@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from qwen_analog import QwenConfig, QwenForCausalLM
 from qwen_analog.optim import (
     AdamWBf16,
-    SpikeWatch,
+    LossSpikeDetector,
     build_optimizers,
     learning_rate_at,
     parameter_groups,
@@ -539,7 +539,7 @@ def falling(steps, seed=0):
 
 
 def test_the_watch_is_quiet_on_a_noisy_falling_loss_and_hears_a_jump():
-    losses, watch = falling(20_000), SpikeWatch()
+    losses, watch = falling(20_000), LossSpikeDetector()
     alarms = sum(watch.update(loss) for loss in losses)
     assert alarms <= 2
     assert not watch.update(losses[-1] - 1.5)  # a step down is good news
@@ -547,17 +547,17 @@ def test_the_watch_is_quiet_on_a_noisy_falling_loss_and_hears_a_jump():
         losses[-1] + 1.0
     )  # the first does not hide the second
     for at in range(200, 1000, 97):
-        watch = SpikeWatch()
+        watch = LossSpikeDetector()
         assert not any([watch.update(loss) for loss in losses[:at]])
         assert watch.update(max(losses[at - 64 : at]) + 1.0), at
-    watch = SpikeWatch()
+    watch = LossSpikeDetector()
     assert not any(watch.update(loss) for loss in losses[:63]) and not watch.update(
         100.0
     )  # too early to know
 
 
 def test_the_watch_gets_used_to_a_new_level():
-    watch = SpikeWatch(window=10)
+    watch = LossSpikeDetector(window=10)
     heard = [watch.update(loss) for loss in [1.0] * 10 + [2.0] * 20]
     assert heard[10:15] == [True] * 5 and not any(heard[:10] + heard[20:])
     assert not watch.update(2.01) and watch.update(
@@ -566,7 +566,11 @@ def test_the_watch_gets_used_to_a_new_level():
 
 
 def test_the_watch_reports_what_is_not_finite_and_forgets_it():
-    watch, plain, losses = SpikeWatch(window=20), SpikeWatch(window=20), falling(100)
+    watch, plain, losses = (
+        LossSpikeDetector(window=20),
+        LossSpikeDetector(window=20),
+        falling(100),
+    )
     for i, loss in enumerate(losses):
         if i % 10 == 0:
             assert all(
@@ -579,7 +583,7 @@ def test_the_watch_reports_what_is_not_finite_and_forgets_it():
 def test_the_watch_resumes_exactly():
     losses = falling(300) + [9.0, 4.0, 9.0]
     for cut in (0, 5, 64, 200, 301):
-        watch, resumed = SpikeWatch(), SpikeWatch()
+        watch, resumed = LossSpikeDetector(), LossSpikeDetector()
         for loss in losses[:cut]:
             watch.update(loss)
         state = watch.state_dict()
@@ -596,4 +600,4 @@ def test_the_watch_resumes_exactly():
 )
 def test_the_watch_refuses_senseless_settings(wrong):
     with pytest.raises(ValueError, match=str(*wrong.values())):
-        SpikeWatch(**wrong)
+        LossSpikeDetector(**wrong)

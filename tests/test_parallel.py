@@ -20,7 +20,7 @@ from parallel_worker import BLOCKS, STEPS, batch, small, train
 from qwen_analog.loss import IGNORE_INDEX
 from qwen_analog.model import QwenForCausalLM
 from qwen_analog.parallel import (
-    Processes,
+    DistributedContext,
     build_model,
     clip_grad_norm,
     end_with_torchrun,
@@ -55,7 +55,7 @@ def alone(precision="fp32", tied=True, kind="adamw", sharded=False):
     losses = train(
         model,
         WeightsInBfloat16(model) if sharded else model,
-        Processes(),
+        DistributedContext(),
         kind=kind,
         precision="fp32" if sharded else precision,
     )
@@ -176,7 +176,7 @@ def test_two_machines_of_two_processes_equal_one(tmp_path):
 
 
 ANOTHER = "error: another process, rank {}, {}, and says more in its own line"
-SETTING = "error: rank 1 has another setting than rank 0: block_size is 33 there and 32 on rank 0"
+SETTING = "error: rank 1 has another setting than rank 0: sequence_length is 33 there and 32 on rank 0"
 SIZE = "error: rank 1 was started with WORLD_SIZE 3, rank 0 with 2"
 ENDED = "error: rank {} ended without a word {}: it was killed, or the memory was full"
 # of each process: exit code (2: its own error; 3: another's; negative: the signal) and the only line that it says
@@ -303,7 +303,10 @@ def test_a_senseless_environment_is_one_line(monkeypatch, variables, words):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=re.escape(words)) as caught, Processes():
+    with (
+        pytest.raises(ValueError, match=re.escape(words)) as caught,
+        DistributedContext(),
+    ):
         pass
     assert "\n" not in str(caught.value)
 
@@ -314,7 +317,7 @@ def test_more_processes_than_gpus_are_one_line(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     with (
         pytest.raises(ValueError, match="LOCAL_RANK 3 has no GPU: this machine has 2"),
-        Processes(),
+        DistributedContext(),
     ):
         pass
 

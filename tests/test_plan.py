@@ -19,7 +19,7 @@ from qwen_analog.plan import (
     add_arguments,
     cheapest_fit,
     fits,
-    ledger_of,
+    estimate_for,
     report,
     run,
     simulate,
@@ -42,7 +42,7 @@ MODEL = dict(
 def settings(**changes):
     values = dict(
         model=MODEL,
-        block_size=192,
+        sequence_length=192,
         micro_batch_size=2,
         gradient_accumulation_steps=1,
         activation_checkpointing="none",
@@ -95,7 +95,10 @@ def test_two_real_processes_hold_what_was_planned(tmp_path):
         real = [
             int((tmp_path / f"peak_{number}_{rank}").read_text()) for rank in range(2)
         ]
-        simulated, arithmetic = total(simulate(config, 2)), ledger_of(config, 2).total
+        simulated, arithmetic = (
+            total(simulate(config, 2)),
+            estimate_for(config, 2).total,
+        )
         print(
             f"{name:32} real {real}, simulated {simulated:,}, arithmetic {arithmetic:,}"
         )
@@ -117,7 +120,9 @@ def test_two_real_processes_hold_what_was_planned(tmp_path):
 def test_operations_are_counted(changes):
     config = settings(**changes)
     tokens = (
-        config.block_size * config.micro_batch_size * config.gradient_accumulation_steps
+        config.sequence_length
+        * config.micro_batch_size
+        * config.gradient_accumulation_steps
     )
     assert simulate(config).flops == pytest.approx(
         tokens
@@ -160,7 +165,7 @@ def test_the_cheapest_settings_fit_and_keep_the_step():
     found = {gpus: cheapest_fit(wide, GPUS["H100"], gpus) for gpus in (1, 8, 32)}
     for gpus, config in found.items():
         assert (
-            fits(ledger_of(config, gpus).total, GPUS["H100"])
+            fits(estimate_for(config, gpus).total, GPUS["H100"])
             and config.micro_batch_size * config.gradient_accumulation_steps == 16
         )
         assert (
@@ -186,7 +191,7 @@ def test_a_plan_that_does_not_fit_says_what_does():
             "num_hidden_layers": 2,
         },
         micro_batch_size=4,
-        block_size=512,
+        sequence_length=512,
         gradient_accumulation_steps=2,
     )
     tight = module.Gpu(4.5e9, 1e14, 1e12)
@@ -198,7 +203,8 @@ def test_a_plan_that_does_not_fit_says_what_does():
     assert not plan["fits"] and plan["instead"] is not None
     changes = {name: value for name, value in plan["instead"].items() if name != "gpus"}
     assert fits(
-        ledger_of(big.model_copy(update=changes), plan["instead"]["gpus"]).total, tight
+        estimate_for(big.model_copy(update=changes), plan["instead"]["gpus"]).total,
+        tight,
     )
 
 
@@ -207,7 +213,7 @@ def test_the_command(capsys):
         "plan",
         "--model",
         "tiny",
-        "--block-size",
+        "--sequence-length",
         "128",
         "--gpu",
         "A100",
@@ -235,7 +241,7 @@ def test_the_command(capsys):
         (["--gpus", "0"], "--gpus"),
         (["--gpus", "6", "--parallel", "hsdp", "--shard-size", "4"], "does not divide"),
     ):
-        assert cli(["plan", "--model", "tiny", "--block-size", "128", *wrong]) == 2
+        assert cli(["plan", "--model", "tiny", "--sequence-length", "128", *wrong]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
 
@@ -255,11 +261,11 @@ def test_the_readme_says_what_the_plan_says():
         arguments = parser.parse_args(flags.split())
         arguments.config = str(ROOT / "qwen_analog" / "train_config.json")
         config = module.config_from_arguments(arguments)
-        ledger, gpu = ledger_of(config, int(gpus)).total, GPUS[name]
+        ledger, gpu = estimate_for(config, int(gpus)).total, GPUS[name]
         rate = (
             0.4
             * gpu.flops
-            / flops_per_token(config.qwen_config(), config.block_size)
+            / flops_per_token(config.qwen_config(), config.sequence_length)
             * int(gpus)
         )
         assert (
@@ -274,13 +280,13 @@ def test_the_readme_says_what_the_plan_says():
     "settings, said",
     [
         (["--micro-batch-size", "100000000"], "micro_batch_size"),
-        (["--block-size", "257"], "block_size 257"),
-        (["--block-size", "1000000000"], "1000000000"),
+        (["--sequence-length", "257"], "sequence_length 257"),
+        (["--sequence-length", "1000000000"], "1000000000"),
         (["--init-from", "c"], "--init-from"),
     ],
 )
 def test_what_cannot_be_simulated_is_one_line(settings, said, capsys):
-    assert cli(["plan", "--model", "tiny", "--block-size", "16", *settings]) == 2
+    assert cli(["plan", "--model", "tiny", "--sequence-length", "16", *settings]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
 
@@ -311,5 +317,5 @@ def test_run_needs_no_data_and_no_tokenizer(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    run(parser.parse_args(["--model", "tiny", "--block-size", "64"]))
+    run(parser.parse_args(["--model", "tiny", "--sequence-length", "64"]))
     assert "H100" in capsys.readouterr().out and not list(tmp_path.iterdir())

@@ -27,7 +27,7 @@ READMES = ("README.md", "README.ru.md")
 
 # what makes a command small: a flag that comes last is the one that counts
 SMALL_RUN = (
-    "--block-size 32 --micro-batch-size 1 --gradient-accumulation-steps 1 --max-steps 2 "
+    "--sequence-length 32 --micro-batch-size 1 --gradient-accumulation-steps 1 --max-steps 2 "
     "--warmup-steps 0 --no-tensorboard --peak-tflops 1 --sample-tokens 2 --no-compile"
 ).split()
 
@@ -132,7 +132,7 @@ def small(command: str, port: int) -> list[str]:
         return words
     small_work = {
         "tokenizer": ["--vocab-size", "300"],
-        "plan": ["--model", "tiny", "--block-size", "64"],
+        "plan": ["--model", "tiny", "--sequence-length", "64"],
         "generate": ["--max-new-tokens", "2"],
         "eval": ["--data", "my.jsonl", "--heldout-fraction", "0.2"],
         "serve": ["--port", str(port)],

@@ -183,7 +183,7 @@ def answers(engine, *wanted):
 def endless(**options):
     """An engine whose answers end at max_tokens only."""
     engine = Engine(MODEL, TOKENIZER, **options)
-    engine.end_ids = set()
+    engine.stop_ids = set()
     return engine
 
 
@@ -1096,12 +1096,12 @@ def test_settings_of_the_model_hold_where_a_request_says_nothing():
         "top_p": 0.8,
         "repetition_penalty": 1.1,
     }
-    assert of({}) == serve.Sampling() and of(both) == serve.Sampling(
+    assert of({}) == serve.SamplingParams() and of(both) == serve.SamplingParams(
         0.6, 20, 0.8, None, 1.1
     )
     assert (
         of(both, temperature=0, top_k=0, top_p=1)
-        == serve.Sampling(0, None, 1, None, 1.1)
+        == serve.SamplingParams(0, None, 1, None, 1.1)
         and of(both, top_k=-1).top_k is None
     )
     assert (
@@ -2545,7 +2545,7 @@ def test_logprobs_tell_bytes_apart():
     flat = QwenForCausalLM(CONFIG)
     torch.nn.init.zeros_(flat.lm_head.weight)
     engine = Engine(flat, TOKENIZER, max_batch=2, max_context=200)
-    engine.end_ids = set()
+    engine.stop_ids = set()
     options = dict(model=NAME, max_tokens=40, seed=1, temperature=1)
     with serving(engine) as port:
         choice = (

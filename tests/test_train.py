@@ -60,7 +60,7 @@ def settings(**changes):
         tokenizer="tiktoken:tokenizer.tiktoken",
         data=["corpus.jsonl"],
         heldout_fraction=0.1,
-        block_size=32,
+        sequence_length=32,
         micro_batch_size=4,
         gradient_accumulation_steps=1,
         max_steps=6,
@@ -68,7 +68,7 @@ def settings(**changes):
         learning_rate=0.01,
         save_every=2,
         eval_every=3,
-        eval_blocks=8,
+        eval_sequences=8,
         log_every=1,
         keep_last=9,
         precision="fp32",
@@ -290,7 +290,7 @@ def test_checkpoints_of_something_else_are_refused():
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(block_size=16),
+        dict(sequence_length=16),
         dict(seed=1),
         dict(heldout_fraction=0.2),
         dict(stream=True),
@@ -446,7 +446,7 @@ def test_a_bad_setting_names_itself_in_one_line(changes, message):
     [
         (dict(data=[]), DataError, "no data"),
         (dict(data=["nowhere.jsonl"]), DataError, "no data at 'nowhere.jsonl'"),
-        (dict(block_size=65), ValueError, "block_size 65 is longer"),
+        (dict(sequence_length=65), ValueError, "sequence_length 65 is longer"),
         (dict(tokenizer="tiktoken:nowhere"), ValueError, "nowhere"),
         (
             dict(model={**MODEL, "vocab_size": 277}),

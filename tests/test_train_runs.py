@@ -160,7 +160,7 @@ def test_killed_at_any_moment_it_ends_where_it_would_have(folder):  # noqa: F811
 
 def test_data_that_vanishes_costs_no_progress(monkeypatch):
     train(settings(output_dir="whole", save_every=100))
-    real, taken = module.PackedBlocks.take, []
+    real, taken = module.PackedDataset.take, []
 
     def vanishes(self, *place):
         taken.append(place)
@@ -169,7 +169,7 @@ def test_data_that_vanishes_costs_no_progress(monkeypatch):
             raise DataError("corpus.jsonl cannot be read: it is gone")
         return blocks
 
-    monkeypatch.setattr(module.PackedBlocks, "take", vanishes)
+    monkeypatch.setattr(module.PackedDataset, "take", vanishes)
     with pytest.raises(
         DataError,
         match=r"cannot be read: it is gone; the 3 steps before are saved.*--resume auto",

@@ -620,7 +620,7 @@ def test_the_settings_for_a_laptop_train_on_own_documents(capsys):
                 "2",
                 "--micro-batch-size",
                 "2",
-                "--eval-blocks",
+                "--eval-sequences",
                 "1",
             ]
         )
