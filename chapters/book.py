@@ -1,4 +1,6 @@
-"""What every chapter shares: the look of its plots, scrambled weights, and the checking of exercises."""
+"""What every chapter shares: the look of its plots, scrambled weights, and the checking
+of exercises.
+"""
 
 import warnings
 from collections.abc import Callable
@@ -8,16 +10,19 @@ import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
-# transformers' progress bars warn, with a path of this machine, where ipywidgets is missing
+# transformers' progress bars warn, with a path of this machine, where ipywidgets is
+# missing
 warnings.filterwarnings("ignore", message="IProgress not found")
 plt.style.use(Path(__file__).resolve().parents[1] / "figures" / "book.mplstyle")
 
 
 @torch.no_grad()
 def scramble_(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every parameter a value a broken part cannot hide behind: norms 1 + 0.3 N, biases 0.5 N, matrices 1.5 N / sqrt(fan_in).
+    """Give every parameter a value a broken part cannot hide behind: norms 1 + 0.3 N,
+    biases 0.5 N, matrices 1.5 N / sqrt(fan_in).
 
-    A freshly initialised Qwen2 has zero biases and unit norms, so that dropping a bias or swapping two norms changes nothing.
+    A freshly initialised Qwen2 has zero biases and unit norms, so that dropping a bias
+    or swapping two norms changes nothing.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, p in module.named_parameters():

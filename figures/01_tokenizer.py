@@ -1,4 +1,6 @@
-"""Draw how Qwen's vocabulary joins the bytes of a short text into tokens: writes 01_tokenizer.svg beside this file."""
+"""Draw how Qwen's vocabulary joins the bytes of a short text into tokens: writes
+01_tokenizer.svg beside this file.
+"""
 
 import base64
 import importlib.util
@@ -28,7 +30,9 @@ ranks = {
 
 
 def merge_tree(piece):
-    """Nodes (bytes, left child, right child) that remain when the pair with the lowest rank is joined until none is left."""
+    """Nodes (bytes, left child, right child) that remain when the pair with the lowest
+    rank is joined until none is left.
+    """
     nodes = [(bytes([b]), None, None) for b in piece]
     while joins := [
         (ranks[a[0] + b[0]], i)

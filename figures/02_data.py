@@ -1,4 +1,6 @@
-"""Draw documents, the stream they are laid into, one block of it and the block's mask: writes 02_data.svg beside this file."""
+"""Draw documents, the stream they are laid into, one block of it and the block's mask:
+writes 02_data.svg beside this file.
+"""
 
 from pathlib import Path
 

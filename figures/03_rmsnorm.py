@@ -1,4 +1,6 @@
-"""Draw what RMSNorm and LayerNorm do to points of a plane: writes 03_rmsnorm.svg beside this file."""
+"""Draw what RMSNorm and LayerNorm do to points of a plane: writes 03_rmsnorm.svg beside
+this file.
+"""
 
 from pathlib import Path
 

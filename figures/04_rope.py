@@ -1,4 +1,6 @@
-"""Draw one rotated pair and the two ways of pairing components: writes 04_rope.svg beside this file."""
+"""Draw one rotated pair and the two ways of pairing components: writes 04_rope.svg
+beside this file.
+"""
 
 import math
 from pathlib import Path

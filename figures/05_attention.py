@@ -1,4 +1,6 @@
-"""Draw three masks as tables of who sees whom: writes 05_attention.svg beside this file."""
+"""Draw three masks as tables of who sees whom: writes 05_attention.svg beside this
+file.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""Draw what is computed at each step of decoding with and without a cache: writes 06_kv_cache.svg beside this file."""
+"""Draw what is computed at each step of decoding with and without a cache: writes
+06_kv_cache.svg beside this file.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""Draw which key-value head each query head reads in MHA, GQA, MQA and under the wrong repeat: writes 06b_gqa.svg beside this file."""
+"""Draw which key-value head each query head reads in MHA, GQA, MQA and under the wrong
+repeat: writes 06b_gqa.svg beside this file.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""Draw the wiring of three feed-forward layers and their activation functions: writes 07_swiglu.svg beside this file."""
+"""Draw the wiring of three feed-forward layers and their activation functions: writes
+07_swiglu.svg beside this file.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""Draw the matrices of one layer to scale, and the parameters of every preset by part: writes 08_config.svg beside this file."""
+"""Draw the matrices of one layer to scale, and the parameters of every preset by part:
+writes 08_config.svg beside this file.
+"""
 
 import sys
 from pathlib import Path

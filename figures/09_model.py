@@ -1,4 +1,6 @@
-"""Draw the whole model: embedding, one of the blocks on the residual stream, final norm, head, tie. Writes 09_model.svg beside this file."""
+"""Draw the whole model: embedding, one of the blocks on the residual stream, final
+norm, head, tie. Writes 09_model.svg beside this file.
+"""
 
 from pathlib import Path
 
@@ -41,7 +43,9 @@ def arrow(start, end, **style):
 
 
 def branch(read, write, parts):
-    """Leave the stream at x = `read`, pass the parts above it, come back at x = `write`."""
+    """Leave the stream at x = `read`, pass the parts above it, come back at x =
+    `write`.
+    """
     middle = (read + write) / 2
     ax.plot([read, read], [1, 2.6], color="#444444", lw=1.3)
     ax.plot([read, middle], [2.6, 2.6], color="#444444", lw=1.3)

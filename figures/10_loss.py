@@ -1,4 +1,6 @@
-"""Draw the shift by one, and which logits exist at once in the obvious and in the chunked loss: writes 10_loss.svg beside this file."""
+"""Draw the shift by one, and which logits exist at once in the obvious and in the
+chunked loss: writes 10_loss.svg beside this file.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""Draw four rules descending one narrow valley: writes 11_optimizer.svg beside this file."""
+"""Draw four rules descending one narrow valley: writes 11_optimizer.svg beside this
+file.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""Draw what a weight costs in training, and what a block keeps for the backward pass in three modes: writes 12_memory.svg beside this file."""
+"""Draw what a weight costs in training, and what a block keeps for the backward pass in
+three modes: writes 12_memory.svg beside this file.
+"""
 
 from pathlib import Path
 

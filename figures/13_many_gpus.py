@@ -1,4 +1,6 @@
-"""Draw what each of four processes holds under DDP, FSDP and HSDP: writes 13_many_gpus.svg beside this file."""
+"""Draw what each of four processes holds under DDP, FSDP and HSDP: writes
+13_many_gpus.svg beside this file.
+"""
 
 from pathlib import Path
 
@@ -20,7 +22,10 @@ LAYOUTS = {
 SENT = (
     "gradients: all-reduce over 4",
     "weights: all-gather over 4, twice\ngradients: reduce-scatter over 4",
-    "weights: all-gather over 2, twice\ngradients: reduce-scatter over 2,\nthen all-reduce over the other 2",
+    (
+        "weights: all-gather over 2, twice\ngradients: reduce-scatter over 2,\nthen"
+        " all-reduce over the other 2"
+    ),
 )
 
 figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.9))

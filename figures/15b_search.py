@@ -1,4 +1,6 @@
-"""Draw three steps of a beam search with two beams: writes 15b_search.svg beside this file."""
+"""Draw three steps of a beam search with two beams: writes 15b_search.svg beside this
+file.
+"""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""Draw how a long text is cut into windows, chopped and sliding: writes 17_evaluation.svg beside this file."""
+"""Draw how a long text is cut into windows, chopped and sliding: writes
+17_evaluation.svg beside this file.
+"""
 
 from pathlib import Path
 
@@ -59,6 +61,7 @@ for ax, stride, title in (
     ax.grid(False)
     ax.spines[["left", "bottom"]].set_visible(False)
 axes[1].set_xlabel(
-    "tokens of one text; dark: counted, with the number of tokens it is predicted from; light: read only"
+    "tokens of one text; dark: counted, with the number of tokens it is predicted from;"
+    " light: read only"
 )
 figure.savefig(HERE / "17_evaluation.svg", metadata={"Date": None})

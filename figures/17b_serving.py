@@ -1,4 +1,6 @@
-"""Draw three ways of answering five requests with two rows: writes 17b_serving.svg beside this file."""
+"""Draw three ways of answering five requests with two rows: writes 17b_serving.svg
+beside this file.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""Draw the three commands and the files between them: writes 20_commands.svg beside this file."""
+"""Draw the three commands and the files between them: writes 20_commands.svg beside
+this file.
+"""
 
 from pathlib import Path
 

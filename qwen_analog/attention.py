@@ -17,7 +17,9 @@ from .rope import apply_rotary
 
 # %% ../chapters/06b_gqa.ipynb #f196fcef
 class GQAttention(nn.Module):
-    """Causal attention in which H / K query heads share one key/value head (Ainslie et al. 2023)."""
+    """Causal attention in which H / K query heads share one key/value head (Ainslie et
+    al. 2023).
+    """
 
     def __init__(
         self,
@@ -31,7 +33,8 @@ class GQAttention(nn.Module):
         super().__init__()
         if num_heads % num_kv_heads:
             raise ValueError(
-                f"num_heads {num_heads} is not a multiple of num_kv_heads {num_kv_heads}"
+                f"num_heads {num_heads} is not a multiple of num_kv_heads"
+                f" {num_kv_heads}"
             )
         self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
         self.layer_idx = layer_idx
@@ -50,8 +53,9 @@ class GQAttention(nn.Module):
     ) -> torch.Tensor:
         """`x` [B, T, D], `cos` and `sin` [B, T, h] -> [B, T, D].
 
-        `mask` is boolean, True where a query may see a key, broadcastable to [B, 1, T, S]; without it
-        attention is causal. With a `cache`, the new keys and values are appended to it and S counts all it holds.
+        `mask` is boolean, True where a query may see a key, broadcastable to [B, 1, T,
+        S]; without it attention is causal. With a `cache`, the new keys and values are
+        appended to it and S counts all it holds.
         """
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, H, T, h]
@@ -61,11 +65,13 @@ class GQAttention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer_idx, k, v)  # [B, K, S, h]
         S = k.shape[2]
-        # is_causal aligns its triangle top-left: right only where no earlier keys came from a cache
+        # is_causal aligns its triangle top-left: right only where no earlier keys came
+        # from a cache
         if mask is None and 1 < T < S:
             mask = causal_mask(T, S, device=x.device)
         if mask is not None and q.is_cuda:
-            # no fused CUDA kernel takes a mask and shared heads together, and the one that does holds all scores
+            # no fused CUDA kernel takes a mask and shared heads together, and the one
+            # that does holds all scores
             k, v = (
                 x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v)
             )  # [B, K, S, h] -> [B, H, S, h]

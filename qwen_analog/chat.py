@@ -55,9 +55,10 @@ def open_model(
 ) -> tuple[QwenForCausalLM, Tokenizer]:
     """Model and tokenizer from whatever holds them, in eval mode on the CPU.
 
-    `source` is a checkpoint of this package (the file or its directory), a Hugging Face directory, a .gguf file, "smollm2" for
-    the weights that pip brings, or `owner/name` on the hub. Raises ValueError saying what is wrong with it; with
-    `check_memory` also before any weight is read where the memory does not suffice.
+    `source` is a checkpoint of this package (the file or its directory), a Hugging Face
+    directory, a .gguf file, "smollm2" for the weights that pip brings, or `owner/name`
+    on the hub. Raises ValueError saying what is wrong with it; with `check_memory` also
+    before any weight is read where the memory does not suffice.
     """
     kind, place = _find(source)
     if kind == "checkpoint":
@@ -82,11 +83,16 @@ def _check_memory(source: str | Path, config: QwenConfig, itemsize: int) -> None
 
 
 # %% ../chapters/16b_chat.ipynb #2536d88a
-_SOURCES = "name a checkpoint (its directory or checkpoint.pt), a Hugging Face directory, a .gguf file, owner/name on the hub, or smollm2"
+_SOURCES = (
+    "name a checkpoint (its directory or checkpoint.pt), a Hugging Face directory, a"
+    " .gguf file, owner/name on the hub, or smollm2"
+)
 
 
 def _find(source: str | Path) -> tuple[str, str | Path]:
-    """What `source` is (checkpoint, gguf or directory) and where it lies. ValueError for what is no model."""
+    """What `source` is (checkpoint, gguf or directory) and where it lies. ValueError
+    for what is no model.
+    """
     name = os.fspath(source) if isinstance(source, str | Path) else ""
     if not name.strip() or any(ord(character) < 32 for character in name):
         raise ValueError(f"{shown(source)} is no source of a model: {_SOURCES}")
@@ -109,7 +115,8 @@ def _find(source: str | Path) -> tuple[str, str | Path]:
         return _find_file(path)
     if path.name == "final" or path.name.startswith("step_"):
         raise ValueError(
-            f"there is no checkpoint at {source}: train one first, or name another model"
+            f"there is no checkpoint at {source}: train one first, or name another"
+            " model"
         )
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII):
         raise ValueError(
@@ -119,7 +126,9 @@ def _find(source: str | Path) -> tuple[str, str | Path]:
 
 
 def _find_file(path: Path) -> tuple[str, Path]:
-    """A file is a checkpoint.pt, which is a zip file, or a GGUF file under another name."""
+    """A file is a checkpoint.pt, which is a zip file, or a GGUF file under another
+    name.
+    """
     with path.open("rb") as file:
         start = file.read(4)
     if start == b"GGUF":
@@ -130,13 +139,15 @@ def _find_file(path: Path) -> tuple[str, Path]:
         "model.safetensors.index.json",
     ):
         raise ValueError(
-            f"{path} is one file of a Hugging Face model: name its directory, {path.parent}"
+            f"{path} is one file of a Hugging Face model: name its directory,"
+            f" {path.parent}"
         )
     if path.suffix != ".pt" and start != b"PK\x03\x04":
         raise ValueError(f"{path} is no model: {_SOURCES}")
     if path.name.startswith("pytorch_model"):
         raise ValueError(
-            f"{path} may run code when it is read: name a directory with model.safetensors"
+            f"{path} may run code when it is read: name a directory with"
+            " model.safetensors"
         )
     return "checkpoint", path
 
@@ -153,7 +164,8 @@ def _find_directory(path: Path) -> tuple[str, Path]:
     )
     if inside:
         raise ValueError(
-            f"{path} holds checkpoints and is none: name one of them, {path / inside[0]}, say"
+            f"{path} holds checkpoints and is none: name one of them,"
+            f" {path / inside[0]}, say"
         )
     files = sorted(part.name for part in path.iterdir() if part.suffix == ".gguf")
     if files:
@@ -171,8 +183,8 @@ def _fetched_earlier(name: str) -> str:
         return huggingface_hub.snapshot_download(name, local_files_only=True)
     except (OSError, ValueError):
         raise ValueError(
-            f"there is no directory {name}, and the hub's {name} cannot be fetched from here: the hub does not answer, "
-            "and nothing was fetched earlier"
+            f"there is no directory {name}, and the hub's {name} cannot be fetched from"
+            " here: the hub does not answer, and nothing was fetched earlier"
         ) from None
 
 
@@ -180,10 +192,12 @@ def _fetched_earlier(name: str) -> str:
 class Chat:
     """A conversation with a model that was trained for conversations.
 
-    `messages` holds the turns so far, `system` the text that stands before them (None: the model's own). What the model has
-    read stays in a KV cache: of the next prompt only the part that is new is computed. A full context makes the model forget
-    the oldest turns. `sampling` takes `temperature`, `top_k`, `top_p`, `min_p` and `repetition_penalty`; the defaults are those
-    of `model.generation_config`, or temperature 0.2 and top_p 0.9. Raises ValueError for a model without a chat form.
+    `messages` holds the turns so far, `system` the text that stands before them (None:
+    the model's own). What the model has read stays in a KV cache: of the next prompt
+    only the part that is new is computed. A full context makes the model forget the
+    oldest turns. `sampling` takes `temperature`, `top_k`, `top_p`, `min_p` and
+    `repetition_penalty`; the defaults are those of `model.generation_config`, or
+    temperature 0.2 and top_p 0.9. Raises ValueError for a model without a chat form.
     """
 
     def __init__(
@@ -198,7 +212,8 @@ class Chat:
     ):
         if not has_chat_format(model, tokenizer):
             raise ValueError(
-                f"{_why_no_chat(model, tokenizer)}; it continues text: use qwen-analog generate"
+                f"{_why_no_chat(model, tokenizer)}; it continues text: use qwen-analog"
+                " generate"
             )
         system = None if system is None else _plain("system", system)
         _check_whole("max_new_tokens", max_new_tokens, 1)
@@ -240,7 +255,9 @@ class Chat:
         self.forgotten = 0  # messages at the front that the model is no longer given
 
     def _prompt(self, text: str) -> list[int]:
-        """Ids of the conversation with `text` as the next message; where it no longer fits, half the context is freed of old turns."""
+        """Ids of the conversation with `text` as the next message; where it no longer
+        fits, half the context is freed of old turns.
+        """
         system = (
             [] if self.system is None else [{"role": "system", "content": self.system}]
         )
@@ -272,7 +289,8 @@ class Chat:
         if not fits(prompt, room):
             size = f"more than {self.context}" if prompt is None else len(prompt)
             raise ValueError(
-                f"the message makes a prompt of {size} tokens; there is room for {room}: send it in parts"
+                f"the message makes a prompt of {size} tokens; there is room for"
+                f" {room}: send it in parts"
             )
         self.forgotten = forgotten
         return prompt
@@ -311,9 +329,11 @@ class Chat:
             new = [token]
 
     def reply(self, text: str) -> Iterator[str]:
-        """The answer to `text`, in pieces. Both join `messages`; of an answer that is broken off, what was said by then.
+        """The answer to `text`, in pieces. Both join `messages`; of an answer that is
+        broken off, what was said by then.
 
-        Raises ValueError, before the first piece, for a text that does not fit into the context.
+        Raises ValueError, before the first piece, for a text that does not fit into the
+        context.
         """
         text = _plain("text", text)
         return self._answer(text, self._prompt(text))
@@ -338,7 +358,9 @@ class Chat:
                 ]
 
     def save(self, path: str | Path) -> None:
-        """Write the conversation as JSON, a list of messages. ValueError where the file exists."""
+        """Write the conversation as JSON, a list of messages. ValueError where the file
+        exists.
+        """
         system = (
             [] if self.system is None else [{"role": "system", "content": self.system}]
         )
@@ -348,7 +370,9 @@ class Chat:
         )
 
     def load(self, path: str | Path) -> None:
-        """Go on with a conversation that `save` wrote. ValueError for any other file; the present one then stays."""
+        """Go on with a conversation that `save` wrote. ValueError for any other file;
+        the present one then stays.
+        """
         system, messages = _read_messages(Path(os.path.expanduser(path)))
         self.reset()
         self.system, self.messages = system, messages
@@ -378,7 +402,9 @@ def _write_new(path: Path, text: str) -> None:
 def _read_messages(
     path: Path, most: int = 2**24
 ) -> tuple[str | None, list[dict[str, str]]]:
-    """The system text and the messages of a saved conversation. ValueError for any other file."""
+    """The system text and the messages of a saved conversation. ValueError for any
+    other file.
+    """
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is no file")
     with path.open("rb") as file:
@@ -402,7 +428,8 @@ def _read_messages(
         return None if system is None else _plain("system", system), messages
     except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(
-            f"{path} holds no conversation: a list of user and assistant messages in turn, a system message before them at most"
+            f"{path} holds no conversation: a list of user and assistant messages in"
+            " turn, a system message before them at most"
         ) from None
 
 
@@ -444,8 +471,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="SOURCE",
-        help="a checkpoint, a Hugging Face directory, a .gguf file, owner/name on the hub, or smollm2 "
-        "(default: checkpoints/final where there is one, else smollm2)",
+        help=(
+            "a checkpoint, a Hugging Face directory, a .gguf file, owner/name on the"
+            " hub, or smollm2 (default: checkpoints/final where there is one, else"
+            " smollm2)"
+        ),
     )
     parser.add_argument(
         "--system", metavar="TEXT", help="system prompt (default: the model's own)"
@@ -467,7 +497,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--top-p",
         type=number(0, 1, above=True),
         metavar="P",
-        help="draw from the likeliest tokens that make up probability P (default: the model's own, or 0.9)",
+        help=(
+            "draw from the likeliest tokens that make up probability P (default: the"
+            " model's own, or 0.9)"
+        ),
     )
     parser.add_argument(
         "--seed",
@@ -481,13 +514,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _continue(
     model: QwenForCausalLM, tokenizer: Tokenizer, line: str, options: dict
 ) -> Iterator[str]:
-    """The continuation of `line` by a model that knows no conversations, as far as its context goes."""
+    """The continuation of `line` by a model that knows no conversations, as far as its
+    context goes.
+    """
     _check_characters(line, model.config.max_position_embeddings)
     ids = [tokenizer.eos_token_id, *tokenizer.encode(_plain("text", line))]
     room = model.config.max_position_embeddings - len(ids)
     if room < 1:
         raise ValueError(
-            f"the text makes a prompt of {len(ids)} tokens; the model reads {model.config.max_position_embeddings}"
+            f"the text makes a prompt of {len(ids)} tokens; the model reads"
+            f" {model.config.max_position_embeddings}"
         )
     options = {
         **sampling_defaults(model),
@@ -504,7 +540,9 @@ def _answer(
     line: str,
     options: dict,
 ) -> None:
-    """Carry out one line of the terminal, and print what comes of it. Ctrl-C ends it and nothing else."""
+    """Carry out one line of the terminal, and print what comes of it. Ctrl-C ends it
+    and nothing else.
+    """
     pieces = iter(())
     try:
         if chat is not None and line.startswith("/"):
@@ -518,7 +556,8 @@ def _answer(
         )
         if chat is not None and chat.forgotten > forgotten:
             print(
-                f"(the context is full: the first {chat.forgotten} messages are no longer read)"
+                f"(the context is full: the first {chat.forgotten} messages are no"
+                " longer read)"
             )
         for piece in pieces:
             print(piece, end="", flush=True)
@@ -534,7 +573,9 @@ def _answer(
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Talk to a model in the terminal. A model that was not trained for conversations continues what is typed."""
+    """Talk to a model in the terminal. A model that was not trained for conversations
+    continues what is typed.
+    """
     with contextlib.suppress(
         ImportError
     ):  # line editing and history, where the system has them
@@ -576,12 +617,14 @@ def run(arguments: argparse.Namespace) -> None:
     if chat is None:
         reason = _why_no_chat(model, tokenizer).replace("this model", str(source), 1)
         print(
-            f"{reason}: it continues what you type, each line anew, and knows no system prompt.\n"
-            "For a conversation: qwen-analog chat --model smollm2. To end: /exit or Ctrl-D."
+            f"{reason}: it continues what you type, each line anew, and knows no system"
+            " prompt.\nFor a conversation: qwen-analog chat --model smollm2. To end:"
+            " /exit or Ctrl-D."
         )
     else:
         print(
-            f"A conversation with {source}. /help lists the commands; /exit or Ctrl-D ends it."
+            f"A conversation with {source}. /help lists the commands; /exit or Ctrl-D"
+            " ends it."
         )
     while True:
         try:

@@ -85,11 +85,15 @@ warnings.filterwarnings(
 
 # %% ../chapters/14_checkpoints.ipynb #90cb1656
 class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged or of another model; the message names the file and what to do."""
+    """A checkpoint is missing, damaged or of another model; the message names the file
+    and what to do.
+    """
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Of the errors that torch collected from all ranks, that of the first rank which had one; any other error as it is."""
+    """Of the errors that torch collected from all ranks, that of the first rank which
+    had one; any other error as it is.
+    """
     return (
         next(iter(error.failures.values()))[0]
         if isinstance(error, CheckpointException)
@@ -107,7 +111,9 @@ def _damaged(file: Path, what: str) -> CheckpointError:
 
 
 def _write_error(error: BaseException, path: Path) -> BaseException:
-    """What writers raise on a full disk, torch's and safetensors' own among them, as an OSError of one line; another error as it is."""
+    """What writers raise on a full disk, torch's and safetensors' own among them, as an
+    OSError of one line; another error as it is.
+    """
     if isinstance(_cause(error), OSError):
         return OSError(f"{path} cannot be written: {_reason(error)}")
     if isinstance(_cause(error), (RuntimeError, SafetensorError)):
@@ -119,10 +125,13 @@ def _write_error(error: BaseException, path: Path) -> BaseException:
 
 # %% ../chapters/14_checkpoints.ipynb #a1ec3217
 def _new_partial(directory: Path) -> Path:
-    """An empty `directory`.partial to write into. CheckpointError if `directory` exists."""
+    """An empty `directory`.partial to write into. CheckpointError if `directory`
+    exists.
+    """
     if directory.exists():
         raise CheckpointError(
-            f"{directory} exists already: move it away or choose another output directory"
+            f"{directory} exists already: move it away or choose another output"
+            " directory"
         )
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -144,7 +153,9 @@ def _is_sharded(directory: Path) -> bool:
 
 
 def _load(file: Path, checksums: bool = True) -> dict:
-    """What torch.save wrote into `file`, mapped: its tensors are read from the disk when they are used. No code is run."""
+    """What torch.save wrote into `file`, mapped: its tensors are read from the disk
+    when they are used. No code is run.
+    """
     size = file.stat().st_size
     pickled = _check_archive(file, size, checksums)  # torch.load compares no checksum
     contents = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -154,9 +165,11 @@ def _load(file: Path, checksums: bool = True) -> dict:
 
 # %% ../chapters/14_checkpoints.ipynb #aad1824a
 def _read_pt(file: Path, *needs: str, check: bool = True, mmap: bool = False) -> dict:
-    """The dict in a file, on the CPU, without running code; with `check` its checksums first. With `mmap` its tensors stay mapped.
+    """The dict in a file, on the CPU, without running code; with `check` its checksums
+    first. With `mmap` its tensors stay mapped.
 
-    CheckpointError, naming the file, if it is damaged, lacks what it `needs`, or an entry is not what it should be.
+    CheckpointError, naming the file, if it is damaged, lacks what it `needs`, or an
+    entry is not what it should be.
     """
     if not file.is_file():
         raise CheckpointError(f"there is no checkpoint at {file}")
@@ -174,7 +187,8 @@ def _read_pt(file: Path, *needs: str, check: bool = True, mmap: bool = False) ->
     missing = {"config", *needs} - set(contents if isinstance(contents, dict) else ())
     if missing:
         raise CheckpointError(
-            f"{file} was not written by this package: it has no {' and no '.join(sorted(missing))}"
+            f"{file} was not written by this package: it has no"
+            f" {' and no '.join(sorted(missing))}"
         )
     config = _check_entries(contents, file)
     contents["config"] = config.to_dict()  # an older version's, completed
@@ -183,7 +197,8 @@ def _read_pt(file: Path, *needs: str, check: bool = True, mmap: bool = False) ->
 
 # %% ../chapters/14_checkpoints.ipynb #0eb58469
 def load_checkpoint(path: str | Path) -> dict:
-    """The dict that `save_checkpoint` wrote, on the CPU; `path` is checkpoint.pt or its directory. Raises CheckpointError.
+    """The dict that `save_checkpoint` wrote, on the CPU; `path` is checkpoint.pt or its
+    directory. Raises CheckpointError.
 
     From a sharded directory the same dict is put together, in this process alone.
     """
@@ -218,7 +233,9 @@ _MOST_INSTRUCTIONS = 1_000_000
 
 # %% ../chapters/14_checkpoints.ipynb #5ef12346
 def _check_archive(file: Path | IO[bytes], size: int, checksums: bool) -> bytes:
-    """The pickle in an archive of `size` bytes; ValueError where torch.save would not have written such an archive."""
+    """The pickle in an archive of `size` bytes; ValueError where torch.save would not
+    have written such an archive.
+    """
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         names = [member.filename.lower() for member in members]
@@ -238,7 +255,9 @@ def _check_archive(file: Path | IO[bytes], size: int, checksums: bool) -> bytes:
 
 
 def _check_instructions(pickled: bytes) -> None:
-    """ValueError for a name that a checkpoint does not hold, and for values that cost many times their bytes, before they are made."""
+    """ValueError for a name that a checkpoint does not hold, and for values that cost
+    many times their bytes, before they are made.
+    """
     # OrderedDict, called with a long list a thousand times, would copy it as often
     ordered = "collections OrderedDict"
     places = set()  # where the unpickler's memo holds it
@@ -260,7 +279,9 @@ def _check_instructions(pickled: bytes) -> None:
 
 # %% ../chapters/14_checkpoints.ipynb #ac346274
 def _check_values(contents: Any, most: int, size: int) -> None:
-    """ValueError for values nested too deeply, for more than `most` of them, and for tensors that claim far more than `size` bytes."""
+    """ValueError for values nested too deeply, for more than `most` of them, and for
+    tensors that claim far more than `size` bytes.
+    """
     count, tensors, storages, level = 0, {}, {}, [contents]
     for _ in range(64):
         below = []
@@ -376,7 +397,9 @@ class _Entries(BaseModel):
 
 # %% ../chapters/14_checkpoints.ipynb #a622c099
 def _check_entries(contents: dict, file: Path) -> QwenConfig:
-    """The configuration in a checkpoint. CheckpointError that names `file` and the entry that is not what it should be."""
+    """The configuration in a checkpoint. CheckpointError that names `file` and the
+    entry that is not what it should be.
+    """
     try:
         entries = _Entries.model_validate(contents)
         config = QwenConfig.from_dict(entries.config)
@@ -397,7 +420,9 @@ def _check_entries(contents: dict, file: Path) -> QwenConfig:
 
 # %% ../chapters/14_checkpoints.ipynb #02f42c26
 def hf_config(config: QwenConfig) -> dict:
-    """The `config.json` that Hugging Face reads: Qwen2's, or Llama's where attention has no bias."""
+    """The `config.json` that Hugging Face reads: Qwen2's, or Llama's where attention
+    has no bias.
+    """
     qwen = config.attention_bias
     return {
         **config.to_dict(),
@@ -412,7 +437,9 @@ def hf_config(config: QwenConfig) -> dict:
 
 
 def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The model's tensors by their `state_dict` name; a tied one under its first name only."""
+    """The model's tensors by their `state_dict` name; a tied one under its first name
+    only.
+    """
     first = {}
     return {
         name: tensor.detach()
@@ -424,7 +451,9 @@ def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def _parameter_names(
     model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]
 ) -> list[list[str]]:
-    """For each optimizer, the names of its parameters in the order of its groups, which is how torch numbers them."""
+    """For each optimizer, the names of its parameters in the order of its groups, which
+    is how torch numbers them.
+    """
     names = {parameter: name for name, parameter in model.named_parameters()}
     return [
         [names[p] for group in optimizer.param_groups for p in group["params"]]
@@ -435,7 +464,9 @@ def _parameter_names(
 def _by_name(
     weights: dict, optimizer_states: list[dict], parameters: list[list[str]]
 ) -> dict[str, torch.Tensor]:
-    """Weights and the tensors of torch's optimizer state dicts as weights/NAME and optimizer/NAME/KEY."""
+    """Weights and the tensors of torch's optimizer state dicts as weights/NAME and
+    optimizer/NAME/KEY.
+    """
     tensors = {f"weights/{name}": weight for name, weight in weights.items()}
     for packed, names in zip(optimizer_states, parameters):
         tensors |= {
@@ -448,7 +479,9 @@ def _by_name(
 
 
 def _but_tensors(optimizer_state: dict) -> dict:
-    """The rest of an optimizer's state dict: the options of its groups, and state that is a plain number."""
+    """The rest of an optimizer's state dict: the options of its groups, and state that
+    is a plain number.
+    """
     return {
         **optimizer_state,
         "state": {
@@ -466,7 +499,9 @@ def _but_tensors(optimizer_state: dict) -> dict:
 def _snapshot(
     model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]
 ) -> tuple[dict[str, torch.Tensor], dict]:
-    """Every tensor that training changes, by name, and the rest of the optimizers' state."""
+    """Every tensor that training changes, by name, and the rest of the optimizers'
+    state.
+    """
     states, names = (
         [optimizer.state_dict() for optimizer in optimizers],
         _parameter_names(model, optimizers),
@@ -479,7 +514,9 @@ def _snapshot(
 
 
 def _whole(tensors: dict[str, torch.Tensor], state: dict) -> dict:
-    """The dict in checkpoint.pt: `state`, and torch's `model_state_dict` and `optimizer_state_dicts` from tensors by name."""
+    """The dict in checkpoint.pt: `state`, and torch's `model_state_dict` and
+    `optimizer_state_dicts` from tensors by name.
+    """
     weights = {
         name.removeprefix("weights/"): tensor
         for name, tensor in tensors.items()
@@ -505,7 +542,9 @@ def _whole(tensors: dict[str, torch.Tensor], state: dict) -> dict:
 
 # %% ../chapters/14_checkpoints.ipynb #b6c15d1a
 def _describe(partial: Path, model: QwenForCausalLM, tokenizer: Tokenizer) -> dict:
-    """Write config.json, generation_config.json and the tokenizer's files; return what goes into the state to say which they are."""
+    """Write config.json, generation_config.json and the tokenizer's files; return what
+    goes into the state to say which they are.
+    """
     config = model.config
     generation = check_generation_config(
         model.generation_config, config.vocab_size, "model.generation_config"
@@ -531,7 +570,8 @@ def _write_pt(contents: dict, file: Path) -> None:
         )  # reads no tensor: what it refuses would be refused at the resume
     except _Forbidden as error:
         raise CheckpointError(
-            f"{file} can hold tensors, numbers, strings, lists and dicts only, not {error}"
+            f"{file} can hold tensors, numbers, strings, lists and dicts only, not"
+            f" {error}"
         ) from None
     _check_entries(contents, file)
 
@@ -558,11 +598,13 @@ def save_checkpoint(
     safetensors: bool = False,
     **state,
 ) -> Path:
-    """Write `directory`/checkpoint.pt, config.json and the tokenizer, and with `safetensors` the weights once more as model.safetensors.
+    """Write `directory`/checkpoint.pt, config.json and the tokenizer, and with
+    `safetensors` the weights once more as model.safetensors.
 
-    Everything is written beside its place, flushed to the disk and then renamed, so that a crash leaves no half checkpoint.
-    `state` (the step, the data's position, the settings, ...) goes into checkpoint.pt: tensors, numbers, strings, lists and dicts only.
-    An existing `directory` is a CheckpointError, a full disk an OSError.
+    Everything is written beside its place, flushed to the disk and then renamed, so
+    that a crash leaves no half checkpoint. `state` (the step, the data's position, the
+    settings, ...) goes into checkpoint.pt: tensors, numbers, strings, lists and dicts
+    only. An existing `directory` is a CheckpointError, a full disk an OSError.
     """
     directory = Path(directory)
     partial = _new_partial(directory)
@@ -589,7 +631,9 @@ def _shapes(
 
 
 def _misfit(found: dict[str, tuple], model: QwenForCausalLM) -> str:
-    """Of `found`, {name: (shape, dtype)}: what does not fit the model's weights; empty where all do."""
+    """Of `found`, {name: (shape, dtype)}: what does not fit the model's weights; empty
+    where all do.
+    """
     expected = model.state_dict()
     optional = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     both = found.keys() & expected.keys()
@@ -614,12 +658,15 @@ def _misfit(found: dict[str, tuple], model: QwenForCausalLM) -> str:
 def _without_weights(
     config: QwenConfig, found: dict[str, tuple], file: Path
 ) -> QwenForCausalLM:
-    """A model of shapes only, on the meta device; CheckpointError where what is `found` in `file` does not fit it."""
+    """A model of shapes only, on the meta device; CheckpointError where what is `found`
+    in `file` does not fit it.
+    """
     described = sum(parameter_counts(config).values())
     held = sum(math.prod(shape) for shape, _ in found.values())
     if described > held or config.num_hidden_layers > len(found):
         raise CheckpointError(
-            f"{file} does not fit its own configuration, which describes {described:,} weights: it holds {held:,}"
+            f"{file} does not fit its own configuration, which describes {described:,}"
+            f" weights: it holds {held:,}"
         )
     with torch.device("meta"):
         model = QwenForCausalLM(config)
@@ -647,7 +694,8 @@ def _model_of(checkpoint: dict, file: Path) -> QwenForCausalLM:
         )
         if head.data_ptr() != embedding.data_ptr() and not torch.equal(head, embedding):
             raise CheckpointError(
-                f"{file} ties lm_head.weight to model.embed_tokens.weight, and holds another"
+                f"{file} ties lm_head.weight to model.embed_tokens.weight, and holds"
+                " another"
             )
     for name, weight in weights.items():
         weights[name] = weight.detach().clone(memory_format=torch.contiguous_format)
@@ -661,7 +709,9 @@ def _model_of(checkpoint: dict, file: Path) -> QwenForCausalLM:
 
 # %% ../chapters/14_checkpoints.ipynb #8641ce37
 def _tokenizer_of(checkpoint: dict, directory: Path, file: Path) -> Tokenizer:
-    """The tokenizer in `directory` that the checkpoint was written with. CheckpointError if it is another, or elsewhere."""
+    """The tokenizer in `directory` that the checkpoint was written with.
+    CheckpointError if it is another, or elsewhere.
+    """
     spec = checkpoint.get("tokenizer")
     if spec is None:
         raise CheckpointError(f"{file} names no tokenizer")
@@ -693,10 +743,13 @@ def _tokenizer_of(checkpoint: dict, directory: Path, file: Path) -> Tokenizer:
 
 # %% ../chapters/14_checkpoints.ipynb #5b4ae374
 def load_model(path: str | Path) -> tuple[QwenForCausalLM, Tokenizer]:
-    """The model of a checkpoint, in eval mode on the CPU, and its tokenizer; of a sharded one only the weights are read.
+    """The model of a checkpoint, in eval mode on the CPU, and its tokenizer; of a
+    sharded one only the weights are read.
 
-    `model.generation_config` is the stored one, {} in checkpoints of earlier versions. CheckpointError, which names the file,
-    for weights that do not fit the stored configuration and for a tokenizer that is not the one the checkpoint was written with.
+    `model.generation_config` is the stored one, {} in checkpoints of earlier versions.
+    CheckpointError, which names the file, for weights that do not fit the stored
+    configuration and for a tokenizer that is not the one the checkpoint was written
+    with.
     """
     path = Path(path)
     directory, file = (
@@ -711,7 +764,9 @@ def load_model(path: str | Path) -> tuple[QwenForCausalLM, Tokenizer]:
 
 
 def read_config(path: str | Path) -> QwenConfig:
-    """The configuration of a checkpoint's model; no weight is read. Raises CheckpointError."""
+    """The configuration of a checkpoint's model; no weight is read. Raises
+    CheckpointError.
+    """
     return QwenConfig.from_dict(
         _read_pt(_state_file(Path(path)), check=False, mmap=True)["config"]
     )
@@ -744,7 +799,9 @@ def _there(directory: str | Path) -> list[Path]:
 
 
 def latest_checkpoint(directory: str | Path) -> Path | None:
-    """`directory`/final where it exists, else the step_N with the highest N, else None; plain or sharded."""
+    """`directory`/final where it exists, else the step_N with the highest N, else None;
+    plain or sharded.
+    """
     return next(reversed(_there(directory)), None)
 
 
@@ -770,10 +827,11 @@ def prune_checkpoints(
     keep_every: int = 0,
     newest: int | None = None,
 ) -> None:
-    """Delete all but the `keep_last` newest step_N and, with `keep_every` > 0, those whose N it divides.
+    """Delete all but the `keep_last` newest step_N and, with `keep_every` > 0, those
+    whose N it divides.
 
-    With `newest`, steps above it stay and do not count: they are of a run that was taken back to an earlier step.
-    ValueError for a number that is none, or too small.
+    With `newest`, steps above it stay and do not count: they are of a run that was
+    taken back to an earlier step. ValueError for a number that is none, or too small.
     """
     _check_keep(keep_last, keep_every)
     steps = [
@@ -809,9 +867,11 @@ os.register_at_fork(
 # %% ../chapters/14_checkpoints.ipynb #9bdb49bb
 @contextmanager
 def claim(directory: str | Path) -> Iterator[None]:
-    """While open, `directory` (made where it is missing) belongs to this run; CheckpointError where it belongs to another that is alive.
+    """While open, `directory` (made where it is missing) belongs to this run;
+    CheckpointError where it belongs to another that is alive.
 
-    OSError where it cannot be written. On a file system without locks a line on stderr says so, and nothing is claimed.
+    OSError where it cannot be written. On a file system without locks a line on stderr
+    says so, and nothing is claimed.
     """
     directory = Path(directory)
     file = directory / "run.lock"
@@ -834,12 +894,14 @@ def claim(directory: str | Path) -> Iterator[None]:
             ) from None
         except OSError as error:
             print(
-                f"warning: {file} cannot be locked ({_reason(error)}): see to it that no other run uses {directory}",
+                f"warning: {file} cannot be locked ({_reason(error)}): see to it that"
+                f" no other run uses {directory}",
                 file=sys.stderr,
             )
         with suppress(
             OSError
-        ):  # who holds it is said where it can be: a full disk comes to light soon enough
+            # who holds it is said where it can be: a full disk comes to light soon enough
+        ):
             os.ftruncate(handle, 0)
             os.pwrite(
                 handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0
@@ -858,7 +920,9 @@ def _sha256(file: Path) -> str:
 
 
 def _write_index(metadata: Metadata, file: Path) -> None:
-    """Which rows of which tensor lie where, as JSON: {name: {dtype, shape, chunks: [[offsets, sizes, file, start, length], ...]}}."""
+    """Which rows of which tensor lie where, as JSON: {name: {dtype, shape, chunks:
+    [[offsets, sizes, file, start, length], ...]}}.
+    """
     index = {}
     for name, tensor in metadata.state_dict_metadata.items():
         places = [
@@ -884,7 +948,9 @@ def _write_index(metadata: Metadata, file: Path) -> None:
 
 # %% ../chapters/14_checkpoints.ipynb #1265cb2d
 class _ShardReader(FileSystemReader):
-    """torch's reader of shards, told by index.json what lies where: torch's own `.metadata` is a pickle, and is never opened."""
+    """torch's reader of shards, told by index.json what lies where: torch's own
+    `.metadata` is a pickle, and is never opened.
+    """
 
     def __init__(self, directory: Path):
         super().__init__(directory / "sharded")
@@ -927,7 +993,9 @@ class _ShardReader(FileSystemReader):
         return done
 
     def fill(self, targets: dict[str, torch.Tensor]) -> None:
-        """Read into `targets`, which are plain or sharded in any way, each rank what it needs."""
+        """Read into `targets`, which are plain or sharded in any way, each rank what it
+        needs.
+        """
         try:
             dcp.load(targets, storage_reader=self, no_dist=True)
         except CheckpointException as error:
@@ -984,7 +1052,9 @@ _INDEX = TypeAdapter(dict[_Path, _Stored])
 
 # %% ../chapters/14_checkpoints.ipynb #26ebfb6a
 def _read_index(directory: Path) -> dict[str, _Stored]:
-    """The index of a sharded checkpoint. CheckpointError where a tensor is not filled, or a chunk lies outside of the files in the manifest."""
+    """The index of a sharded checkpoint. CheckpointError where a tensor is not filled,
+    or a chunk lies outside of the files in the manifest.
+    """
     file = directory / "sharded" / "index.json"
     try:
         index = _INDEX.validate_json(file.read_bytes())
@@ -1022,7 +1092,9 @@ def _read_index(directory: Path) -> dict[str, _Stored]:
 
 # %% ../chapters/14_checkpoints.ipynb #1ac5af99
 def _filled(shape: list[int], boxes: list[tuple[list[int], list[int]]]) -> bool:
-    """Whether `boxes`, (offsets, sizes), fill a tensor of `shape` without gap or overlap."""
+    """Whether `boxes`, (offsets, sizes), fill a tensor of `shape` without gap or
+    overlap.
+    """
     boxes = sorted((offsets, sizes) for offsets, sizes in boxes if 0 not in sizes)
     for offsets, sizes in boxes:
         if not len(offsets) == len(sizes) == len(shape):
@@ -1051,7 +1123,9 @@ def _sum_of(sums: dict[str, str]) -> str:
 
 
 def _manifest(directory: Path) -> dict[str, str]:
-    """The checksums in manifest.json of what a resume reads. CheckpointError where it is damaged, or lacks what each sharded checkpoint has."""
+    """The checksums in manifest.json of what a resume reads. CheckpointError where it
+    is damaged, or lacks what each sharded checkpoint has.
+    """
     file = directory / "manifest.json"
     try:
         manifest = json.loads(file.read_bytes())
@@ -1076,7 +1150,9 @@ def _manifest(directory: Path) -> dict[str, str]:
 def _together(
     function: Callable[[], Any], group: dist.ProcessGroup | None = None
 ) -> list:
-    """What `function()` returns on each rank of `group`, in order. An error on one rank is raised on all, so that none waits for it."""
+    """What `function()` returns on each rank of `group`, in order. An error on one rank
+    is raised on all, so that none waits for it.
+    """
     if not dist.is_initialized():
         return [function()]
     result = error = None
@@ -1095,7 +1171,9 @@ def _together(
 def _gathered(
     tensors: dict[str, torch.Tensor], keep: bool, copies: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Full tensors on the CPU, gathered one at a time; empty on ranks that do not `keep` them. With `copies`, training may go on."""
+    """Full tensors on the CPU, gathered one at a time; empty on ranks that do not
+    `keep` them. With `copies`, training may go on.
+    """
     full = {}
     for name, tensor in tensors.items():
         tensor = (
@@ -1115,7 +1193,9 @@ def _write_manifest(directory: Path, sums: dict[str, str]) -> None:
 
 
 def _verify(directory: Path, part: int = 0, parts: int = 1) -> None:
-    """Compare the shards and state.pt with manifest.json; of `parts` processes each reads its part of them. Raises CheckpointError."""
+    """Compare the shards and state.pt with manifest.json; of `parts` processes each
+    reads its part of them. Raises CheckpointError.
+    """
     sums = _manifest(directory)
     for name in sorted(sums)[part::parts]:
         file = directory / name
@@ -1127,7 +1207,9 @@ def _verify(directory: Path, part: int = 0, parts: int = 1) -> None:
 
 # %% ../chapters/14_checkpoints.ipynb #dbbb2cde
 def _check_places(stored: dict, state: dict, file: Path) -> None:
-    """CheckpointError for an optimizer's tensor of a parameter that its optimizer does not have."""
+    """CheckpointError for an optimizer's tensor of a parameter that its optimizer does
+    not have.
+    """
     pairs = zip(state["optimizer_state_dicts"], state["optimizer_parameters"])
     known = {names[number] for packed, names in pairs for number in packed["state"]}
     for name in stored:
@@ -1137,7 +1219,9 @@ def _check_places(stored: dict, state: dict, file: Path) -> None:
 
 # %% ../chapters/14_checkpoints.ipynb #838a6aa5
 def _read_sharded(directory: Path, prefix: str = "") -> dict:
-    """The dict of checkpoint.pt, put together in this process from the shards whose names start with `prefix`."""
+    """The dict of checkpoint.pt, put together in this process from the shards whose
+    names start with `prefix`.
+    """
     _verify(directory)
     state = _read_pt(
         directory / "state.pt", "optimizer_state_dicts", "optimizer_parameters"
@@ -1155,7 +1239,9 @@ def _read_sharded(directory: Path, prefix: str = "") -> dict:
 
 # %% ../chapters/14_checkpoints.ipynb #91d0c424
 def _check_whole(path: Path) -> None:
-    """Read a checkpoint's directory against its checksums. Raises CheckpointError; OSError where the disk cannot read it."""
+    """Read a checkpoint's directory against its checksums. Raises CheckpointError;
+    OSError where the disk cannot read it.
+    """
     if _is_sharded(path):
         _verify(path)
         _ShardReader(path)
@@ -1169,9 +1255,11 @@ def _check_whole(path: Path) -> None:
 
 # %% ../chapters/14_checkpoints.ipynb #0d644226
 def newest_whole(directory: str | Path) -> Path | None:
-    """The newest checkpoint in `directory` that passes its checks: final, else the step_N with the highest N; None where there is none.
+    """The newest checkpoint in `directory` that passes its checks: final, else the
+    step_N with the highest N; None where there is none.
 
-    What is passed over is named in one line on stderr. CheckpointError where there are checkpoints, and none of them is whole.
+    What is passed over is named in one line on stderr. CheckpointError where there are
+    checkpoints, and none of them is whole.
     """
     damaged, first = [], ""
     for path in reversed(_named(directory)):
@@ -1183,8 +1271,8 @@ def newest_whole(directory: str | Path) -> Path | None:
             continue
         if damaged:
             print(
-                f"warning: {', '.join(damaged)} passed over, {path} is the newest whole "
-                f"checkpoint ({first})",
+                f"warning: {', '.join(damaged)} passed over, {path} is the newest whole"
+                f" checkpoint ({first})",
                 file=sys.stderr,
             )
         return path
@@ -1198,7 +1286,9 @@ def newest_whole(directory: str | Path) -> Path | None:
 
 # %% ../chapters/14_checkpoints.ipynb #8dfff006
 def _flush(file: Path) -> None:
-    """Put a file, where there is one, and its entry in the directory on the disk. OSError that names it."""
+    """Put a file, where there is one, and its entry in the directory on the disk.
+    OSError that names it.
+    """
     if file.is_file():
         try:
             flush_to_disk(file)
@@ -1208,7 +1298,9 @@ def _flush(file: Path) -> None:
 
 
 def _set_aside(directory: Path) -> None:
-    """Give a checkpoint that is not whole another name: a run that goes on from an earlier one comes by here again."""
+    """Give a checkpoint that is not whole another name: a run that goes on from an
+    earlier one comes by here again.
+    """
     try:
         _check_whole(directory)
     except (CheckpointError, OSError) as error:
@@ -1216,16 +1308,19 @@ def _set_aside(directory: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         directory.rename(aside)
         print(
-            f"warning: {directory} is now {aside.name}, to make room for a whole one ({_reason(error)})",
+            f"warning: {directory} is now {aside.name}, to make room for a whole one"
+            f" ({_reason(error)})",
             file=sys.stderr,
         )
 
 
 # %% ../chapters/14_checkpoints.ipynb #5ff8202a
 class Checkpointer:
-    """Writes the checkpoints of one run into `output_dir`: atomic, pruned, plain or sharded, at once or in the background.
+    """Writes the checkpoints of one run into `output_dir`: atomic, pruned, plain or
+    sharded, at once or in the background.
 
-    Every rank makes one, with the same arguments. `keep_last` checkpoints stay, and with `keep_every` > 0 each step it divides.
+    Every rank makes one, with the same arguments. `keep_last` checkpoints stay, and
+    with `keep_every` > 0 each step it divides.
     """
 
     def __init__(
@@ -1241,7 +1336,8 @@ class Checkpointer:
         _check_keep(keep_last, keep_every)
         self.output_dir, self.tokenizer = Path(output_dir), tokenizer
         self.keep_last, self.keep_every, self.sharded = keep_last, keep_every, sharded
-        # a group of its own: the ranks of a background save talk while training does, and on a GPU's group only tensors travel well
+        # a group of its own: the ranks of a background save talk while training does,
+        # and on a GPU's group only tensors travel well
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.executor = ThreadPoolExecutor(1) if asynchronous else None
@@ -1256,13 +1352,16 @@ class Checkpointer:
         rank_state: dict | None = None,
         final: bool = False,
     ) -> None:
-        """Write `output_dir`/`name` ("step_N" or "final"); every rank calls it, after its optimizers' step.
+        """Write `output_dir`/`name` ("step_N" or "final"); every rank calls it, after
+        its optimizers' step.
 
-        Plain: rank 0 gathers every tensor and writes checkpoint.pt. Sharded: each rank writes what it holds into sharded/, rank 0
-        the rest into state.pt; with `final` rank 0 also gathers the weights into checkpoint.pt and model.safetensors. `state` goes
-        in as it is, the `rank_state` of all ranks as the list `rank_states`. In the background the tensors are copied first;
-        `final` returns when all is on the disk. Raises CheckpointError where `name` exists and is whole, OSError on a full disk, on
-        every rank.
+        Plain: rank 0 gathers every tensor and writes checkpoint.pt. Sharded: each rank
+        writes what it holds into sharded/, rank 0 the rest into state.pt; with `final`
+        rank 0 also gathers the weights into checkpoint.pt and model.safetensors.
+        `state` goes in as it is, the `rank_state` of all ranks as the list
+        `rank_states`. In the background the tensors are copied first; `final` returns
+        when all is on the disk. Raises CheckpointError where `name` exists and is
+        whole, OSError on a full disk, on every rank.
         """
         self.wait()
         if not re.fullmatch(_CALLED, name):
@@ -1310,18 +1409,23 @@ class Checkpointer:
             self.wait()
 
     def wait(self) -> None:
-        """Return when a background save is complete and has its name; raise what went wrong with it."""
+        """Return when a background save is complete and has its name; raise what went
+        wrong with it.
+        """
         pending, self.pending = self.pending, None
         if pending is not None:
             pending.result()
 
     def _prepare(self, directory: Path) -> Path | None:
-        """Flush this rank's log, on which the checkpoint relies (chapter 18); of rank 0, a new partial directory."""
+        """Flush this rank's log, on which the checkpoint relies (chapter 18); of rank
+        0, a new partial directory.
+        """
         _flush(self.output_dir / f"ledger/rank_{self.rank}.jsonl")
         if self.rank > 0:
             return None
         _flush(self.output_dir / "metrics.jsonl")
-        # what a killed save left behind is removed first, since it may be what fills the disk
+        # what a killed save left behind is removed first, since it may be what fills
+        # the disk
         for left in (
             *self.output_dir.glob("step_*.partial"),
             *self.output_dir.glob("final.partial"),
@@ -1341,7 +1445,9 @@ class Checkpointer:
         model: QwenForCausalLM,
         final: bool,
     ) -> None:
-        """The part of `save` that writes, on every rank; on the disk nothing is seen of it until the last step."""
+        """The part of `save` that writes, on every rank; on the disk nothing is seen of
+        it until the last step.
+        """
         try:
             metadata = write_shards() if write_shards else None
             own = list((partial / "sharded").glob(f"__{self.rank}_*"))
@@ -1394,7 +1500,9 @@ _OF_OPTIMIZERS = {"optimizer_state_dicts", "optimizer_types", "optimizer_paramet
 
 
 def _write_consolidated(directory: Path, checkpoint: dict) -> None:
-    """checkpoint.pt, without what belongs to optimizers, and model.safetensors, each of them whole or not there."""
+    """checkpoint.pt, without what belongs to optimizers, and model.safetensors, each of
+    them whole or not there.
+    """
     writers = {"model.safetensors": _write_safetensors, "checkpoint.pt": _write_pt}
     partials = {name: directory / f"{name}.partial" for name in writers}
     contents = {
@@ -1414,9 +1522,11 @@ def _write_consolidated(directory: Path, checkpoint: dict) -> None:
 
 # %% ../chapters/14_checkpoints.ipynb #451bd5b3
 def consolidate(path: str | Path) -> Path:
-    """Put checkpoint.pt (weights, configuration, step; no optimizer) and model.safetensors beside the shards of directory `path`.
+    """Put checkpoint.pt (weights, configuration, step; no optimizer) and
+    model.safetensors beside the shards of directory `path`.
 
-    For one process without a process group, which holds the weights once. Returns the path of checkpoint.pt; raises CheckpointError.
+    For one process without a process group, which holds the weights once. Returns the
+    path of checkpoint.pt; raises CheckpointError.
     """
     path = Path(path)
     if not _is_sharded(path):
@@ -1436,7 +1546,9 @@ def consolidate(path: str | Path) -> Path:
 
 # %% ../chapters/14_checkpoints.ipynb #332e0bfd
 def _sharded_directory(path: Path) -> Path | None:
-    """The directory of a sharded checkpoint; its consolidated checkpoint.pt, which has no optimizer, stands for it."""
+    """The directory of a sharded checkpoint; its consolidated checkpoint.pt, which has
+    no optimizer, stands for it.
+    """
     directory = path if path.is_dir() else path.parent
     return (
         directory
@@ -1468,7 +1580,9 @@ def _without_tensors(state: dict) -> dict:
 
 
 def read_state(path: str | Path) -> dict:
-    """All but weights and optimizers: step, config, train_config, tokenizer, rank_states, ...; reads little and checks no checksum."""
+    """All but weights and optimizers: step, config, train_config, tokenizer,
+    rank_states, ...; reads little and checks no checksum.
+    """
     return _without_tensors(_read_pt(_state_file(Path(path)), check=False, mmap=True))
 
 
@@ -1481,7 +1595,8 @@ def _check_model(state: dict, model: torch.nn.Module, path: Path) -> None:
         )
 
 
-# what a resume relies on: AdamW's count of steps, and averages in their parameter's shape
+# what a resume relies on: AdamW's count of steps, and averages in their parameter's
+# shape
 _ADAMW = {"step", "exp_avg", "exp_avg_sq"}
 _STATE = {"AdamW": _ADAMW, "AdamWBf16": _ADAMW, "Muon": {"momentum_buffer"}}
 
@@ -1506,8 +1621,9 @@ def _check_optimizers(
     names = _parameter_names(model, optimizers)
     if theirs != ours or counts != [len(each) for each in names]:
         raise CheckpointError(
-            f"{path} was trained with other optimizers ({', '.join(theirs)[:100]} of {counts} parameters) than "
-            f"{', '.join(ours)} of {[len(each) for each in names]}"
+            f"{path} was trained with other optimizers ({', '.join(theirs)[:100]} of"
+            f" {counts} parameters) than {', '.join(ours)} of"
+            f" {[len(each) for each in names]}"
         )
     if [sorted(each) for each in state["optimizer_parameters"]] != [
         sorted(each) for each in names
@@ -1525,7 +1641,9 @@ def _check_averages(
     model: torch.nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> None:
-    """CheckpointError where an optimizer's state is not complete, or has another shape than its parameter."""
+    """CheckpointError where an optimizer's state is not complete, or has another shape
+    than its parameter.
+    """
     kept = {}  # of each parameter, {key: (shape, dtype)}
     for name, found in stored.items():
         if name.startswith("optimizer/"):
@@ -1546,7 +1664,8 @@ def _check_averages(
                 and (others or tensors.keys() - {"max_exp_avg_sq"} != wanted)
             ):
                 raise CheckpointError(
-                    f"{path}: the optimizer's state of {name} is not {kind}'s: {', '.join(sorted(wanted))}"
+                    f"{path}: the optimizer's state of {name} is not {kind}'s:"
+                    f" {', '.join(sorted(wanted))}"
                 )
             for key, (shape, dtype) in tensors.items():
                 fits = shape in ((), whole)
@@ -1557,14 +1676,17 @@ def _check_averages(
                     )
                 if not fits:
                     raise CheckpointError(
-                        f"{path}: the optimizer's {key} of {name} has shape {list(shape)} and type "
-                        f"{str(dtype).removeprefix('torch.')}, which does not fit the parameter's {list(whole)}"
+                        f"{path}: the optimizer's {key} of {name} has shape"
+                        f" {list(shape)} and type {str(dtype).removeprefix('torch.')},"
+                        f" which does not fit the parameter's {list(whole)}"
                     )
 
 
 # %% ../chapters/14_checkpoints.ipynb #8bb8b75d
 class _FileReader:
-    """The tensors of a checkpoint.pt, which is mapped into memory, by name: of a sharded target each rank copies its own part."""
+    """The tensors of a checkpoint.pt, which is mapped into memory, by name: of a
+    sharded target each rank copies its own part.
+    """
 
     def __init__(self, checkpoint: dict):
         self.tensors = _by_name(
@@ -1592,7 +1714,9 @@ def _targets(
     model: torch.nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> dict[str, torch.Tensor]:
-    """Where each stored tensor goes: the model's own weights, and new room for what belongs to the optimizers."""
+    """Where each stored tensor goes: the model's own weights, and new room for what
+    belongs to the optimizers.
+    """
     weights = {
         name.removeprefix("weights/"): found
         for name, found in stored.items()
@@ -1613,7 +1737,8 @@ def _targets(
         if group.get("fused") or group.get("capturable")
         for p in group["params"]
     }
-    # torch's own optimizers keep averages in the parameter's type and want them so, also where a run goes on in another precision
+    # torch's own optimizers keep averages in the parameter's type and want them so,
+    # also where a run goes on in another precision
     follows = {
         name
         for optimizer, names in zip(optimizers, state["optimizer_parameters"])
@@ -1643,7 +1768,8 @@ def _check_steps(path: Path, targets: dict[str, torch.Tensor]) -> None:
     for name, value in targets.items():
         if not 0 <= value.item() < 2**53:  # nan is not either
             raise CheckpointError(
-                f"{path}: the optimizer's {name.removeprefix('optimizer/')} is {value.item()}, which counts no steps"
+                f"{path}: the optimizer's {name.removeprefix('optimizer/')} is"
+                f" {value.item()}, which counts no steps"
             )
 
 
@@ -1653,7 +1779,9 @@ def _attach(
     model: torch.nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> None:
-    """Make the filled `targets`, and what is stored of the optimizers beside tensors, their state."""
+    """Make the filled `targets`, and what is stored of the optimizers beside tensors,
+    their state.
+    """
     new = {
         names[number]: values
         for packed, names in zip(
@@ -1680,12 +1808,16 @@ def restore_checkpoint(
     model: torch.nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> dict:
-    """Load weights and the optimizers' state into `model` and `optimizers` in place; return the rest (step, data, rank_states, ...).
+    """Load weights and the optimizers' state into `model` and `optimizers` in place;
+    return the rest (step, data, rank_states, ...).
 
-    `path` is a checkpoint.pt or its directory, plain or sharded, and `model` (without DDP's wrapper) may be laid out in any way, on
-    any number of processes; all of them call this. Of shards, each reads what it needs. State goes by the parameters' names and
-    keeps the file's dtype; the options in the groups (rates, decay) stay those that the optimizers were made with. Without
-    `optimizers`, only weights are loaded. Raises CheckpointError, on every rank, for another model, other optimizers or a damaged file.
+    `path` is a checkpoint.pt or its directory, plain or sharded, and `model` (without
+    DDP's wrapper) may be laid out in any way, on any number of processes; all of them
+    call this. Of shards, each reads what it needs. State goes by the parameters' names
+    and keeps the file's dtype; the options in the groups (rates, decay) stay those that
+    the optimizers were made with. Without `optimizers`, only weights are loaded. Raises
+    CheckpointError, on every rank, for another model, other optimizers or a damaged
+    file.
     """
     path = Path(path)
     directory, file = _sharded_directory(path), _state_file(path)

@@ -71,7 +71,9 @@ CORPORA = {"wiki": wiki_documents, "stdlib": stdlib_documents}
 # %% ../chapters/20_commands.ipynb #a63965a2
 @contextmanager
 def _new_files(output: Path, *names: str) -> Iterator[Path]:
-    """A scratch directory in `output`; at the end the files of these names that it holds move up. ValueError where one exists."""
+    """A scratch directory in `output`; at the end the files of these names that it
+    holds move up. ValueError where one exists.
+    """
     for name in names:
         if (output / name).exists():
             raise ValueError(
@@ -96,7 +98,9 @@ def _learn(texts: Iterable[str], vocab_size: int) -> TiktokenTokenizer:
 
 
 def prepare(arguments: argparse.Namespace) -> None:
-    """Write a corpus as JSONL, and a vocabulary trained on the part of it that is not held out."""
+    """Write a corpus as JSONL, and a vocabulary trained on the part of it that is not
+    held out.
+    """
     output = Path(arguments.output or Path("data") / arguments.corpus)
     jsonl, vocabulary = (
         output / f"{arguments.corpus}.jsonl",
@@ -116,7 +120,8 @@ def prepare(arguments: argparse.Namespace) -> None:
     size = sum(len(document["text"].encode()) for document in documents)
     print(f"{jsonl}: {count:,} documents, {size:,} bytes of text")
     print(
-        f"{vocabulary}: {tokenizer.vocab_size:,} tokens, learned from the documents that are not held out"
+        f"{vocabulary}: {tokenizer.vocab_size:,} tokens, learned from the documents"
+        " that are not held out"
     )
 
 
@@ -125,7 +130,9 @@ LEARN_FROM = 2**26  # bytes of text that a vocabulary is learned from at most
 
 
 def _sample(texts: Iterator[str], total: int, count: list[int]) -> Iterator[str]:
-    """Evenly spread pieces of the texts, about LEARN_FROM bytes of `total` in all; `count` becomes [bytes given]."""
+    """Evenly spread pieces of the texts, about LEARN_FROM bytes of `total` in all;
+    `count` becomes [bytes given].
+    """
     seen = 0
     for part in (part for text in texts for part in text_pieces(text, 2**16)):
         size = len(part.encode())
@@ -159,11 +166,13 @@ def learn_vocabulary(arguments: argparse.Namespace) -> None:
         tokenizer.save(scratch)
     part = "" if count[0] == total else f"a sample of {count[0]:,} bytes from "
     print(
-        f"{output / name}: {tokenizer.vocab_size:,} tokens, learned from {part}{total:,} bytes of text that are not held out"
+        f"{output / name}: {tokenizer.vocab_size:,} tokens, learned from"
+        f" {part}{total:,} bytes of text that are not held out"
     )
     print(
-        f'in the settings: "tokenizer": "tiktoken:{output / name}", "heldout_fraction": {arguments.heldout_fraction:g}, '
-        f'and in "model": "vocab_size": {tokenizer.vocab_size}'
+        f'in the settings: "tokenizer": "tiktoken:{output / name}", "heldout_fraction":'
+        f' {arguments.heldout_fraction:g}, and in "model": "vocab_size":'
+        f" {tokenizer.vocab_size}"
     )
 
 
@@ -194,8 +203,9 @@ def write(arguments: argparse.Namespace) -> None:
     )
     if new > room:
         raise ValueError(
-            f"a prompt of {longest:,} tokens leaves {max(room, 0):,} of {arguments.checkpoint}'s {limit:,} positions: "
-            "choose a smaller --max-new-tokens or a shorter prompt"
+            f"a prompt of {longest:,} tokens leaves {max(room, 0):,} of"
+            f" {arguments.checkpoint}'s {limit:,} positions: choose a smaller"
+            " --max-new-tokens or a shorter prompt"
         )
     tokens = longest + new
     ledger = estimate_memory(
@@ -235,7 +245,9 @@ def _must_be_new(directory: str) -> None:
 
 
 def export_model(arguments: argparse.Namespace) -> None:
-    """Write a model in Hugging Face's layout: safetensors, config.json and the tokenizer."""
+    """Write a model in Hugging Face's layout: safetensors, config.json and the
+    tokenizer.
+    """
     _must_be_new(arguments.directory)
     model, tokenizer = open_model(
         arguments.source, check_memory=not arguments.ignore_memory
@@ -248,7 +260,9 @@ def export_model(arguments: argparse.Namespace) -> None:
 
 
 def import_model(arguments: argparse.Namespace) -> None:
-    """Make a checkpoint of a Hugging Face directory, a name on the hub, a .gguf file, or smollm2."""
+    """Make a checkpoint of a Hugging Face directory, a name on the hub, a .gguf file,
+    or smollm2.
+    """
     _must_be_new(arguments.directory)
     model, tokenizer = open_model(
         arguments.source, check_memory=not arguments.ignore_memory
@@ -257,7 +271,9 @@ def import_model(arguments: argparse.Namespace) -> None:
 
 
 def unshard(arguments: argparse.Namespace) -> None:
-    """Add checkpoint.pt and model.safetensors to a checkpoint that was written in shards."""
+    """Add checkpoint.pt and model.safetensors to a checkpoint that was written in
+    shards.
+    """
     shards = [
         file
         for file in (Path(arguments.directory) / "sharded").glob("*")
@@ -275,7 +291,9 @@ def unshard(arguments: argparse.Namespace) -> None:
 
 # %% ../chapters/20_commands.ipynb #dc832954
 def _beginnings(file: str, numbers: list[int]) -> dict[int, str]:
-    """How the documents on these lines of `file` begin; {} and a note where it cannot be read."""
+    """How the documents on these lines of `file` begin; {} and a note where it cannot
+    be read.
+    """
     if file.startswith("hf:"):  # a stream of the hub
         return {}
     wanted, texts = set(numbers), {}
@@ -309,7 +327,9 @@ def trace(arguments: argparse.Namespace) -> None:
 
 # %% ../chapters/20_commands.ipynb #f8d91c51
 class Parser(argparse.ArgumentParser):
-    """Mistakes in the flags are ValueErrors, like all others: one line, without the list of all flags."""
+    """Mistakes in the flags are ValueErrors, like all others: one line, without the
+    list of all flags.
+    """
 
     def error(self, message: str):
         raise ValueError(f"{message} (see {self.prog} --help)")
@@ -318,7 +338,10 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="qwen-analog",
-        description="Prepare a corpus, plan and train on it, evaluate, talk, serve, exchange weights.",
+        description=(
+            "Prepare a corpus, plan and train on it, evaluate, talk, serve, exchange"
+            " weights."
+        ),
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -362,7 +385,10 @@ def _add_file_commands(commands) -> None:
         command = commands.add_parser(name, help=text, description=function.__doc__)
         command.add_argument(
             "source",
-            help="a checkpoint, a Hugging Face directory, owner/name on the hub, a .gguf file, or smollm2",
+            help=(
+                "a checkpoint, a Hugging Face directory, owner/name on the hub, a .gguf"
+                " file, or smollm2"
+            ),
         )
         command.add_argument("directory", help="where to write; it must not exist yet")
         add_ignore_memory(command)
@@ -400,7 +426,10 @@ def _add_text_commands(commands) -> None:
         "--checkpoint",
         default="checkpoints/final",
         metavar="PATH",
-        help="a checkpoint, a Hugging Face directory, a .gguf file, or smollm2 (default: %(default)s)",
+        help=(
+            "a checkpoint, a Hugging Face directory, a .gguf file, or smollm2 (default:"
+            " %(default)s)"
+        ),
     )
     command.add_argument(
         "--max-new-tokens",
@@ -427,13 +456,19 @@ def _add_text_commands(commands) -> None:
         "--min-p",
         type=number(0, 1),
         metavar="P",
-        help="draw from the tokens with at least P times the probability of the likeliest",
+        help=(
+            "draw from the tokens with at least P times the probability of the"
+            " likeliest"
+        ),
     )
     command.add_argument(
         "--repetition-penalty",
         type=number(above=True),
         metavar="F",
-        help="above 1: what was said becomes less likely (default: the model's own, or 1)",
+        help=(
+            "above 1: what was said becomes less likely (default: the model's own,"
+            " or 1)"
+        ),
     )
     command.add_argument(
         "--stop",
@@ -459,7 +494,10 @@ def _add_text_commands(commands) -> None:
     command.add_argument(
         "corpus",
         choices=CORPORA,
-        help="wiki: 10,033 introductions of Wikipedia articles; stdlib: Python's own source",
+        help=(
+            "wiki: 10,033 introductions of Wikipedia articles; stdlib: Python's own"
+            " source"
+        ),
     )
     command.add_argument(
         "--output", metavar="DIRECTORY", help="where it goes (default: data/CORPUS)"
@@ -515,7 +553,10 @@ def _add_vocabulary_flags(
         type=number(0, 0.99),
         default=fraction,
         metavar="F",
-        help="part that the vocabulary must not see; as in the training settings (default: %(default)s)",
+        help=(
+            "part that the vocabulary must not see; as in the training settings"
+            " (default: %(default)s)"
+        ),
     )
 
 
@@ -539,7 +580,9 @@ def main(argv: list[str] | None = None) -> int:
 
 # %% ../chapters/20_commands.ipynb #43d80468
 def _drop_output() -> None:
-    """What stdout could not write goes nowhere, so that Python's own last attempt succeeds."""
+    """What stdout could not write goes nowhere, so that Python's own last attempt
+    succeeds.
+    """
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
@@ -556,7 +599,9 @@ def _again_if_interrupted(unraisable) -> None:
 
 @contextmanager
 def _terminal(quiet) -> Iterator[None]:
-    """A command's outputs may be closed or full; once it is done, Ctrl-C ends the program as it did before (`quiet`)."""
+    """A command's outputs may be closed or full; once it is done, Ctrl-C ends the
+    program as it did before (`quiet`).
+    """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell
             setattr(sys, name, open(os.devnull, "w"))

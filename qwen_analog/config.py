@@ -43,7 +43,9 @@ _YARN_LARGEST = {
 
 
 def shown(value) -> str:
-    """A value of a foreign file for an error line: its `repr`, cut short, so that the line stays one."""
+    """A value of a foreign file for an error line: its `repr`, cut short, so that the
+    line stays one.
+    """
     short = reprlib.Repr()
     short.maxstring = short.maxother = 100
     short.maxdict = short.maxlist = 8
@@ -56,10 +58,12 @@ def shown(value) -> str:
 # %% ../chapters/08_config.ipynb #36a5edcf
 @dataclass
 class QwenConfig:
-    """Everything that fixes the model's shape, with Hugging Face's field names; the defaults are the card's.
+    """Everything that fixes the model's shape, with Hugging Face's field names; the
+    defaults are the card's.
 
-    `head_dim=None` becomes `hidden_size // num_attention_heads`; `rope_scaling` is None or YaRN's settings (chapter 4).
-    Raises ValueError naming the field whose value is impossible.
+    `head_dim=None` becomes `hidden_size // num_attention_heads`; `rope_scaling` is None
+    or YaRN's settings (chapter 4). Raises ValueError naming the field whose value is
+    impossible.
     """
 
     vocab_size: int = 151936
@@ -86,7 +90,8 @@ class QwenConfig:
                 or not 1 <= value <= most
             ):
                 raise ValueError(
-                    f"{name} must be a whole number from 1 to {most}, not {shown(value)}"
+                    f"{name} must be a whole number from 1 to {most}, not"
+                    f" {shown(value)}"
                 )
         for name, (least, most) in _RANGES.items():
             value = getattr(self, name)
@@ -96,7 +101,8 @@ class QwenConfig:
                 or not least < value <= most
             ):
                 raise ValueError(
-                    f"{name} must be a number above {least:g} and at most {most:g}, not {shown(value)}"
+                    f"{name} must be a number above {least:g} and at most {most:g}, not"
+                    f" {shown(value)}"
                 )
         for name in ("tie_word_embeddings", "attention_bias"):
             if not isinstance(getattr(self, name), bool):
@@ -113,8 +119,8 @@ class QwenConfig:
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
-                    f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
-                    f"{self.num_attention_heads}: set head_dim"
+                    f"hidden_size {self.hidden_size} is not a multiple of"
+                    f" num_attention_heads {self.num_attention_heads}: set head_dim"
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
         if (
@@ -123,7 +129,8 @@ class QwenConfig:
             or not 2 <= self.head_dim <= 2**16
         ):
             raise ValueError(
-                f"head_dim must be an even number from 2 to {2**16}, not {shown(self.head_dim)}"
+                f"head_dim must be an even number from 2 to {2**16}, not"
+                f" {shown(self.head_dim)}"
             )
 
     def _check_rope_scaling(self) -> None:
@@ -157,13 +164,15 @@ class QwenConfig:
         """From a mapping of field names; an unknown name is a ValueError that names it."""
         if not isinstance(values, dict):
             raise ValueError(
-                f"a model's configuration must be fields and their values, not {shown(values)}"
+                "a model's configuration must be fields and their values, not"
+                f" {shown(values)}"
             )
         known = {f.name for f in fields(cls)}
         for name in values:
             if name not in known:
                 raise ValueError(
-                    f"unknown model field {shown(name)}; known: {', '.join(sorted(known))}"
+                    f"unknown model field {shown(name)}; known:"
+                    f" {', '.join(sorted(known))}"
                 )
         return cls(**values)
 
@@ -189,7 +198,9 @@ PRESETS: dict[str, dict] = json.loads(
 
 # %% ../chapters/08_config.ipynb #42eb0b95
 def parameter_counts(config: QwenConfig) -> dict[str, int]:
-    """Weights by part, summed over layers: embedding, attention, mlp, norms, lm_head (0 where tied)."""
+    """Weights by part, summed over layers: embedding, attention, mlp, norms, lm_head (0
+    where tied).
+    """
     V, D, F, L = (
         config.vocab_size,
         config.hidden_size,
@@ -212,7 +223,9 @@ def parameter_counts(config: QwenConfig) -> dict[str, int]:
 
 # %% ../chapters/08_config.ipynb #16fecbda
 def _is_plain(value, depth: int = 0) -> bool:
-    """Whether JSON can hold `value`: finite numbers, texts, lists and mappings of them, not nested without end."""
+    """Whether JSON can hold `value`: finite numbers, texts, lists and mappings of them,
+    not nested without end.
+    """
     if isinstance(value, dict):
         return all(isinstance(name, str) for name in value) and _is_plain(
             list(value.values()), depth
@@ -247,15 +260,18 @@ _SAMPLING = {
 
 # %% ../chapters/08_config.ipynb #5ddfd944
 def check_generation_config(values: dict, vocab_size: int, where) -> dict:
-    """The generation settings of a foreign file, checked; `where` names the file in the ValueError for a wrong one.
+    """The generation settings of a foreign file, checked; `where` names the file in the
+    ValueError for a wrong one.
 
-    `eos_token_id` becomes a list of ids and is left out where it says nothing. `bos_token_id` and `pad_token_id` stay where
-    they are ids of this vocabulary. temperature, top_k, top_p, min_p, repetition_penalty and do_sample keep their values
+    `eos_token_id` becomes a list of ids and is left out where it says nothing.
+    `bos_token_id` and `pad_token_id` stay where they are ids of this vocabulary.
+    temperature, top_k, top_p, min_p, repetition_penalty and do_sample keep their values
     (null included); a name that is not known here stays where JSON can hold its value.
     """
     if not isinstance(values, dict):
         raise ValueError(
-            f"{where}: generation settings must be names and their values, not {shown(values)}"
+            f"{where}: generation settings must be names and their values, not"
+            f" {shown(values)}"
         )
     checked = {
         name: value
@@ -272,7 +288,8 @@ def check_generation_config(values: dict, vocab_size: int, where) -> dict:
     for i in ends:
         if not _is_id(i, vocab_size):
             raise ValueError(
-                f"{where}: eos_token_id {shown(i)} is no id of this model, whose ids end at {vocab_size - 1}"
+                f"{where}: eos_token_id {shown(i)} is no id of this model, whose ids"
+                f" end at {vocab_size - 1}"
             )
     if ends:
         checked["eos_token_id"] = list(dict.fromkeys(ends))
@@ -282,17 +299,20 @@ def check_generation_config(values: dict, vocab_size: int, where) -> dict:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if value is not None and not (number and least <= value <= most):
             raise ValueError(
-                f"{where}: {name} must be a number from {least:g} to {most:g}, not {shown(value)}"
+                f"{where}: {name} must be a number from {least:g} to {most:g}, not"
+                f" {shown(value)}"
             )
     top_k = values.get("top_k")
     if top_k is not None and not _is_id(
         top_k, 2**31
     ):  # as an id: a whole number, and no bool
         raise ValueError(
-            f"{where}: top_k must be a whole number of at least 0, which is no filter, not {shown(top_k)}"
+            f"{where}: top_k must be a whole number of at least 0, which is no filter,"
+            f" not {shown(top_k)}"
         )
     if not isinstance(values.get("do_sample"), (bool, type(None))):
         raise ValueError(
-            f"{where}: do_sample must be true or false, not {shown(values['do_sample'])}"
+            f"{where}: do_sample must be true or false, not"
+            f" {shown(values['do_sample'])}"
         )
     return checked

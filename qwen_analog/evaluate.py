@@ -70,16 +70,19 @@ def _find(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 class NGram:
-    """Interpolated Kneser-Ney over token ids (Kneser and Ney 1995, in the form of Chen and Goodman 1999, one discount an order).
+    """Interpolated Kneser-Ney over token ids (Kneser and Ney 1995, in the form of Chen
+    and Goodman 1999, one discount an order).
 
-    Sequences are documents as training stores them: the end-of-text id, which is never predicted, then the text's. To the
-    left of a document its first id is repeated. Below the unigrams stands the uniform distribution, so no id has probability 0.
+    Sequences are documents as training stores them: the end-of-text id, which is never
+    predicted, then the text's. To the left of a document its first id is repeated.
+    Below the unigrams stands the uniform distribution, so no id has probability 0.
     """
 
     def __init__(self, vocab_size: int, order: int = 5):
         if order < 1 or vocab_size < 2:
             raise ValueError(
-                f"an n-gram model needs an order of at least 1 and a vocab_size of at least 2, not {order} and {vocab_size}"
+                "an n-gram model needs an order of at least 1 and a vocab_size of at"
+                f" least 2, not {order} and {vocab_size}"
             )
         self.vocab_size, self.order = vocab_size, order
 
@@ -90,12 +93,15 @@ class NGram:
         ids = np.concatenate([np.full(self.order - 1, ids[0]), ids]).astype(np.int64)
         if ids.min() < 0 or ids.max() >= self.vocab_size:
             raise ValueError(
-                f"ids must lie from 0 to {self.vocab_size - 1}, not from {ids.min()} to {ids.max()}"
+                f"ids must lie from 0 to {self.vocab_size - 1}, not from {ids.min()} to"
+                f" {ids.max()}"
             )
         return np.lib.stride_tricks.sliding_window_view(ids, self.order)
 
     def _index(self, grams: np.ndarray) -> np.ndarray:
-        """[N, k] -> [N]: the number of each k-gram among those that were counted, -1 for a new one; 0 for k = 0."""
+        """[N, k] -> [N]: the number of each k-gram among those that were counted, -1
+        for a new one; 0 for k = 0.
+        """
         index = np.zeros(len(grams), dtype=np.int64)
         for k in range(grams.shape[1]):
             index = _find(
@@ -125,7 +131,9 @@ class NGram:
             raw = np.bincount(here, weights=predicted)
             if (
                 k > 1
-            ):  # below the highest order: how many different ids stood before a k-gram, not how often it stood there
+                # below the highest order: how many different ids stood before a k-gram, not
+                # how often it stood there
+            ):
                 self.counts[-1] = np.bincount(
                     inverse[first[raw > 0]], minlength=len(self.keys[-1])
                 )
@@ -179,10 +187,12 @@ class NGram:
 # %% ../chapters/17_evaluation.ipynb #a0a6dcbf
 @dataclass
 class Evaluation:
-    """What a model needed for each of some documents, [documents] each: nats, tokens, and bytes of the original text.
+    """What a model needed for each of some documents, [documents] each: nats, tokens,
+    and bytes of the original text.
 
-    Bytes are those of the UTF-8 text as it was given. Qwen's tokenizer brings text into Unicode's form NFC first, so that what
-    the model codes may have other bytes than these; the measure charges it for the text that a reader had.
+    Bytes are those of the UTF-8 text as it was given. Qwen's tokenizer brings text into
+    Unicode's form NFC first, so that what the model codes may have other bytes than
+    these; the measure charges it for the text that a reader had.
     """
 
     nats: np.ndarray
@@ -197,7 +207,9 @@ class Evaluation:
     def from_tokens(
         cls, nats: Sequence[np.ndarray], texts: Sequence[str]
     ) -> "Evaluation":
-        """Of the documents `texts`, from the nats of each one's tokens, as `token_nll` and `NGram.nats` give them."""
+        """Of the documents `texts`, from the nats of each one's tokens, as `token_nll`
+        and `NGram.nats` give them.
+        """
         return cls(
             np.array([n.sum() for n in nats]),
             np.array([len(n) for n in nats]),
@@ -221,11 +233,15 @@ class Evaluation:
 
     @property
     def standard_error(self) -> float:
-        """Of `bits_per_byte`, over the choice of documents (ratio estimator, Cochran 1977, section 2.11); nan for one document."""
+        """Of `bits_per_byte`, over the choice of documents (ratio estimator, Cochran
+        1977, section 2.11); nan for one document.
+        """
         return _ratio_error(self.nats / math.log(2), self.bytes)
 
     def summary(self) -> dict[str, float | None]:
-        """Plain numbers, for JSON, which knows no nan and no infinity: None stands for them."""
+        """Plain numbers, for JSON, which knows no nan and no infinity: None stands for
+        them.
+        """
         figures = {
             "loss": self.loss,
             "perplexity": self.perplexity,
@@ -244,7 +260,9 @@ class Evaluation:
 
 
 def _ratio_error(amounts: np.ndarray, sizes: np.ndarray) -> float:
-    """Standard error of sum(amounts) / sum(sizes) where documents, [documents] each, are drawn together."""
+    """Standard error of sum(amounts) / sum(sizes) where documents, [documents] each,
+    are drawn together.
+    """
     n = len(sizes)
     residuals = amounts - sizes * amounts.sum() / sizes.sum()
     return (
@@ -255,7 +273,9 @@ def _ratio_error(amounts: np.ndarray, sizes: np.ndarray) -> float:
 
 
 def paired_difference(a: Evaluation, b: Evaluation) -> tuple[float, float]:
-    """Bits per byte of `a` minus those of `b` on the same documents, and the standard error of this difference."""
+    """Bits per byte of `a` minus those of `b` on the same documents, and the standard
+    error of this difference.
+    """
     if not np.array_equal(a.bytes, b.bytes):
         raise ValueError("the two evaluations are not of the same documents")
     return a.bits_per_byte - b.bits_per_byte, _ratio_error(
@@ -265,14 +285,17 @@ def paired_difference(a: Evaluation, b: Evaluation) -> tuple[float, float]:
 
 # %% ../chapters/17_evaluation.ipynb #52a9618c
 def _windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """`(start, first, end)` of each window over `length` inputs: it reads start .. end - 1 and counts first .. end - 1."""
+    """`(start, first, end)` of each window over `length` inputs: it reads start .. end
+    - 1 and counts first .. end - 1.
+    """
     first, end = 0, min(context, length)
     while first < length:
         yield max(0, end - context), first, end
         first, end = end, min(end + stride, length)
 
 
-# input tokens that are computed together: the batch is made smaller where windows are long
+# input tokens that are computed together: the batch is made smaller where windows are
+# long
 _AT_ONCE = 2**14
 
 
@@ -284,7 +307,9 @@ def _score(
     stride: int | None = None,
     batch_size: int = 8,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each sequence: -ln p of every id but the first, and whether it was the likeliest one, [length - 1] each."""
+    """For each sequence: -ln p of every id but the first, and whether it was the
+    likeliest one, [length - 1] each.
+    """
     limit, device = model.config.max_position_embeddings, model.lm_head.weight.device
     context = limit if context is None else context
     stride = max(1, context // 2) if stride is None else stride
@@ -292,11 +317,13 @@ def _score(
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     if not 1 <= context <= limit:
         raise ValueError(
-            f"context must lie from 1 to {limit}, the model's max_position_embeddings, not {context}"
+            f"context must lie from 1 to {limit}, the model's max_position_embeddings,"
+            f" not {context}"
         )
     if not 1 <= stride <= context:
         raise ValueError(
-            f"stride must lie from 1 to the context, {context}, not {stride}: tokens would be left out"
+            f"stride must lie from 1 to the context, {context}, not {stride}: tokens"
+            " would be left out"
         )
     scores = [
         (np.empty(max(0, len(ids) - 1)), np.empty(max(0, len(ids) - 1), dtype=bool))
@@ -340,7 +367,8 @@ def _score(
                 ).cpu()
     if not all(np.isfinite(nats).all() for nats, _ in scores):
         raise ValueError(
-            "the model's logits are not all finite: its weights are damaged, or too large for their dtype"
+            "the model's logits are not all finite: its weights are damaged, or too"
+            " large for their dtype"
         )
     return scores
 
@@ -349,7 +377,8 @@ def _document_ids(model: QwenForCausalLM, tokenizer: Tokenizer, text: str) -> li
     """The end-of-text token, then the text's: how training stores a document."""
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}: they do not belong together"
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model only"
+            f" {model.config.vocab_size}: they do not belong together"
         )
     return [tokenizer.eos_token_id, *tokenizer.encode(text)]
 
@@ -363,12 +392,15 @@ def token_nll(
     stride: int | None = None,
     batch_size: int = 8,
 ) -> list[np.ndarray]:
-    """-ln p of every token of each text, [tokens] float64; the end-of-text token stands before the first and is not counted.
+    """-ln p of every token of each text, [tokens] float64; the end-of-text token stands
+    before the first and is not counted.
 
-    A text longer than `context` (default: the model's max_position_embeddings) is read in windows of that many inputs, each
-    `stride` (default: half the context) beyond the one before. Every token is counted once, in the first window that reaches
-    it, so that past the first window it has at least `context - stride` tokens before it. The softmax is float32. ValueError
-    for an impossible context or stride, a tokenizer with more ids than the model, and logits that are not finite.
+    A text longer than `context` (default: the model's max_position_embeddings) is read
+    in windows of that many inputs, each `stride` (default: half the context) beyond the
+    one before. Every token is counted once, in the first window that reaches it, so
+    that past the first window it has at least `context - stride` tokens before it. The
+    softmax is float32. ValueError for an impossible context or stride, a tokenizer with
+    more ids than the model, and logits that are not finite.
     """
     return [
         nats
@@ -385,7 +417,9 @@ def token_nll(
 def document_nll(
     model: QwenForCausalLM, tokenizer: Tokenizer, text: str, **options
 ) -> tuple[float, int]:
-    """The sum of `token_nll` over one text, and how many tokens it has; `options` are `token_nll`'s."""
+    """The sum of `token_nll` over one text, and how many tokens it has; `options` are
+    `token_nll`'s.
+    """
     (nats,) = token_nll(model, tokenizer, [text], **options)
     return float(nats.sum()), len(nats)
 
@@ -402,10 +436,12 @@ def evaluate_documents(
 def loss_by_position(
     nats: Sequence[np.ndarray], context: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean nats of the t-th token of a document, and how many documents have one, [context] each; nan where none has.
+    """Mean nats of the t-th token of a document, and how many documents have one,
+    [context] each; nan where none has.
 
-    `nats` are those of `token_nll` with the same `context` (or of `NGram.nats`). Only the first `context` tokens of a document
-    are looked at: they are read in one window, so that the t-th, counted from 0, has exactly t tokens of text before it.
+    `nats` are those of `token_nll` with the same `context` (or of `NGram.nats`). Only
+    the first `context` tokens of a document are looked at: they are read in one window,
+    so that the t-th, counted from 0, has exactly t tokens of text before it.
     """
     total, count = np.zeros(context), np.zeros(context, dtype=int)
     for document in nats:
@@ -441,7 +477,9 @@ class Accuracy(NamedTuple):
 
 
 def wilson(correct: int, total: int, z: float = 1.96) -> Accuracy:
-    """`Accuracy` with the score interval of `z` standard errors, which stays inside 0 .. 1 for small samples too."""
+    """`Accuracy` with the score interval of `z` standard errors, which stays inside 0
+    .. 1 for small samples too.
+    """
     if total < 1:
         raise ValueError("a share of nothing: give at least one question")
     share, spread = correct / total, z**2 / total
@@ -458,7 +496,8 @@ def minimal_pair_accuracy(
     pairs: Mapping[str, Sequence[tuple[str, str]]] = MINIMAL_PAIRS,
     batch_size: int = 32,
 ) -> dict[str, Accuracy]:
-    """How often the model gives the right sentence of a pair the higher probability: of each phenomenon, and "all" together.
+    """How often the model gives the right sentence of a pair the higher probability: of
+    each phenomenon, and "all" together.
 
     The probability is that of the whole sentence as a document. A tie counts as wrong.
     """
@@ -481,13 +520,17 @@ def minimal_pair_accuracy(
 # %% ../chapters/17_evaluation.ipynb #8f4e59ac
 @dataclass
 class ScalingLaw:
-    """`loss = floor + scale * size ** -alpha` and what else the data would allow (`fit_scaling_law`)."""
+    """`loss = floor + scale * size ** -alpha` and what else the data would allow
+    (`fit_scaling_law`).
+    """
 
     floor: float
     scale: float
     alpha: float
     noise: float  # standard deviation of the losses around the law
-    draws: np.ndarray  # [R, 4]: floor, scale, alpha of refits to simulated losses, and how far a new loss is from the law
+    # [R, 4]: floor, scale, alpha of refits to simulated losses, and how far a new loss
+    # is from the law
+    draws: np.ndarray
 
     def predict(self, sizes: Sequence[float]) -> np.ndarray:
         return self.floor + self.scale * np.asarray(sizes, dtype=float) ** -self.alpha
@@ -495,7 +538,9 @@ class ScalingLaw:
     def interval(
         self, sizes: Sequence[float], level: float = 0.9
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Bounds between which the loss of a new model of each size lies with probability `level`, if the law's form holds there."""
+        """Bounds between which the loss of a new model of each size lies with
+        probability `level`, if the law's form holds there.
+        """
         floor, scale, alpha, deviation = self.draws.T[..., None]  # [R, 1] each
         losses = (
             floor + scale * np.asarray(sizes, dtype=float) ** -alpha + deviation
@@ -506,9 +551,11 @@ class ScalingLaw:
 def _fit_power_law(
     sizes: np.ndarray, losses: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`losses` [R, n] -> floor, scale >= 0 and alpha [R, 3] of least squares, and the sum of squares [R].
+    """`losses` [R, n] -> floor, scale >= 0 and alpha [R, 3] of least squares, and the
+    sum of squares [R].
 
-    For a given alpha the law is a straight line in size ** -alpha, so only alpha is searched, on a grid 0.6% fine.
+    For a given alpha the law is a straight line in size ** -alpha, so only alpha is
+    searched, on a grid 0.6% fine.
     """
     alphas, unit = np.geomspace(0.01, 3, 1000), np.exp(np.log(sizes).mean())
     x = (sizes / unit) ** -alphas[:, None]  # [G, n]
@@ -532,11 +579,14 @@ def _fit_power_law(
 def fit_scaling_law(
     sizes: Sequence[float], losses: Sequence[float], draws: int = 1000, seed: int = 0
 ) -> ScalingLaw:
-    """Fit `loss = floor + scale * size ** -alpha` (Kaplan et al. 2020; with the floor, Hoffmann et al. 2022) by least squares.
+    """Fit `loss = floor + scale * size ** -alpha` (Kaplan et al. 2020; with the floor,
+    Hoffmann et al. 2022) by least squares.
 
-    `sizes` are parameters, or training tokens, or FLOPs. The uncertainty is a parametric bootstrap: `draws` times, losses are
-    simulated around the fit and fitted again, with a noise that is itself drawn from what n - 3 residuals leave open.
-    ValueError for fewer than four losses or three different sizes, and for numbers that are not positive and finite.
+    `sizes` are parameters, or training tokens, or FLOPs. The uncertainty is a
+    parametric bootstrap: `draws` times, losses are simulated around the fit and fitted
+    again, with a noise that is itself drawn from what n - 3 residuals leave open.
+    ValueError for fewer than four losses or three different sizes, and for numbers that
+    are not positive and finite.
     """
     sizes, losses = np.asarray(sizes, dtype=float), np.asarray(losses, dtype=float)
     if (
@@ -546,8 +596,9 @@ def fit_scaling_law(
         or len(np.unique(sizes)) < 3
     ):
         raise ValueError(
-            f"a scaling law has three unknowns: give at least four losses, each with its size, of at least three sizes, "
-            f"not {len(losses)} losses and {len(np.unique(sizes))} different sizes"
+            "a scaling law has three unknowns: give at least four losses, each with"
+            f" its size, of at least three sizes, not {len(losses)} losses and"
+            f" {len(np.unique(sizes))} different sizes"
         )
     if not (
         np.isfinite(sizes) & (sizes > 0) & np.isfinite(losses) & (losses > 0)
@@ -579,9 +630,11 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def lm_eval_model(model: QwenForCausalLM, tokenizer: Tokenizer, batch_size: int = 8):
-    """The model as an `lm_eval.api.model.LM`, for `lm_eval.simple_evaluate(model=...)` (pip install 'qwen-analog[eval]').
+    """The model as an `lm_eval.api.model.LM`, for `lm_eval.simple_evaluate(model=...)`
+    (pip install 'qwen-analog[eval]').
 
-    Contexts begin with the end-of-text token, as training's documents do; what does not fit into the model is cut off on the left.
+    Contexts begin with the end-of-text token, as training's documents do; what does not
+    fit into the model is cut off on the left.
     """
     try:
         from lm_eval.api.model import TemplateLM  # optional, and heavy
@@ -604,7 +657,9 @@ def lm_eval_model(model: QwenForCausalLM, tokenizer: Tokenizer, batch_size: int 
         def _encode_pair(
             self, context: str, continuation: str
         ) -> tuple[list[int], list[int]]:
-            """As the harness splits them; where the continuation changes the context's last tokens, the change counts."""
+            """As the harness splits them; where the continuation changes the context's
+            last tokens, the change counts.
+            """
             before, after = super()._encode_pair(context, continuation)
             whole = tokenizer.encode(context + continuation)
             if whole[: len(before)] != before:
@@ -629,11 +684,13 @@ def lm_eval_model(model: QwenForCausalLM, tokenizer: Tokenizer, batch_size: int 
                 ]
                 if not continuation:
                     raise ValueError(
-                        f"the continuation {text!r} leaves the context's tokens as they are: nothing to score"
+                        f"the continuation {text!r} leaves the context's tokens as they"
+                        " are: nothing to score"
                     )
                 if len(continuation) > self.limit:
                     raise ValueError(
-                        f"a continuation has {len(continuation)} tokens, more than the model's {self.limit} positions"
+                        f"a continuation has {len(continuation)} tokens, more than the"
+                        f" model's {self.limit} positions"
                     )
                 sequences.append(ids[-(self.limit + 1) :])
             scores = _score(model, sequences, batch_size=batch_size)
@@ -648,7 +705,9 @@ def lm_eval_model(model: QwenForCausalLM, tokenizer: Tokenizer, batch_size: int 
         def loglikelihood_rolling(
             self, requests, disable_tqdm: bool = False
         ) -> list[float]:
-            """With windows that do not overlap, except the last: the harness's convention."""
+            """With windows that do not overlap, except the last: the harness's
+            convention.
+            """
             texts = [request.args[0] for request in requests]
             return [
                 -float(nats.sum())
@@ -688,7 +747,8 @@ _NEUTRAL = {
 
 
 def _harness_options(options: dict) -> dict:
-    """A task's generation options, by the harness's names, as keyword arguments of `stream` (and `max_length`).
+    """A task's generation options, by the harness's names, as keyword arguments of
+    `stream` (and `max_length`).
 
     ValueError naming an option that is unknown or has an impossible value.
     """
@@ -735,27 +795,33 @@ def _harness_options(options: dict) -> dict:
 
 
 def _fitting(ids: list[int], options: dict, limit: int) -> dict:
-    """`options` with the prompt `ids`, cut on the left so that it and the answer fit; `max_length` counts both."""
+    """`options` with the prompt `ids`, cut on the left so that it and the answer fit;
+    `max_length` counts both.
+    """
     new, most = options["max_new_tokens"], options.pop("max_length")
     if most is not None:
         ids = ids[-(limit - 1) :]
         new = min(most, limit) - len(ids)
         if new < 1:
             raise ValueError(
-                f"max_length {most} leaves no room for an answer: the prompt has {len(ids)} tokens"
+                f"max_length {most} leaves no room for an answer: the prompt has"
+                f" {len(ids)} tokens"
             )
     if new < 0:
         raise ValueError(f"max_gen_toks must be at least 0, not {new}")
     if new >= limit:
         raise ValueError(
-            f"max_gen_toks {new} leaves no room for a prompt: the model has {limit} positions"
+            f"max_gen_toks {new} leaves no room for a prompt: the model has {limit}"
+            " positions"
         )
     return {**options, "max_new_tokens": new, "prompt": ids[-(limit - new) :]}
 
 
 # %% ../chapters/17_evaluation.ipynb #aae38e8d
 def xz_bits_per_byte(text: bytes, before: bytes = b"") -> float:
-    """What `text` adds to the size of an .xz file that already holds `before`, in bits for each of its bytes."""
+    """What `text` adds to the size of an .xz file that already holds `before`, in bits
+    for each of its bytes.
+    """
 
     def size(data: bytes) -> int:
         return len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))
@@ -770,7 +836,9 @@ HELDOUT_FRACTION = 0.05  # of a model that does not say how it was trained
 
 
 def _training(source: str) -> dict:
-    """What a checkpoint of this package says about its training; {} for any other source, or a damaged one."""
+    """What a checkpoint of this package says about its training; {} for any other
+    source, or a damaged one.
+    """
     path = Path(source)
     if path.suffix == ".gguf" or not (
         path.is_file()
@@ -786,7 +854,9 @@ def _training(source: str) -> dict:
 
 
 def _shares(sources: Sequence[str]) -> dict[str, float]:
-    """The part of the documents that each of `sources` held out in training, where it says so."""
+    """The part of the documents that each of `sources` held out in training, where it
+    says so.
+    """
     shares = {
         source: _training(source).get("train_config", {}).get("heldout_fraction")
         for source in sources
@@ -799,20 +869,24 @@ def _shares(sources: Sequence[str]) -> dict[str, float]:
 
 
 def _share(shares: dict[str, float]) -> float:
-    """What all models held out; said in a line. ValueError where one was trained on all documents."""
+    """What all models held out; said in a line. ValueError where one was trained on all
+    documents.
+    """
     if not shares:
         print(
-            f"evaluated is a part of {HELDOUT_FRACTION:g} of the documents: the models do not say what they held out in training"
+            f"evaluated is a part of {HELDOUT_FRACTION:g} of the documents: the models"
+            " do not say what they held out in training"
         )
         return HELDOUT_FRACTION
     source = min(shares, key=shares.get)
     if not shares[source]:
         raise ValueError(
-            f"{source} was trained with heldout_fraction 0, on all documents: name others with --data, "
-            "and evaluate them all with --heldout-fraction 1"
+            f"{source} was trained with heldout_fraction 0, on all documents: name"
+            " others with --data, and evaluate them all with --heldout-fraction 1"
         )
     print(
-        f"evaluated is what {source} held out in training: heldout_fraction {shares[source]:g}"
+        f"evaluated is what {source} held out in training: heldout_fraction"
+        f" {shares[source]:g}"
     )
     return shares[source]
 
@@ -821,7 +895,9 @@ def _share(shares: dict[str, float]) -> float:
 def _noted(
     documents: Iterable[Document], sizes: dict[str, list[int]]
 ) -> Iterator[Document]:
-    """The documents, while `sizes` collects by file's name how many there are, and their bytes."""
+    """The documents, while `sizes` collects by file's name how many there are, and
+    their bytes.
+    """
     for document in documents:
         size = sizes.setdefault(Path(document.source.rpartition(":")[0]).name, [0, 0])
         size[0] += not document.error
@@ -830,7 +906,9 @@ def _noted(
 
 
 def _other_data(source: str, sizes: dict[str, list[int]]) -> str | None:
-    """How the data differs from what `source` was trained on; None where it does not, or nothing is known."""
+    """How the data differs from what `source` was trained on; None where it does not,
+    or nothing is known.
+    """
     before = {}
     try:
         for file in _training(source)["data_fingerprint"]["files"]:
@@ -842,9 +920,11 @@ def _other_data(source: str, sizes: dict[str, list[int]]) -> str | None:
     for name in before.keys() | sizes.keys():
         if before.get(name) != sizes.get(name):
             said = [
-                f"{side[name][0]:,} documents, {side[name][1]:,} bytes"
-                if name in side
-                else "none"
+                (
+                    f"{side[name][0]:,} documents, {side[name][1]:,} bytes"
+                    if name in side
+                    else "none"
+                )
                 for side in (before, sizes)
             ]
             return f"{name}: {said[0]} then, {said[1]} now"
@@ -854,25 +934,30 @@ def _other_data(source: str, sizes: dict[str, list[int]]) -> str | None:
 def _warn(
     shares: dict[str, float], fraction: float, sizes: dict[str, list[int]]
 ) -> None:
-    """Lines on stderr where a model may have seen what is evaluated, or the data is not that of its training."""
+    """Lines on stderr where a model may have seen what is evaluated, or the data is not
+    that of its training.
+    """
     for source, share in shares.items():
         difference = _other_data(source, sizes)
         if difference is not None:
             print(
-                f"note: this is not the data that {source} was trained on ({difference})",
+                f"note: this is not the data that {source} was trained on"
+                f" ({difference})",
                 file=sys.stderr,
             )
         elif share < fraction:
             print(
-                f"note: {source} was trained with heldout_fraction {share:g}: if it was on these documents, "
-                "it has seen some of those that are evaluated",
+                f"note: {source} was trained with heldout_fraction {share:g}: if it was"
+                " on these documents, it has seen some of those that are evaluated",
                 file=sys.stderr,
             )
 
 
 # %% ../chapters/17_evaluation.ipynb #87c572be
 def held_out_lines(documents: Iterable[Document], fraction: float) -> bytearray:
-    """For each of `documents` 1 where it is held out, as `held_out_mask` says, else 0; one byte a document, whatever their size."""
+    """For each of `documents` 1 where it is held out, as `held_out_mask` says, else 0;
+    one byte a document, whatever their size.
+    """
     chosen, lines, keys, sides = bytearray(), [], [], set()
     for document in documents:
         held = not document.error and (
@@ -892,7 +977,9 @@ def held_out_lines(documents: Iterable[Document], fraction: float) -> bytearray:
 def texts_of(
     files: Sequence[str], chosen: bytearray, skip_bad_lines: bool, held: bool = True
 ) -> Iterator[str]:
-    """The texts of the documents that `held_out_lines` chose (`held`), or of all others. ValueError where the files have changed since."""
+    """The texts of the documents that `held_out_lines` chose (`held`), or of all
+    others. ValueError where the files have changed since.
+    """
     lines = 0
     for document in read_jsonl(files, skip_bad_lines):
         if lines < len(chosen) and not document.error and bool(chosen[lines]) == held:
@@ -900,7 +987,8 @@ def texts_of(
         lines += 1
     if lines != len(chosen):
         raise ValueError(
-            f"{', '.join(map(str, files))}: changed while it was read ({len(chosen)} lines, now {lines})"
+            f"{', '.join(map(str, files))}: changed while it was read ({len(chosen)}"
+            f" lines, now {lines})"
         )
 
 
@@ -919,7 +1007,9 @@ def _groups(texts: Iterator[str], size: int = 2**21) -> Iterator[list[str]]:
 
 # %% ../chapters/17_evaluation.ipynb #7122974d
 def _scoring_memory(config: QwenConfig, context: int) -> int:
-    """Bytes that reading windows of up to `context` tokens takes, beside the weights: an MLP's pass, a piece of the logits."""
+    """Bytes that reading windows of up to `context` tokens takes, beside the weights:
+    an MLP's pass, a piece of the logits.
+    """
     tokens = max(context, min(_AT_ONCE, 8 * context))
     return (
         tokens * 4 * (4 * config.hidden_size + 3 * config.intermediate_size)
@@ -928,7 +1018,9 @@ def _scoring_memory(config: QwenConfig, context: int) -> int:
 
 
 def model_on_device(source: str, check: bool) -> tuple[QwenForCausalLM, Tokenizer]:
-    """The model of `source` where it is to compute: on a GPU where there is one and it has the memory."""
+    """The model of `source` where it is to compute: on a GPU where there is one and it
+    has the memory.
+    """
     model, tokenizer = open_model(source, check_memory=check)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
@@ -981,8 +1073,9 @@ def _scores(
     }
     spread = f" +- {found.standard_error:.3f}" if len(nats) > 1 else ""
     print(
-        f"{source}: {found.bits_per_byte:.3f}{spread} bits per byte; {found.loss:.3f} nats a token, "
-        f"perplexity {found.perplexity:.1f}; {len(nats):,} documents, {found.tokens.sum():,} tokens, {found.bytes.sum():,} bytes",
+        f"{source}: {found.bits_per_byte:.3f}{spread} bits per byte; {found.loss:.3f}"
+        f" nats a token, perplexity {found.perplexity:.1f}; {len(nats):,} documents,"
+        f" {found.tokens.sum():,} tokens, {found.bytes.sum():,} bytes",
         flush=True,
     )
     if arguments.positions:
@@ -992,14 +1085,17 @@ def _scores(
         figures["pairs"] = {name: share._asdict() for name, share in pairs.items()}
         for name, (correct, total, low, high) in pairs.items():
             print(
-                f"  {name:24} {correct:3} of {total}, 95% interval {low:.2f} to {high:.2f}",
+                f"  {name:24} {correct:3} of {total}, 95% interval {low:.2f} to"
+                f" {high:.2f}",
                 flush=True,
             )
     return figures, tokenizer
 
 
 def _position_bins(sums: np.ndarray, counts: np.ndarray) -> list[dict]:
-    """The loss by position in bins that double in width: positions first .. last, mean nats, tokens."""
+    """The loss by position in bins that double in width: positions first .. last, mean
+    nats, tokens.
+    """
     bins, first, end = [], 0, np.count_nonzero(counts)
     while first < end:
         last = int(min(2 * first, end - 1))
@@ -1077,7 +1173,9 @@ def _baselines(
 
 # %% ../chapters/17_evaluation.ipynb #d5914d1b
 def _reserve(path: Path) -> Path:
-    """Make the file beside `path` that will be renamed to it. OSError or ValueError where there can be none."""
+    """Make the file beside `path` that will be renamed to it. OSError or ValueError
+    where there can be none.
+    """
     if path.is_dir():
         raise ValueError(f"--json {path} is a directory: name a file")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1087,7 +1185,9 @@ def _reserve(path: Path) -> Path:
 
 
 def _write_json(values: dict, path: Path, partial: Path | None) -> None:
-    """Into `partial`, then under the name `path`; straight into what is no regular file, such as a terminal."""
+    """Into `partial`, then under the name `path`; straight into what is no regular
+    file, such as a terminal.
+    """
     try:
         with open(partial or path, "w", encoding="utf-8") as file:
             json.dump(values, file, indent=1, allow_nan=False)
@@ -1108,7 +1208,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["checkpoints/final"],
         metavar="SOURCE",
-        help="a checkpoint of ours, a Hugging Face directory or repository, a .gguf file, or smollm2 (default: checkpoints/final)",
+        help=(
+            "a checkpoint of ours, a Hugging Face directory or repository, a .gguf"
+            " file, or smollm2 (default: checkpoints/final)"
+        ),
     )
     parser.add_argument(
         "--data",
@@ -1121,8 +1224,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--heldout-fraction",
         type=number(),
         metavar="F",
-        help="part of the documents that is evaluated, drawn by hash as in training; 1: all of them "
-        f"(default: what the checkpoints held out in training; {HELDOUT_FRACTION} for other models)",
+        help=(
+            "part of the documents that is evaluated, drawn by hash as in training; 1:"
+            " all of them (default: what the checkpoints held out in training;"
+            f" {HELDOUT_FRACTION} for other models)"
+        ),
     )
     parser.add_argument(
         "--context",
@@ -1134,7 +1240,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stride",
         type=whole(1),
         metavar="N",
-        help="tokens between two windows of a long document (default: half the context)",
+        help=(
+            "tokens between two windows of a long document (default: half the context)"
+        ),
     )
     parser.add_argument(
         "--skip-bad-lines",
@@ -1172,7 +1280,8 @@ def run(arguments: argparse.Namespace) -> None:
         )
     if arguments.context and arguments.stride and arguments.stride > arguments.context:
         raise ValueError(
-            f"--stride {arguments.stride} is more than --context {arguments.context}: tokens would be left out"
+            f"--stride {arguments.stride} is more than --context {arguments.context}:"
+            " tokens would be left out"
         )
     path = None if arguments.json is None else Path(os.path.realpath(arguments.json))
     partial = (
@@ -1190,7 +1299,8 @@ def run(arguments: argparse.Namespace) -> None:
         if not any(chosen):
             count = sum(documents for documents, _ in sizes.values())
             raise ValueError(
-                f"none of the {count} documents is held out: give more data or a larger --heldout-fraction"
+                f"none of the {count} documents is held out: give more data or a larger"
+                " --heldout-fraction"
             )
         _warn(shares, fraction, sizes)
         results, failed, baselines = {}, {}, {}

@@ -43,7 +43,9 @@ from .tokenizer import Tokenizer
 def pad_left(
     rows: Sequence[Sequence[int]], pad_id: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lists of ids of any lengths -> `input_ids` [B, T] and `attention_mask` [B, T], int64; the mask is 0 where `pad_id` fills up from the left."""
+    """Lists of ids of any lengths -> `input_ids` [B, T] and `attention_mask` [B, T],
+    int64; the mask is 0 where `pad_id` fills up from the left.
+    """
     if not rows or not all(len(row) for row in rows):
         raise ValueError(
             "pad_left needs at least one row and at least one id in every row"
@@ -59,7 +61,9 @@ def pad_left(
 def _row_padding(
     attention_mask: torch.Tensor, input_ids: torch.Tensor
 ) -> torch.Tensor | None:
-    """How many tokens of padding open each row, [B]; None where no row has any. ValueError unless all padding is on the left."""
+    """How many tokens of padding open each row, [B]; None where no row has any.
+    ValueError unless all padding is on the left.
+    """
     if (
         not isinstance(attention_mask, torch.Tensor)
         or attention_mask.shape != input_ids.shape
@@ -70,7 +74,8 @@ def _row_padding(
             else type(attention_mask).__name__
         )
         raise ValueError(
-            f"attention_mask must be a tensor of the shape of input_ids, {list(input_ids.shape)}, not {found}"
+            "attention_mask must be a tensor of the shape of input_ids,"
+            f" {list(input_ids.shape)}, not {found}"
         )
     mask = attention_mask.to(torch.int64)
     if (
@@ -79,7 +84,8 @@ def _row_padding(
         or not mask[:, -1].all()
     ):
         raise ValueError(
-            "attention_mask must be 0 for padding on the left and 1 from there to the end of the row: pad with pad_left"
+            "attention_mask must be 0 for padding on the left and 1 from there to the"
+            " end of the row: pad with pad_left"
         )
     padding = (1 - mask).sum(1)
     return padding if padding.any() else None
@@ -88,9 +94,11 @@ def _row_padding(
 def _padded(
     padding: torch.Tensor, start: int, end: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions [B, T] and mask [B, 1, T, S] of the tokens start .. end - 1, where row b opens with padding[b] tokens.
+    """Positions [B, T] and mask [B, 1, T, S] of the tokens start .. end - 1, where row
+    b opens with padding[b] tokens.
 
-    A token of padding sees itself, since a softmax over nothing would be nan; no other token sees it.
+    A token of padding sees itself, since a softmax over nothing would be nan; no other
+    token sees it.
     """
     keys = torch.arange(end, device=padding.device)  # [S]
     queries, padding = keys[start:, None], padding[:, None, None]  # [T, 1], [B, 1, 1]
@@ -106,12 +114,15 @@ def filter_logits(
     top_p: float | None = None,
     min_p: float | None = None,
 ) -> torch.Tensor:
-    """`logits` [B, V] -> [B, V]: divided by `temperature` > 0, then -inf for what `top_k`, `top_p` and `min_p` cut off, in this order.
+    """`logits` [B, V] -> [B, V]: divided by `temperature` > 0, then -inf for what
+    `top_k`, `top_p` and `min_p` cut off, in this order.
 
-    Top-k (Fan et al. 2018) keeps the k largest and what ties with the k-th. Top-p (Holtzman et al. 2020) keeps the fewest
-    most probable tokens whose probabilities reach `top_p`, at least one. Min-p (Nguyen et al. 2024) keeps what is at least
-    `min_p` times as probable as the most probable token. None leaves a filter out. The results are those of Hugging Face's
-    TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper and MinPLogitsWarper, bit for bit, wherever theirs are finite.
+    Top-k (Fan et al. 2018) keeps the k largest and what ties with the k-th. Top-p
+    (Holtzman et al. 2020) keeps the fewest most probable tokens whose probabilities
+    reach `top_p`, at least one. Min-p (Nguyen et al. 2024) keeps what is at least
+    `min_p` times as probable as the most probable token. None leaves a filter out. The
+    results are those of Hugging Face's TemperatureLogitsWarper, TopKLogitsWarper,
+    TopPLogitsWarper and MinPLogitsWarper, bit for bit, wherever theirs are finite.
     """
     SamplingParams(temperature, top_k, top_p, min_p)  # checks them
     if temperature == 0:
@@ -137,7 +148,9 @@ def filter_logits(
 
 # %% ../chapters/15_generation.ipynb #9087fde6
 def _divided(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """`logits` [B, V] / `temperature`; where that overflows, of logits whose largest is 0: the same probabilities."""
+    """`logits` [B, V] / `temperature`; where that overflows, of logits whose largest is
+    0: the same probabilities.
+    """
     number = torch.finfo(logits.dtype)
     temperature = min(max(float(temperature), number.tiny), number.max)
     divided = logits / temperature
@@ -169,7 +182,8 @@ def _check_number(
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen: the arguments of `filter_logits` and `penalize_repetition`; temperature 0 is greedy.
+    """How the next token is chosen: the arguments of `filter_logits` and
+    `penalize_repetition`; temperature 0 is greedy.
 
     Raises ValueError naming the field that is wrong.
     """
@@ -209,11 +223,14 @@ def penalize_repetition(
     penalty: float,
     attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`logits` [B, V] -> [B, V]: what occurs in `token_ids` [B, T] becomes less likely where `penalty` > 1 (Keskar et al. 2019, section 4.1).
+    """`logits` [B, V] -> [B, V]: what occurs in `token_ids` [B, T] becomes less likely
+    where `penalty` > 1 (Keskar et al. 2019, section 4.1).
 
-    Positive logits of these tokens are divided by the penalty, negative ones multiplied; once, however often the token occurs.
-    Where `attention_mask` [B, T] is 0 stands padding, which does not count. Equal to Hugging Face's
-    RepetitionPenaltyLogitsProcessor bit for bit, except that theirs counts padding too, and that finite logits stay finite.
+    Positive logits of these tokens are divided by the penalty, negative ones
+    multiplied; once, however often the token occurs. Where `attention_mask` [B, T] is 0
+    stands padding, which does not count. Equal to Hugging Face's
+    RepetitionPenaltyLogitsProcessor bit for bit, except that theirs counts padding too,
+    and that finite logits stay finite.
     """
     SamplingParams(repetition_penalty=penalty)  # checks it
     penalty = min(
@@ -261,7 +278,9 @@ def _check_arguments(
     seed: int | None,
     valid_vocab_size: int | None,
 ) -> list[int]:
-    """The ids that end a row: those of `eos_token_id`, or where it is None the model's own. ValueError for a wrong argument."""
+    """The ids that end a row: those of `eos_token_id`, or where it is None the model's
+    own. ValueError for a wrong argument.
+    """
     config = model.config
     if (
         not isinstance(input_ids, torch.Tensor)
@@ -275,17 +294,20 @@ def _check_arguments(
             else type(input_ids).__name__
         )
         raise ValueError(
-            f"input_ids must be an int64 tensor [B, T] of at least one token, not {found}"
+            "input_ids must be an int64 tensor [B, T] of at least one token, not"
+            f" {found}"
         )
     if input_ids.min() < 0 or input_ids.max() >= config.vocab_size:
         raise ValueError(
-            f"input_ids must lie from 0 to {config.vocab_size - 1}, not from {input_ids.min()} to {input_ids.max()}"
+            f"input_ids must lie from 0 to {config.vocab_size - 1}, not from"
+            f" {input_ids.min()} to {input_ids.max()}"
         )
     _check_whole("max_new_tokens", max_new_tokens, 0)
     length = input_ids.shape[1] + max_new_tokens
     if length > config.max_position_embeddings:
         raise ValueError(
-            f"input_ids and max_new_tokens make {length} tokens; max_position_embeddings is {config.max_position_embeddings}"
+            f"input_ids and max_new_tokens make {length} tokens;"
+            f" max_position_embeddings is {config.max_position_embeddings}"
         )
     if valid_vocab_size is not None:
         _check_whole("valid_vocab_size", valid_vocab_size, 1, config.vocab_size)
@@ -320,17 +342,22 @@ class LogitsError(ValueError):
         where = (
             ""
             if count == 1
-            else f" in row {rows[0]} of {count}"
-            if len(rows) == 1
-            else f" in {len(rows)} of {count} rows"
+            else (
+                f" in row {rows[0]} of {count}"
+                if len(rows) == 1
+                else f" in {len(rows)} of {count} rows"
+            )
         )
         super().__init__(
-            f"the logits are not finite{where}: the model's weights or activations are nan or infinite"
+            f"the logits are not finite{where}: the model's weights or activations are"
+            " nan or infinite"
         )
 
 
 def _check_logits(logits: torch.Tensor) -> None:
-    """LogitsError unless the largest of each row of `logits` [B, V] is a number; -inf elsewhere forbids a token."""
+    """LogitsError unless the largest of each row of `logits` [B, V] is a number; -inf
+    elsewhere forbids a token.
+    """
     # multinomial would fail less clearly, and argmax would call nan the largest
     good = logits.amax(-1).isfinite()
     if not good.all():
@@ -343,10 +370,12 @@ def distribution(
     seen: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`logits` [B, V] -> the probabilities [B, V] of the next token: penalised, then filtered; at temperature 0 all on the largest.
+    """`logits` [B, V] -> the probabilities [B, V] of the next token: penalised, then
+    filtered; at temperature 0 all on the largest.
 
-    `seen` [B, T] holds the ids so far, of which `attention_mask` [B, T] is 0 on padding; without them nothing is penalised.
-    Whatever is in `sampling`, finite logits give probabilities. Raises LogitsError, which names the rows, for others.
+    `seen` [B, T] holds the ids so far, of which `attention_mask` [B, T] is 0 on
+    padding; without them nothing is penalised. Whatever is in `sampling`, finite logits
+    give probabilities. Raises LogitsError, which names the rows, for others.
     """
     _check_logits(logits)
     if seen is not None and sampling.repetition_penalty != 1:
@@ -369,7 +398,9 @@ def sample(
     attention_mask: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """`logits` [B, V] float32 -> ids [B], drawn from their `distribution`, whose arguments these are; temperature 0 uses no random numbers."""
+    """`logits` [B, V] float32 -> ids [B], drawn from their `distribution`, whose
+    arguments these are; temperature 0 uses no random numbers.
+    """
     p = distribution(logits, sampling, seen, attention_mask)
     return (
         p.argmax(-1)
@@ -396,7 +427,9 @@ def _steps(
     valid_vocab_size: int | None = None,
     use_cache: bool = True,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Check the arguments, which are `generate`'s, at once; then an iterator over new tokens [B * copies] and their log-probabilities."""
+    """Check the arguments, which are `generate`'s, at once; then an iterator over new
+    tokens [B * copies] and their log-probabilities.
+    """
     sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty)
     _check_whole("num_return_sequences", copies, 1, 2**31 - 1)
     eos_ids = _check_arguments(
@@ -495,19 +528,25 @@ def generate(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Continue `input_ids` [B, T] int64 by n tokens -> [B, T + n], the prompt included.
 
-    n is `max_new_tokens`, or fewer where every row has produced an end token; a row that is done is filled up with the first
-    of them. `eos_token_id` is an id or several; None takes those that `model.generation_config` names, if any, and [] none. Prompts of unequal length are padded on the left (`pad_left`), and
-    `attention_mask` [B, T] is 0 on the padding: each row is continued as it would be alone.
+    n is `max_new_tokens`, or fewer where every row has produced an end token; a row
+    that is done is filled up with the first of them. `eos_token_id` is an id or
+    several; None takes those that `model.generation_config` names, if any, and [] none.
+    Prompts of unequal length are padded on the left (`pad_left`), and `attention_mask`
+    [B, T] is 0 on the padding: each row is continued as it would be alone.
 
-    `temperature` 0 takes the largest logit; otherwise tokens are drawn in float32 from `filter_logits`, with a generator of
-    their own where a `seed` is given. `repetition_penalty` comes before both (`penalize_repetition`, the prompt counted in).
-    Ids from `valid_vocab_size` on, the padding rows of the embedding, are never chosen. With `num_return_sequences` m every
-    row is continued m times, [B * m, T + n], the m samples of a row one after the other.
+    `temperature` 0 takes the largest logit; otherwise tokens are drawn in float32 from
+    `filter_logits`, with a generator of their own where a `seed` is given.
+    `repetition_penalty` comes before both (`penalize_repetition`, the prompt counted
+    in). Ids from `valid_vocab_size` on, the padding rows of the embedding, are never
+    chosen. With `num_return_sequences` m every row is continued m times, [B * m, T +
+    n], the m samples of a row one after the other.
 
-    With `return_logprobs` a pair is returned: the tokens, and the log-probabilities [B * m, n] float32 of the new ones under
-    the model's own distribution, before temperature, penalty and filters; 0 where a row that is done is filled up.
+    With `return_logprobs` a pair is returned: the tokens, and the log-probabilities [B
+    * m, n] float32 of the new ones under the model's own distribution, before
+    temperature, penalty and filters; 0 where a row that is done is filled up.
 
-    Raises ValueError naming the argument that is wrong, and where the logits are not finite.
+    Raises ValueError naming the argument that is wrong, and where the logits are not
+    finite.
     """
     steps = _steps(
         model,
@@ -532,23 +571,29 @@ def generate(
     written = torch.cat(tokens, dim=1)
     if not return_logprobs:
         return written
-    return written, torch.cat(logprobs, dim=1) if logprobs else torch.empty(
-        len(written), 0, device=written.device
+    return written, (
+        torch.cat(logprobs, dim=1)
+        if logprobs
+        else torch.empty(len(written), 0, device=written.device)
     )
 
 
 # %% ../chapters/15_generation.ipynb #89e66528
 def stop_ids(model: QwenForCausalLM, tokenizer: Tokenizer) -> list[int]:
-    """The ids at which text of `model` ends: those of its own `generation_config`, then the tokenizer's end of text."""
+    """The ids at which text of `model` ends: those of its own `generation_config`, then
+    the tokenizer's end of text.
+    """
     ids = [*_own_ends(model), tokenizer.eos_token_id]
     return [i for i in dict.fromkeys(ids) if i < tokenizer.vocab_size]
 
 
 def sampling_defaults(model: QwenForCausalLM) -> dict[str, float]:
-    """How `model.generation_config` wants the model sampled, as fields of `SamplingParams`; {} where it says nothing.
+    """How `model.generation_config` wants the model sampled, as fields of
+    `SamplingParams`; {} where it says nothing.
 
-    Hugging Face's meanings: do_sample false is greedy; top_k 0 and top_p 1 filter nothing; do_sample true without a
-    temperature means 1. Raises ValueError naming the setting that is wrong.
+    Hugging Face's meanings: do_sample false is greedy; top_k 0 and top_p 1 filter
+    nothing; do_sample true without a temperature means 1. Raises ValueError naming the
+    setting that is wrong.
     """
     own = check_generation_config(
         getattr(model, "generation_config", {}),
@@ -580,18 +625,22 @@ def sampling_defaults(model: QwenForCausalLM) -> dict[str, float]:
 
 
 # %% ../chapters/15_generation.ipynb #17ff6ada
-# model.py stands on a lower floor and cannot import this module, so that the method is attached from here
+# model.py stands on a lower floor and cannot import this module, so that the method is
+# attached from here
 QwenForCausalLM.generate = generate
 
 
 # %% ../chapters/15_generation.ipynb #5e7a1c04
 class TextStream:
-    """Text of tokens that arrive one by one: what `push` and `finish` return adds up to the decoded text, up to the first stop string.
+    """Text of tokens that arrive one by one: what `push` and `finish` return adds up to
+    the decoded text, up to the first stop string.
 
-    A character comes whole or not at all, and what may be the beginning of a string in `stop` waits until it is decided.
-    Of several stop strings the one that is complete first counts. `context` holds the ids that stand before: a tokenizer
-    may decode a blank only where text precedes it. Each push decodes a window of at most some 64 ids after it. All pushes
-    together take time in proportion to the text, however many and long the stop strings are.
+    A character comes whole or not at all, and what may be the beginning of a string in
+    `stop` waits until it is decided. Of several stop strings the one that is complete
+    first counts. `context` holds the ids that stand before: a tokenizer may decode a
+    blank only where text precedes it. Each push decodes a window of at most some 64 ids
+    after it. All pushes together take time in proportion to the text, however many and
+    long the stop strings are.
     """
 
     def __init__(
@@ -640,7 +689,8 @@ class TextStream:
 
     def _window(self) -> str:
         text = self._decode(self._context + self._ids)
-        # a decoder with byte fallback spoils a whole run of bytes while its last character is incomplete
+        # a decoder with byte fallback spoils a whole run of bytes while its last
+        # character is incomplete
         return (
             text
             if text.startswith(self._before)
@@ -648,7 +698,9 @@ class TextStream:
         )
 
     def _release(self, piece: str) -> str:
-        """Add `piece` to what waits; return what cannot belong to a stop string any more."""
+        """Add `piece` to what waits; return what cannot belong to a stop string any
+        more.
+        """
         for character in "" if self.stopped else piece:
             self._waiting.append(character)
             complete = self._finder.push(character)
@@ -666,9 +718,11 @@ class TextStream:
 
 # %% ../chapters/15_generation.ipynb #46d061a4
 class StopFinder:
-    """Finds the first of several strings that is complete in a text that comes in characters; time is linear in the text.
+    """Finds the first of several strings that is complete in a text that comes in
+    characters; time is linear in the text.
 
-    A state is a beginning of some of the strings, which stand together in their sorted list; state 0 is the empty one.
+    A state is a beginning of some of the strings, which stand together in their sorted
+    list; state 0 is the empty one.
     """
 
     def __init__(self, strings: Sequence[str]):
@@ -747,14 +801,18 @@ def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 # %% ../chapters/15_generation.ipynb #f5e814eb
-_LONGEST_TOKEN = 128  # characters: the longest tokens of Qwen's and OpenAI's vocabularies are 128 blanks
+# characters: the longest tokens of Qwen's and OpenAI's vocabularies are 128 blanks
+_LONGEST_TOKEN = 128
 
 
 def _check_characters(text: str, context: int) -> None:
-    """ValueError for a text that cannot fit into `context` tokens, without the minutes that it takes to count them."""
+    """ValueError for a text that cannot fit into `context` tokens, without the minutes
+    that it takes to count them.
+    """
     if len(text) > _LONGEST_TOKEN * context:
         raise ValueError(
-            f"a text of {len(text)} characters does not fit into the model's {context} tokens"
+            f"a text of {len(text)} characters does not fit into the model's {context}"
+            " tokens"
         )
 
 
@@ -777,7 +835,8 @@ def _prompt_ids(
         or ids.shape[-1] != ids.numel()
     ):
         raise ValueError(
-            f"prompt must be a text or the ids of one row, not {ids.dtype} {list(ids.shape)}"
+            f"prompt must be a text or the ids of one row, not {ids.dtype}"
+            f" {list(ids.shape)}"
         )
     return ids.flatten().tolist()
 
@@ -790,7 +849,9 @@ def _texts(
     max_new_tokens: int,
     options: dict,
 ) -> Iterator[list[str]]:
-    """Check the arguments at once; then an iterator over the text that each prompt gains with each token."""
+    """Check the arguments at once; then an iterator over the text that each prompt
+    gains with each token.
+    """
     for prompt in prompts:
         if isinstance(prompt, str):
             _check_characters(prompt, model.config.max_position_embeddings)
@@ -841,11 +902,14 @@ def stream(
     stop: str | Sequence[str] = (),
     **options,
 ) -> Iterator[str]:
-    """The continuation of `prompt` in pieces of text, each as soon as it is certain (see `TextStream`).
+    """The continuation of `prompt` in pieces of text, each as soon as it is certain
+    (see `TextStream`).
 
-    A `prompt` of text is read as the start of a document; ids (of a conversation, say) are read as they are. Ends before the
-    first string of `stop`, at an end token, or after `max_new_tokens`. `options` are `generate`'s for one row; where they are
-    not given, `eos_token_id` is what `stop_ids` lists and `valid_vocab_size` the tokenizer's.
+    A `prompt` of text is read as the start of a document; ids (of a conversation, say)
+    are read as they are. Ends before the first string of `stop`, at an end token, or
+    after `max_new_tokens`. `options` are `generate`'s for one row; where they are not
+    given, `eos_token_id` is what `stop_ids` lists and `valid_vocab_size` the
+    tokenizer's.
     """
     return (
         piece
@@ -879,7 +943,9 @@ def complete_many(
     stop: str | Sequence[str] = (),
     **options,
 ) -> list[str]:
-    """Each of `prompts` and its continuation, all written in one batch; the arguments are `stream`'s."""
+    """Each of `prompts` and its continuation, all written in one batch; the arguments
+    are `stream`'s.
+    """
     if isinstance(prompts, str) or not all(
         isinstance(prompt, str) for prompt in prompts
     ):

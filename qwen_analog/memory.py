@@ -42,9 +42,11 @@ from .model import QwenForCausalLM
 
 # %% ../chapters/12_memory.ipynb #f06a8789
 class StorageTracker(TorchDispatchMode):
-    """While it is on, notes when the memory behind each tensor is taken and given back, on any device and for fake tensors too.
+    """While it is on, notes when the memory behind each tensor is taken and given back,
+    on any device and for fake tensors too.
 
-    `held` names tensors that exist already: `StorageTracker(parameters=model.parameters(), ...)`. A storage counts once, however
+    `held` names tensors that exist already:
+    `StorageTracker(parameters=model.parameters(), ...)`. A storage counts once, however
     many views it has. What a kernel uses inside itself is not seen.
     """
 
@@ -58,13 +60,17 @@ class StorageTracker(TorchDispatchMode):
             self.mark(category, tensors)
 
     def mark(self, category: str, tensors: Iterable[torch.Tensor]) -> None:
-        """Say what `tensors` are; they are counted under that name for as long as they live, before this call too; call it while the tracker is on, or before."""
+        """Say what `tensors` are; they are counted under that name for as long as they
+        live, before this call too; call it while the tracker is on, or before.
+        """
         for tensor in tensors:
             for number in self._numbers(tensor):
                 self._category[number] = category
 
     def _numbers(self, tensor: torch.Tensor) -> list[int]:
-        """The numbers of the tensor's storages (a DTensor's are those of its shard); new ones are noted."""
+        """The numbers of the tensor's storages (a DTensor's are those of its shard);
+        new ones are noted.
+        """
         for storage in (storages := get_untyped_storages(tensor)):
             if storage._cdata not in self._alive:
                 self._alive[storage._cdata] = len(self._sizes)
@@ -133,9 +139,11 @@ def saved_activations(
     recompute: str = "none",
     document_masks: bool = True,
 ) -> dict[str, int]:
-    """Bytes that one block keeps between its forward and its backward pass, by tensor (weights not counted).
+    """Bytes that one block keeps between its forward and its backward pass, by tensor
+    (weights not counted).
 
-    `precision` as for `estimate_memory`. Attention is taken to be a fused kernel, which keeps its result and one number a query and head.
+    `precision` as for `estimate_memory`. Attention is taken to be a fused kernel, which
+    keeps its result and one number a query and head.
     """
     N, D, F = batch_size * sequence_length, config.hidden_size, config.intermediate_size
     H, K, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -195,15 +203,18 @@ _MATMUL = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 
 
 def set_activation_checkpointing(model: QwenForCausalLM, mode: str) -> None:
-    """What the blocks of `model` keep for the backward pass: "none" computes nothing again, "full" all that is needed (Chen et al. 2016).
+    """What the blocks of `model` keep for the backward pass: "none" computes nothing
+    again, "full" all that is needed (Chen et al. 2016).
 
-    "selective" keeps the results of the matrix products and of attention and computes the cheap rest again (Korthikanti et
-    al. 2022). The down projection is an exception: nothing in its block reads its result, so that neither mode computes it again and keeping
-    it would be waste. ValueError for another mode.
+    "selective" keeps the results of the matrix products and of attention and computes
+    the cheap rest again (Korthikanti et al. 2022). The down projection is an exception:
+    nothing in its block reads its result, so that neither mode computes it again and
+    keeping it would be waste. ValueError for another mode.
     """
     if mode not in ACTIVATION_CHECKPOINTING:
         raise ValueError(
-            f"recompute must be one of {', '.join(ACTIVATION_CHECKPOINTING)}, not {mode!r}"
+            f"recompute must be one of {', '.join(ACTIVATION_CHECKPOINTING)}, not"
+            f" {mode!r}"
         )
     down = model.config.intermediate_size, model.config.hidden_size
 
@@ -225,15 +236,19 @@ def set_activation_checkpointing(model: QwenForCausalLM, mode: str) -> None:
 def flops_per_token(
     config: QwenConfig, sequence_length: int, recompute: str = "none"
 ) -> float:
-    """Floating-point operations of the matrix products for one token, forward and backward; a product and its sum are two.
+    """Floating-point operations of the matrix products for one token, forward and
+    backward; a product and its sum are two.
 
-    "none" gives the model's FLOPs, the measure of useful work (MFU). "full" and "selective" add what is computed a second time: the
-    hardware's FLOPs. Attention counts all `sequence_length` keys for each query, as is usual (Chowdhery et al. 2022, appendix B), though
-    a causal kernel can skip half of them. ValueError for another `recompute`.
+    "none" gives the model's FLOPs, the measure of useful work (MFU). "full" and
+    "selective" add what is computed a second time: the hardware's FLOPs. Attention
+    counts all `sequence_length` keys for each query, as is usual (Chowdhery et al.
+    2022, appendix B), though a causal kernel can skip half of them. ValueError for
+    another `recompute`.
     """
     if recompute not in ACTIVATION_CHECKPOINTING:
         raise ValueError(
-            f"recompute must be one of {', '.join(ACTIVATION_CHECKPOINTING)}, not {recompute!r}"
+            f"recompute must be one of {', '.join(ACTIVATION_CHECKPOINTING)}, not"
+            f" {recompute!r}"
         )
     D, F, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     q, kv = (
@@ -254,7 +269,9 @@ def flops_per_token(
 # %% ../chapters/12_memory.ipynb #b9b35e1d
 @dataclass
 class MemoryEstimate:
-    """Bytes on one GPU at the fullest moment of a step, by category; `moment` says which moment that is."""
+    """Bytes on one GPU at the fullest moment of a step, by category; `moment` says
+    which moment that is.
+    """
 
     parameters: int = 0
     gradients: int = 0
@@ -307,15 +324,20 @@ def estimate_memory(
     replicas: int = 1,
     document_masks: bool = True,
 ) -> MemoryEstimate:
-    """Bytes on one GPU at the fullest moment of a training step, or of inference where `optimizer` is None; arithmetic alone.
+    """Bytes on one GPU at the fullest moment of a training step, or of inference where
+    `optimizer` is None; arithmetic alone.
 
-    `precision`: "fp32"; "bf16", computing in bfloat16 with weights, gradients and moments in float32; "bf16-pure", all of them
-    bfloat16. `optimizer`: "adamw", "adamw-bf16" (moments in bfloat16), "muon". `micro_batches` a step: from the second on, the
-    first's gradients are there. `strategy`: "ddp", "fsdp" or "hsdp", with `shards` GPUs sharing a model and `replicas` such groups.
-    Inference reads `batch_size` prompts of `sequence_length` tokens into a KV cache of that length; its weights are of the computing type.
+    `precision`: "fp32"; "bf16", computing in bfloat16 with weights, gradients and
+    moments in float32; "bf16-pure", all of them bfloat16. `optimizer`: "adamw",
+    "adamw-bf16" (moments in bfloat16), "muon". `micro_batches` a step: from the second
+    on, the first's gradients are there. `strategy`: "ddp", "fsdp" or "hsdp", with
+    `shards` GPUs sharing a model and `replicas` such groups. Inference reads
+    `batch_size` prompts of `sequence_length` tokens into a KV cache of that length; its
+    weights are of the computing type.
 
-    Not in it: the CUDA context (about half a GB), the allocator's gaps, workspaces inside kernels, and what an optimizer's step
-    takes, but for the float32 pieces of "adamw-bf16". ValueError for an unknown name and for a count below 1.
+    Not in it: the CUDA context (about half a GB), the allocator's gaps, workspaces
+    inside kernels, and what an optimizer's step takes, but for the float32 pieces of
+    "adamw-bf16". ValueError for an unknown name and for a count below 1.
     """
     known = {
         "precision": ("fp32", "bf16", "bf16-pure"),
@@ -332,7 +354,8 @@ def estimate_memory(
     for name, values in known.items():
         if given[name] not in values:
             raise ValueError(
-                f"{name} must be one of {', '.join(map(str, values))}, not {given[name]!r}"
+                f"{name} must be one of {', '.join(map(str, values))}, not"
+                f" {given[name]!r}"
             )
     counts = {
         "batch_size": batch_size,
@@ -346,14 +369,16 @@ def estimate_memory(
             raise ValueError(f"{name} must be at least 1, not {value}")
     if strategy == "ddp" and shards > 1:
         raise ValueError(
-            f"strategy 'ddp' keeps the whole model on each GPU: shards must be 1, not {shards}"
+            "strategy 'ddp' keeps the whole model on each GPU: shards must be 1, not"
+            f" {shards}"
         )
     shape = {"batch_size": batch_size, "sequence_length": sequence_length}
     if optimizer is None:
         moments = _inference_moments(config, 4 if precision == "fp32" else 2, **shape)
     else:
         sharded = strategy != "ddp" and shards * replicas > 1
-        # DDP's buckets hold the gradients all the time; `gradient_as_bucket_view` makes them the only copy
+        # DDP's buckets hold the gradients all the time; `gradient_as_bucket_view` makes
+        # them the only copy
         accumulated = micro_batches > 1 or replicas > 1 and not sharded
         moments = _training_moments(
             config,
@@ -381,12 +406,14 @@ def _inference_moments(
     )
     static = {
         "parameters": sum(parameter_counts(config).values()) * c,
-        "kv_cache": 2
-        * config.num_hidden_layers
-        * N
-        * config.num_key_value_heads
-        * config.head_dim
-        * c,
+        "kv_cache": (
+            2
+            * config.num_hidden_layers
+            * N
+            * config.num_key_value_heads
+            * config.head_dim
+            * c
+        ),
     }
     # residual stream, its norm, the MLP's input; silu, up and their product
     return [
@@ -413,7 +440,9 @@ def _training_moments(
     batch_size: int,
     sequence_length: int,
 ) -> list[MemoryEstimate]:
-    """The moments of a step of which one is the fullest. Between two neighbours memory rises or falls steadily, block by block."""
+    """The moments of a step of which one is the fullest. Between two neighbours memory
+    rises or falls steadily, block by block.
+    """
     N, D, F, V, L = (
         batch_size * sequence_length,
         config.hidden_size,
@@ -430,7 +459,8 @@ def _training_moments(
         4 if precision == "fp32" else 2
     )  # bytes of a number that goes into a matrix product
     g = c if sharded else w  # bytes of a gradient as the backward pass makes it
-    # FSDP's mixed precision rounds the weights it gathers and so the whole pass; on a whole model autocast rounds as it goes
+    # FSDP's mixed precision rounds the weights it gathers and so the whole pass; on a
+    # whole model autocast rounds as it goes
     autocast = precision == "bf16" and not sharded
     inside = "bf16-pure" if precision == "bf16" and sharded else precision
     stream = (
@@ -486,7 +516,8 @@ def _training_moments(
     around = (
         N * D * (4 + stream) + 2 * N * config.head_dim * stream + masks
     )  # final norm, cos and sin, mask
-    # in an MLP's backward pass: the down matrix's gradient and the product's; that gradient made float32; product's, silu's and up's
+    # in an MLP's backward pass: the down matrix's gradient and the product's; that
+    # gradient made float32; product's, silu's and up's
     fresh, rounded = D * F * g, D * F * c * autocast
     working = N * D * stream + max(
         N * F * c + (rounded or fresh),
@@ -495,13 +526,15 @@ def _training_moments(
     )
     chunk = 2 * min(_CHUNK, N) * V * 4  # float32 logits and their log-softmax
 
-    # FSDP: what lies outside the blocks, gathered for the whole pass; this block and the next; what is being reduced, in float32
+    # FSDP: what lies outside the blocks, gathered for the whole pass; this block and
+    # the next; what is being reduced, in float32
     wire, gathered, reducing = (
         root * c * sharded,
         2 * block * c * sharded,
         4 * block * sharded,
     )
-    # AdamWBf16's float32 copies of a piece and what rounding them takes; the others update in place
+    # AdamWBf16's float32 copies of a piece and what rounding them takes; the others
+    # update in place
     updating = (
         (31 if w == 2 else 23) * min(_PIECE, max(V * D, D * F) // shards)
         if optimizer == "adamw-bf16"
@@ -563,7 +596,9 @@ def _training_moments(
 
 # %% ../chapters/12_memory.ipynb #071c984b
 def _number(path: Path) -> int | None:
-    """The whole number that a file of the kernel holds; None where there is none ("max")."""
+    """The whole number that a file of the kernel holds; None where there is none
+    ("max").
+    """
     try:
         return int(path.read_text())
     except (OSError, ValueError):
@@ -584,7 +619,8 @@ def _cached(directory: Path, prefix: str) -> int:
         return 0
 
 
-# root of the control groups' files, limit, use, prefix in memory.stat: version 2, then version 1
+# root of the control groups' files, limit, use, prefix in memory.stat: version 2, then
+# version 1
 _CGROUPS = {
     "": ("", "memory.max", "memory.current", ""),
     "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
@@ -603,7 +639,8 @@ def _cgroup_rooms(proc: Path, mount: Path) -> list[int]:
         for controller in {"", "memory"} & set(controllers.split(",")):
             below, limit, used, prefix = _CGROUPS[controller]
             inside = Path(path.strip("/"))
-            # a container may see its own group as the root, whatever its path is outside
+            # a container may see its own group as the root, whatever its path is
+            # outside
             for part in dict.fromkeys((inside, *inside.parents, Path())):
                 directory = mount / below / part
                 most, now = _number(directory / limit), _number(directory / used)
@@ -614,7 +651,9 @@ def _cgroup_rooms(proc: Path, mount: Path) -> list[int]:
 
 # %% ../chapters/12_memory.ipynb #14b85f62
 def _free_pages(proc: Path) -> int:
-    """Bytes that the machine has free or can free; all it has where the system does not say."""
+    """Bytes that the machine has free or can free; all it has where the system does not
+    say.
+    """
     try:
         rows = dict(
             line.split(":") for line in (proc / "meminfo").read_text().splitlines()
@@ -625,7 +664,9 @@ def _free_pages(proc: Path) -> int:
 
 
 def _address_room(proc: Path) -> list[int]:
-    """Bytes of addresses that `ulimit -v` still allows; empty where it does not limit them."""
+    """Bytes of addresses that `ulimit -v` still allows; empty where it does not limit
+    them.
+    """
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     try:
         used = int((proc / "self" / "statm").read_text().split()[0]) * os.sysconf(
@@ -644,9 +685,9 @@ def available_memory(
 ) -> int:
     """Bytes that this process can still take on `device`.
 
-    On a CPU the least of what the machine has free, what the control groups (versions 1 and 2) allow and what
-    `ulimit -v` allows; on a GPU what is free there, with what PyTorch holds and does not use. `proc` and
-    `cgroups` are where the kernel says so.
+    On a CPU the least of what the machine has free, what the control groups (versions 1
+    and 2) allow and what `ulimit -v` allows; on a GPU what is free there, with what
+    PyTorch holds and does not use. `proc` and `cgroups` are where the kernel says so.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -672,18 +713,20 @@ def _size(number: float) -> str:
 def require_memory(
     needed: float, device: torch.device | str, what: str, cure: str, check: bool = True
 ) -> None:
-    """Refuse what cannot fit: ValueError of one line where `needed` bytes are more than `device` has left.
+    """Refuse what cannot fit: ValueError of one line where `needed` bytes are more than
+    `device` has left.
 
-    `what` needs the memory, a noun ("training this model"); `cure` says what to change ("choose a smaller --model").
-    Nothing is asked where `check` is false.
+    `what` needs the memory, a noun ("training this model"); `cure` says what to change
+    ("choose a smaller --model"). Nothing is asked where `check` is false.
     """
     if not check:
         return
     left = available_memory(device)
     if needed > left:
         raise ValueError(
-            f"{what} needs about {_size(needed)} of memory, and {device} has {_size(left)} left: "
-            f"{cure}, or pass --ignore-memory to try it all the same"
+            f"{what} needs about {_size(needed)} of memory, and {device} has"
+            f" {_size(left)} left: {cure}, or pass --ignore-memory to try it all the"
+            " same"
         )
 
 
@@ -708,7 +751,9 @@ def whole(least: int = 0, most: int = 2**31 - 1) -> Callable[[str], int]:
 def number(
     least: float = 0.0, most: float = math.inf, above: bool = False
 ) -> Callable[[str], float]:
-    """A type for `argparse`: a finite number from `least` (with `above`: above it) to `most`."""
+    """A type for `argparse`: a finite number from `least` (with `above`: above it) to
+    `most`.
+    """
 
     def read(text: str) -> float:
         try:

@@ -68,7 +68,8 @@ class DecoderLayer(nn.Module):
     ) -> torch.Tensor:
         """`x` [B, T, D] -> [B, T, D]; the other arguments go to `GQAttention`."""
         if self.recompute is not None and self.training and cache is None:
-            # Dynamo takes `noop_context_fn` as checkpoint's own default only, not as an argument
+            # Dynamo takes `noop_context_fn` as checkpoint's own default only, not as an
+            # argument
             chosen = (
                 {}
                 if self.recompute is noop_context_fn
@@ -93,14 +94,17 @@ class DecoderLayer(nn.Module):
 
 # %% ../chapters/09_model.ipynb #7358eaec
 def _check_ids(input_ids: torch.Tensor, **others: torch.Tensor | None) -> None:
-    """ValueError unless `input_ids` is [B, T] of whole numbers and the `others` that are given have its shape; nothing waits for a GPU."""
+    """ValueError unless `input_ids` is [B, T] of whole numbers and the `others` that
+    are given have its shape; nothing waits for a GPU.
+    """
     if not isinstance(input_ids, torch.Tensor):
         raise ValueError(
             f"input_ids must be a tensor [batch, seq], not a {type(input_ids).__name__}"
         )
     if input_ids.ndim != 2 or 0 in input_ids.shape:
         raise ValueError(
-            f"input_ids must be [batch, seq], not of shape {list(input_ids.shape)}, with at least one token"
+            f"input_ids must be [batch, seq], not of shape {list(input_ids.shape)},"
+            " with at least one token"
         )
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(
@@ -116,14 +120,17 @@ def _check_ids(input_ids: torch.Tensor, **others: torch.Tensor | None) -> None:
                 else f"a {type(value).__name__}"
             )
             raise ValueError(
-                f"{name} must have the shape of input_ids, {list(input_ids.shape)}, not {shape}"
+                f"{name} must have the shape of input_ids, {list(input_ids.shape)}, not"
+                f" {shape}"
             )
         if value.dtype.is_floating_point or value.dtype == torch.bool:
             raise ValueError(f"{name} must be whole numbers, not {value.dtype}")
 
 
 class QwenModel(nn.Module):
-    """Token embedding, `num_hidden_layers` blocks, final norm: ids [B, T] -> hidden states [B, T, D]."""
+    """Token embedding, `num_hidden_layers` blocks, final norm: ids [B, T] -> hidden
+    states [B, T, D].
+    """
 
     def __init__(self, config: QwenConfig):
         super().__init__()
@@ -146,16 +153,21 @@ class QwenModel(nn.Module):
             )
 
     def embed(self, input_ids: torch.Tensor, start: int) -> torch.Tensor:
-        """`input_ids` [B, T], the first at position `start` -> [B, T, D]; ValueError where `forward` promises one."""
+        """`input_ids` [B, T], the first at position `start` -> [B, T, D]; ValueError
+        where `forward` promises one.
+        """
         _check_ids(input_ids)
         end = start + input_ids.shape[1]
         if end > self.max_position_embeddings:
             raise ValueError(
-                f"{end} positions, {start} of them in the cache, exceed max_position_embeddings {self.max_position_embeddings}"
+                f"{end} positions, {start} of them in the cache, exceed"
+                f" max_position_embeddings {self.max_position_embeddings}"
             )
         try:
             return self.embed_tokens(input_ids)
-        except IndexError:  # on a CPU the look-up itself notices; reading the ids here would make a GPU wait
+        # on a CPU the look-up itself notices; reading the ids here would make a GPU
+        # wait
+        except IndexError:
             raise ValueError(
                 f"input_ids must lie in 0 .. {self.embed_tokens.num_embeddings - 1}, "
                 f"not {input_ids.min().item()} .. {input_ids.max().item()}"
@@ -170,8 +182,10 @@ class QwenModel(nn.Module):
     ) -> torch.Tensor:
         """`input_ids` [B, T] int64 or int32 -> [B, T, D]; `mask` as for `GQAttention`.
 
-        Positions [B, T] default to those that follow the cache's tokens. Raises ValueError for ids of another shape or type,
-        for more tokens (the cache's included) than `max_position_embeddings` and, on a CPU, for ids outside the vocabulary.
+        Positions [B, T] default to those that follow the cache's tokens. Raises
+        ValueError for ids of another shape or type, for more tokens (the cache's
+        included) than `max_position_embeddings` and, on a CPU, for ids outside the
+        vocabulary.
         """
         start = 0 if cache is None else cache.length
         x = self.embed(input_ids, start)
@@ -187,21 +201,26 @@ class QwenModel(nn.Module):
 
 # %% ../chapters/09_model.ipynb #35a8a912
 class QwenForCausalLM(nn.Module):
-    """Qwen2.5's architecture with its language-model head; `state_dict` keys are Hugging Face Qwen2's."""
+    """Qwen2.5's architecture with its language-model head; `state_dict` keys are
+    Hugging Face Qwen2's.
+    """
 
     def __init__(self, config: QwenConfig):
         super().__init__()
         self.config = config
-        self.generation_config: dict = {}  # what came with the weights: end ids, sampling (Hugging Face's names)
+        # what came with the weights: end ids, sampling (Hugging Face's names)
+        self.generation_config: dict = {}
         self.model = QwenModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Matrices from N(0, initializer_range), biases 0, norms 1 (as Hugging Face initialises Qwen2).
+        """Matrices from N(0, initializer_range), biases 0, norms 1 (as Hugging Face
+        initialises Qwen2).
 
-        Ties the head first, where the config says so: `to_empty`, which fills a model made on the meta device, unties it.
+        Ties the head first, where the config says so: `to_empty`, which fills a model
+        made on the meta device, unties it.
         """
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -227,12 +246,15 @@ class QwenForCausalLM(nn.Module):
         reduction: str = "mean",
         z_loss: float = 0.0,
     ) -> torch.Tensor:
-        """`input_ids` [B, T] int64 -> logits [B, T, V]; with `targets` [B, T] -> the loss instead, a float32 scalar.
+        """`input_ids` [B, T] int64 -> logits [B, T, V]; with `targets` [B, T] -> the
+        loss instead, a float32 scalar.
 
-        `targets[b, t]` is the token to predict after `input_ids[b, t]` (-100: none); the logits are then never held whole.
-        `document_ids` [B, T] keeps packed documents apart (positions and attention); it takes the place of
-        `position_ids` and `mask`. `logits_to_keep` n > 0 gives the last n positions only. `reduction` and `z_loss` are `linear_cross_entropy`'s.
-        Raises ValueError for targets or document ids of another shape than the ids', and where `QwenModel.forward` does.
+        `targets[b, t]` is the token to predict after `input_ids[b, t]` (-100: none);
+        the logits are then never held whole. `document_ids` [B, T] keeps packed
+        documents apart (positions and attention); it takes the place of `position_ids`
+        and `mask`. `logits_to_keep` n > 0 gives the last n positions only. `reduction`
+        and `z_loss` are `linear_cross_entropy`'s. Raises ValueError for targets or
+        document ids of another shape than the ids', and where `QwenModel.forward` does.
         """
         _check_ids(input_ids, targets=targets, document_ids=document_ids)
         if logits_to_keep < 0:
@@ -242,7 +264,8 @@ class QwenForCausalLM(nn.Module):
         if document_ids is not None:
             if mask is not None or position_ids is not None or cache is not None:
                 raise ValueError(
-                    "document_ids sets mask and position_ids itself and does not go with a cache"
+                    "document_ids sets mask and position_ids itself and does not go"
+                    " with a cache"
                 )
             mask, position_ids = (
                 document_mask(document_ids),
@@ -271,9 +294,11 @@ class QwenForCausalLM(nn.Module):
     def gradient_checkpointing_enable(
         self, context_fn: Callable = noop_context_fn
     ) -> None:
-        """Keep only each block's input; compute the rest again in the backward pass (Chen et al. 2016).
+        """Keep only each block's input; compute the rest again in the backward pass
+        (Chen et al. 2016).
 
-        `context_fn` is `torch.utils.checkpoint.checkpoint`'s: with it single operators' results can be kept as well.
+        `context_fn` is `torch.utils.checkpoint.checkpoint`'s: with it single operators'
+        results can be kept as well.
         """
         for layer in self.model.layers:
             layer.recompute = context_fn
@@ -287,7 +312,9 @@ class QwenForCausalLM(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """As `nn.Module.load_state_dict`; a tied model accepts files with or without `lm_head.weight`."""
+        """As `nn.Module.load_state_dict`; a tied model accepts files with or without
+        `lm_head.weight`.
+        """
         if (
             self.config.tie_word_embeddings
             and "model.embed_tokens.weight" in state_dict
@@ -298,7 +325,8 @@ class QwenForCausalLM(nn.Module):
             )
             if head is not None and not torch.equal(head, embedding):
                 raise ValueError(
-                    "lm_head.weight differs from model.embed_tokens.weight: these weights need tie_word_embeddings=False"
+                    "lm_head.weight differs from model.embed_tokens.weight: these"
+                    " weights need tie_word_embeddings=False"
                 )
             state_dict = {**state_dict, "lm_head.weight": embedding}
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)

@@ -41,7 +41,9 @@ from .data import TokenSequence, make_directory
 
 # %% ../chapters/18_watching.ipynb #w1800008
 def _whole(line: bytes) -> dict | None:
-    """The JSON object in one line; None for a torn line, or one that is something else. Zeros before it are what a crash left."""
+    """The JSON object in one line; None for a torn line, or one that is something else.
+    Zeros before it are what a crash left.
+    """
     try:
         entry = json.loads(line.lstrip(b"\0"))
     except (ValueError, RecursionError):
@@ -50,7 +52,9 @@ def _whole(line: bytes) -> dict | None:
 
 
 def log_entries(file: str | Path) -> Iterator[dict]:
-    """The entries of a log, one JSON object a line, in order. Lines that a crash tore are left out. OSError where there is no file."""
+    """The entries of a log, one JSON object a line, in order. Lines that a crash tore
+    are left out. OSError where there is no file.
+    """
     with open(file, "rb") as lines:
         for line in lines:
             entry = _whole(line)
@@ -80,7 +84,9 @@ def _mend_end(file: Path) -> None:
 
 # %% ../chapters/18_watching.ipynb #252c590e
 class LogFile:
-    """A file that whole lines, or records, are appended to; every OSError names it. Its directory is made, and on the disk."""
+    """A file that whole lines, or records, are appended to; every OSError names it. Its
+    directory is made, and on the disk.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -108,7 +114,9 @@ class LogFile:
 
 # %% ../chapters/18_watching.ipynb #f9609cd1
 class _Board:
-    """TensorBoard's file of one run: scalars, written at once. TensorBoard's own writer has a thread, whose errors come late or never."""
+    """TensorBoard's file of one run: scalars, written at once. TensorBoard's own writer
+    has a thread, whose errors come late or never.
+    """
 
     numbers = itertools.count()
 
@@ -146,10 +154,12 @@ class _Board:
 
 # %% ../chapters/18_watching.ipynb #55ac2729
 class RunLog:
-    """What a run writes beside its checkpoints: `metrics.jsonl` and TensorBoard's files by rank 0, and a ledger by every rank.
+    """What a run writes beside its checkpoints: `metrics.jsonl` and TensorBoard's files
+    by rank 0, and a ledger by every rank.
 
-    A file is opened, and the directory made, when there is something to write. Lines are appended: a resumed run goes on in the
-    same files, and of several entries of a step the last one counts. An OSError names the file that cannot be written.
+    A file is opened, and the directory made, when there is something to write. Lines
+    are appended: a resumed run goes on in the same files, and of several entries of a
+    step the last one counts. An OSError names the file that cannot be written.
     """
 
     def __init__(
@@ -173,7 +183,9 @@ class RunLog:
         self._files[name].write(json.dumps(entry, allow_nan=False).encode() + b"\n")
 
     def write(self, step: int, **values) -> None:
-        """One line of metrics.jsonl, its numbers also to TensorBoard. Of rank 0; of the others, nothing."""
+        """One line of metrics.jsonl, its numbers also to TensorBoard. Of rank 0; of the
+        others, nothing.
+        """
         if self.rank:
             return
         infinite = {
@@ -191,7 +203,9 @@ class RunLog:
     def consume(
         self, step: int, position: dict, blocks: Sequence[TokenSequence]
     ) -> None:
-        """Note in this rank's ledger which documents `step` is made of, and the data's `position` before it."""
+        """Note in this rank's ledger which documents `step` is made of, and the data's
+        `position` before it.
+        """
         documents: dict[str, list[int]] = {}
         for file, _, line in sorted(
             {source.rpartition(":") for block in blocks for source in block.sources}
@@ -229,7 +243,9 @@ def _ledger_entry(file: Path, step: int) -> dict | None:
 
 
 def documents_of_step(output_dir: str | Path, step: int) -> list[str]:
-    """The documents, "file:line", that all ranks together read in `step`, by the ledger in `output_dir`. ValueError where it has none."""
+    """The documents, "file:line", that all ranks together read in `step`, by the ledger
+    in `output_dir`. ValueError where it has none.
+    """
     documents, rank, ranks = set(), 0, 1
     while rank < ranks:
         file = Path(output_dir) / "ledger" / f"rank_{rank}.jsonl"
@@ -257,14 +273,17 @@ def documents_of_step(output_dir: str | Path, step: int) -> list[str]:
 # %% ../chapters/18_watching.ipynb #w1800022
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU by its data sheet: memory in bytes, dense bfloat16 tensor FLOP/s with float32 sums, memory bandwidth in bytes/s."""
+    """A GPU by its data sheet: memory in bytes, dense bfloat16 tensor FLOP/s with
+    float32 sums, memory bandwidth in bytes/s.
+    """
 
     memory: float
     flops: float
     bandwidth: float
 
 
-# NVIDIA's GA102 (Ampere) and Ada white papers, A100 and H100/H200 data sheets; "80GB" is 80 GiB of HBM, of which a little is reserved
+# NVIDIA's GA102 (Ampere) and Ada white papers, A100 and H100/H200 data sheets; "80GB"
+# is 80 GiB of HBM, of which a little is reserved
 GPUS = {
     "RTX 3090": Gpu(24 * 2**30, 71e12, 936e9),
     "RTX 4090": Gpu(24 * 2**30, 165.2e12, 1008e9),
@@ -276,7 +295,9 @@ GPUS = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
-    """FLOP/s of one device: the data sheet's for a GPU of `GPUS` in bfloat16, else those of the best of five large matrix products."""
+    """FLOP/s of one device: the data sheet's for a GPU of `GPUS` in bfloat16, else
+    those of the best of five large matrix products.
+    """
     if device.type == "cuda" and dtype == torch.bfloat16:
         for name, gpu in GPUS.items():
             if re.search(
@@ -299,7 +320,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> flo
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes held so far: of the GPU's memory by PyTorch, or by this process on a CPU."""
+    """The most bytes held so far: of the GPU's memory by PyTorch, or by this process on
+    a CPU.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -310,7 +333,8 @@ def peak_memory(device: torch.device) -> int:
 def profiled(
     output_dir: str | Path, rank: int, steps: int
 ) -> Iterator[Callable[[], None]]:
-    """Trace `steps` steps, from the third on, into `output_dir`/trace_rank_N.json, which Perfetto and chrome://tracing open.
+    """Trace `steps` steps, from the third on, into `output_dir`/trace_rank_N.json,
+    which Perfetto and chrome://tracing open.
 
     Yields what is to be called after each step. With `steps` 0 nothing is traced.
     """
@@ -350,9 +374,11 @@ def _is_number(value) -> bool:
 
 
 def plot_losses(metrics: str | Path, picture: str | Path) -> None:
-    """Draw the training and held-out loss of a metrics.jsonl; of a step logged twice, the later line counts.
+    """Draw the training and held-out loss of a metrics.jsonl; of a step logged twice,
+    the later line counts.
 
-    What is no number is left out. OSError, which names the file, where one cannot be read or written.
+    What is no number is left out. OSError, which names the file, where one cannot be
+    read or written.
     """
     from matplotlib.figure import Figure
 

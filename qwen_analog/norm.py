@@ -12,10 +12,12 @@ from torch import nn
 
 # %% ../chapters/03_rmsnorm.ipynb #93916cca
 class RMSNorm(nn.Module):
-    """Divide each vector by its root mean square, then scale it (Zhang & Sennrich 2019, eq. 4).
+    """Divide each vector by its root mean square, then scale it (Zhang & Sennrich 2019,
+    eq. 4).
 
-    Statistics are taken in float32; the result is cast back to the input's dtype *before* the
-    multiplication by `weight`, which is the order Qwen2 uses and the one that is bit-equal to it in bfloat16.
+    Statistics are taken in float32; the result is cast back to the input's dtype
+    *before* the multiplication by `weight`, which is the order Qwen2 uses and the one
+    that is bit-equal to it in bfloat16.
     """
 
     def __init__(self, hidden_size: int, eps: float = 1e-6):

@@ -37,7 +37,8 @@ def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict]:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """The trainable parameters for an optimizer: matrices are decayed, biases and norm weights are not.
+    """The trainable parameters for an optimizer: matrices are decayed, biases and norm
+    weights are not.
 
     A tied weight appears once; a group without parameters is left out.
     """
@@ -57,9 +58,10 @@ def learning_rate_at(
 ) -> float:
     """The learning rate of optimizer step `step` (0-based) of `max_steps`.
 
-    Linear warmup over `warmup_steps`, then "cosine" down to `min_ratio * learning_rate` (Loshchilov & Hutter 2016), or
-    "wsd": constant, then linear down to it over the last `decay_fraction` of the steps (Hu et al. 2024), or "constant".
-    From `max_steps` on the rate stays where it ended. Raises ValueError for another schedule.
+    Linear warmup over `warmup_steps`, then "cosine" down to `min_ratio * learning_rate`
+    (Loshchilov & Hutter 2016), or "wsd": constant, then linear down to it over the last
+    `decay_fraction` of the steps (Hu et al. 2024), or "constant". From `max_steps` on
+    the rate stays where it ended. Raises ValueError for another schedule.
     """
     if schedule not in ("cosine", "wsd", "constant"):
         raise ValueError(
@@ -95,15 +97,19 @@ def set_learning_rate(
 class LossSpikeDetector:
     """Says whether a step's loss stands out above the `window` losses before it.
 
-    It does when it lies more than `threshold` robust standard deviations above their median. The deviation is 1.4826 times the
-    median distance from the median (for a normal distribution that is the standard deviation), and at least a thousandth of
-    the median. Medians, so that one spike does not hide the next. The first `window` losses never stand out. A loss that is not finite always does, and is not remembered.
+    It does when it lies more than `threshold` robust standard deviations above their
+    median. The deviation is 1.4826 times the median distance from the median (for a
+    normal distribution that is the standard deviation), and at least a thousandth of
+    the median. Medians, so that one spike does not hide the next. The first `window`
+    losses never stand out. A loss that is not finite always does, and is not
+    remembered.
     """
 
     def __init__(self, window: int = 64, threshold: float = 6.0):
         if window < 2 or not threshold > 0:
             raise ValueError(
-                f"window must be at least 2 and threshold above 0, not {window} and {threshold}"
+                f"window must be at least 2 and threshold above 0, not {window} and"
+                f" {threshold}"
             )
         self.threshold, self.losses = threshold, deque(maxlen=window)
 
@@ -128,10 +134,12 @@ class LossSpikeDetector:
 
 # %% ../chapters/11_optimizer.ipynb #3088be7d
 def stochastic_round_(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """Write `source`, float32, into `target`, bfloat16, rounding up or down at random so that the mean is `source`.
+    """Write `source`, float32, into `target`, bfloat16, rounding up or down at random
+    so that the mean is `source`.
 
-    bfloat16 is the upper half of float32: a random number added to the lower half carries with the probability that is wanted.
-    What bfloat16 can hold stays as it is, and so do inf and nan. The numbers come from the default generator of the device.
+    bfloat16 is the upper half of float32: a random number added to the lower half
+    carries with the probability that is wanted. What bfloat16 can hold stays as it is,
+    and so do inf and nan. The numbers come from the default generator of the device.
     """
     noise = torch.empty_like(source, dtype=torch.int32).random_(1 << 16)
     rounded = (
@@ -147,14 +155,18 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 _PIECE = (
     2**22
-)  # numbers that are updated at once: bounds the float32 copies, of which the embedding's would be gigabytes
+    # numbers that are updated at once: bounds the float32 copies, of which the embedding's
+    # would be gigabytes
+)
 
 
 class AdamWBf16(torch.optim.Optimizer):
-    """AdamW (Loshchilov & Hutter 2019) with 4 bytes of state for each weight: both averages are bfloat16, stochastically rounded.
+    """AdamW (Loshchilov & Hutter 2019) with 4 bytes of state for each weight: both
+    averages are bfloat16, stochastically rounded.
 
-    A bfloat16 parameter is rounded in the same way, a float32 one is updated as it is. The arithmetic is float32, a piece
-    of a parameter at a time. Works on this process's part of a DTensor. Processes that hold copies of a parameter (DDP, HSDP) must seed
+    A bfloat16 parameter is rounded in the same way, a float32 one is updated as it is.
+    The arithmetic is float32, a piece of a parameter at a time. Works on this process's
+    part of a DTensor. Processes that hold copies of a parameter (DDP, HSDP) must seed
     torch alike, or their copies drift apart.
     """
 
@@ -227,12 +239,14 @@ def build_optimizers(
     eps: float = 1e-8,
     kind: str = "adamw",
 ) -> list[torch.optim.Optimizer]:
-    """The optimizers of `model`; every trainable parameter is in exactly one group of one of them.
+    """The optimizers of `model`; every trainable parameter is in exactly one group of
+    one of them.
 
-    "adamw": fused AdamW (Loshchilov & Hutter 2019) over `parameter_groups`. "adamw-bf16": the same rule in `AdamWBf16`, with
-    half the state. "muon": Muon (Jordan et al. 2024) for the hidden matrices, fused AdamW for the embedding, the head, biases
-    and norms; Muon's updates have AdamW's size (Liu et al. 2025), so that one learning rate serves both. Raises ValueError
-    for another kind.
+    "adamw": fused AdamW (Loshchilov & Hutter 2019) over `parameter_groups`.
+    "adamw-bf16": the same rule in `AdamWBf16`, with half the state. "muon": Muon
+    (Jordan et al. 2024) for the hidden matrices, fused AdamW for the embedding, the
+    head, biases and norms; Muon's updates have AdamW's size (Liu et al. 2025), so that
+    one learning rate serves both. Raises ValueError for another kind.
     """
     options = {"lr": learning_rate, "betas": betas, "eps": eps}
     if kind == "adamw":

@@ -137,10 +137,10 @@ class ProcessGroup:
 class DistributedContext(ProcessGroup):
     """This process's place among those that torchrun started; alone, rank 0 of 1.
 
-    An error inside `with DistributedContext()` ends all processes: it goes on where it arose,
-    and is a RankError, one line, elsewhere. One for which the others wait must arrive
-    within `timeout_minutes`; the message about a lost one names `step`, which the
-    caller sets. ValueError for environment variables that make no sense.
+    An error inside `with DistributedContext()` ends all processes: it goes on where it
+    arose, and is a RankError, one line, elsewhere. One for which the others wait must
+    arrive within `timeout_minutes`; the message about a lost one names `step`, which
+    the caller sets. ValueError for environment variables that make no sense.
     """
 
     def meet(self, value: Any = None, conclude: Callable[[list], Any] = len) -> Any:
@@ -205,10 +205,13 @@ STRATEGIES = ("ddp", "fsdp", "hsdp")
 def make_mesh(
     strategy: str, world_size: int, device_type: str, shard_size: int | None = None
 ) -> DeviceMesh | None:
-    """How `strategy` arranges the processes; None where every process holds the whole model ("ddp", or one process).
+    """How `strategy` arranges the processes; None where every process holds the whole
+    model ("ddp", or one process).
 
-    "fsdp": one dimension, "shard", over all. "hsdp": two, "replicate" x "shard"; `shard_size` neighbours, by default the
-    processes of one machine (torchrun's LOCAL_WORLD_SIZE), share one copy of the model. ValueError for sizes that do not fit.
+    "fsdp": one dimension, "shard", over all. "hsdp": two, "replicate" x "shard";
+    `shard_size` neighbours, by default the processes of one machine (torchrun's
+    LOCAL_WORLD_SIZE), share one copy of the model. ValueError for sizes that do not
+    fit.
     """
     if strategy not in STRATEGIES:
         raise ValueError(
@@ -216,7 +219,8 @@ def make_mesh(
         )
     if shard_size is not None and strategy != "hsdp":
         raise ValueError(
-            f"shard_size {shard_size} is for strategy 'hsdp': leave it out for {strategy!r}"
+            f"shard_size {shard_size} is for strategy 'hsdp': leave it out for"
+            f" {strategy!r}"
         )
     if strategy == "ddp" or world_size == 1:
         return None
@@ -229,7 +233,8 @@ def make_mesh(
     )
     if shard_size < 1 or world_size % shard_size:
         raise ValueError(
-            f"shard_size {shard_size} does not divide the {world_size} processes: choose a divisor"
+            f"shard_size {shard_size} does not divide the {world_size} processes:"
+            " choose a divisor"
         )
     return init_device_mesh(
         device_type,
@@ -240,7 +245,9 @@ def make_mesh(
 
 # %% ../chapters/13_many_gpus.ipynb #d803fbdd
 class _DrawOnCPU(TorchDispatchMode):
-    """Random numbers for a parameter are drawn on the CPU, for the whole of it; a sharded one keeps its own rows."""
+    """Random numbers for a parameter are drawn on the CPU, for the whole of it; a
+    sharded one keeps its own rows.
+    """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func not in (
@@ -275,7 +282,9 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @torch.no_grad()
 def _initialize(model: QwenForCausalLM, seed: int) -> None:
-    """The weights, sharded or not, that `torch.manual_seed(seed); QwenForCausalLM(config)` gives on a CPU, one parameter at a time."""
+    """The weights, sharded or not, that `torch.manual_seed(seed);
+    QwenForCausalLM(config)` gives on a CPU, one parameter at a time.
+    """
     torch.manual_seed(seed)
     with _DrawOnCPU():
         for module in (
@@ -288,7 +297,9 @@ def _initialize(model: QwenForCausalLM, seed: int) -> None:
 
 # %% ../chapters/13_many_gpus.ipynb #13d6ffdf
 def compile_layers(model: QwenForCausalLM) -> None:
-    """`torch.compile` for each block, in place: the names in the state dict stay, and one compiled block serves all."""
+    """`torch.compile` for each block, in place: the names in the state dict stay, and
+    one compiled block serves all.
+    """
     for layer in model.model.layers:
         layer.compile()
 
@@ -313,7 +324,9 @@ def _shard(
     reshard_after_forward: bool,
     prefetch: int,
 ) -> None:
-    """FSDP2 on each block, then on the rest: embedding, final norm and head are gathered together, once a pass."""
+    """FSDP2 on each block, then on the rest: embedding, final norm and head are
+    gathered together, once a pass.
+    """
     policy = {
         "bf16": MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32
@@ -350,18 +363,25 @@ def build_model(
     prefetch: int = 1,
     compile: bool = False,
 ) -> tuple[QwenForCausalLM, nn.Module]:
-    """The model on `device`, and what training calls: for "ddp" on several processes a wrapper, else the model itself.
+    """The model on `device`, and what training calls: for "ddp" on several processes a
+    wrapper, else the model itself.
 
-    `mesh` is `make_mesh`'s. The initial weights are those of `torch.manual_seed(seed); QwenForCausalLM(config)` on a CPU, bit for
-    bit, for every strategy and number of processes; no process holds more than its shard and one whole parameter while they are made.
+    `mesh` is `make_mesh`'s. The initial weights are those of `torch.manual_seed(seed);
+    QwenForCausalLM(config)` on a CPU, bit for bit, for every strategy and number of
+    processes; no process holds more than its shard and one whole parameter while they
+    are made.
 
-    `precision`: "fp32"; "bf16" keeps float32 weights and computes in bfloat16: sharded, by gathering the weights as bfloat16 (the
-    residual stream is bfloat16, gradients are summed over processes in float32), else by the caller's `torch.autocast` (the
-    residual stream is float32), which does no harm to a sharded model; "bf16-pure" has bfloat16 weights, gradients and optimizer states.
+    `precision`: "fp32"; "bf16" keeps float32 weights and computes in bfloat16: sharded,
+    by gathering the weights as bfloat16 (the residual stream is bfloat16, gradients are
+    summed over processes in float32), else by the caller's `torch.autocast` (the
+    residual stream is float32), which does no harm to a sharded model; "bf16-pure" has
+    bfloat16 weights, gradients and optimizer states.
 
-    Sharded only: `reshard_after_forward` frees a block's gathered weights after its forward pass and gathers them again for the
-    backward pass; `prefetch` is how many blocks ahead weights are gathered (0: as PyTorch does by itself). `compile`: see `compile_layers`.
-    After a forward pass without gradients everything is sharded again, since no backward pass will do it. Raises ValueError.
+    Sharded only: `reshard_after_forward` frees a block's gathered weights after its
+    forward pass and gathers them again for the backward pass; `prefetch` is how many
+    blocks ahead weights are gathered (0: as PyTorch does by itself). `compile`: see
+    `compile_layers`. After a forward pass without gradients everything is sharded
+    again, since no backward pass will do it. Raises ValueError.
     """
     if precision not in ("bf16", "fp32", "bf16-pure"):
         raise ValueError(
@@ -372,7 +392,8 @@ def build_model(
         several and strategy != "ddp"
     ):
         raise ValueError(
-            f"strategy {strategy!r} does not go with mesh {mesh}: pass what make_mesh returned for it"
+            f"strategy {strategy!r} does not go with mesh {mesh}: pass what make_mesh"
+            " returned for it"
         )
     with (
         torch.device("meta"),
@@ -398,10 +419,12 @@ def build_model(
 # %% ../chapters/13_many_gpus.ipynb #944049ee
 @contextmanager
 def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
-    """Around the forward and backward pass of one micro-batch: `enabled` for the step's last one only.
+    """Around the forward and backward pass of one micro-batch: `enabled` for the step's
+    last one only.
 
-    Without it DDP keeps each process's own gradients, and a sharded model on a 2-D mesh sums within a machine only. A sharded
-    model's reduce-scatter is never put off (`set_requires_gradient_sync`): each process would hold the whole model's gradients.
+    Without it DDP keeps each process's own gradients, and a sharded model on a 2-D mesh
+    sums within a machine only. A sharded model's reduce-scatter is never put off
+    (`set_requires_gradient_sync`): each process would hold the whole model's gradients.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(enabled)
@@ -415,7 +438,9 @@ def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
 
 # %% ../chapters/13_many_gpus.ipynb #17b2887f
 def clip_grad_norm(model: nn.Module, max_norm: float) -> float:
-    """Scale the gradients down to the global norm `max_norm`, over all shards; returns the norm before."""
+    """Scale the gradients down to the global norm `max_norm`, over all shards; returns
+    the norm before.
+    """
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
@@ -671,8 +696,10 @@ class _Reader(_Watch):
                 )
             return
         for message in messages:
-            self._greet(line, message) if line.rank is None else self._take(
-                line, *message
+            (
+                self._greet(line, message)
+                if line.rank is None
+                else self._take(line, *message)
             )
 
     def _greet(self, line: _Line, message: Any) -> None:
@@ -886,6 +913,7 @@ def _close_groups(failed: bool) -> None:
         elif dist.get_backend() == "nccl":
             dist.distributed_c10d._abort_process_group()  # waits for nobody
         else:
-            # gloo's groups stay, since their end can wait for the lost process; but their
+            # gloo's groups stay, since their end can wait for the lost process; but
+            # their
             # threads let go of tensors, which kills a program that is ending already
             atexit.register(time.sleep, 0.5)

@@ -57,9 +57,11 @@ from qwen_analog.train import (
 
 # %% ../chapters/19b_plan.ipynb #p1900010
 class Traffic(TorchDispatchMode):
-    """Counts what one process sends in collectives while it is on: `sent`, bytes by kind, as a ring sends them (Patarasuk & Yuan 2009).
+    """Counts what one process sends in collectives while it is on: `sent`, bytes by
+    kind, as a ring sends them (Patarasuk & Yuan 2009).
 
-    `replicas` processes take part in an all-reduce. What FSDP gathers and reduces is made known to `tracker` as "communication".
+    `replicas` processes take part in an all-reduce. What FSDP gathers and reduces is
+    made known to `tracker` as "communication".
     """
 
     def __init__(self, replicas: int, tracker: StorageTracker):
@@ -105,7 +107,9 @@ class Traffic(TorchDispatchMode):
 # %% ../chapters/19b_plan.ipynb #p1900012
 @dataclass
 class Simulation:
-    """One optimizer step on one GPU. `memory`: bytes at the fullest moment, by category; `sent`: bytes by kind of collective."""
+    """One optimizer step on one GPU. `memory`: bytes at the fullest moment, by
+    category; `sent`: bytes by kind of collective.
+    """
 
     memory: dict[str, int]
     flops: float
@@ -118,11 +122,12 @@ def _attention_flops(query: Sequence[int], key: Sequence[int], *_, **__) -> int:
     return 4 * B * H * T * S * h
 
 
-# the counter does not know the processor's kernel; backward as chapter 12 counts it, two products for each one
+# the counter does not know the processor's kernel; backward as chapter 12 counts it,
+# two products for each one
 _FLOPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, query, key, *_, **__: (
-        2 * _attention_flops(query, key)
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, query, key, *_, **__: 2 * _attention_flops(query, key)
     ),
 }
 
@@ -144,10 +149,13 @@ def _pretended(world_size: int) -> Iterator[None]:
 
 
 def simulate(config: TrainConfig, world_size: int = 1) -> Simulation:
-    """Two optimizer steps of rank 0 of `world_size`, by the training program's own functions, on tensors that hold no numbers.
+    """Two optimizer steps of rank 0 of `world_size`, by the training program's own
+    functions, on tensors that hold no numbers.
 
-    The second step is the one measured, since the optimizer's state exists then; the first counts FLOPs. At most two micro-batches are run; more repeat the last but one. DDP's
-    own work is added by hand, since it happens in C++: gradients stay in its buckets and are sent once. Blocks are not compiled.
+    The second step is the one measured, since the optimizer's state exists then; the
+    first counts FLOPs. At most two micro-batches are run; more repeat the last but one.
+    DDP's own work is added by hand, since it happens in C++: gradients stay in its
+    buckets and are sent once. Blocks are not compiled.
     """
     device, micro_batches = (
         torch.device("cpu"),
@@ -165,7 +173,9 @@ def simulate(config: TrainConfig, world_size: int = 1) -> Simulation:
                 ):
                     model = wrapped = QwenForCausalLM(
                         config.qwen_config()
-                    )  # build_model begins on the meta device, which fake tensors cannot leave
+                        # build_model begins on the meta device, which fake tensors cannot
+                        # leave
+                    )
             else:
                 model, wrapped = build_model(
                     config.qwen_config(),
@@ -261,7 +271,9 @@ def simulate(config: TrainConfig, world_size: int = 1) -> Simulation:
 def estimate_for(
     config: TrainConfig, world_size: int = 1, gpus_per_node: int = 8
 ) -> MemoryEstimate:
-    """Chapter 12's arithmetic for these settings: no step is run. `gpus_per_node` is the default `shard_size` of hsdp."""
+    """Chapter 12's arithmetic for these settings: no step is run. `gpus_per_node` is
+    the default `shard_size` of hsdp.
+    """
     shards = {
         "ddp": 1,
         "fsdp": world_size,
@@ -297,8 +309,10 @@ def cheapest_fit(
 ) -> TrainConfig | None:
     """The settings nearest to `config` that fit by arithmetic, or None.
 
-    The tokens of a step stay the same. What is changed, from the cheapest: how the model is spread, the micro-batch, what is computed again
-    (the fewest operations first); weights and optimizer states in bfloat16, which changes the result, come last.
+    The tokens of a step stay the same. What is changed, from the cheapest: how the
+    model is spread, the micro-batch, what is computed again (the fewest operations
+    first); weights and optimizer states in bfloat16, which changes the result, come
+    last.
     """
     spread = [
         "ddp",
@@ -344,7 +358,9 @@ def report(
     tokens: float,
     gpus_per_node: int = 8,
 ) -> dict:
-    """All that `qwen-analog plan` prints, as plain values. Memory in bytes a GPU, `flops` and `sent` a GPU and step."""
+    """All that `qwen-analog plan` prints, as plain values. Memory in bytes a GPU,
+    `flops` and `sent` a GPU and step.
+    """
     gpu, model = GPUS[gpu_name], config.qwen_config()
     if config.parallel == "hsdp" and not config.shard_size:
         config = config.model_copy(
@@ -370,10 +386,12 @@ def report(
     return {
         "gpu": gpu_name,
         "gpus": world_size,
-        "tokens_per_step": config.sequence_length
-        * config.micro_batch_size
-        * config.gradient_accumulation_steps
-        * world_size,
+        "tokens_per_step": (
+            config.sequence_length
+            * config.micro_batch_size
+            * config.gradient_accumulation_steps
+            * world_size
+        ),
         "simulated": simulation.memory,
         "arithmetic": ledger.categories(),
         "moment": ledger.moment,
@@ -386,9 +404,9 @@ def report(
         "tokens_per_second": speed * world_size,
         "days": tokens / (speed * world_size) / 86400,
         "tokens": tokens,
-        "instead": None
-        if enough is None
-        else {"gpus": gpus, **_changes(config, enough)},
+        "instead": (
+            None if enough is None else {"gpus": gpus, **_changes(config, enough)}
+        ),
     }
 
 
@@ -453,11 +471,13 @@ def run(arguments: argparse.Namespace) -> None:
     limit = config.qwen_config().max_position_embeddings
     if config.sequence_length > limit:
         raise ValueError(
-            f"sequence_length {config.sequence_length} is longer than max_position_embeddings {limit}"
+            f"sequence_length {config.sequence_length} is longer than"
+            f" max_position_embeddings {limit}"
         )
     if config.micro_batch_size > MOST_SEQUENCES:
         raise ValueError(
-            f"micro_batch_size {config.micro_batch_size} is more than a plan simulates: at most {MOST_SEQUENCES:,} sequences at once"
+            f"micro_batch_size {config.micro_batch_size} is more than a plan simulates:"
+            f" at most {MOST_SEQUENCES:,} sequences at once"
         )
     try:
         plan = report(
@@ -470,7 +490,8 @@ def run(arguments: argparse.Namespace) -> None:
         )
     except (RuntimeError, OverflowError) as error:  # sizes beyond what tensors can have
         raise ValueError(
-            f"a step of these settings cannot be simulated: {str(error).splitlines()[0]}"
+            "a step of these settings cannot be simulated:"
+            f" {str(error).splitlines()[0]}"
         ) from None
     print(json.dumps(plan, indent=1) if arguments.json else _as_text(plan, config))
 
@@ -501,15 +522,26 @@ def _as_text(plan: dict, config: TrainConfig) -> str:
     )
     verdict = "fits" if plan["fits"] else "does not fit"
     lines = [
-        f"{plan['gpus']} x {plan['gpu']}, {config.parallel}, {config.precision}, {config.optimizer}, activation checkpointing {config.activation_checkpointing}; "
-        f"{plan['tokens_per_step']:,} tokens a step",
+        (
+            f"{plan['gpus']} x {plan['gpu']}, {config.parallel}, {config.precision},"
+            f" {config.optimizer}, activation checkpointing"
+            f" {config.activation_checkpointing}; {plan['tokens_per_step']:,} tokens a"
+            " step"
+        ),
         "",
         "memory of one GPU at the fullest moment, GB",
         *(f"  {name:14} {a:>13} {b:>11}" for name, a, b in rows),
-        f"  {verdict}: {plan['total'] / GB:.1f} GB of tensors, 5% of slack and 0.8 GB for CUDA, of {plan['available'] / GB:.1f} GB",
+        (
+            f"  {verdict}: {plan['total'] / GB:.1f} GB of tensors, 5% of slack and 0.8"
+            f" GB for CUDA, of {plan['available'] / GB:.1f} GB"
+        ),
         "",
         f"a step of one GPU: {plan['flops']:.3g} FLOPs, sends {sent}",
-        f"at {plan['mfu']:.0%} of the peak: {plan['tokens_per_second']:,.0f} tokens/s in all; {plan['tokens']:.3g} tokens take {plan['days']:,.1f} days",
+        (
+            f"at {plan['mfu']:.0%} of the peak: {plan['tokens_per_second']:,.0f}"
+            f" tokens/s in all; {plan['tokens']:.3g} tokens take {plan['days']:,.1f}"
+            " days"
+        ),
     ]
     if plan["instead"]:
         flags = " ".join(
@@ -519,11 +551,17 @@ def _as_text(plan: dict, config: TrainConfig) -> str:
         )
         lines += [
             "",
-            f"cheapest settings that fit: {plan['instead']['gpus']} GPUs with {flags or 'the same settings'}",
+            (
+                f"cheapest settings that fit: {plan['instead']['gpus']} GPUs with"
+                f" {flags or 'the same settings'}"
+            ),
         ]
     elif not plan["fits"]:
         lines += [
             "",
-            "no settings fit, on up to 1,024 GPUs: choose a smaller model, sequence_length or a larger GPU",
+            (
+                "no settings fit, on up to 1,024 GPUs: choose a smaller model,"
+                " sequence_length or a larger GPU"
+            ),
         ]
     return "\n".join(lines)

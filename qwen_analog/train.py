@@ -159,7 +159,9 @@ RENAMED_SETTINGS = {"block_size": "sequence_length", "eval_blocks": "eval_sequen
 
 
 class TrainConfig(BaseModel):
-    """A training run: what `train_config.json` holds and flags override. Raises ValueError naming the field that is wrong."""
+    """A training run: what `train_config.json` holds and flags override. Raises
+    ValueError naming the field that is wrong.
+    """
 
     model_config = ConfigDict(
         extra="forbid", strict=True, protected_namespaces=(), allow_inf_nan=False
@@ -170,15 +172,23 @@ class TrainConfig(BaseModel):
     )
     tokenizer: str = Field(
         "hf:Qwen/Qwen2.5-0.5B",
-        description="hf:NAME, tiktoken:FILE, tiktoken:cl100k_base or sentencepiece:FILE",
+        description=(
+            "hf:NAME, tiktoken:FILE, tiktoken:cl100k_base or sentencepiece:FILE"
+        ),
     )
     data: list[str] = Field(
         [],
-        description='JSONL files, directories or patterns, or hf:owner/name; {"text": "..."} a line',
+        description=(
+            'JSONL files, directories or patterns, or hf:owner/name; {"text": "..."} a'
+            " line"
+        ),
     )
     stream: bool = Field(
         False,
-        description="read the data as it comes instead of tokenizing all of it first (hf: always does)",
+        description=(
+            "read the data as it comes instead of tokenizing all of it first (hf:"
+            " always does)"
+        ),
     )
     skip_bad_lines: bool = Field(
         False, description="count bad lines and go on, instead of stopping at the first"
@@ -205,11 +215,17 @@ class TrainConfig(BaseModel):
     )
     skip_steps: list[int] = Field(
         [],
-        description="steps whose documents are read and not learned from, as after a spike of the loss",
+        description=(
+            "steps whose documents are read and not learned from, as after a spike of"
+            " the loss"
+        ),
     )
     optimizer: Literal["adamw", "adamw-bf16", "muon"] = Field(
         "adamw",
-        description="adamw-bf16 holds half the state; muon takes the hidden matrices, adamw the rest",
+        description=(
+            "adamw-bf16 holds half the state; muon takes the hidden matrices, adamw the"
+            " rest"
+        ),
     )
     learning_rate: float = Field(
         3e-4, gt=0, description="the highest one, after warmup"
@@ -235,42 +251,63 @@ class TrainConfig(BaseModel):
     max_nonfinite_steps: int = Field(
         3,
         ge=1,
-        description="so many steps in a row with a loss or gradient that is not finite end the run",
+        description=(
+            "so many steps in a row with a loss or gradient that is not finite end"
+            " the run"
+        ),
     )
     z_loss: float = Field(
         0.0, ge=0, description="weight of the squared log of the softmax's denominator"
     )
     precision: Literal["bf16", "bf16-pure", "fp32"] = Field(
         "bf16",
-        description="bf16 keeps weights in fp32 and computes in bf16; bf16-pure keeps them in bf16",
+        description=(
+            "bf16 keeps weights in fp32 and computes in bf16; bf16-pure keeps them in"
+            " bf16"
+        ),
     )
     activation_checkpointing: Literal[ACTIVATION_CHECKPOINTING] = Field(
         "full",
-        description="full keeps only each block's input and computes the rest again, selective "
-        "keeps what is dear to compute, none keeps all",
+        description=(
+            "full keeps only each block's input and computes the rest again, selective "
+            "keeps what is dear to compute, none keeps all"
+        ),
     )
     parallel: Literal[STRATEGIES] = Field(
         "ddp",
-        description="ddp copies the model to each process; fsdp splits it over all; hsdp over groups of shard_size",
+        description=(
+            "ddp copies the model to each process; fsdp splits it over all; hsdp over"
+            " groups of shard_size"
+        ),
     )
     shard_size: int = Field(
         0,
         ge=0,
-        description="hsdp: processes that share one copy of the model; 0: those of one machine",
+        description=(
+            "hsdp: processes that share one copy of the model; 0: those of one machine"
+        ),
     )
     reshard_after_forward: bool = Field(
         True,
-        description="fsdp, hsdp: give a block's weights back after its forward pass, fetch them again for the backward",
+        description=(
+            "fsdp, hsdp: give a block's weights back after its forward pass, fetch them"
+            " again for the backward"
+        ),
     )
     collective_timeout_minutes: float = Field(
         10.0,
         gt=0,
         le=100_000,
-        description="a process for which the others wait longer ends the run, with one line",
+        description=(
+            "a process for which the others wait longer ends the run, with one line"
+        ),
     )
     compile: bool = Field(
         False,
-        description="compile each block with torch.compile: minutes at the start, faster steps on a GPU",
+        description=(
+            "compile each block with torch.compile: minutes at the start, faster steps"
+            " on a GPU"
+        ),
     )
     seed: int = Field(
         0, ge=0, description="of the weights and of the order of the data"
@@ -303,7 +340,9 @@ class TrainConfig(BaseModel):
     peak_tflops: float = Field(
         0.0,
         ge=0,
-        description="what one device can do at most, for the MFU; 0: by its name, or measured",
+        description=(
+            "what one device can do at most, for the MFU; 0: by its name, or measured"
+        ),
     )
     profile_steps: int = Field(
         0, ge=0, description="trace so many steps, from the third on, for Perfetto"
@@ -342,9 +381,11 @@ class TrainConfig(BaseModel):
     @field_validator("model")
     @classmethod
     def _model_shape(cls, value):
-        QwenConfig.from_preset(value) if isinstance(
-            value, str
-        ) else QwenConfig.from_dict(value)
+        (
+            QwenConfig.from_preset(value)
+            if isinstance(value, str)
+            else QwenConfig.from_dict(value)
+        )
         return value
 
     def qwen_config(self) -> QwenConfig:
@@ -358,7 +399,9 @@ class TrainConfig(BaseModel):
     def create(
         cls, values: dict, source: str = "the settings", flags: Collection[str] = ()
     ) -> "TrainConfig":
-        """Checked settings; a ValueError of one line names `source` and every wrong field, those in `flags` by their flag."""
+        """Checked settings; a ValueError of one line names `source` and every wrong
+        field, those in `flags` by their flag.
+        """
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -405,7 +448,8 @@ def _read_settings(path: str | Path) -> dict:
 
 # %% ../chapters/19_pretraining.ipynb #f963c6d5
 def fitted(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
-    """The settings as a run of `max_steps` can use them, and a line on each one that does not fit it.
+    """The settings as a run of `max_steps` can use them, and a line on each one that
+    does not fit it.
 
     ValueError for `skip_steps` beyond the run.
     """
@@ -462,7 +506,8 @@ def open_data(
     processes: DistributedContext,
     insist: bool = False,
 ) -> tuple[PackedDataset | StreamingDataset, PackedDataset | None]:
-    """The blocks to train on and the held-out ones (None where heldout_fraction is 0, or there is one document only).
+    """The blocks to train on and the held-out ones (None where heldout_fraction is 0,
+    or there is one document only).
 
     With `insist` that one document is a DataError.
     """
@@ -493,11 +538,13 @@ def open_data(
     if config.heldout_fraction and held_out is None:
         if insist:
             raise DataError(
-                f"heldout_fraction {config.heldout_fraction:g}: one document cannot be divided: give more, or set it to 0"
+                f"heldout_fraction {config.heldout_fraction:g}: one document cannot be"
+                " divided: give more, or set it to 0"
             )
         if processes.rank == 0:
             print(
-                "note: one document is not divided: nothing is held out, nothing is evaluated",
+                "note: one document is not divided: nothing is held out, nothing is"
+                " evaluated",
                 file=sys.stderr,
             )
     return blocks, held_out
@@ -538,13 +585,15 @@ def accumulate_gradients(
     device: torch.device,
     world_size: int,
 ) -> torch.Tensor:
-    """Forward and backward passes over this process's `blocks`, one micro-batch after the other; returns their summed loss in nats.
+    """Forward and backward passes over this process's `blocks`, one micro-batch after
+    the other; returns their summed loss in nats.
 
     `targets` counts the real targets of the whole step, over all processes.
     """
     nats = torch.zeros((), device=device)
     for i in range(0, len(blocks), config.micro_batch_size):
-        # gradients are exchanged once, after the last micro-batch; DDP and FSDP average them over the processes
+        # gradients are exchanged once, after the last micro-batch; DDP and FSDP average
+        # them over the processes
         with gradient_sync(model, i + config.micro_batch_size >= len(blocks)):
             loss = forward_loss(
                 model, blocks[i : i + config.micro_batch_size], config, device
@@ -561,10 +610,12 @@ def train_step(
     config: TrainConfig,
     processes: DistributedContext,
 ) -> tuple[float, float, bool]:
-    """One optimizer step on this process's `blocks`; returns the loss over all processes, the gradient norm, and whether it was applied.
+    """One optimizer step on this process's `blocks`; returns the loss over all
+    processes, the gradient norm, and whether it was applied.
 
-    The loss is a mean over the step's real targets, however they are spread over micro-batches and processes. A loss or
-    gradient that is not finite leaves the weights and the optimizer as they were.
+    The loss is a mean over the step's real targets, however they are spread over
+    micro-batches and processes. A loss or gradient that is not finite leaves the
+    weights and the optimizer as they were.
     """
     (targets,) = processes.all_reduce_sum(
         sum((block.targets != IGNORE_INDEX).sum().item() for block in blocks)
@@ -578,7 +629,8 @@ def train_step(
     for optimizer in optimizers:
         if finite:
             optimizer.step()
-        # DDP's gradients are its buckets, which stay: letting go of them would make new ones beside
+        # DDP's gradients are its buckets, which stay: letting go of them would make new
+        # ones beside
         optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
     return nats / targets, grad_norm, finite
 
@@ -591,10 +643,13 @@ def evaluate(
     config: TrainConfig,
     processes: DistributedContext,
 ) -> dict[str, float]:
-    """Held-out `loss` (nats a token) and `bits_per_byte` over the first `eval_sequences` blocks of the held-out documents."""
+    """Held-out `loss` (nats a token) and `bits_per_byte` over the first
+    `eval_sequences` blocks of the held-out documents.
+    """
     model.eval()
     chosen = list(blocks.epoch(config.eval_sequences))
-    # every process computes as many batches as the others, which wait for it where the model is sharded
+    # every process computes as many batches as the others, which wait for it where the
+    # model is sharded
     empty = replace(chosen[0], targets=torch.full_like(chosen[0].targets, IGNORE_INDEX))
     chosen += [empty] * (-len(chosen) % processes.world_size)
     mine = chosen[processes.rank :: processes.world_size]
@@ -607,16 +662,19 @@ def evaluate(
     nats, targets = processes.all_reduce_sum(nats, targets)
     return {
         "loss": nats / targets,
-        "bits_per_byte": bits_per_byte(nats / targets, 1)
-        * blocks.tokens_per_epoch
-        / blocks.bytes_per_epoch,
+        "bits_per_byte": (
+            bits_per_byte(nats / targets, 1)
+            * blocks.tokens_per_epoch
+            / blocks.bytes_per_epoch
+        ),
     }
 
 
 # %% ../chapters/19_pretraining.ipynb #ccc22d84
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """While open, SIGTERM and SIGINT only set what the yielded function returns; another one, two seconds later or more, acts as usual.
+    """While open, SIGTERM and SIGINT only set what the yielded function returns;
+    another one, two seconds later or more, acts as usual.
 
     Outside the main thread, which alone gets signals, nothing is changed.
     """
@@ -677,7 +735,9 @@ def _training_state(path: str | Path) -> dict:
 def check_resumable(
     path: str | Path, config: TrainConfig, tokenizer: Tokenizer
 ) -> dict:
-    """A checkpoint's state but for tensors. CheckpointError, before anything is read or made, if it belongs to another run than `config`'s."""
+    """A checkpoint's state but for tensors. CheckpointError, before anything is read or
+    made, if it belongs to another run than `config`'s.
+    """
     state = _training_state(path)
     shape, before = config.qwen_config().to_dict(), state["train_config"]
     names = [
@@ -698,7 +758,8 @@ def check_resumable(
     ]
     if changed:
         raise CheckpointError(
-            f"{path} was trained with another {', '.join(changed)}: this run cannot go on from it"
+            f"{path} was trained with another {', '.join(changed)}: this run cannot go"
+            " on from it"
         )
     behind = [
         step
@@ -707,7 +768,8 @@ def check_resumable(
     ]
     if behind:
         raise ValueError(
-            f"skip_steps: step {behind[0]:,} was done before {path} was written: resume from an earlier checkpoint"
+            f"skip_steps: step {behind[0]:,} was done before {path} was written: resume"
+            " from an earlier checkpoint"
         )
     return state
 
@@ -724,12 +786,14 @@ def restore(
     processes: DistributedContext,
     new_data: bool = False,
 ) -> int:
-    """Load a checkpoint into all that carries state; return the step it was written after. CheckpointError if it belongs to another run.
+    """Load a checkpoint into all that carries state; return the step it was written
+    after. CheckpointError if it belongs to another run.
 
     With `new_data` the place in the data is left out: `blocks` begin where they are.
     """
     state = check_resumable(path, config, tokenizer)
-    # a directory that the machines do not share may hold another run's under the same name
+    # a directory that the machines do not share may hold another run's under the same
+    # name
     processes.agree(
         {
             name: state.get(name)
@@ -739,7 +803,8 @@ def restore(
     )
     if set(state["data"]) != set(blocks.state_dict()):
         raise CheckpointError(
-            f"{path} was trained with another kind of run: this run cannot go on from it"
+            f"{path} was trained with another kind of run: this run cannot go on"
+            " from it"
         )
     model.generation_config = (
         restore_checkpoint(path, model, optimizers).get("generation_config") or {}
@@ -747,7 +812,8 @@ def restore(
     if not new_data:
         blocks.load_state_dict(state["data"])
     watch.load_state_dict(state["spike_watch"])
-    # replicas of a weight must round alike: on another number of processes all start from one seed again
+    # replicas of a weight must round alike: on another number of processes all start
+    # from one seed again
     torch.manual_seed(config.seed + state["step"])
     random = [rank["rng"] for rank in state["rank_states"]]
     if (
@@ -765,7 +831,9 @@ def next_sequences(
     config: TrainConfig,
     processes: DistributedContext,
 ) -> list[TokenSequence]:
-    """This process's blocks of the next step. Where one process cannot read its data, the others raise a DataError."""
+    """This process's blocks of the next step. Where one process cannot read its data,
+    the others raise a DataError.
+    """
     taken, problem = [], None
     try:
         taken = blocks.take(
@@ -816,14 +884,18 @@ def train(
     new_data: bool = False,
     ignore_memory: bool = False,
 ) -> dict[str, float]:
-    """Run `config` to its end, or until SIGTERM or Ctrl-C, from the start or from a checkpoint; return the final summary.
+    """Run `config` to its end, or until SIGTERM or Ctrl-C, from the start or from a
+    checkpoint; return the final summary.
 
-    Writes `output_dir`/step_N/, final/, metrics.jsonl, ledger/, tensorboard/, loss.png and summary.json, and prints what the finished
-    model makes of `sample_prompts`. `resume_from` is a checkpoint.pt, a checkpoint's directory, or "auto": the newest whole checkpoint
-    in `output_dir`, or a new run where there is none. With `from_checkpoint` settings that `config` was not given are the checkpoint's.
-    `init_from` starts a new run with the weights, the shape and the tokenizer of anything that `open_model` opens. `new_data` goes on
-    with data that are not the checkpoint's, from their beginning. `ignore_memory` tries what will not fit into memory or on the disk.
-    Raises ValueError with one line that says what is wrong.
+    Writes `output_dir`/step_N/, final/, metrics.jsonl, ledger/, tensorboard/, loss.png
+    and summary.json, and prints what the finished model makes of `sample_prompts`.
+    `resume_from` is a checkpoint.pt, a checkpoint's directory, or "auto": the newest
+    whole checkpoint in `output_dir`, or a new run where there is none. With
+    `from_checkpoint` settings that `config` was not given are the checkpoint's.
+    `init_from` starts a new run with the weights, the shape and the tokenizer of
+    anything that `open_model` opens. `new_data` goes on with data that are not the
+    checkpoint's, from their beginning. `ignore_memory` tries what will not fit into
+    memory or on the disk. Raises ValueError with one line that says what is wrong.
     """
     with (
         DistributedContext(config.collective_timeout_minutes) as processes,
@@ -855,7 +927,9 @@ def _decide(
     processes: DistributedContext,
     held: ExitStack,
 ) -> tuple[TrainConfig, str | None]:
-    """The first process's settings and checkpoint, for all; `held` keeps the output directory for this run."""
+    """The first process's settings and checkpoint, for all; `held` keeps the output
+    directory for this run.
+    """
     decision = None
     with processes.together():
         if "" in (resume_from, init_from):
@@ -864,11 +938,13 @@ def _decide(
             )
         if resume_from and init_from:
             raise ValueError(
-                "--init-from starts a new run and --resume goes on with an old one: leave one of them out"
+                "--init-from starts a new run and --resume goes on with an old one:"
+                " leave one of them out"
             )
         if new_data and not resume_from:
             raise ValueError(
-                "--new-data lets a resumed run go on with other data, and needs --resume"
+                "--new-data lets a resumed run go on with other data, and needs"
+                " --resume"
             )
         if processes.rank == 0:
             decision = _choose(config, resume_from, from_checkpoint, held)
@@ -942,8 +1018,9 @@ def _run(setup: _Setup, processes: DistributedContext) -> dict[str, float]:
             else ""
         )
         print(
-            f"{model.count_parameters():,} parameters on {device.type}{how}, {config.precision}; {tokens_per_step:,} tokens a step, "
-            f"{config.max_steps:,} steps" + (f", from step {start:,}" if start else "")
+            f"{model.count_parameters():,} parameters on {device.type}{how},"
+            f" {config.precision}; {tokens_per_step:,} tokens a step,"
+            f" {config.max_steps:,} steps" + (f", from step {start:,}" if start else "")
         )
     wrapped.train()
     step, nonfinite, spikes, speeds, evaluation, loss = start, 0, 0, [], {}, None
@@ -970,7 +1047,8 @@ def _run(setup: _Setup, processes: DistributedContext) -> dict[str, float]:
                 save(f"step_{step}", step, position)
                 checkpointer.wait()
                 raise DataError(
-                    f"{error}; the {step:,} steps before are saved: mend the data, then --resume auto"
+                    f"{error}; the {step:,} steps before are saved: mend the data, then"
+                    " --resume auto"
                 ) from None
             processes.step = step = step + 1
             tokens += tokens_per_step
@@ -1000,7 +1078,8 @@ def _run(setup: _Setup, processes: DistributedContext) -> dict[str, float]:
                 )
                 speeds.append(entry["tokens_per_second"])
                 bar.set_postfix_str(
-                    f"loss {entry['loss']:.3f}, {speeds[-1]:,.0f} tokens/s, MFU {entry['mfu']:.0%}"
+                    f"loss {entry['loss']:.3f}, {speeds[-1]:,.0f} tokens/s, MFU"
+                    f" {entry['mfu']:.0%}"
                 )
                 nonfinite = 0 if applied else nonfinite + 1
                 loss = entry["loss"] if applied else loss
@@ -1026,8 +1105,10 @@ def _run(setup: _Setup, processes: DistributedContext) -> dict[str, float]:
             if nonfinite == config.max_nonfinite_steps:
                 checkpointer.wait()
                 raise ValueError(
-                    f"step {step}: the loss or a gradient was not finite {nonfinite} times in a row; nothing was saved since the last "
-                    f"checkpoint in {output}: resume from it with a lower learning rate, or with --skip-steps"
+                    f"step {step}: the loss or a gradient was not finite {nonfinite}"
+                    " times in a row; nothing was saved since the last checkpoint in"
+                    f" {output}: resume from it with a lower learning rate, or with"
+                    " --skip-steps"
                 )
             if held_out and (step % config.eval_every == 0 or step == config.max_steps):
                 evaluation = {
@@ -1039,8 +1120,9 @@ def _run(setup: _Setup, processes: DistributedContext) -> dict[str, float]:
                 log.write(step, **_json_values(evaluation))
                 if main_process:
                     bar.write(
-                        f"step {step:,}: held-out loss {evaluation['heldout_loss']:.3f} nats a token, "
-                        f"{evaluation['heldout_bits_per_byte']:.3f} bits per byte"
+                        f"step {step:,}: held-out loss {evaluation['heldout_loss']:.3f}"
+                        f" nats a token, {evaluation['heldout_bits_per_byte']:.3f} bits"
+                        " per byte"
                     )
             (stop,) = processes.all_reduce_sum(stopped())
             if step == config.max_steps:
@@ -1077,7 +1159,9 @@ def _set_up(
     ignore_memory: bool,
     processes: DistributedContext,
 ) -> _Setup:
-    """All that the loop needs; without a model where there is nothing to train. Refuses what it can before data are tokenized."""
+    """All that the loop needs; without a model where there is nothing to train. Refuses
+    what it can before data are tokenized.
+    """
     source, state = None, {}
     with processes.together():
         config, notes = fitted(config)
@@ -1115,7 +1199,8 @@ def _set_up(
     with processes.together():
         if other := data_difference(firsts, data):
             raise DataError(
-                f"this process, rank {processes.rank}, reads other data than the first one ({other})"
+                f"this process, rank {processes.rank}, reads other data than the first"
+                f" one ({other})"
             )
         same = not path or _same_data(config, path, state, data, new_data, processes)
     setup = _Setup(
@@ -1130,7 +1215,8 @@ def _set_up(
     if finished:
         if processes.rank == 0:
             print(
-                f"{path} has done all of its {config.max_steps:,} steps: nothing to train"
+                f"{path} has done all of its {config.max_steps:,} steps: nothing to"
+                " train"
             )
         return setup
     _make_model(setup, mesh, source, processes)
@@ -1208,7 +1294,9 @@ def _settings_on_top(path: str | Path, config: TrainConfig) -> TrainConfig:
 
 
 def _newest_for_good(output: Path) -> Path | None:
-    """The newest whole checkpoint; damaged ones that are newer make room for it to go on."""
+    """The newest whole checkpoint; damaged ones that are newer make room for it to go
+    on.
+    """
     path = newest_whole(output)
     while path is not None and (newest := latest_checkpoint(output)) != path:
         aside = newest.with_name(newest.name + ".damaged")
@@ -1220,26 +1308,32 @@ def _newest_for_good(output: Path) -> Path | None:
 
 # %% ../chapters/19_pretraining.ipynb #077c5a79
 def _check_place(config: TrainConfig, path: str | Path | None) -> None:
-    """Refuse to write where checkpoints lie that the run would come to again (CheckpointError)."""
+    """Refuse to write where checkpoints lie that the run would come to again
+    (CheckpointError).
+    """
     output, newest = Path(config.output_dir), latest_checkpoint(config.output_dir)
     start = 0 if path is None else read_state(path).get("step")
     if newest is None or not isinstance(start, int) or start >= config.max_steps:
         return
     if newest.name == "final":
         raise CheckpointError(
-            f"{output} holds final already, a finished run: choose another --output-dir "
-            f"(with --resume {newest} to train it further, with --init-from {newest} to train its weights anew)"
+            f"{output} holds final already, a finished run: choose another --output-dir"
+            f" (with --resume {newest} to train it further, with --init-from {newest}"
+            " to train its weights anew)"
         )
     if int(newest.name.removeprefix("step_")) > start:
         raise CheckpointError(
-            f"{output} holds {newest.name} already: continue that run with --resume auto, or choose another --output-dir"
+            f"{output} holds {newest.name} already: continue that run with --resume"
+            " auto, or choose another --output-dir"
         )
 
 
 def _choose(
     config: TrainConfig, resume_from: str | None, from_checkpoint: bool, held: ExitStack
 ) -> tuple[dict, str | None]:
-    """The settings that hold and the checkpoint to go on from (None: a new run); `held` keeps the output directory."""
+    """The settings that hold and the checkpoint to go on from (None: a new run); `held`
+    keeps the output directory.
+    """
     auto = resume_from == "auto"
     if from_checkpoint and resume_from and not auto:
         config = _settings_on_top(resume_from, config)
@@ -1258,7 +1352,9 @@ def _choose(
 def _of_checkpoint(
     config: TrainConfig, path: str | Path
 ) -> tuple[TrainConfig, Tokenizer]:
-    """What the settings do not name of model and tokenizer, and the tokenizer itself where they name the same, is the checkpoint's."""
+    """What the settings do not name of model and tokenizer, and the tokenizer itself
+    where they name the same, is the checkpoint's.
+    """
     state = _training_state(path)
     before = state["train_config"]
     unnamed = {
@@ -1280,7 +1376,9 @@ def _of_checkpoint(
 
 
 def _with_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
-    """A shape that leaves vocab_size out, and whose default does not fit, gets the tokenizer's."""
+    """A shape that leaves vocab_size out, and whose default does not fit, gets the
+    tokenizer's.
+    """
     if isinstance(config.model, str) or "vocab_size" in config.model:
         return config
     try:
@@ -1296,7 +1394,9 @@ def _with_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
 def _of_source(
     config: TrainConfig, source: str, model: QwenForCausalLM, tokenizer: Tokenizer
 ) -> TrainConfig:
-    """The settings of a run that begins with the weights of `source`; ValueError where they name another model or tokenizer."""
+    """The settings of a run that begins with the weights of `source`; ValueError where
+    they name another model or tokenizer.
+    """
     theirs, named = model.config.to_dict(), {}
     if "model" in config.model_fields_set:
         named = (
@@ -1312,8 +1412,8 @@ def _of_source(
     ]
     if differs:
         raise ValueError(
-            f"model: the settings name another shape than {source}: {'; '.join(differs)}. Leave model out of them, "
-            "or take other weights"
+            f"model: the settings name another shape than {source}:"
+            f" {'; '.join(differs)}. Leave model out of them, or take other weights"
         )
     spec = (
         config.tokenizer
@@ -1325,14 +1425,17 @@ def _of_source(
         and load_tokenizer(spec).fingerprint != tokenizer.fingerprint
     ):
         raise ValueError(
-            f"tokenizer: {spec} is another than that of {source}: leave tokenizer out of the settings"
+            f"tokenizer: {spec} is another than that of {source}: leave tokenizer out"
+            " of the settings"
         )
     return config.model_copy(update={"model": theirs, "tokenizer": spec})
 
 
 @torch.no_grad()
 def copy_weights(source: nn.Module, model: nn.Module) -> None:
-    """The weights of `source`, of the same shape, into `model`, however it is laid out; on several processes the first one's."""
+    """The weights of `source`, of the same shape, into `model`, however it is laid out;
+    on several processes the first one's.
+    """
     theirs = source.state_dict()
     for name, target in model.named_parameters():
         whole = theirs[name].to(target.device, target.dtype).contiguous()
@@ -1347,20 +1450,24 @@ def copy_weights(source: nn.Module, model: nn.Module) -> None:
 
 # %% ../chapters/19_pretraining.ipynb #40628ad0
 def _check_fit(config: TrainConfig, tokenizer: Tokenizer) -> None:
-    """ValueError where tokenizer, model, sequence_length and sample_prompts do not fit each other."""
+    """ValueError where tokenizer, model, sequence_length and sample_prompts do not fit
+    each other.
+    """
     shape = config.qwen_config()
     check_vocab_size(tokenizer, shape.vocab_size)
     limit = shape.max_position_embeddings
     if config.sequence_length > limit:
         raise ValueError(
-            f"sequence_length {config.sequence_length} is longer than max_position_embeddings {limit}"
+            f"sequence_length {config.sequence_length} is longer than"
+            f" max_position_embeddings {limit}"
         )
     for prompt in config.sample_prompts:
         length = 1 + len(tokenizer.encode(prompt)) + config.sample_tokens
         if length > limit:
             raise ValueError(
-                f"sample_prompts: {prompt!r:.40} and sample_tokens {config.sample_tokens} make {length} tokens; "
-                f"max_position_embeddings is {limit}"
+                f"sample_prompts: {prompt!r:.40} and sample_tokens"
+                f" {config.sample_tokens} make {length} tokens; max_position_embeddings"
+                f" is {limit}"
             )
 
 
@@ -1393,12 +1500,12 @@ def check_room(
     )
     count = sum(parameter_counts(shape).values())
     what = (
-        f"training {count:,} parameters (model) on {config.micro_batch_size} x {config.sequence_length} tokens at once "
-        "(micro_batch_size x sequence_length)"
+        f"training {count:,} parameters (model) on {config.micro_batch_size} x"
+        f" {config.sequence_length} tokens at once (micro_batch_size x sequence_length)"
     )
     cure = (
-        "choose a smaller model, such as that of qwen_analog/train_laptop.json, or smaller numbers (`qwen-analog plan` finds "
-        "settings that fit a GPU)"
+        "choose a smaller model, such as that of qwen_analog/train_laptop.json, or"
+        " smaller numbers (`qwen-analog plan` finds settings that fit a GPU)"
     )
     require_memory(
         1.05 * ledger.total * (neighbours if on_cpu else 1) + step * on_cpu,
@@ -1409,7 +1516,8 @@ def check_room(
     require_memory(
         step,
         "cpu",
-        "a step of gradient_accumulation_steps x micro_batch_size x sequence_length tokens",
+        "a step of gradient_accumulation_steps x micro_batch_size x sequence_length"
+        " tokens",
         "choose smaller numbers",
     )
     if processes.rank == 0:
@@ -1418,7 +1526,9 @@ def check_room(
 
 # %% ../chapters/19_pretraining.ipynb #de28ed86
 def _check_disk(config: TrainConfig, count: int) -> None:
-    """ValueError where the checkpoints that will lie side by side have no room; `count`: the model's parameters."""
+    """ValueError where the checkpoints that will lie side by side have no room;
+    `count`: the model's parameters.
+    """
     output = Path(config.output_dir).absolute()
     place = next(
         directory for directory in (output, *output.parents) if directory.exists()
@@ -1443,8 +1553,10 @@ def _check_disk(config: TrainConfig, count: int) -> None:
     )
     if needed > free:
         raise ValueError(
-            f"output_dir {config.output_dir}: its checkpoints need about {needed / 1e9:,.1f} GB, and the disk has "
-            f"{free / 1e9:,.1f} GB left: choose another --output-dir or a smaller --keep-last, or pass --ignore-memory"
+            f"output_dir {config.output_dir}: its checkpoints need about"
+            f" {needed / 1e9:,.1f} GB, and the disk has {free / 1e9:,.1f} GB left:"
+            " choose another --output-dir or a smaller --keep-last, or pass"
+            " --ignore-memory"
         )
 
 
@@ -1462,7 +1574,8 @@ def _same_data(
     new_data: bool,
     processes: DistributedContext,
 ) -> bool:
-    """Whether the run goes on in the data of its checkpoint; `now` identifies the present ones.
+    """Whether the run goes on in the data of its checkpoint; `now` identifies the
+    present ones.
 
     CheckpointError where they have changed, and `new_data` does not allow it.
     """
@@ -1474,7 +1587,8 @@ def _same_data(
         )
         if changed is None:
             _note(
-                f"{path} holds no fingerprint of its data: whether they have changed cannot be said",
+                f"{path} holds no fingerprint of its data: whether they have changed"
+                " cannot be said",
                 processes,
             )
     else:
@@ -1484,15 +1598,18 @@ def _same_data(
     if state["step"] >= config.max_steps:
         was = ", ".join(map(str, names)) if isinstance(names, list) else "other data"
         raise CheckpointError(
-            f"{path} is a finished run of {state['step']:,} steps on {was}, and there is nothing to train on {given} ({changed}): "
-            f"choose another --output-dir for a new run, with --init-from {path} to begin with its weights"
+            f"{path} is a finished run of {state['step']:,} steps on {was}, and there"
+            f" is nothing to train on {given} ({changed}): choose another --output-dir"
+            f" for a new run, with --init-from {path} to begin with its weights"
         )
     if not new_data:
         raise CheckpointError(
-            f"{path} was trained on other data ({changed}): give it the same again, or pass --new-data to go on with these"
+            f"{path} was trained on other data ({changed}): give it the same again, or"
+            " pass --new-data to go on with these"
         )
     _note(
-        f"the data are not those of {path} ({changed}): the run goes on with these, from their beginning",
+        f"the data are not those of {path} ({changed}): the run goes on with these,"
+        " from their beginning",
         processes,
     )
     return False
@@ -1505,7 +1622,9 @@ def _places(names: object) -> list[str]:
 
 # %% ../chapters/19_pretraining.ipynb #964f9a59
 def _tokens_before(config: TrainConfig, state: dict) -> int:
-    """How many tokens were read until a checkpoint was written; for those of version 0.1.0, which do not say, from what they hold."""
+    """How many tokens were read until a checkpoint was written; for those of version
+    0.1.0, which do not say, from what they hold.
+    """
     if isinstance(state.get("tokens"), int):
         return state["tokens"]
     if "position" in state["data"]:
@@ -1585,11 +1704,17 @@ def _finish(config: TrainConfig, summary: dict) -> None:
 # %% ../chapters/19_pretraining.ipynb #59efceed
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """`--config`, `--resume`, and a flag for each setting of `TrainConfig`."""
-    parser.usage = "%(prog)s [--config FILE] [--data PATH ...] [--SETTING VALUE ...]; --help lists them"
+    parser.usage = (
+        "%(prog)s [--config FILE] [--data PATH ...] [--SETTING VALUE ...]; --help lists"
+        " them"
+    )
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="settings as JSON (default: those of the checkpoint with --resume, else the defaults below)",
+        help=(
+            "settings as JSON (default: those of the checkpoint with --resume, else the"
+            " defaults below)"
+        ),
     )
     parser.add_argument(
         "--resume",
@@ -1640,13 +1765,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--init-from",
         metavar="SOURCE",
-        help="begin with the weights and the tokenizer of a checkpoint, a Hugging Face directory, "
-        "owner/name on the hub, a .gguf file, or smollm2",
+        help=(
+            "begin with the weights and the tokenizer of a checkpoint, a Hugging Face"
+            " directory, owner/name on the hub, a .gguf file, or smollm2"
+        ),
     )
     parser.add_argument(
         "--new-data",
         action="store_true",
-        help="resume although the data have changed, and read the new ones from their beginning",
+        help=(
+            "resume although the data have changed, and read the new ones from their"
+            " beginning"
+        ),
     )
     parser.add_argument(
         "--ignore-memory",
@@ -1657,7 +1787,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _given(arguments: argparse.Namespace) -> TrainConfig:
-    """The settings file with the flags that were given on top; what neither names is not set."""
+    """The settings file with the flags that were given on top; what neither names is
+    not set.
+    """
     given = {
         name: getattr(arguments, name)
         for name in TrainConfig.model_fields
@@ -1669,7 +1801,9 @@ def _given(arguments: argparse.Namespace) -> TrainConfig:
 
 
 def config_from_arguments(arguments: argparse.Namespace) -> TrainConfig:
-    """The settings file, or the checkpoint's settings, with the flags that were given on top."""
+    """The settings file, or the checkpoint's settings, with the flags that were given
+    on top.
+    """
     config = _given(arguments)
     if not arguments.resume or arguments.config:
         return config
@@ -1700,7 +1834,9 @@ class _Screen:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train as the arguments say, then print what the finished model makes of `sample_prompts`."""
+    """Train as the arguments say, then print what the finished model makes of
+    `sample_prompts`.
+    """
     with redirect_stdout(_Screen(sys.stdout)), redirect_stderr(_Screen(sys.stderr)):
         train(
             _given(arguments),
@@ -1736,7 +1872,9 @@ def _say_error(prog: str, text: str) -> int:
 
 
 def _heed_ctrl_c() -> None:
-    """Ctrl-C, which ended the program at once while the libraries were loaded, is an exception again."""
+    """Ctrl-C, which ended the program at once while the libraries were loaded, is an
+    exception again.
+    """
     handler = signal.getsignal(signal.SIGINT)
     quiet = handler is signal.SIG_DFL or getattr(handler, "quiet", False)
     if quiet and threading.current_thread() is threading.main_thread():
@@ -1748,7 +1886,8 @@ def report_errors(prog: str, action: Callable[[], None]) -> int:
     """Call `action`; return the exit code of the command `prog`, 0 if it went well.
 
     What a user can mend (ValueError, OSError, torch.distributed's errors, no memory)
-    becomes one line on stderr and 2, Ctrl-C 130, an output that nobody reads any more 141.
+    becomes one line on stderr and 2, Ctrl-C 130, an output that nobody reads any more
+    141.
     """
     try:
         _heed_ctrl_c()

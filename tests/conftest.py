@@ -20,7 +20,8 @@ def pytest_terminal_summary(terminalreporter):
     ]
     if rows:
         terminalreporter.section(
-            "mutants: distance from the reference, * where it is above the bound of 1e-5"
+            "mutants: distance from the reference, * where it is above the bound of"
+            " 1e-5"
         )
     for name, found in rows:
         terminalreporter.write_line(

@@ -1,4 +1,6 @@
-"""What `test_parallel.py` runs under torchrun: small trainings in every layout; each process checks, and rank 0 writes what it found."""
+"""What `test_parallel.py` runs under torchrun: small trainings in every layout; each
+process checks, and rank 0 writes what it found.
+"""
 
 import sys
 from collections import Counter
@@ -42,7 +44,9 @@ def small(tied: bool, **changes) -> QwenConfig:
 
 
 def batch(step: int) -> dict[str, torch.Tensor]:
-    """The step's blocks, [16, T] each: two documents a block, and between one and T - 1 real targets."""
+    """The step's blocks, [16, T] each: two documents a block, and between one and T - 1
+    real targets.
+    """
     g = torch.Generator().manual_seed(100 + step)
     ids = torch.randint(279, (BLOCKS, T + 1), generator=g) // (
         1 + torch.arange(T + 1) % 3
@@ -62,7 +66,9 @@ def batch(step: int) -> dict[str, torch.Tensor]:
 def train(
     model, call, processes, accumulation=1, kind="adamw", precision="fp32", mutant=None
 ) -> list[float]:
-    """Losses of `STEPS` steps; this process takes every world_size-th block. Clipped to half of the usual gradient norm."""
+    """Losses of `STEPS` steps; this process takes every world_size-th block. Clipped to
+    half of the usual gradient norm.
+    """
     optimizers = build_optimizers(
         model, 1e-2, eps=1e-3, kind=kind
     )  # a large eps: the step follows the gradient's size
@@ -130,7 +136,9 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def check_initial_weights(strategy, mesh, processes, tied, precision):
-    """Bit-equal to the model made on one CPU; each process holds its part; the head stays tied; the generator goes on alike."""
+    """Bit-equal to the model made on one CPU; each process holds its part; the head
+    stays tied; the generator goes on alike.
+    """
     config = small(tied)
     torch.manual_seed(11)
     expected = QwenForCausalLM(config)
@@ -162,7 +170,9 @@ def check_initial_weights(strategy, mesh, processes, tied, precision):
 
 
 def check_memory_of_initialisation(mesh, processes):
-    """While a sharded model is made, the resident memory grows by much less than the whole model."""
+    """While a sharded model is made, the resident memory grows by much less than the
+    whole model.
+    """
 
     def peak():
         return next(
@@ -186,7 +196,8 @@ def check_memory_of_initialisation(mesh, processes):
         config, 0, processes.device, strategy="fsdp", mesh=mesh, precision="fp32"
     )
     grown, size = peak() - before, 4 * model.count_parameters()
-    # a shard and one whole parameter are a third; the allocator keeps some of what was freed
+    # a shard and one whole parameter are a third; the allocator keeps some of what was
+    # freed
     assert grown < 0.75 * size, (
         f"grew by {grown >> 20} MiB, the whole model is {size >> 20} MiB"
     )
@@ -209,7 +220,9 @@ class Messages(TorchDispatchMode):
 
 
 def check_messages(strategy, mesh, processes, kept=False, precision="fp32"):
-    """What two micro-batches of a step send: DDP exchanges once, HSDP sums between machines once, shards are scattered twice."""
+    """What two micro-batches of a step send: DDP exchanges once, HSDP sums between
+    machines once, shards are scattered twice.
+    """
     config = small(True)
     model, call = build_model(
         config,
@@ -244,7 +257,9 @@ def check_messages(strategy, mesh, processes, kept=False, precision="fp32"):
 
 
 def check_sharded_after_forward(strategy, mesh, processes):
-    """A pass without gradients, an evaluation's or a sample's, leaves every parameter sharded, and the next step as it would have been."""
+    """A pass without gradients, an evaluation's or a sample's, leaves every parameter
+    sharded, and the next step as it would have been.
+    """
     ends = []
     for looks in (False, True):
         model, call = build_model(

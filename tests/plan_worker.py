@@ -1,4 +1,6 @@
-"""One process of a real step: prints the bytes that the allocator handed out at the fullest moment of the third step."""
+"""One process of a real step: prints the bytes that the allocator handed out at the
+fullest moment of the third step.
+"""
 
 import itertools
 import json
@@ -57,7 +59,9 @@ with DistributedContext() as processes:
         peaks = []
         for _ in range(
             5
-        ):  # on a busy machine gloo's threads hold a buffer for longer: the least of several steps counts
+            # on a busy machine gloo's threads hold a buffer for longer: the least of
+            # several steps counts
+        ):
             time.sleep(0.3)  # what they still hold is not this step's
             with torch.profiler.profile(
                 activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True

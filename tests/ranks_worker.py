@@ -1,7 +1,9 @@
-"""What `test_parallel.py` runs to see processes fail: one scenario after the other, each on forked processes.
+"""What `test_parallel.py` runs to see processes fail: one scenario after the other,
+each on forked processes.
 
-`ranks_worker.py FOLDER NAME...` writes what each process ended with, its exit code and its words on stderr, into
-FOLDER/found.json: {scenario: [[code, words], ...]}. Forking saves the seconds that importing torch takes.
+`ranks_worker.py FOLDER NAME...` writes what each process ended with, its exit code and
+its words on stderr, into FOLDER/found.json: {scenario: [[code, words], ...]}. Forking
+saves the seconds that importing torch takes.
 """
 
 import json

@@ -1,7 +1,9 @@
-"""Copies the chapters to build/solved, with each exercise solved where a reader would solve it.
+"""Copies the chapters to build/solved, with each exercise solved where a reader would
+solve it.
 
-`make test` executes these copies. An exercise is first tried as it is committed; then it becomes
-its solution, which its check must accept, and the rest of the chapter runs with it.
+`make test` executes these copies. An exercise is first tried as it is committed; then
+it becomes its solution, which its check must accept, and the rest of the chapter runs
+with it.
 """
 
 import ast
@@ -44,7 +46,10 @@ def solve(notebook: nbformat.NotebookNode) -> None:
     for cell in notebook.cells:
         cells.append(cell)
         for number in re.findall(r"^attempt\(check_(\d+),", cell.source, re.MULTILINE):
-            solved = f"exercise_{number} = solution_{number}\ncheck_{number}(exercise_{number})"
+            solved = (
+                f"exercise_{number} ="
+                f" solution_{number}\ncheck_{number}(exercise_{number})"
+            )
             cells.append(
                 nbformat.v4.new_code_cell(
                     solution(solutions.pop(number)) + "\n\n\n" + solved

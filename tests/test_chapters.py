@@ -1,4 +1,6 @@
-"""The committed chapters: executed in order, without errors or machine paths; the package is what they export, byte for byte."""
+"""The committed chapters: executed in order, without errors or machine paths; the
+package is what they export, byte for byte.
+"""
 
 import ast
 import os
@@ -53,7 +55,8 @@ def test_an_exercise_is_open_and_may_be_solved(path):
         assert (
             f"{name}: not yet." in printed
         )  # the check rejects what is there before it is solved
-    # `prove` raises for an answer that is accepted: the reader's own must not be among the wrong ones
+    # `prove` raises for an answer that is accepted: the reader's own must not be among
+    # the wrong ones
     assert not [
         c.source for c in cells if re.search(r"prove\([^)]*exercise_\d", c.source)
     ]

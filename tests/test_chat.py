@@ -56,7 +56,9 @@ def small(trained=True, context=1024, **generation) -> QwenForCausalLM:
 
 
 def answer(model, messages, n=8, **options):
-    """The answer of `stream` to the whole conversation, without any cache from earlier turns."""
+    """The answer of `stream` to the whole conversation, without any cache from earlier
+    turns.
+    """
     ids = chat_ids(TOKENIZER, messages)
     return "".join(
         stream(
@@ -286,7 +288,10 @@ def test_a_full_context_forgets_the_oldest_turns():
     assert long_questions.forgotten
     with pytest.raises(
         ValueError,
-        match="^the message makes a prompt of .* tokens; there is room for 150: send it in parts$",
+        match=(
+            "^the message makes a prompt of .* tokens; there is room for 150: send it"
+            " in parts$"
+        ),
     ):
         chat.reply("x y " * 200)
     assert len(chat.messages) == 24
@@ -450,7 +455,10 @@ HF_NAMES = ("config.json", "tokenizer.json", "model.safetensors")
         *(
             (
                 f"hf/{name}",
-                f"hf/{name} is one file of a Hugging Face model: name its directory, hf",
+                (
+                    f"hf/{name} is one file of a Hugging Face model: name its"
+                    " directory, hf"
+                ),
             )
             for name in HF_NAMES
         ),
@@ -522,7 +530,10 @@ def test_the_memory_is_asked_before_a_weight_is_read(tmp_path, monkeypatch, dire
         monkeypatch.setattr(memory_module, "available_memory", lambda device: need - 1)
         with pytest.raises(
             ValueError,
-            match=f"^the model of {re.escape(str(source))} needs about .* of memory, and cpu has .* left: .*--ignore-memory",
+            match=(
+                f"^the model of {re.escape(str(source))} needs about .* of memory, and"
+                " cpu has .* left: .*--ignore-memory"
+            ),
         ):
             open_model(source)
         assert reads == []
@@ -534,7 +545,9 @@ def test_the_memory_is_asked_before_a_weight_is_read(tmp_path, monkeypatch, dire
 
 
 def test_a_hub_that_does_not_answer(monkeypatch, tmp_path):
-    """A silent server: a look at the hub ends after the given time, and what was fetched earlier is opened."""
+    """A silent server: a look at the hub ends after the given time, and what was
+    fetched earlier is opened.
+    """
     silent = socket.create_server(("127.0.0.1", 0))
     monkeypatch.setattr(
         huggingface_hub.constants,
@@ -615,8 +628,8 @@ def test_terminal(monkeypatch, capsys, tmp_path, directory):
         monkeypatch,
         capsys,
         directory,
-        f"Hello\n\n/save {file}\n/save {file}\n/reset\nHello\n/load {file}\n/system Be brief.\nHello\n"
-        "/what\n/save\n/load nowhere.json\n/help\n/exit\nnot read\n",
+        f"Hello\n\n/save {file}\n/save {file}\n/reset\nHello\n/load {file}\n/system Be"
+        " brief.\nHello\n/what\n/save\n/load nowhere.json\n/help\n/exit\nnot read\n",
         "--system",
         "S",
     )
@@ -650,7 +663,9 @@ def test_terminal(monkeypatch, capsys, tmp_path, directory):
 
 
 def test_terminal_interrupts(monkeypatch, capsys, directory):
-    """Ctrl-C in an answer keeps what was said; at the prompt it does nothing; the program ends with its input."""
+    """Ctrl-C in an answer keeps what was said; at the prompt it does nothing; the
+    program ends with its input.
+    """
     calls, real = [], QwenForCausalLM.forward
 
     def forward(self, *args, **kwargs):
@@ -742,7 +757,10 @@ def test_what_cannot_fit_is_refused_before_it_is_tokenized(monkeypatch, tmp_path
     )
     with pytest.raises(
         ValueError,
-        match="^the message makes a prompt of more than 200 tokens; there is room for 192: send it in parts$",
+        match=(
+            "^the message makes a prompt of more than 200 tokens; there is room for"
+            " 192: send it in parts$"
+        ),
     ):
         chat.reply(long)
     with pytest.raises(
@@ -772,7 +790,9 @@ def test_what_cannot_fit_is_refused_before_it_is_tokenized(monkeypatch, tmp_path
 
 @pytest.mark.parametrize("where", ["_command", "has_chat_format", "chat_ids"])
 def test_ctrl_c_at_other_moments(monkeypatch, capsys, directory, where):
-    """In a command and while a prompt is made it stops that; while the model is opened it ends the program, as an exception for its caller."""
+    """In a command and while a prompt is made it stops that; while the model is opened
+    it ends the program, as an exception for its caller.
+    """
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
@@ -859,7 +879,9 @@ def test_flags_are_named(capsys, flag, value):
 
 
 def test_a_context_shorter_than_the_longest_answer(monkeypatch, capsys, tmp_path):
-    """A model that continues text is asked for as many tokens as its context has room for."""
+    """A model that continues text is asked for as many tokens as its context has room
+    for.
+    """
     save_checkpoint(tmp_path / "final", small(trained=False, context=40), TOKENIZER)
     out = terminal(
         monkeypatch,
@@ -936,8 +958,9 @@ def test_a_model_without_chat_training_continues_text(monkeypatch, capsys, tmp_p
 
 def test_pipe(directory):
     code = (
-        "import argparse; from qwen_analog.chat import *; p = argparse.ArgumentParser(); add_arguments(p); "
-        f"run(p.parse_args(['--model', {str(directory)!r}, '--temperature', '0', '--max-new-tokens', '8']))"
+        "import argparse; from qwen_analog.chat import *; p ="
+        " argparse.ArgumentParser(); add_arguments(p); run(p.parse_args(['--model',"
+        f" {str(directory)!r}, '--temperature', '0', '--max-new-tokens', '8']))"
     )
     result = subprocess.run(
         [sys.executable, "-c", code],

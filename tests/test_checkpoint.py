@@ -1,4 +1,6 @@
-"""Checkpoints: every layout into every other, bit for bit; kills, full disks, damage, files that would run code."""
+"""Checkpoints: every layout into every other, bit for bit; kills, full disks, damage,
+files that would run code.
+"""
 
 import errno
 import fcntl
@@ -239,7 +241,9 @@ def test_consolidate_adds_the_cards_files():
     restore_checkpoint("checkpoint.pt", fresh(seed=6)[0], [])
     with pytest.raises(
         CheckpointError,
-        match="checkpoint.pt holds no optimizer state: training cannot be resumed from it",
+        match=(
+            "checkpoint.pt holds no optimizer state: training cannot be resumed from it"
+        ),
     ):
         restore_checkpoint("checkpoint.pt", other, its_optimizers)
     with pytest.raises(CheckpointError, match="nowhere holds no sharded checkpoint"):
@@ -367,7 +371,10 @@ def test_what_could_not_be_loaded_again_is_not_saved():
     for options in (PLAIN, SHARDED):
         with pytest.raises(
             CheckpointError,
-            match="can hold tensors, numbers, strings, lists and dicts only, not pathlib.PosixPath$",
+            match=(
+                "can hold tensors, numbers, strings, lists and dicts only, not"
+                " pathlib.PosixPath$"
+            ),
         ):
             checkpointer("runs", **options).save(
                 "step_1", model, optimizers, {"path": Path("x")}
@@ -663,14 +670,18 @@ def test_no_file_can_run_code():
     ):
         with pytest.raises(
             CheckpointError,
-            match=r"bomb.pt is damaged or not a checkpoint \(to load it would call posix.mkdir\)",
+            match=(
+                r"bomb.pt is damaged or not a checkpoint \(to load it would call"
+                r" posix.mkdir\)"
+            ),
         ):
             load("bomb.pt")
     torch.load("bomb.pt", weights_only=False)
     assert Path("the_bomb_went_off").exists()  # it is one
 
 
-# ---------------------------------------------------------------- files that claim what is not so
+# ---------------------------------------------------------------- files that claim what
+# is not so
 
 
 @pytest.fixture(scope="module")
@@ -681,7 +692,9 @@ def trained():
 
 
 def one_line(directory, *functions):
-    """Each of `functions` refuses in one line that names `directory`; returns the last line."""
+    """Each of `functions` refuses in one line that names `directory`; returns the last
+    line.
+    """
     for function in functions:
         with pytest.raises(CheckpointError) as raised:
             function()
@@ -706,7 +719,9 @@ def deep(depth):
 
 
 def doubled(depth):
-    """A list that is small in a file and has 2**depth entries for whoever walks through it."""
+    """A list that is small in a file and has 2**depth entries for whoever walks through
+    it.
+    """
     value = [1]
     for _ in range(depth):
         value = [value, value]
@@ -983,7 +998,9 @@ def call(name, argument):
 
 
 def copies(name, value=None):
-    """A pickle that calls `name` a thousand times with the same long value: of the pairs (0, 1), (1, 2), ... where none is given."""
+    """A pickle that calls `name` a thousand times with the same long value: of the
+    pairs (0, 1), (1, 2), ... where none is given.
+    """
     value = pickle.dumps(
         [(i, i + 1) for i in range(5_000)] if value is None else value, 2
     )[2:-1]
@@ -1063,16 +1080,18 @@ def chunk(index, name="weights/model.norm.weight"):
 INDEXES = {
     "no chunks": lambda i: i["weights/model.norm.weight"].update(chunks=[]),
     "a gap": lambda i: chunk(i)[1].__setitem__(0, 31),
-    "the same twice": lambda i: i["weights/model.norm.weight"]["chunks"].append(
-        chunk(i)
+    "the same twice": (
+        lambda i: i["weights/model.norm.weight"]["chunks"].append(chunk(i))
     ),
     "beyond the shape": lambda i: chunk(i)[0].__setitem__(0, 8),
     "a negative offset": lambda i: chunk(i)[0].__setitem__(0, -1),
     "a start beyond the file": lambda i: chunk(i).__setitem__(3, 10**9),
     "a length beyond the file": lambda i: chunk(i).__setitem__(4, 10**9),
     "a length too short": lambda i: chunk(i).__setitem__(4, 100),
-    "another tensor's bytes": lambda i: chunk(i).__setitem__(
-        slice(2, None), chunk(i, "weights/model.embed_tokens.weight")[2:]
+    "another tensor's bytes": (
+        lambda i: chunk(i).__setitem__(
+            slice(2, None), chunk(i, "weights/model.embed_tokens.weight")[2:]
+        )
     ),
     "another file": lambda i: chunk(i).__setitem__(2, "../state.pt"),
     "a file that is not listed": lambda i: chunk(i).__setitem__(2, "x"),
@@ -1147,7 +1166,9 @@ def test_a_manifest_that_lists_nothing_verifies_nothing(text, sharded):
 
 
 def test_a_shard_holds_tensors_of_its_own_bytes_only(sharded):
-    """Chunks are archives too: one that claims more bytes than it has, or is compressed, is refused."""
+    """Chunks are archives too: one that claims more bytes than it has, or is
+    compressed, is refused.
+    """
     for label in ("compressed", "another type", "a storage beyond its bytes"):
         shutil.copytree(sharded, "bad")
         file = Path("bad/sharded/index.json")
@@ -1166,9 +1187,11 @@ def test_a_shard_holds_tensors_of_its_own_bytes_only(sharded):
                 for name, member in members.items():
                     archive.writestr(
                         name,
-                        member.replace(b"M\xe8\x03", b"M\xff\xff")
-                        if name.endswith("data.pkl")
-                        else member,
+                        (
+                            member.replace(b"M\xe8\x03", b"M\xff\xff")
+                            if name.endswith("data.pkl")
+                            else member
+                        ),
                     )
         place = chunk(index)
         shard = Path("bad/sharded", place[2])
@@ -1492,7 +1515,8 @@ def two_processes(rank, folder):
                 raise AssertionError("a full disk was not noticed")
             except OSError as error:
                 assert (
-                    "step_1.partial cannot be written: [Errno 28] No space left on device"
+                    "step_1.partial cannot be written: [Errno 28] No space left on"
+                    " device"
                     in str(error)
                     and "\n" not in str(error)
                 ), error

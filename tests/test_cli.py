@@ -1,4 +1,6 @@
-"""The command `qwen-analog`: every mistake is one line that names its flag or file, every failure has its exit code, nothing is lost."""
+"""The command `qwen-analog`: every mistake is one line that names its flag or file,
+every failure has its exit code, nothing is lost.
+"""
 
 import errno
 import io
@@ -137,7 +139,8 @@ def test_the_wrong_word_is_named(capsys):
         (MemoryError(), 2, "memory"),
         (
             RuntimeError(
-                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"
+                " to allocate 9 bytes"
             ),
             2,
             "memory",
@@ -213,7 +216,10 @@ def start(*argv, **options):
 
 
 def test_ctrl_c_while_the_libraries_are_imported():
-    ready = "import sys; sys.argv = ['-m']; sys.orig_argv = ['python', '-m', 'qwen_analog.cli']; print('x', flush=True); import qwen_analog.cli"
+    ready = (
+        "import sys; sys.argv = ['-m']; sys.orig_argv = ['python', '-m',"
+        " 'qwen_analog.cli']; print('x', flush=True); import qwen_analog.cli"
+    )
     process = start(
         "-c",
         ready,

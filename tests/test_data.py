@@ -1,4 +1,6 @@
-"""Hostile files, the held-out split, the cache, and the blocks: every token once, resumable at any cut, shared by ranks."""
+"""Hostile files, the held-out split, the cache, and the blocks: every token once,
+resumable at any cut, shared by ranks.
+"""
 
 import errno
 import gc
@@ -166,7 +168,8 @@ def test_lines_that_are_good():
         mark
         + b'{"text": "a"}\r\n'
         + mark
-        + '{"text": "\u2028\\ud83d\\ude00\\u0000", "text2": 1, "title": 7}\n  {"text": "b", "title": "t"}  '.encode()
+        + '{"text": "\u2028\\ud83d\\ude00\\u0000", "text2": 1, "title": 7}\n  {"text":'
+        ' "b", "title": "t"}  '.encode()
     )
     Path("good.jsonl").write_bytes(content)  # and no line break at the end
     found = list(read_jsonl(["good.jsonl"]))
@@ -278,7 +281,9 @@ def test_a_wide_character_must_not_multiply_the_memory(monkeypatch):
     )
     with pytest.raises(
         DataError,
-        match="line 1: a string that takes 6,000,004 bytes of memory, more than 4,000,000",
+        match=(
+            "line 1: a string that takes 6,000,004 bytes of memory, more than 4,000,000"
+        ),
     ):
         list(read_jsonl(["wide.jsonl"]))
 
@@ -705,7 +710,10 @@ def test_a_cache_that_cannot_be_written_is_named(monkeypatch):
     Path("file").touch()
     with pytest.raises(
         DataError,
-        match="^the cache of tokens file/qwen_analog cannot be used: Not a directory. Set HF_DATASETS_CACHE",
+        match=(
+            "^the cache of tokens file/qwen_analog cannot be used: Not a directory. Set"
+            " HF_DATASETS_CACHE"
+        ),
     ):
         tokenize_files(["a.jsonl"], TOKENIZER, cache_dir="file")
 
@@ -1500,7 +1508,9 @@ def test_a_stream_that_breaks_off():
 
 
 def test_an_abandoned_stream_is_closed_at_once():
-    """Left to the garbage collector, the library's reader may be closed inside another thread's start, which then waits for itself."""
+    """Left to the garbage collector, the library's reader may be closed inside another
+    thread's start, which then waits for itself.
+    """
     write("a.jsonl", *({"text": f"text {i}"} for i in range(50)))
     blocks = StreamingDataset(open_stream(["a.jsonl"]), TOKENIZER, 8)
     blocks.take(2)

@@ -1,4 +1,6 @@
-"""Evaluation: every token counted once and as Hugging Face counts it, honest intervals, proper n-grams, and lm-eval through the adapter."""
+"""Evaluation: every token counted once and as Hugging Face counts it, honest intervals,
+proper n-grams, and lm-eval through the adapter.
+"""
 
 import argparse
 import json
@@ -85,7 +87,8 @@ def test_windows_count_every_token_once(length, context, data):
     )
     for start, first, end in windows:
         assert 0 <= start <= first < end and end - start <= context
-        # target t sees inputs start .. t: the end-of-text token or text, and context - stride more at least
+        # target t sees inputs start .. t: the end-of-text token or text, and context -
+        # stride more at least
         assert start == 0 or first - start >= context - stride
 
 
@@ -344,7 +347,9 @@ BALANCED = (
 
 @pytest.mark.parametrize("name", BALANCED)
 def test_a_preference_for_words_does_not_help(name):
-    """A word that makes one sentence right makes another one wrong, so word frequencies alone say nothing."""
+    """A word that makes one sentence right makes another one wrong, so word frequencies
+    alone say nothing.
+    """
     changes = Counter()
     for good, bad in MINIMAL_PAIRS[name]:
         changes.update(Counter(good.split()) - Counter(bad.split()))
@@ -770,7 +775,9 @@ def test_lm_eval_options_that_cannot_be_are_refused_by_name(options, said):
 
 
 def test_lm_eval_charges_for_what_a_continuation_changes():
-    """A continuation may melt into the context's last tokens: then all that comes after what stays the same counts."""
+    """A continuation may melt into the context's last tokens: then all that comes after
+    what stays the same counts.
+    """
     tokenizer = TiktokenTokenizer(train_bpe(["abcd abcd abcd é é é"] * 9, 264))
     adapter = lm_eval_model(MODEL, tokenizer)
     for context, continuation in (
@@ -856,7 +863,10 @@ def test_the_command(tmp_path, capsys):
     documents = [
         {
             "title": f"t{i}",
-            "text": f"document {i}: the cat sat on {i * i} mats, which is {'odd' if i % 2 else 'even'}.",
+            "text": (
+                f"document {i}: the cat sat on {i * i} mats, which is"
+                f" {'odd' if i % 2 else 'even'}."
+            ),
         }
         for i in range(60)
     ]

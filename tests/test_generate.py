@@ -1,4 +1,6 @@
-"""Generation: the same tokens as Hugging Face, with and without a cache; samplers as random processes; ends, padding rows, refusals."""
+"""Generation: the same tokens as Hugging Face, with and without a cache; samplers as
+random processes; ends, padding rows, refusals.
+"""
 
 import math
 
@@ -103,7 +105,9 @@ def test_greedy_equals_hugging_face(shape, length):
     "dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str
 )
 def test_draws_equal_a_loop_over_hugging_face_warpers(dtype):
-    """Our own uncached logits, so that a sixteen-bit model sees the same roundings; the rest is theirs, in float32."""
+    """Our own uncached logits, so that a sixteen-bit model sees the same roundings; the
+    rest is theirs, in float32.
+    """
     model, ids = model_of(dtype), prompt()
     dice, expected = torch.Generator().manual_seed(5), ids
     with torch.no_grad():
@@ -276,7 +280,9 @@ def test_the_repetition_penalty_equals_hugging_face(
 
 
 def chi_squared(draws, probabilities):
-    """(statistic, df); tokens expected fewer than ten times are pooled; an impossible token is infinite."""
+    """(statistic, df); tokens expected fewer than ten times are pooled; an impossible
+    token is infinite.
+    """
     observed, expected = (
         draws.bincount(minlength=len(probabilities)).double(),
         len(draws) * probabilities.double(),
@@ -508,7 +514,9 @@ def test_each_row_of_a_ragged_batch_is_that_row_alone(shape, options):
 
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_positions_count_from_each_rows_own_beginning(use_cache):
-    """A shift of all positions of a row changes rotary attention by rounding only, so that the tokens do not show it: look at the positions."""
+    """A shift of all positions of a row changes rotary attention by rounding only, so
+    that the tokens do not show it: look at the positions.
+    """
     model, positions, logits = model_of(), [], []
     input_ids, mask = pad_left(ROWS, 0)
     model.model.rotary_emb.register_forward_pre_hook(
@@ -534,7 +542,9 @@ def test_positions_count_from_each_rows_own_beginning(use_cache):
 
 
 def test_every_token_sees_something():
-    """A softmax over nothing is nan (PyTorch's attention gives 0 there, which no documentation promises)."""
+    """A softmax over nothing is nan (PyTorch's attention gives 0 there, which no
+    documentation promises).
+    """
     for start, end in ((0, 9), (3, 9), (8, 9)):
         positions, mask = _padded(torch.tensor([0, 5, 8]), start, end)
         assert (

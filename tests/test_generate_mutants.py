@@ -1,4 +1,6 @@
-"""Broken generators: each edit of `generate.py` must be noticed by the test that is named beside it."""
+"""Broken generators: each edit of `generate.py` must be noticed by the test that is
+named beside it.
+"""
 
 import types
 from itertools import product
@@ -124,7 +126,10 @@ MUTANTS = {
         the_same_penalty,
     ),
     "penalty forgets the prompt's padding": (
-        "counts = None if padding is None else torch.arange(end, device=device) >= padding[:, None]",
+        (
+            "counts = None if padding is None else torch.arange(end, device=device) >="
+            " padding[:, None]"
+        ),
         "counts = None",
         ALONE,
         "plain",
@@ -173,7 +178,10 @@ MUTANTS = {
     ),
     "the seed starts again at each step": (
         "            start = cache",
-        "            generator = generator and generator.manual_seed(seed)\n            start = cache",
+        (
+            "            generator = generator and generator.manual_seed(seed)\n       "
+            "     start = cache"
+        ),
         samplers.test_draws_equal_hugging_face_logits_and_warpers,
     ),
     "the seed goes to the global dice": (
@@ -189,7 +197,10 @@ MUTANTS = {
     ),
     "log-probabilities after the penalty": (
         "-F.cross_entropy(logits, new",
-        "-F.cross_entropy(penalize_repetition(logits, tokens[:, :end], repetition_penalty), new",
+        (
+            "-F.cross_entropy(penalize_repetition(logits, tokens[:, :end],"
+            " repetition_penalty), new"
+        ),
         samplers.test_log_probabilities_are_those_of_a_plain_forward,
         dict(seed=1, repetition_penalty=1.5),
     ),

@@ -1,4 +1,6 @@
-"""Text out of tokens: nothing shown too early, nothing lost, stop strings wherever the tokens are cut; batches of texts."""
+"""Text out of tokens: nothing shown too early, nothing lost, stop strings wherever the
+tokens are cut; batches of texts.
+"""
 
 import io
 import json
@@ -146,7 +148,9 @@ def test_multibyte_characters_appear_with_their_last_token(qwen):  # noqa: F811
 
 @pytest.mark.parametrize("kind", ["ours", "hf", "named", "qwen"])
 def test_any_bytes_add_up(every, kind):
-    """Random tokens of a byte-level vocabulary are no valid text: the pieces are still what decoding gives."""
+    """Random tokens of a byte-level vocabulary are no valid text: the pieces are still
+    what decoding gives.
+    """
     tokenizer = every[kind]
     broken = [tokenizer.encode(c) for c in "é你🙂"]
     few = sorted(
@@ -166,7 +170,9 @@ def test_any_bytes_add_up(every, kind):
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "sentencepiece default"])
 def test_any_pieces_add_up(every, kind):
-    """What no text is encoded to, a model can write all the same: blanks after blanks, for one."""
+    """What no text is encoded to, a model can write all the same: blanks after blanks,
+    for one.
+    """
     tokenizer = every[kind]
     ordinary = [
         i
@@ -237,7 +243,9 @@ def test_the_window_stays_short(every, kind, monkeypatch):
     st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
 )
 def test_stop_strings_wherever_tokens_are_cut(text, stops):
-    """The output does not depend on how the text is cut into tokens, and nothing is held back without need."""
+    """The output does not depend on how the text is cut into tokens, and nothing is
+    held back without need.
+    """
     ends = [
         (text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text
     ]
@@ -324,7 +332,9 @@ def test_the_finder_knows_what_is_complete_and_what_is_begun(text, strings):
     ids=["long", "two long", "many", "nested"],
 )
 def test_the_work_for_stop_strings_is_linear_in_the_text(stop, monkeypatch):
-    """Whatever the stop strings are: for each character of the text at most one new state and two looks at the sorted strings."""
+    """Whatever the stop strings are: for each character of the text at most one new
+    state and two looks at the sorted strings.
+    """
     made, make = [], StopFinder._make
     monkeypatch.setattr(
         StopFinder, "_make", lambda self, *new: made.append(1) or make(self, *new)
@@ -372,7 +382,9 @@ def writer(tokenizer=BYTES):
 
 
 def new_text(model, prompt, **options):
-    """The continuation by `generate` and one decoding of everything, without its end token."""
+    """The continuation by `generate` and one decoding of everything, without its end
+    token.
+    """
     ids = torch.tensor([[BYTES.eos_token_id, *BYTES.encode(prompt)]])
     new = model.generate(
         ids,

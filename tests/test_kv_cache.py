@@ -1,4 +1,6 @@
-"""The cache alone: room made in advance or growing, overflow, and the same keys and values either way."""
+"""The cache alone: room made in advance or growing, overflow, and the same keys and
+values either way.
+"""
 
 import pytest
 import torch
@@ -8,7 +10,9 @@ from qwen_analog import KVCache, QwenConfig, QwenForCausalLM
 
 
 def fill(cache, pieces, layers=2):
-    """Random keys and values in `pieces` of the given lengths; everything written, [layers][keys, values] each [B, K, S, h]."""
+    """Random keys and values in `pieces` of the given lengths; everything written,
+    [layers][keys, values] each [B, K, S, h].
+    """
     dice, written = torch.Generator().manual_seed(0), [[[], []] for _ in range(layers)]
     for length in pieces:
         for layer in range(layers):

@@ -30,7 +30,10 @@ def lab(tmp_path_factory):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    options = f"--no-browser --allow-root --port={port} --ServerApp.port_retries=0 --IdentityProvider.token={TOKEN}"
+    options = (
+        f"--no-browser --allow-root --port={port} --ServerApp.port_retries=0"
+        f" --IdentityProvider.token={TOKEN}"
+    )
     environment = {
         **os.environ,
         "JUPYTER_CONFIG_DIR": str(home),
@@ -87,7 +90,8 @@ def test_every_image_of_every_chapter_is_served(lab):
                 source = match[1] or match[2]
                 if source.startswith("attachment:"):
                     continue
-                # JupyterLab counts a relative path from the notebook's place below the server's root
+                # JupyterLab counts a relative path from the notebook's place below the
+                # server's root
                 path = posixpath.normpath(
                     posixpath.join(
                         posixpath.dirname(name), urllib.parse.unquote(source)

@@ -1,4 +1,6 @@
-"""The loss: gradients, chunks, ignored targets, precision, and the same gradient however a step is cut into micro-batches."""
+"""The loss: gradients, chunks, ignored targets, precision, and the same gradient
+however a step is cut into micro-batches.
+"""
 
 import contextlib
 import math
@@ -324,7 +326,9 @@ class Head(nn.Module):
 
 
 def _two_ranks(rank, folder):
-    """Eight unequal documents, dealt out to two processes, in 1, 2 or 4 micro-batches each: one gradient, that of the whole."""
+    """Eight unequal documents, dealt out to two processes, in 1, 2 or 4 micro-batches
+    each: one gradient, that of the whole.
+    """
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
     )
@@ -394,7 +398,9 @@ print("grew by", status("VmHWM") - before)
     reason="4 GB and minutes: set QWEN_ANALOG_FULL_SIZE=1",
 )
 def test_memory_at_the_full_size():
-    """Beyond the weight in bfloat16 and the gradients, which every loss needs: a tenth of the naive loss's three float32 logits."""
+    """Beyond the weight in bfloat16 and the gradients, which every loss needs: a tenth
+    of the naive loss's three float32 logits.
+    """
     run = subprocess.run(
         [sys.executable, "-c", FULL_SIZE],
         capture_output=True,

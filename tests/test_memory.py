@@ -1,4 +1,6 @@
-"""Activation checkpointing changes memory and work but no gradient; the ledger's arithmetic is what a tracker measures."""
+"""Activation checkpointing changes memory and work but no gradient; the ledger's
+arithmetic is what a tracker measures.
+"""
 
 import itertools
 import os
@@ -167,7 +169,8 @@ def test_an_unknown_mode_is_refused():
 @pytest.mark.parametrize("mode", ACTIVATION_CHECKPOINTING)
 @pytest.mark.parametrize("config", [NARROW, WIDE], ids=["tied", "untied"])
 def test_flops_are_those_that_are_counted(config, mode):
-    # PyTorch knows no formula for the CPU's kernel; backward is twice forward, as model FLOPs are counted
+    # PyTorch knows no formula for the CPU's kernel; backward is twice forward, as model
+    # FLOPs are counted
     def attention(q, k, *_, out_shape=None, **__):
         return 4 * q[0] * q[1] * q[2] * k[2] * q[3]
 
@@ -176,7 +179,9 @@ def test_flops_are_those_that_are_counted(config, mode):
 
     formulas = {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            attention_backward
+        ),
     }
     model = QwenForCausalLM(config)
     set_activation_checkpointing(model, mode)
@@ -244,7 +249,9 @@ def test_ledger_against_measured(config, B, T, precision, mode):
 @pytest.mark.parametrize("documents", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-pure"])
 def test_what_a_block_keeps_is_what_is_listed(precision, documents):
-    """The autograd hooks' list for one block, without weights, cos and sin, against `saved_activations`."""
+    """The autograd hooks' list for one block, without weights, cos and sin, against
+    `saved_activations`.
+    """
     model = QwenForCausalLM(NARROW).to(
         torch.bfloat16 if precision == "bf16-pure" else torch.float32
     )
@@ -333,9 +340,11 @@ def test_inference_against_measured(precision):
 
 
 def test_ledger_at_the_cards_width():
-    """Fake tensors have a size and no contents: two blocks of the card's model, 4,096 tokens.
+    """Fake tensors have a size and no contents: two blocks of the card's model, 4,096
+    tokens.
 
-    The vocabulary is small, since autograd adds the tied weight's two fake gradients up in a third tensor and real ones in place.
+    The vocabulary is small, since autograd adds the tied weight's two fake gradients up
+    in a third tensor and real ones in place.
     """
     config = QwenConfig(num_hidden_layers=2, vocab_size=8192)
     for mode, micro_batches in (("full", 2), ("selective", 1)):
@@ -467,7 +476,9 @@ def test_the_selective_policy_compiles():
 
 
 def machine(path, files):
-    """Files as the kernel shows them below `path`: /proc as "proc/...", control groups as "cgroup/..."."""
+    """Files as the kernel shows them below `path`: /proc as "proc/...", control groups
+    as "cgroup/...".
+    """
     for name, text in files.items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_text(text)
@@ -497,7 +508,9 @@ def machine(path, files):
             {
                 "cgroup/memory.max": "5000000",
                 "cgroup/memory.current": "4900000",
-                "cgroup/memory.stat": "anon 100000\ninactive_file 800000\nactive_file 4000000\n",
+                "cgroup/memory.stat": (
+                    "anon 100000\ninactive_file 800000\nactive_file 4000000\n"
+                ),
             },
             4_900_000,
         ),
@@ -511,7 +524,8 @@ def machine(path, files):
             },
             5_000_000,
         ),
-        # a container without a name space of its own: the path is the host's, the group's files are at the root
+        # a container without a name space of its own: the path is the host's, the
+        # group's files are at the root
         (
             {
                 "proc/self/cgroup": "4:memory:/docker/0123\n",

@@ -154,10 +154,11 @@ def test_init_weights_ties_what_to_empty_untied():
 def test_import_inside_the_package_folder(installed):
     folder = Path(qwen_analog.__file__).parent
     code = (
-        "from model import DecoderLayer, QwenConfig, QwenForCausalLM, QwenModel\nimport qwen_analog, qwen_analog.model as m, sys\n"
-        "assert DecoderLayer is m.DecoderLayer and QwenModel is m.QwenModel and sys.modules['model'] is m\n"
-        "assert QwenForCausalLM is qwen_analog.QwenForCausalLM and QwenConfig is qwen_analog.QwenConfig\n"
-        "print(qwen_analog.__file__)"
+        "from model import DecoderLayer, QwenConfig, QwenForCausalLM, QwenModel\nimport"
+        " qwen_analog, qwen_analog.model as m, sys\nassert DecoderLayer is"
+        " m.DecoderLayer and QwenModel is m.QwenModel and sys.modules['model'] is"
+        " m\nassert QwenForCausalLM is qwen_analog.QwenForCausalLM and QwenConfig is"
+        " qwen_analog.QwenConfig\nprint(qwen_analog.__file__)"
     )
     env = dict(os.environ)
     if (

@@ -120,7 +120,9 @@ def test_a_ledger_that_no_run_has_written_is_one_line(entry):
     Path("run/ledger/rank_0.jsonl").write_text(json.dumps({"step": 1, **entry}) + "\n")
     with pytest.raises(
         ValueError,
-        match="run/ledger/rank_0.jsonl: the entry of step 1 is not one that a run writes",
+        match=(
+            "run/ledger/rank_0.jsonl: the entry of step 1 is not one that a run writes"
+        ),
     ):
         documents_of_step("run", 1)
 

@@ -1,4 +1,6 @@
-"""The optimizers against rules written out here, every parameter in one group, and the schedule's properties."""
+"""The optimizers against rules written out here, every parameter in one group, and the
+schedule's properties.
+"""
 
 import copy
 import math
@@ -95,9 +97,9 @@ def test_five_steps_equal_the_rules(kind, tied):
             gap = (p - muon_reference(before[name], seen[name], decay)).pow(
                 2
             ).mean().sqrt() / (5 * LEARNING_RATE)
-            assert gap < 5e-3, (
+            assert gap < 5e-3, (  # Newton-Schulz runs in bfloat16
                 f"{name}: rms difference {gap:.1e} learning rates a step"
-            )  # Newton-Schulz runs in bfloat16
+            )
         else:
             torch.testing.assert_close(
                 p.double(),
@@ -332,7 +334,9 @@ def test_stochastic_rounding_has_the_right_mean_and_keeps_what_fits():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adamw_in_bf16_follows_the_rule_in_the_mean(dtype):
-    """20,000 copies of each of three weights see the same gradients; their mean is the float64 rule's weight."""
+    """20,000 copies of each of three weights see the same gradients; their mean is the
+    float64 rule's weight.
+    """
     torch.manual_seed(0)
     p = nn.Parameter(
         torch.tensor([1.0, -0.5, 2.0])[:, None].expand(3, 20_000).contiguous().to(dtype)
@@ -482,7 +486,8 @@ def _sharded(rank, folder):
             assert isinstance(p, DTensor) and p.dtype == dtype
             gap = (p.full_tensor() - q).pow(2).mean().sqrt() / (4 * LEARNING_RATE)
             assert gap < bound, (
-                f"{kind} {dtype}: a weight of shape {tuple(p.shape)} is off by {gap:.1e} learning rates a step"
+                f"{kind} {dtype}: a weight of shape {tuple(p.shape)} is off by"
+                f" {gap:.1e} learning rates a step"
             )
     assert all(
         isinstance(state["exp_avg"], DTensor)
@@ -490,7 +495,8 @@ def _sharded(rank, folder):
         for state in optimizers[0].state.values()
     )
 
-    # the last of them through a distributed checkpoint: the next step is the same, bit for bit
+    # the last of them through a distributed checkpoint: the next step is the same, bit
+    # for bit
     dcp.save(
         {
             "model": model.state_dict(),

@@ -1,4 +1,6 @@
-"""Many processes: every layout against one process; the mistakes that a layout invites; initial weights; launching on two machines."""
+"""Many processes: every layout against one process; the mistakes that a layout invites;
+initial weights; launching on two machines.
+"""
 
 import json
 import os
@@ -32,7 +34,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class WeightsInBfloat16(nn.Module):
-    """What a sharded model computes with "bf16": float32 weights, cast for the forward and the backward pass."""
+    """What a sharded model computes with "bf16": float32 weights, cast for the forward
+    and the backward pass.
+    """
 
     def __init__(self, model):
         super().__init__()
@@ -49,7 +53,9 @@ class WeightsInBfloat16(nn.Module):
 
 @cache
 def alone(precision="fp32", tied=True, kind="adamw", sharded=False):
-    """Losses and final weights of one process, in one micro-batch a step, on the model that the constructor makes."""
+    """Losses and final weights of one process, in one micro-batch a step, on the model
+    that the constructor makes.
+    """
     torch.manual_seed(0)
     model = QwenForCausalLM(small(tied))
     losses = train(
@@ -95,7 +101,9 @@ def finish(*agents):
 
 
 def check(found):
-    """The bounds: 1e-5 and 2e-6 in float32; in bfloat16 what rounding of each process's gradients leaves; mutants beyond them."""
+    """The bounds: 1e-5 and 2e-6 in float32; in bfloat16 what rounding of each process's
+    gradients leaves; mutants beyond them.
+    """
     reference = alone()
     torch.manual_seed(0)
     moved = apart(
@@ -176,10 +184,14 @@ def test_two_machines_of_two_processes_equal_one(tmp_path):
 
 
 ANOTHER = "error: another process, rank {}, {}, and says more in its own line"
-SETTING = "error: rank 1 has another setting than rank 0: sequence_length is 33 there and 32 on rank 0"
+SETTING = (
+    "error: rank 1 has another setting than rank 0: sequence_length is 33 there and 32"
+    " on rank 0"
+)
 SIZE = "error: rank 1 was started with WORLD_SIZE 3, rank 0 with 2"
 ENDED = "error: rank {} ended without a word {}: it was killed, or the memory was full"
-# of each process: exit code (2: its own error; 3: another's; negative: the signal) and the only line that it says
+# of each process: exit code (2: its own error; 3: another's; negative: the signal) and
+# the only line that it says
 FAILURES = {
     "error_in_a_meeting": [
         (3, ANOTHER.format(1, "had an error before the first step")),
@@ -351,7 +363,9 @@ def test_workers_end_with_their_torchrun(by_torchrun):
 
 
 def test_the_data_are_unequal():
-    """The mean of each process is another mean only where the processes' targets differ in number."""
+    """The mean of each process is another mean only where the processes' targets differ
+    in number.
+    """
     for step in range(2):
         targets = (batch(step)["targets"] != IGNORE_INDEX).sum(1)
         assert (
@@ -429,12 +443,17 @@ BATCH_SCRIPT = ROOT / "examples" / "pretrain.sbatch"
 
 
 def slurm(folder, torchrun):
-    """Run the batch script where `srun` starts one task, `scontrol` knows two machines, and `torchrun` is the given shell text."""
+    """Run the batch script where `srun` starts one task, `scontrol` knows two machines,
+    and `torchrun` is the given shell text.
+    """
     for name, text in {
         "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
         "torchrun": torchrun,
         "pkill": f'echo "$@" >> {folder}/signalled; touch {folder}/stop',
-        "scontrol": f'if [ "$1" = show ]; then printf "n1\\nn2\\n"; else echo "$@" >> {folder}/queued; fi',
+        "scontrol": (
+            'if [ "$1" = show ]; then printf "n1\\nn2\\n"; else echo "$@" >>'
+            f" {folder}/queued; fi"
+        ),
     }.items():
         (folder / name).write_text(f"#!/bin/sh\n{text}\n")
         (folder / name).chmod(0o755)
@@ -485,7 +504,8 @@ def test_the_batch_script_is_valid_and_its_flags_exist(tmp_path):
 def test_the_batch_script_saves_and_goes_back_into_the_queue(tmp_path, status):
     job = slurm(
         tmp_path,
-        f"touch {tmp_path}/started; while [ ! -e {tmp_path}/stop ]; do sleep 0.05; done; exit {status}",
+        f"touch {tmp_path}/started; while [ ! -e {tmp_path}/stop ]; do sleep 0.05;"
+        f" done; exit {status}",
     )
     while not (tmp_path / "started").exists() and job.poll() is None:
         time.sleep(0.05)

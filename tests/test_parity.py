@@ -1,4 +1,6 @@
-"""Logits, gradients and state_dict against Hugging Face's Qwen2, on scrambled weights; and mutants these checks must kill."""
+"""Logits, gradients and state_dict against Hugging Face's Qwen2, on scrambled weights;
+and mutants these checks must kill.
+"""
 
 import math
 
@@ -78,7 +80,9 @@ def tokens(length=17):
 
 
 def distances(ours, theirs):
-    """Largest difference of logits and of gradients, each relative to the largest reference value."""
+    """Largest difference of logits and of gradients, each relative to the largest
+    reference value.
+    """
     ids = tokens()
     a, b = ours(ids), theirs(ids).logits
     weights = torch.randn(b.shape, generator=torch.Generator().manual_seed(2)).to(b)
@@ -86,12 +90,14 @@ def distances(ours, theirs):
     (b * weights).sum().backward()
     reference = dict(theirs.named_parameters())
     gradients = [
-        math.inf
-        if p.grad is None
-        else (
-            (p.grad - reference[name].grad).abs().max()
-            / reference[name].grad.abs().max()
-        ).item()
+        (
+            math.inf
+            if p.grad is None
+            else (
+                (p.grad - reference[name].grad).abs().max()
+                / reference[name].grad.abs().max()
+            ).item()
+        )
         for name, p in ours.named_parameters()
     ]
     return {

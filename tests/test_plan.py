@@ -1,4 +1,6 @@
-"""The plan against real processes, against arithmetic, and against what the README says."""
+"""The plan against real processes, against arithmetic, and against what the README
+says.
+"""
 
 import argparse
 import json
@@ -102,7 +104,8 @@ def test_two_real_processes_hold_what_was_planned(tmp_path):
         print(
             f"{name:32} real {real}, simulated {simulated:,}, arithmetic {arithmetic:,}"
         )
-        # gloo's threads give a buffer back when they get to it: how much longer a process holds it depends on the machine's load
+        # gloo's threads give a buffer back when they get to it: how much longer a
+        # process holds it depends on the machine's load
         assert (
             abs(simulated / min(real) - 1) < 0.1
             and abs(arithmetic / min(real) - 1) < 0.1
@@ -247,7 +250,9 @@ def test_the_command(capsys):
 
 
 def test_the_readme_says_what_the_plan_says():
-    """Each line of its table: the command's flags, memory of a GPU by arithmetic, tokens a second and days."""
+    """Each line of its table: the command's flags, memory of a GPU by arithmetic,
+    tokens a second and days.
+    """
     text = (ROOT / "README.md").read_text()
     rows = re.findall(
         r"^\| (\d+) x ([\w ]+?) \| `([^`]*)` \| ([\d.]+) GB \| ([\d,]+) \| ([\d.]+) \|",

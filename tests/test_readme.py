@@ -1,4 +1,6 @@
-"""The commands of the README files, run as they are printed, on a small model and little text."""
+"""The commands of the README files, run as they are printed, on a small model and
+little text.
+"""
 
 import itertools
 import json
@@ -27,8 +29,9 @@ READMES = ("README.md", "README.ru.md")
 
 # what makes a command small: a flag that comes last is the one that counts
 SMALL_RUN = (
-    "--sequence-length 32 --micro-batch-size 1 --gradient-accumulation-steps 1 --max-steps 2 "
-    "--warmup-steps 0 --no-tensorboard --peak-tflops 1 --sample-tokens 2 --no-compile"
+    "--sequence-length 32 --micro-batch-size 1 --gradient-accumulation-steps 1"
+    " --max-steps 2 --warmup-steps 0 --no-tensorboard --peak-tflops 1 --sample-tokens 2"
+    " --no-compile"
 ).split()
 
 
@@ -92,7 +95,9 @@ def test_make_knows_its_targets():
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder as a reader has it after `make train`, with a small model in place of the trained one, and a free port."""
+    """A folder as a reader has it after `make train`, with a small model in place of
+    the trained one, and a free port.
+    """
     path = tmp_path_factory.mktemp("reader")
     for name in (".venv", "qwen_analog"):
         (path / name).symlink_to(Path(sys.prefix) if name == ".venv" else ROOT / name)
@@ -113,7 +118,9 @@ def home(tmp_path_factory):
 
 
 def small(command: str, port: int) -> list[str]:
-    """`command` with flags at its end that make its work small, and with what a reader fills in."""
+    """`command` with flags at its end that make its work small, and with what a reader
+    fills in.
+    """
     command = command.replace("/path/to/Qwen2.5-0.5B", "a_model").replace(
         "FIRST_MACHINE:29400", f"127.0.0.1:{port}"
     )
@@ -141,7 +148,9 @@ def small(command: str, port: int) -> list[str]:
 
 
 def run(command: str, path: Path, port: int) -> tuple[int, str]:
-    """Exit code and outputs of `command` in a terminal in which the activation line was typed."""
+    """Exit code and outputs of `command` in a terminal in which the activation line was
+    typed.
+    """
     if "runs/3b" in command:  # three ways to begin the same run
         shutil.rmtree(path / "runs" / "3b", ignore_errors=True)
     activation = next(

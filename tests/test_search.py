@@ -1,4 +1,6 @@
-"""Beams against Hugging Face's, speculation against the model's own distribution, prefixes against reading everything."""
+"""Beams against Hugging Face's, speculation against the model's own distribution,
+prefixes against reading everything.
+"""
 
 import math
 
@@ -117,7 +119,9 @@ def test_a_beam_finds_what_greedy_misses_and_all_beams_find_the_best():
 
 
 def chi_squared(counts, p):
-    """How unlikely the counts are under p: (statistic - degrees) / sqrt(2 * degrees), about normal. Rare cells are taken together."""
+    """How unlikely the counts are under p: (statistic - degrees) / sqrt(2 * degrees),
+    about normal. Rare cells are taken together.
+    """
     order = p.argsort(descending=True)
     p, counts = p[order], counts[order]
     many = int((p * counts.sum() > 5).sum())
@@ -288,7 +292,9 @@ def test_what_is_in_a_held_sequence_is_not_held_twice():
 
 
 def test_ids_of_padding_are_in_no_beam():
-    """As many beams as the valid ids allow: at the first step all of them are candidates."""
+    """As many beams as the valid ids allow: at the first step all of them are
+    candidates.
+    """
     beams = beam_search(
         tiny(), PROMPT, 1, num_beams=4, num_return_sequences=4, valid_vocab_size=8
     )
@@ -328,7 +334,9 @@ def test_logits_that_are_not_finite_are_refused(search):
 
 
 def test_never_stopping_finds_what_stopping_misses():
-    """With many end tokens; Hugging Face's score is the reference, and another than that of the other two."""
+    """With many end tokens; Hugging Face's score is the reference, and another than
+    that of the other two.
+    """
     model, eos, scores = tiny(4, flat=1.0), list(range(1, 7)), []
     for early_stopping in ("never", True, False):
         options = dict(
@@ -442,9 +450,9 @@ def test_the_models_own_end_tokens_end_every_search():
         "speculate": lambda **o: (
             speculate(model, draft, PROMPT, 20, temperature=0, **o).tokens
         ),
-        "prefixes": lambda **o: PrefixCache(model).generate(
-            PROMPT, 20, temperature=0, **o
-        )[0],
+        "prefixes": (
+            lambda **o: PrefixCache(model).generate(PROMPT, 20, temperature=0, **o)[0]
+        ),
         "beams": lambda **o: beam_search(model, PROMPT, 20, **o)[0].tokens,
     }
     ended, without = (
@@ -546,7 +554,10 @@ def test_far_length_penalties_give_finite_scores(length_penalty):
 def test_beams_that_the_vocabulary_does_not_feed_are_refused():
     with pytest.raises(
         ValueError,
-        match="^num_beams 1 needs 41 candidates for each beam, one more .*; the vocabulary has 24 tokens$",
+        match=(
+            "^num_beams 1 needs 41 candidates for each beam, one more .*; the"
+            " vocabulary has 24 tokens$"
+        ),
     ):
         beam_search(tiny(), PROMPT, 3, num_beams=1, eos_token_id=list(range(20)) * 2)
 

@@ -1,4 +1,6 @@
-"""Serving: rows of the cache keep apart, every answer is that of the request alone, and the HTTP layer as the openai package sees it."""
+"""Serving: rows of the cache keep apart, every answer is that of the request alone, and
+the HTTP layer as the openai package sees it.
+"""
 
 import argparse
 import asyncio
@@ -81,7 +83,9 @@ def log(monkeypatch):
 
 
 class Scripted(QwenForCausalLM):
-    """Writes `script`, token i at position i, and logits of nan where the script says None; computes as much as the others."""
+    """Writes `script`, token i at position i, and logits of nan where the script says
+    None; computes as much as the others.
+    """
 
     def __init__(self, script):
         super().__init__(CONFIG)
@@ -154,7 +158,9 @@ def alone(request, model=MODEL):
 
 
 def together(engine, wanted, every=3):
-    """Token ids that a stepped engine writes for `wanted`, of which one more is added at each `every`-th step."""
+    """Token ids that a stepped engine writes for `wanted`, of which one more is added
+    at each `every`-th step.
+    """
     written = [[] for _ in wanted]
     todo, steps = list(enumerate(wanted)), 0
     while True:
@@ -191,11 +197,14 @@ def text_of(pieces):
     return "".join(piece.text for piece in pieces), pieces[-1].finish_reason
 
 
-# the cache ---------------------------------------------------------------------------------------------------------------------------------
+# the cache
+# ---------------------------------------------------------------------------------------------------------------------------------
 
 
 def check_rows(cache_class):
-    """Four rows filled in turns, in chunks of different lengths, one freed and used again: the logits of each are those of its tokens alone."""
+    """Four rows filled in turns, in chunks of different lengths, one freed and used
+    again: the logits of each are those of its tokens alone.
+    """
     rng = torch.Generator().manual_seed(0)
     cache = cache_class(
         CONFIG.num_hidden_layers, 4, CONFIG.num_key_value_heads, CONFIG.head_dim, 64
@@ -338,7 +347,8 @@ def test_a_full_row():
     ]  # what every row of the pass holds
 
 
-# the engine --------------------------------------------------------------------------------------------------------------------------------
+# the engine
+# --------------------------------------------------------------------------------------------------------------------------------
 
 EXPECTED = [alone(request) for request in requests()]
 
@@ -729,11 +739,14 @@ def test_closing_ends_what_runs_and_what_waits():
     asyncio.run(asyncio.wait_for(scenario(), 60))
 
 
-# one row, one request, one client cannot harm another ---------------------------------------------------------------------------------------
+# one row, one request, one client cannot harm another
+# ---------------------------------------------------------------------------------------
 
 
 def beside(engine, bad, faulty=None):
-    """The pieces of `bad` between two greedy requests; the others' answers must be those of the requests alone."""
+    """The pieces of `bad` between two greedy requests; the others' answers must be
+    those of the requests alone.
+    """
     good = Request([1, 2, 3], 12, temperature=0, logprobs=0)
     first, found, last = answers(engine, good, bad, good)
     for pieces in (first, last):
@@ -781,7 +794,9 @@ class FaultyText(Engine):
 
 
 class FaultyPass(Engine):
-    """The pass fails whenever the faulty request's row takes part, in its prompt or afterwards."""
+    """The pass fails whenever the faulty request's row takes part, in its prompt or
+    afterwards.
+    """
 
     fails_at = 0
 
@@ -838,7 +853,9 @@ def test_pieces_that_cannot_be_delivered(log):
 
 
 def test_a_row_is_taken_from_who_holds_the_most():
-    """A single request comes while another one's answers hold all rows: it gets a row at the next step, and every answer stays what it was."""
+    """A single request comes while another one's answers hold all rows: it gets a row
+    at the next step, and every answer stays what it was.
+    """
     wanted = requests()
     many = [
         Request([5, 6, 7], 40, temperature=1.0, seed=i, logprobs=0) for i in range(6)
@@ -939,7 +956,9 @@ def test_whose_turn_it_is():
 
 
 def test_a_newcomer_does_not_wait_for_the_ends_of_many_long_answers():
-    """All of one client: twenty requests hold or await all rows, and each answer stays what it would be alone."""
+    """All of one client: twenty requests hold or await all rows, and each answer stays
+    what it would be alone.
+    """
     wanted = [
         Request([i], 100, temperature=1.0, seed=i, logprobs=0) for i in range(1, 21)
     ]
@@ -1111,7 +1130,8 @@ def test_settings_of_the_model_hold_where_a_request_says_nothing():
     assert of({"top_k": 0}).top_k is None
 
 
-# the server --------------------------------------------------------------------------------------------------------------------------------
+# the server
+# --------------------------------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -1169,7 +1189,9 @@ def tiny():
 
 
 def idle(engine):
-    """Wait until every row is free: a server that keeps them runs into the test's time limit."""
+    """Wait until every row is free: a server that keeps them runs into the test's time
+    limit.
+    """
     while any(engine.rows) or engine.waiting:
         time.sleep(0.005)
 
@@ -1235,7 +1257,8 @@ def test_chat(tiny):
         .message.content
         == expected
     )
-    # a message of the answer may come back, and without a limit the answer goes on to the end of the context
+    # a message of the answer may come back, and without a limit the answer goes on to
+    # the end of the context
     found = client(port).chat.completions.create(
         messages=[*messages, found.choices[0].message, *messages], **options
     )
@@ -1949,7 +1972,8 @@ def test_missing_packages(monkeypatch):
         serve.run(argparse.Namespace())
 
 
-# who may come in ---------------------------------------------------------------------------------------------------------------------------
+# who may come in
+# ---------------------------------------------------------------------------------------------------------------------------
 
 
 def send(port, data, wait=20):
@@ -2028,7 +2052,9 @@ _SERVERS = {}
 
 @contextlib.contextmanager
 def serving_once(**options):
-    """A server with these options that lives as long as the tests: they do not change it."""
+    """A server with these options that lives as long as the tests: they do not change
+    it.
+    """
     key = repr(sorted(options.items()))
     if key not in _SERVERS:
         stack = contextlib.ExitStack()
@@ -2258,7 +2284,9 @@ NASTY = [
 
 @pytest.mark.parametrize("chat", [True, False])
 def test_any_value_of_any_parameter(chat):
-    """A request is answered or refused in one line that names what is wrong; never a fault of the server."""
+    """A request is answered or refused in one line that names what is wrong; never a
+    fault of the server.
+    """
     engine = Engine(MODEL, TOKENIZER, max_batch=4, max_context=400)
     schema = serve._ChatBody if chat else serve._CompletionBody
     taken = 0
@@ -2295,11 +2323,13 @@ def test_a_hundred_thousand_wrong_entries():
     for field, chat in (("prompt", False), ("messages", True), ("stop", False)):
         with pytest.raises(serve.ApiError) as error:
             serve.parse_body(
-                json.dumps(
-                    {"model": NAME, "prompt": "x", field: [None] * 100_000}
-                ).encode()
-                if not chat
-                else json.dumps({"model": NAME, field: [None] * 100_000}).encode(),
+                (
+                    json.dumps(
+                        {"model": NAME, "prompt": "x", field: [None] * 100_000}
+                    ).encode()
+                    if not chat
+                    else json.dumps({"model": NAME, field: [None] * 100_000}).encode()
+                ),
                 chat,
             )
         assert error.value.param.startswith(field) and len(str(error.value)) < 300
@@ -2419,7 +2449,9 @@ def test_connection_limits(monkeypatch):
 
 
 def test_prompts_that_take_for_ever(monkeypatch, log):
-    """A template that never ends holds one of the places for reading prompts; what others wait for is bounded, and the server ends."""
+    """A template that never ends holds one of the places for reading prompts; what
+    others wait for is bounded, and the server ends.
+    """
     hang = threading.Event()
     monkeypatch.setattr(serve, "chat_ids", lambda *_: hang.wait())
     engine = Engine(MODEL, TOKENIZER, max_batch=2, max_context=64)
@@ -2462,7 +2494,9 @@ def test_whatever_a_template_raises(monkeypatch, log):
 
 @pytest.mark.parametrize("grace", [0, 30])
 def test_the_end_of_a_server(grace, log):
-    """Answers that fit into the grace end by themselves, the others with an error of the API; the log has no stack trace."""
+    """Answers that fit into the grace end by themselves, the others with an error of
+    the API; the log has no stack trace.
+    """
     engine = endless(max_batch=2, max_context=4096, max_queue=8)
     server = build_server(build_app(engine, NAME), engine, grace_seconds=grace)
     thread = threading.Thread(target=server.run)
@@ -2541,7 +2575,9 @@ def test_a_second_signal_ends_the_grace():
 
 
 def test_logprobs_tell_bytes_apart():
-    """The model is indifferent between the bytes: as many alternatives as were asked for, whatever their text, and the drawn one."""
+    """The model is indifferent between the bytes: as many alternatives as were asked
+    for, whatever their text, and the drawn one.
+    """
     flat = QwenForCausalLM(CONFIG)
     torch.nn.init.zeros_(flat.lm_head.weight)
     engine = Engine(flat, TOKENIZER, max_batch=2, max_context=200)
@@ -2597,7 +2633,9 @@ def test_logprobs_tell_bytes_apart():
 
 
 def test_logprobs_are_those_of_the_text():
-    """End tokens, and what a stop string cut off, are no part of it; what is below -9999 is said to be -9999."""
+    """End tokens, and what a stop string cut off, are no part of it; what is below
+    -9999 is said to be -9999.
+    """
     engine = Engine(Scripted(spell("ab, cd", 2)), TOKENIZER, max_context=64)
     with serving(engine) as port:
         for stop, text in ((None, "ab, cd"), (", c", "ab"), ("b", "a")):
@@ -2626,11 +2664,13 @@ def test_bytes_of_tokens(tmp_path):
         assert serve.token_bytes(tokenizer, EOS) == b"<|endoftext|>"
 
 
-# the command -------------------------------------------------------------------------------------------------------------------------------
+# the command
+# -------------------------------------------------------------------------------------------------------------------------------
 
 COMMAND = (
-    "import argparse, sys; from qwen_analog import serve; parser = argparse.ArgumentParser(); serve.add_arguments(parser); "
-    "serve.run(parser.parse_args())"
+    "import argparse, sys; from qwen_analog import serve; parser ="
+    " argparse.ArgumentParser(); serve.add_arguments(parser);"
+    " serve.run(parser.parse_args())"
 )
 
 
@@ -2679,7 +2719,8 @@ def test_a_signal_ends_the_command(checkpoint, number):
         process.kill()
     assert process.returncode == 0 and output == ""
     assert errors.splitlines() == [
-        "WARNING:  stopping: 1 answers have 5 seconds to end; a second signal ends them now"
+        "WARNING:  stopping: 1 answers have 5 seconds to end; a second signal ends"
+        " them now"
     ]
 
 

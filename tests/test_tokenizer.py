@@ -1,4 +1,6 @@
-"""The four kinds of tokenizer: round trips over all of Unicode, equality with the libraries, files that are broken, specs that are wrong."""
+"""The four kinds of tokenizer: round trips over all of Unicode, equality with the
+libraries, files that are broken, specs that are wrong.
+"""
 
 import base64
 import hashlib
@@ -188,7 +190,8 @@ def test_control_tokens_are_text_unless_asked_for(kinds, kind):
 def test_save_and_load(kinds, kind, tmp_path, monkeypatch):
     tokenizer = kinds[kind]
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: kinds["named"].encoding)
-    # a checkpoint holds the model's config.json as well, which must not change the tokenizer
+    # a checkpoint holds the model's config.json as well, which must not change the
+    # tokenizer
     (tmp_path / "config.json").write_text(
         '{"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}'
     )
@@ -378,14 +381,19 @@ def test_contents_cannot_inject_control_tokens(kinds, kind):
 
 
 def test_chat_form(qwen):
-    assert chat_text([{"role": "user", "content": "Hi!"}]) == (
-        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+    assert (
+        chat_text([{"role": "user", "content": "Hi!"}])
+        == "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a"
+        " helpful assistant.<|im_end|>\n"
         "<|im_start|>user\nHi!<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert chat_text(
-        [{"role": "system", "content": "S"}, {"role": "assistant", "content": "A"}],
-        add_generation_prompt=False,
-    ) == ("<|im_start|>system\nS<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n")
+    assert (
+        chat_text(
+            [{"role": "system", "content": "S"}, {"role": "assistant", "content": "A"}],
+            add_generation_prompt=False,
+        )
+        == "<|im_start|>system\nS<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
+    )
     assert encode_chat(qwen, [{"role": "system", "content": ""}]) == [
         151644,
         8948,
@@ -478,7 +486,9 @@ def test_broken_vocabulary_files(tmp_path, content, message):
 def test_wrong_specs(spec):
     with pytest.raises(
         ValueError,
-        match="write tiktoken:FILE or tiktoken:cl100k_base, hf:NAME or sentencepiece:FILE",
+        match=(
+            "write tiktoken:FILE or tiktoken:cl100k_base, hf:NAME or sentencepiece:FILE"
+        ),
     ):
         load_tokenizer(spec)
 
@@ -972,7 +982,9 @@ def test_pieces_have_the_ids_of_the_whole(text, limit):
 
 
 def test_pieces_begin_with_a_blank_where_there_is_one():
-    """Before a sign, a tokenizer that opens each text with a blank would add one in the middle of a document."""
+    """Before a sign, a tokenizer that opens each text with a blank would add one in the
+    middle of a document.
+    """
     assert all(
         piece[0] == " "
         for piece in list(text_pieces("one two, (three) four; five! " * 50, 40))[1:]

@@ -1,4 +1,6 @@
-"""Training: settings, resuming bit for bit, one process against two, faults, and the commands."""
+"""Training: settings, resuming bit for bit, one process against two, faults, and the
+commands.
+"""
 
 import json
 import os
@@ -40,7 +42,9 @@ MODEL = dict(
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """A folder with a corpus of unequal documents and a byte vocabulary, as working directory."""
+    """A folder with a corpus of unequal documents and a byte vocabulary, as working
+    directory.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     TiktokenTokenizer({token: i for i, token in enumerate(BYTE_ORDER)}).save(tmp_path)

@@ -1,4 +1,6 @@
-"""Whole runs: sharded over processes, continued on other layouts, killed at any moment; what they log, skip and trace."""
+"""Whole runs: sharded over processes, continued on other layouts, killed at any moment;
+what they log, skip and trace.
+"""
 
 import json
 import random
@@ -61,7 +63,9 @@ def read_the_same(a, b, steps=range(1, 7)):
 
 
 def test_sharded_runs_equal_one_process_and_continue_each_other():
-    """fsdp on 2 processes, its checkpoint continued by one; one process's checkpoint continued by hsdp on 4."""
+    """fsdp on 2 processes, its checkpoint continued by one; one process's checkpoint
+    continued by hsdp on 4.
+    """
     train(settings(output_dir="one"))
     launched(
         2,
@@ -119,7 +123,9 @@ def test_stochastic_rounding_resumes_bit_for_bit(precision, optimizer):
 
 
 def test_killed_at_any_moment_it_ends_where_it_would_have(folder):  # noqa: F811
-    """SIGKILL at random moments, in a save or out of it; every start goes on from the newest checkpoint."""
+    """SIGKILL at random moments, in a save or out of it; every start goes on from the
+    newest checkpoint.
+    """
     train(settings(output_dir="whole", max_steps=40, eval_every=100))
     config = as_file(settings(max_steps=40, save_every=1, keep_last=2, eval_every=100))
     rng, kills = random.Random(0), 0
@@ -172,7 +178,9 @@ def test_data_that_vanishes_costs_no_progress(monkeypatch):
     monkeypatch.setattr(module.PackedDataset, "take", vanishes)
     with pytest.raises(
         DataError,
-        match=r"cannot be read: it is gone; the 3 steps before are saved.*--resume auto",
+        match=(
+            r"cannot be read: it is gone; the 3 steps before are saved.*--resume auto"
+        ),
     ):
         train(settings(save_every=100))
     assert latest_checkpoint("checkpoints").name == "step_3"
@@ -274,7 +282,10 @@ def raises(error):
     return action
 
 
-CPU = "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\nmore"
+CPU = (
+    "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate"
+    " memory: you tried to allocate 9 bytes.\nmore"
+)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""How a run begins, goes on and ends: its directory, data, tokenizer, memory and weights; settings that do not fit; what is only for looking at."""
+"""How a run begins, goes on and ends: its directory, data, tokenizer, memory and
+weights; settings that do not fit; what is only for looking at.
+"""
 
 import io
 import json
@@ -61,7 +63,9 @@ def rewrite(path, change):
 
 
 def stopped(**changes):
-    """A run of 6 steps in `whole`, and a copy in `checkpoints` as if it had been stopped after step 4."""
+    """A run of 6 steps in `whole`, and a copy in `checkpoints` as if it had been
+    stopped after step 4.
+    """
     train(settings(output_dir="whole", **changes))
     shutil.copytree("whole", "checkpoints")
     shutil.rmtree("checkpoints/final")
