@@ -24,8 +24,8 @@ import torch
 
 from qwen_analog.config import QwenConfig, parameter_counts
 from qwen_analog.data import PackedDataset, tokenize_files, wiki_documents, write_jsonl
+from qwen_analog.arguments import add_ignore_memory
 from qwen_analog.memory import (
-    add_ignore_memory,
     flops_per_token,
     require_memory,
     set_activation_checkpointing,
@@ -35,11 +35,11 @@ from qwen_analog.optim import build_optimizers
 from qwen_analog.parallel import DistributedContext, build_model, make_mesh
 from qwen_analog.plan import estimate_for, report
 from qwen_analog.tokenizer import load_tokenizer
+from qwen_analog.arguments import report_errors
 from qwen_analog.train import (
     TrainConfig,
     add_settings,
     config_from_arguments,
-    report_errors,
     train_step,
 )
 

@@ -44,7 +44,8 @@ from qwen_analog.hf import (
     smollm2_path,
 )
 from .kv_cache import KVCache
-from .memory import add_ignore_memory, number, require_memory, whole
+from .arguments import add_ignore_memory, number, whole
+from .memory import require_memory
 from .model import QwenForCausalLM
 from .tokenizer import Tokenizer, hub_answers
 

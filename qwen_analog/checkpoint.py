@@ -71,7 +71,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .config import QwenConfig, check_generation_config, parameter_counts
-from .data import flush_to_disk, make_directory
+from .files import flush_to_disk, make_directory
 from .model import QwenForCausalLM
 from .tokenizer import Tokenizer, load_tokenizer
 

@@ -48,13 +48,8 @@ from qwen_analog.data import (
 from .evaluate import held_out_lines, model_on_device, texts_of
 from .generate import complete, sampling_defaults
 from .hf import save_pretrained
-from qwen_analog.memory import (
-    add_ignore_memory,
-    estimate_memory,
-    number,
-    require_memory,
-    whole,
-)
+from .arguments import add_ignore_memory, number, whole
+from .memory import estimate_memory, require_memory
 from .monitor import documents_of_step
 from qwen_analog.tokenizer import (
     QWEN_SPECIAL_TOKENS,
@@ -62,7 +57,7 @@ from qwen_analog.tokenizer import (
     text_pieces,
     train_bpe,
 )
-from .train import report_errors
+from .arguments import report_errors
 
 # %% ../chapters/20_commands.ipynb #39a8b884
 CORPORA = {"wiki": wiki_documents, "stdlib": stdlib_documents}

@@ -14,8 +14,6 @@ __all__ = [
     "DataError",
     "wiki_documents",
     "stdlib_documents",
-    "flush_to_disk",
-    "make_directory",
     "write_jsonl",
     "Document",
     "read_jsonl",
@@ -66,6 +64,7 @@ import pyarrow.compute
 import torch
 
 from .loss import IGNORE_INDEX
+from .files import flush_to_disk, make_directory
 from .tokenizer import Tokenizer, hub_answers, text_pieces
 
 # %% ../chapters/02_data.ipynb #7be1dc75
@@ -117,25 +116,6 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 def _compression(path: str | Path) -> str | None:
     return {".gz": "gzip", ".zst": "zstd"}.get(Path(path).suffix)
-
-
-def flush_to_disk(path: Path) -> None:
-    """Have the disk hold a file's content, or a directory's names, also if power is
-    lost now.
-    """
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def make_directory(path: Path) -> None:
-    """Make a directory and its parents, each flushed into the directory above it."""
-    if not path.is_dir():
-        make_directory(path.parent)
-        path.mkdir(exist_ok=True)
-        flush_to_disk(path.parent)
 
 
 @contextmanager

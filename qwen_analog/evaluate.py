@@ -57,7 +57,8 @@ from qwen_analog.data import (
 )
 from .generate import stream
 from .loss import bits_per_byte
-from .memory import add_ignore_memory, number, require_memory, whole
+from .arguments import add_ignore_memory, number, whole
+from .memory import require_memory
 from .model import QwenForCausalLM
 from .tokenizer import Tokenizer
 

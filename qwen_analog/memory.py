@@ -13,18 +13,13 @@ __all__ = [
     "estimate_memory",
     "available_memory",
     "require_memory",
-    "whole",
-    "number",
-    "add_ignore_memory",
 ]
 
 # %% ../chapters/12_memory.ipynb #ce30871d
-import argparse
-import math
 import os
 import resource
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -728,58 +723,3 @@ def require_memory(
             f" {_size(left)} left: {cure}, or pass --ignore-memory to try it all the"
             " same"
         )
-
-
-# %% ../chapters/12_memory.ipynb #e101a860
-def whole(least: int = 0, most: int = 2**31 - 1) -> Callable[[str], int]:
-    """A type for `argparse`: a whole number from `least` to `most`."""
-
-    def read(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or not least <= value <= most:
-            raise argparse.ArgumentTypeError(
-                f"must be a whole number from {least} to {most}, not {text[:40]!r}"
-            )
-        return value
-
-    return read
-
-
-def number(
-    least: float = 0.0, most: float = math.inf, above: bool = False
-) -> Callable[[str], float]:
-    """A type for `argparse`: a finite number from `least` (with `above`: above it) to
-    `most`.
-    """
-
-    def read(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (
-            math.isfinite(value)
-            and (least < value if above else least <= value)
-            and value <= most
-        ):
-            wanted = f"{'above' if above else 'of at least'} {least:g}" + (
-                "" if most == math.inf else f" and at most {most:g}"
-            )
-            raise argparse.ArgumentTypeError(
-                f"must be a finite number {wanted}, not {text[:40]!r}"
-            )
-        return value
-
-    return read
-
-
-def add_ignore_memory(parser: argparse.ArgumentParser) -> None:
-    """The flag that overrules `require_memory`."""
-    parser.add_argument(
-        "--ignore-memory",
-        action="store_true",
-        help="start even where the memory does not seem to suffice",
-    )

@@ -36,7 +36,8 @@ from pathlib import Path
 
 import torch
 
-from .data import TokenSequence, make_directory
+from .data import TokenSequence
+from .files import make_directory
 
 
 # %% ../chapters/18_watching.ipynb #w1800008

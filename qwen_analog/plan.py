@@ -33,15 +33,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .data import TokenSequence
+from .arguments import number, whole
 from qwen_analog.memory import (
     ACTIVATION_CHECKPOINTING,
     MemoryEstimate,
     StorageTracker,
     flops_per_token,
     estimate_memory,
-    number,
     set_activation_checkpointing,
-    whole,
 )
 from .model import QwenForCausalLM
 from .monitor import GPUS, Gpu

@@ -25,7 +25,6 @@ __all__ = [
     "add_arguments",
     "config_from_arguments",
     "run",
-    "report_errors",
     "main",
 ]
 
@@ -54,7 +53,6 @@ import argparse
 import json
 import math
 import os
-import re
 import shutil
 import statistics
 import threading
@@ -89,6 +87,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from .arguments import one_line, report_errors
 from .chat import open_model
 from qwen_analog.checkpoint import (
     Checkpointer,
@@ -1649,7 +1648,7 @@ def _for_looking(name: str | Path, write: Callable[[], None]) -> None:
         write()
     except Exception as error:
         print(
-            f"warning: {name} could not be written: {_one_line(error)}", file=sys.stderr
+            f"warning: {name} could not be written: {one_line(error)}", file=sys.stderr
         )
 
 
@@ -1846,75 +1845,6 @@ def run(arguments: argparse.Namespace) -> None:
             new_data=arguments.new_data,
             ignore_memory=arguments.ignore_memory,
         )
-
-
-# %% ../chapters/19_pretraining.ipynb #c3b886bf
-_NO_MEMORY = re.compile(
-    r"out of memory|can(?:no|')t allocate memory|ALLOC_FAILED|not enough memory", re.I
-)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """A GPU's, torch's on the processor (a plain RuntimeError), or Python's own."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error)))
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _say_error(prog: str, text: str) -> int:
-    with suppress(OSError, ValueError):  # stderr may be closed
-        print(f"{prog}: error: {text}" if prog else f"error: {text}", file=sys.stderr)
-    return 2
-
-
-def _heed_ctrl_c() -> None:
-    """Ctrl-C, which ended the program at once while the libraries were loaded, is an
-    exception again.
-    """
-    handler = signal.getsignal(signal.SIGINT)
-    quiet = handler is signal.SIG_DFL or getattr(handler, "quiet", False)
-    if quiet and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-# %% ../chapters/19_pretraining.ipynb #122f324b
-def report_errors(prog: str, action: Callable[[], None]) -> int:
-    """Call `action`; return the exit code of the command `prog`, 0 if it went well.
-
-    What a user can mend (ValueError, OSError, torch.distributed's errors, no memory)
-    becomes one line on stderr and 2, Ctrl-C 130, an output that nobody reads any more
-    141.
-    """
-    try:
-        _heed_ctrl_c()
-        action()
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        with suppress(OSError, ValueError):
-            print(f"{prog}: interrupted" if prog else "interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        with suppress(
-            OSError, ValueError
-        ):  # Python flushes stdout once more at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except Exception as error:
-        if _is_out_of_memory(error):
-            line = next(iter(str(error).strip().splitlines()), "")
-            said = line if "memory" in line.lower() else f"out of memory: {line}"
-            return _say_error(
-                prog,
-                f"{said} (for training, `qwen-analog plan` finds settings that fit)",
-            )
-        if isinstance(error, (ValueError, OSError, torch.distributed.DistError)):
-            return _say_error(prog, _one_line(error))
-        raise
-    return 0
 
 
 # %% ../chapters/19_pretraining.ipynb #c7ca6adc

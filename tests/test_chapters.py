@@ -123,15 +123,17 @@ MODULES = {
     for path in sorted((ROOT / "qwen_analog").glob("[a-z]*.py"))
 }
 FLOORS = [
-    {"config", "norm", "rope", "mask", "mlp", "tokenizer", "loss", "optim", "kv_cache"},
-    {"attention", "data"},
-    {"model"},
-    {"generate", "checkpoint", "memory", "parallel", "monitor"},
-    {"hf"},
-    {"search", "chat"},
-    {"train"},
-    {"evaluate", "serve", "plan"},
-    {"cli"},
+    """config norm rope mlp bpe loss optim sampling hardware files arguments""",
+    """kv_cache attention tokenizer jsonl distributed""",
+    """data model hf_tokenizer""",
+    """generate memory parallel monitor quantize streaming archive""",
+    """checkpoint search step text_stream chat_template""",
+    """hf gguf shards train_config""",
+    """loading run_directory""",
+    """train chat engine evaluate baselines lm_eval_adapter scaling""",
+    """plan protocol bench finetune""",
+    """server""",
+    """cli""",
 ]
 
 
@@ -151,9 +153,10 @@ def test_every_exported_name_has_one_definition():
 
 
 def test_modules_import_only_from_floors_below():
-    assert set().union(*FLOORS) >= set(MODULES)
-    for floor, names in enumerate(FLOORS):
-        below = set().union(*FLOORS[:floor])
+    floors = [set(names.split()) for names in FLOORS]
+    assert set().union(*floors) >= set(MODULES)
+    for floor, names in enumerate(floors):
+        below = set().union(*floors[:floor])
         for name in names & set(MODULES):
             # inside an `if` stands the guard that lets a file be started by its path
             imported = {
