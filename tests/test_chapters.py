@@ -123,7 +123,7 @@ MODULES = {
     for path in sorted((ROOT / "qwen_analog").glob("[a-z]*.py"))
 }
 FLOORS = [
-    """config norm rope mlp bpe loss optim sampling hardware files arguments""",
+    """config norm rope mask mlp bpe loss optim sampling hardware files arguments""",
     """kv_cache attention tokenizer jsonl distributed""",
     """data model hf_tokenizer""",
     """generate memory parallel monitor quantize streaming archive""",
@@ -131,7 +131,7 @@ FLOORS = [
     """hf gguf shards train_config""",
     """loading run_directory""",
     """train chat engine evaluate baselines lm_eval_adapter scaling""",
-    """plan protocol bench finetune""",
+    """plan protocol serve bench finetune""",
     """server""",
     """cli""",
 ]
