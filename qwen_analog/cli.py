@@ -95,6 +95,10 @@ def main(argv: list[str] | None = None) -> int:
             arguments = build_parser(words[0] if words else None).parse_args(words)
             arguments.run(arguments)
 
+    # imported before Ctrl-C is an exception, which libraries do not expect meanwhile
+    if words and words[0] in COMMANDS:
+        with suppress(ImportError):
+            importlib.import_module(f"qwen_analog.{COMMANDS[words[0]].module}")
     code = report_errors("qwen-analog", action)
     _drop_output()
     if quiet:  # while Python takes itself down, there is nothing left to interrupt
