@@ -23,7 +23,7 @@ import torch
 
 from .checkpoint import load_model, read_config
 from .config import QwenConfig, parameter_counts, shown
-from qwen_analog.generate import (
+from .generate import (
     _LONGEST_TOKEN,
     SamplingParams,
     TextStream,
@@ -34,7 +34,7 @@ from qwen_analog.generate import (
     sampling_defaults,
     stream,
 )
-from qwen_analog.hf import (
+from .hf import (
     _why_no_chat,
     chat_ids,
     config_of,

@@ -52,7 +52,7 @@ from .config import QwenConfig, check_generation_config, shown
 from .generate import _own_ends
 from .model import QwenForCausalLM
 from .rope import interleaved_to_half
-from qwen_analog.tokenizer import (
+from .tokenizer import (
     BYTE_ORDER,
     DEFAULT_SYSTEM,
     QWEN_PATTERN,

@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .data import TokenSequence
 from .arguments import number, whole
-from qwen_analog.memory import (
+from .memory import (
     ACTIVATION_CHECKPOINTING,
     MemoryEstimate,
     StorageTracker,
@@ -46,7 +46,7 @@ from .model import QwenForCausalLM
 from .monitor import GPUS, Gpu
 from .optim import build_optimizers
 from .parallel import build_model, default_dtype, make_mesh
-from qwen_analog.train import (
+from .train import (
     TrainConfig,
     accumulate_gradients,
     add_settings,

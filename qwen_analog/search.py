@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from .config import shown
-from qwen_analog.generate import (
+from .generate import (
     SamplingParams,
     _check_arguments,
     _check_logits,

@@ -89,7 +89,7 @@ from tqdm import tqdm
 
 from .arguments import one_line, report_errors
 from .chat import open_model
-from qwen_analog.checkpoint import (
+from .checkpoint import (
     Checkpointer,
     CheckpointError,
     claim,
@@ -100,7 +100,7 @@ from qwen_analog.checkpoint import (
     restore_checkpoint,
 )
 from .config import QwenConfig, parameter_counts
-from qwen_analog.data import (
+from .data import (
     TokenSequence,
     DataError,
     PackedDataset,
@@ -115,7 +115,7 @@ from qwen_analog.data import (
 )
 from .generate import complete
 from .loss import IGNORE_INDEX, bits_per_byte
-from qwen_analog.memory import (
+from .memory import (
     ACTIVATION_CHECKPOINTING,
     flops_per_token,
     estimate_memory,
@@ -124,13 +124,13 @@ from qwen_analog.memory import (
 )
 from .model import QwenForCausalLM
 from .monitor import RunLog, peak_flops, peak_memory, plot_losses, profiled
-from qwen_analog.optim import (
+from .optim import (
     LossSpikeDetector,
     build_optimizers,
     learning_rate_at,
     set_learning_rate,
 )
-from qwen_analog.parallel import (
+from .parallel import (
     STRATEGIES,
     DistributedContext,
     build_model,
