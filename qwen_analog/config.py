@@ -9,6 +9,12 @@ __all__ = [
     "QwenConfig",
     "parameter_counts",
     "check_generation_config",
+    "Precision",
+    "PRECISIONS",
+    "Strategy",
+    "STRATEGIES",
+    "ActivationCheckpointing",
+    "ACTIVATION_CHECKPOINTING",
 ]
 
 # %% ../chapters/08_config.ipynb #b336b803
@@ -316,3 +322,14 @@ def check_generation_config(values: dict, vocab_size: int, where) -> dict:
             f" {shown(values['do_sample'])}"
         )
     return checked
+
+
+# %% ../chapters/11c_settings.ipynb #896c4016
+from typing import Literal, get_args
+
+Precision = Literal["bf16", "bf16-pure", "fp32"]
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+Strategy = Literal["ddp", "fsdp", "hsdp"]
+STRATEGIES: tuple[str, ...] = get_args(Strategy)
+ActivationCheckpointing = Literal["none", "selective", "full"]
+ACTIVATION_CHECKPOINTING: tuple[str, ...] = get_args(ActivationCheckpointing)
