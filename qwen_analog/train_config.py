@@ -127,7 +127,7 @@ class OptimizerSettings(_Settings):
     """the optimizer"""
 
     optimizer: Literal["adamw", "adamw-bf16", "muon"] = "adamw"
-    """adamw-bf16 holds half the state; muon takes the hidden matrices, adamw the rest"""
+    """adamw-bf16 holds half the state; muon takes hidden matrices, adamw the rest"""
     learning_rate: float = Field(3e-4, gt=0)
     """the highest one, after warmup"""
     min_learning_rate_ratio: float = Field(0.1, ge=0, le=1)
@@ -237,7 +237,7 @@ class TrainConfig(
 
     @classmethod
     def from_file(cls, path: str | Path, **overrides: Any) -> "TrainConfig":
-        """Read a JSON file; `overrides`, flags of the command line, replace its fields."""
+        """Read a JSON file; `overrides`, flags that were given, replace its fields."""
         values = rename_settings(read_json(path, most=2**20)) | overrides
         return cls.create(values, str(path), overrides)
 
@@ -248,12 +248,13 @@ RENAMED_SETTINGS = {"block_size": "sequence_length", "eval_blocks": "eval_sequen
 
 
 def rename_settings(values: dict[str, Any]) -> dict[str, Any]:
-    """Return settings of any version by their present names, which win over old ones."""
-    old = {
-        RENAMED_SETTINGS[name]: values[name]
-        for name in RENAMED_SETTINGS.keys() & values
-    }
-    return old | {name: values[name] for name in values if name not in RENAMED_SETTINGS}
+    """Return settings of any version by their present names; of both, those count."""
+    values = dict(values)
+    for old, new in RENAMED_SETTINGS.items():
+        if old in values:
+            value = values.pop(old)
+            values.setdefault(new, value)
+    return values
 
 
 def _describe_error(error: Any, flags: Collection[str]) -> str:
