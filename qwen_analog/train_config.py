@@ -322,8 +322,8 @@ _INTERVALS = ("save_every", "eval_every", "log_every")
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Add `--config`, `--resume`, and a flag for each setting of `TrainConfig`."""
     parser.usage = (
-        "%(prog)s [--config FILE] [--data PATH ...] [--SETTING VALUE ...]; --help lists"
-        " them"
+        "%(prog)s [--config FILE] [--data PATH ...] [--SETTING VALUE ...]; each setting"
+        " overrides the file"
     )
     parser.add_argument(
         "--config",
@@ -337,8 +337,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         help="a checkpoint.pt, its directory, or auto: the newest in --output-dir",
     )
     for settings in reversed(TrainConfig.__bases__):
-        title = f"settings, each overriding the file: {settings.__doc__}"
-        group = parser.add_argument_group(title)
+        group = parser.add_argument_group(f"settings: {settings.__doc__}")
         for name in settings.__annotations__:
             field = TrainConfig.model_fields[name]
             group.add_argument(_flag(name), **_flag_options(name, field))
