@@ -11,6 +11,12 @@ __all__ = [
     "DictView",
     "GenerationDefaults",
     "check_generation_config",
+    "Precision",
+    "PRECISIONS",
+    "Strategy",
+    "STRATEGIES",
+    "ActivationCheckpointing",
+    "ACTIVATION_CHECKPOINTING",
 ]
 
 # %% ../chapters/08_config.ipynb #b336b803
@@ -366,3 +372,14 @@ def _end_ids(ids: object, vocab_size: int, where) -> tuple[int, ...]:
 def check_generation_config(values: Mapping, vocab_size: int, where) -> dict:
     """Return `GenerationDefaults.from_dict(...)` as a dict."""
     return GenerationDefaults.from_dict(values, vocab_size, where).to_dict()
+
+
+# %% ../chapters/11c_settings.ipynb #896c4016
+from typing import Literal, get_args
+
+Precision = Literal["bf16", "bf16-pure", "fp32"]
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+Strategy = Literal["ddp", "fsdp", "hsdp"]
+STRATEGIES: tuple[str, ...] = get_args(Strategy)
+ActivationCheckpointing = Literal["none", "selective", "full"]
+ACTIVATION_CHECKPOINTING: tuple[str, ...] = get_args(ActivationCheckpointing)
