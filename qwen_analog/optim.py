@@ -159,7 +159,8 @@ def _adamw_bf16(p: nn.Parameter, g: torch.Tensor, state: dict, group: dict) -> N
         state["exp_avg"] = torch.zeros_like(p, dtype=torch.bfloat16)
         state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.bfloat16)
     state["step"] += 1
-    t, (beta1, beta2), lr = state["step"].item(), group["betas"], group["lr"]
+    t, (beta1, beta2) = state["step"].item(), group["betas"]
+    lr, eps = group["lr"], group["eps"]
     tensors = p.detach(), g, state["exp_avg"], state["exp_avg_sq"]
     pieces = [_local(x).reshape(-1).split(PIECE_SIZE) for x in tensors]
     for p, g, m_bf16, v_bf16 in zip(*pieces):
@@ -167,8 +168,10 @@ def _adamw_bf16(p: nn.Parameter, g: torch.Tensor, state: dict, group: dict) -> N
         m = m_bf16.float().lerp_(g, 1 - beta1)
         v = v_bf16.float().mul_(beta2).addcmul_(g, g, value=1 - beta2)
         w.mul_(1 - lr * group["weight_decay"])
-        size = (v / (1 - beta2**t)).sqrt_().add_(group["eps"])
-        w.addcdiv_(m, size, value=-lr / (1 - beta1**t))
+        # the divisor gets no name: it would stay in memory while the rest is rounded
+        w.addcdiv_(
+            m, (v / (1 - beta2**t)).sqrt_().add_(eps), value=-lr / (1 - beta1**t)
+        )
         stochastic_round_(m_bf16, m)
         stochastic_round_(v_bf16, v)
         if p.dtype == torch.bfloat16:
@@ -198,7 +201,7 @@ class AdamWBf16(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable | None = None):  # type: ignore[override]
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             for p in group["params"]:
