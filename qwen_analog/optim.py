@@ -169,9 +169,8 @@ def _adamw_bf16(p: nn.Parameter, g: torch.Tensor, state: dict, group: dict) -> N
         v = v_bf16.float().mul_(beta2).addcmul_(g, g, value=1 - beta2)
         w.mul_(1 - lr * group["weight_decay"])
         # the divisor gets no name: it would stay in memory while the rest is rounded
-        w.addcdiv_(
-            m, (v / (1 - beta2**t)).sqrt_().add_(eps), value=-lr / (1 - beta1**t)
-        )
+        rate = -lr / (1 - beta1**t)
+        w.addcdiv_(m, (v / (1 - beta2**t)).sqrt_().add_(eps), value=rate)
         stochastic_round_(m_bf16, m)
         stochastic_round_(v_bf16, v)
         if p.dtype == torch.bfloat16:
