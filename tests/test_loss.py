@@ -385,8 +385,13 @@ FULL_SIZE = """
 import re, sys, torch
 from qwen_analog.loss import linear_cross_entropy
 T, D, V = 4096, 2048, 151_936
-status = lambda field: int(re.search(field + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-hidden, weight = torch.randn(T, D, requires_grad=True), (0.02 * torch.randn(V, D)).requires_grad_()
+def status(field):
+    text = open("/proc/self/status").read()
+    return int(re.search(field + r":\\s+(\\d+)", text)[1]) * 1024
+
+
+hidden = torch.randn(T, D, requires_grad=True)
+weight = (0.02 * torch.randn(V, D)).requires_grad_()
 before = status("VmRSS")
 with torch.autocast("cpu", torch.bfloat16):
     loss = linear_cross_entropy(hidden, weight, torch.randint(V, (T,)))

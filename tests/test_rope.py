@@ -1,4 +1,4 @@
-"""Rotations beside Hugging Face's, ordinary and stretched, and ways to get them wrong."""
+"""Rotations beside Hugging Face's, ordinary and stretched, and wrong ones."""
 
 import math
 
