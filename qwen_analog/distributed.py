@@ -4,7 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "STRATEGIES",
     "HEARTBEAT",
     "JOIN_TIMEOUT",
     "GRACE",
@@ -46,10 +45,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+
 # %% ../chapters/13a_processes.ipynb #05b7d1e2
-STRATEGIES = ("ddp", "fsdp", "hsdp")  # how processes share a model; see `make_mesh`
-
-
 def env_integer(name: str, default: int, least: int, below: int | None = None) -> int:
     """Return a whole number of the environment, where torchrun puts it."""
     text = os.environ.get(name, str(default)).strip()
@@ -85,11 +82,16 @@ def _take_device(device: torch.device) -> None:
 
 # %% ../chapters/13a_processes.ipynb #c1b9c2e6
 class Collectives:
-    """What the processes of a `DistributedContext` do together: each calls it."""
+    """This process's place among all, and what they do together: each calls it."""
 
-    local_rank: int
-    device: torch.device
-    watchdog: "Watchdog | None"  # None for a single process
+    def __init__(self):
+        self.world_size = env_integer("WORLD_SIZE", 1, least=1)
+        self.rank = env_integer("RANK", 0, least=0, below=self.world_size)
+        self.local_rank = env_integer("LOCAL_RANK", 0, least=0)
+        self.local_world_size = env_integer("LOCAL_WORLD_SIZE", self.world_size, 1)
+        on_gpu = torch.cuda.is_available()
+        self.device = torch.device(f"cuda:{self.local_rank}" if on_gpu else "cpu")
+        self.watchdog: Watchdog | None = None  # none for a single process
 
     def all_reduce_sum(self, *values: float) -> list[float]:
         """Return each value summed over all processes."""
@@ -115,15 +117,6 @@ class Collectives:
             dist.broadcast_object_list(carried, src=0, device=self.device)
         return carried[0]
 
-    @contextmanager
-    def local_first(self) -> Iterator[None]:
-        """Let one process of each machine do the body first, for the others' cache."""
-        if self.local_rank > 0:
-            self.barrier()
-        yield  # an error goes on to the context's end, which tells the others
-        if self.local_rank == 0:
-            self.barrier()
-
 
 # %% ../chapters/13a_processes.ipynb #779c2291
 class DistributedContext(Collectives):
@@ -134,15 +127,9 @@ class DistributedContext(Collectives):
     """
 
     def __init__(self, timeout_minutes: float = 10):
-        self.world_size = env_integer("WORLD_SIZE", 1, least=1)
-        self.rank = env_integer("RANK", 0, least=0, below=self.world_size)
-        self.local_rank = env_integer("LOCAL_RANK", 0, least=0)
-        self.local_world_size = env_integer("LOCAL_WORLD_SIZE", self.world_size, 1)
-        on_gpu = torch.cuda.is_available()
-        self.device = torch.device(f"cuda:{self.local_rank}" if on_gpu else "cpu")
+        super().__init__()
         self.timeout_minutes = timeout_minutes  # for a process that others wait for
         self.step: int | None = None  # of the training loop, for messages
-        self.watchdog = None
 
     def __enter__(self):
         _join(self)
@@ -155,8 +142,17 @@ class DistributedContext(Collectives):
     @contextmanager
     def together(self) -> Iterator[None]:
         """Let nobody leave before all have done the body; an error on one ends all."""
-        yield
+        yield  # an error goes on to the context's end, which tells the others
         self.barrier()
+
+    @contextmanager
+    def local_first(self) -> Iterator[None]:
+        """Let one process of each machine do the body first, for the others' cache."""
+        if self.local_rank > 0:
+            self.barrier()
+        yield
+        if self.local_rank == 0:
+            self.barrier()
 
     def agree(self, values: dict, what: str) -> None:
         """Raise ValueError on all processes unless `values`, JSON, are alike on all."""
@@ -417,7 +413,7 @@ def _collectives_begun() -> int:
         return 0
     groups = list(dist.distributed_c10d._world.pg_map)
     return sum(
-        group._get_sequence_number_for_group()
+        group._get_sequence_number_for_group()  # pyrefly: ignore[missing-attribute]
         for group in groups
         if group.group_desc.startswith(("default", "mesh"))
     )
@@ -617,7 +613,7 @@ def _join(context: DistributedContext) -> None:
 
 # %% ../chapters/13a_processes.ipynb #8f01b94a
 def _is_broken_connection(error: BaseException | None) -> bool:
-    """Tell whether `error` is how gloo, NCCL or the store say that a process is gone."""
+    """Tell whether `error` is how gloo, NCCL or the store say that a peer is gone."""
     seen = []  # some libraries' errors go round in circles
     while error is not None and error not in seen:
         words = re.search(r"gloo|NCCL|c10d|Connection (reset|closed)", str(error))

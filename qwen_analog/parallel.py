@@ -17,6 +17,7 @@ __all__ = [
 # %% ../chapters/13_many_gpus.ipynb #a524c52f
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -27,8 +28,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .config import QwenConfig
-from .distributed import STRATEGIES, env_integer
+from .config import PRECISIONS, STRATEGIES, QwenConfig
+from .distributed import env_integer
 from .model import QwenForCausalLM
 
 
@@ -76,7 +77,7 @@ class _DrawOnCPU(TorchDispatchMode):
     """Draws a parameter's random numbers on the CPU, for the whole of it; a sharded
     parameter keeps its own rows."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func, types, args: tuple = (), kwargs=None):
         aten = torch.ops.aten
         if func not in (aten.normal_.default, aten.uniform_.default):
             return func(*args, **(kwargs or {}))
@@ -101,8 +102,9 @@ def _initialize(model: QwenForCausalLM, seed: int) -> None:
     torch.manual_seed(seed)
     with _DrawOnCPU():
         for module in model.modules():  # the constructors draw, then init_weights again
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
         model.init_weights()
 
 
@@ -129,16 +131,17 @@ def _shard(
     prefetch: int,
 ) -> None:
     """Apply FSDP2 to each block, then to the rest, which is gathered once a pass."""
-    layers = list(model.model.layers)
-    options = {"mesh": mesh, "mp_policy": _FSDP_PRECISION[precision]}
-    for layer in layers:
-        fully_shard(layer, reshard_after_forward=reshard_after_forward, **options)
+    shard = partial(fully_shard, mesh=mesh, mp_policy=_FSDP_PRECISION[precision])
+    blocks = [
+        shard(layer, reshard_after_forward=reshard_after_forward)
+        for layer in model.model.layers
+    ]
     # embedding, norm and head stay gathered: the backward pass begins with them
-    fully_shard(model, reshard_after_forward=False, **options)
+    shard(model, reshard_after_forward=False)
     model.register_forward_hook(_reshard_unless_backward_follows)
-    for i, layer in enumerate(layers):
-        layer.set_modules_to_forward_prefetch(layers[i + 1 : i + 1 + prefetch])
-        layer.set_modules_to_backward_prefetch(layers[max(0, i - prefetch) : i][::-1])
+    for i, block in enumerate(blocks):
+        block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + prefetch])
+        block.set_modules_to_backward_prefetch(blocks[max(0, i - prefetch) : i][::-1])
 
 
 def reshard(model: nn.Module) -> None:
@@ -208,9 +211,9 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def _check_layout(
     strategy: str, mesh: DeviceMesh | None, precision: str, several: bool
 ) -> None:
-    if precision not in _FSDP_PRECISION:
+    if precision not in PRECISIONS:
         raise ValueError(
-            f"precision must be 'bf16', 'fp32' or 'bf16-pure', not {precision!r}"
+            f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}"
         )
     sharded = several and strategy != "ddp"
     if strategy not in STRATEGIES or (mesh is not None) != sharded:
@@ -237,7 +240,6 @@ def gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager:
 
 # %% ../chapters/13_many_gpus.ipynb #17b2887f
 def clip_grad_norm(model: nn.Module, max_norm: float) -> float:
-    """Scale the gradients down to the norm `max_norm`, over all shards; return what it
-    was."""
+    """Scale the gradients of all shards down to `max_norm`; return their norm."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()

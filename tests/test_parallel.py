@@ -20,12 +20,7 @@ from parallel_worker import BLOCKS, STEPS, batch, small, train
 from qwen_analog.distributed import DistributedContext
 from qwen_analog.loss import IGNORE_INDEX
 from qwen_analog.model import QwenForCausalLM
-from qwen_analog.parallel import (
-    build_model,
-    clip_grad_norm,
-    gradient_sync,
-    make_mesh,
-)
+from qwen_analog.parallel import build_model, clip_grad_norm, gradient_sync, make_mesh
 
 ROOT = Path(__file__).resolve().parents[1]
 
