@@ -1,46 +1,75 @@
-"""Qwen2.5-style language models."""
+"""Qwen2.5-style language models: build one, pretrain it, load it, let it write.
 
+Nothing heavy is imported until a name is used.
+"""
+
+import importlib
+import importlib.util
 import os
 import signal
 import sys
 import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .attention import GQAttention
+    from .config import PRESETS, QwenConfig
+    from .kv_cache import KVCache
+    from .loading import load
+    from .mlp import SwiGLU
+    from .model import DecoderLayer, QwenForCausalLM, QwenModel
+    from .norm import RMSNorm
+    from .rope import RotaryEmbedding
+
+__version__ = "0.2.0"
+
+_MODULE_OF = {
+    "DecoderLayer": "model",
+    "GQAttention": "attention",
+    "KVCache": "kv_cache",
+    "PRESETS": "config",
+    "QwenConfig": "config",
+    "QwenForCausalLM": "model",
+    "QwenModel": "model",
+    "RMSNorm": "norm",
+    "RotaryEmbedding": "rope",
+    "SwiGLU": "mlp",
+    "load": "loading",
+}
+__all__ = [*_MODULE_OF]
+
+
+def __getattr__(name: str):
+    """Import a public name, or a module of the package, when it is first used."""
+    if name in _MODULE_OF:
+        module = importlib.import_module(f"{__name__}.{_MODULE_OF[name]}")
+        return getattr(module, name)
+    path = f"{__name__}.{name}"
+    if not name.startswith("_") and importlib.util.find_spec(path):
+        return importlib.import_module(path)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def _is_the_program() -> bool:
     """Whether this process was started as one of the package's commands."""
     words = sys.orig_argv
     module = any(
-        a == "-m" and b.partition(".")[0] == __name__ for a, b in zip(words, words[1:])
+        word == "-m" and name.partition(".")[0] == __name__
+        for word, name in zip(words, words[1:])
     )
     return module or os.path.basename(sys.argv[0] if sys.argv else "") == "qwen-analog"
 
 
+def _end_quietly(*_) -> None:
+    os._exit(130)
+
+
+# libraries take seconds to import, and Ctrl-C meanwhile would show where in them it came
 if _is_the_program() and threading.current_thread() is threading.main_thread():
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        # what follows takes seconds, and Ctrl-C in it would show where in torch it came
-        _quiet = lambda *_: os._exit(130)
-        _quiet.quiet = True
-        signal.signal(signal.SIGINT, _quiet)
-
-from . import generate  # noqa: F401  it gives QwenForCausalLM its method
-from .attention import GQAttention
-from .config import PRESETS, QwenConfig
-from .kv_cache import KVCache
-from .mlp import SwiGLU
-from .model import DecoderLayer, QwenForCausalLM, QwenModel
-from .norm import RMSNorm
-from .rope import RotaryEmbedding
-
-__version__ = "0.1.0"
-__all__ = [
-    "DecoderLayer",
-    "GQAttention",
-    "KVCache",
-    "PRESETS",
-    "QwenConfig",
-    "QwenForCausalLM",
-    "QwenModel",
-    "RMSNorm",
-    "RotaryEmbedding",
-    "SwiGLU",
-]
+        _end_quietly.quiet = True
+        signal.signal(signal.SIGINT, _end_quietly)
