@@ -766,6 +766,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'qwen_analog.sampling._divide': ('sampling.html#_divide', 'qwen_analog/sampling.py'),
                                       'qwen_analog.sampling._exponential': ('sampling.html#_exponential', 'qwen_analog/sampling.py'),
                                       'qwen_analog.sampling._filter': ('sampling.html#_filter', 'qwen_analog/sampling.py'),
+                                      'qwen_analog.sampling._is_number': ('sampling.html#_is_number', 'qwen_analog/sampling.py'),
                                       'qwen_analog.sampling._keep_min_p': ('sampling.html#_keep_min_p', 'qwen_analog/sampling.py'),
                                       'qwen_analog.sampling._keep_top_k': ('sampling.html#_keep_top_k', 'qwen_analog/sampling.py'),
                                       'qwen_analog.sampling._keep_top_p': ('sampling.html#_keep_top_p', 'qwen_analog/sampling.py'),

@@ -99,10 +99,14 @@ def _penalize(
 
 
 # %% ../chapters/15_sampling.ipynb #27dcbe16
+def _is_number(value: Any, kind: type) -> bool:
+    """Whether `value` is a number of this kind; True and False are none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def check_whole(name: str, value: Any, least: int, most: float = math.inf) -> None:
     """Raise ValueError unless `value` is a whole number from `least` to `most`."""
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not whole or not least <= value <= most:
+    if not _is_number(value, Integral) or not least <= value <= most:
         known = most != math.inf
         wanted = f"from {least} to {most}" if known else f"of at least {least}"
         raise ValueError(f"{name} must be a whole number {wanted}, not {shown(value)}")
@@ -112,8 +116,7 @@ def check_number(name: str, value: Any, wanted: str, least: float, most: float) 
     """Raise ValueError, saying what is `wanted`, unless `value` is a number from
     `least` to `most`.
     """
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not least <= value <= most:
+    if not _is_number(value, Real) or not least <= value <= most:
         raise ValueError(f"{name} must be {wanted}, not {shown(value)}")
 
 
