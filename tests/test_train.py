@@ -25,7 +25,8 @@ from qwen_analog.cli import main as cli
 from qwen_analog.config import QwenConfig
 from qwen_analog.data import DataError
 from qwen_analog.tokenizer import BYTE_ORDER, TiktokenTokenizer
-from qwen_analog.train import TrainConfig, train
+from qwen_analog.train import train
+from qwen_analog.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = dict(
@@ -360,7 +361,7 @@ def test_a_crash_in_a_save_leaves_the_last_checkpoint(monkeypatch):
 
 
 def test_a_step_that_is_not_finite_is_not_applied(monkeypatch):
-    import qwen_analog.train as module
+    import qwen_analog.step as module
 
     real, calls = module.forward_loss, []
 
@@ -385,7 +386,7 @@ def test_a_step_that_is_not_finite_is_not_applied(monkeypatch):
 
 
 def test_three_such_steps_stop_the_run(monkeypatch):
-    import qwen_analog.train as module
+    import qwen_analog.step as module
 
     real = module.forward_loss
     monkeypatch.setattr(
@@ -481,8 +482,10 @@ def test_the_shipped_settings_are_the_card():
     config = TrainConfig.from_file(ROOT / "qwen_analog" / "train_config.json")
     assert config.qwen_config() == QwenConfig() == TrainConfig().qwen_config()
     assert config.model_copy(
-        update={"model": "card"}
+        update={"model": "analog-3b"}
     ) == TrainConfig() and config.model_fields_set == set(TrainConfig.model_fields)
+    card = TrainConfig(model="card").qwen_config()
+    assert card == TrainConfig().qwen_config()
 
 
 def test_the_card_runs_inside_the_package_folder(folder):
