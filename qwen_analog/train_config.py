@@ -14,6 +14,7 @@ __all__ = [
     "rename_settings",
     "fitted",
     "add_settings",
+    "add_arguments",
     "given_settings",
 ]
 
@@ -349,7 +350,30 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-# %% ../chapters/11c_settings.ipynb #488a6bec
+# %% ../chapters/11c_settings.ipynb #8de8ef3b
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add how a run begins, and its settings."""
+    parser.add_argument(
+        "--init-from",
+        metavar="SOURCE",
+        help="begin with the weights and the tokenizer of a checkpoint, a Hugging Face"
+        " directory, owner/name on the hub, a .gguf file, or smollm2",
+    )
+    parser.add_argument(
+        "--new-data",
+        action="store_true",
+        help="resume although the data have changed, and read the new ones from their"
+        " beginning",
+    )
+    parser.add_argument(
+        "--ignore-memory",
+        action="store_true",
+        help="start although memory, or room on the disk, will not suffice",
+    )
+    add_settings(parser)
+
+
+# %% ../chapters/11c_settings.ipynb #ed402cbd
 def _flag_options(name: str, field: FieldInfo) -> dict[str, Any]:
     """Return how argparse is to read the flag of a setting."""
     text = " ".join((field.description or "").split()).replace("%", "%%")
