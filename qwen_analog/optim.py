@@ -8,7 +8,6 @@ __all__ = [
     "parameter_groups",
     "learning_rate_at",
     "set_learning_rate",
-    "LossSpikeDetector",
     "stochastic_round_",
     "AdamWBf16",
     "build_optimizers",
@@ -16,8 +15,6 @@ __all__ = [
 
 # %% ../chapters/11_optimizer.ipynb #dbafed7a
 import math
-import statistics
-from collections import deque
 from collections.abc import Callable, Iterable
 
 import torch
@@ -89,45 +86,6 @@ def set_learning_rate(
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-
-
-# %% ../chapters/11_optimizer.ipynb #2b046748
-class LossSpikeDetector:
-    """Says whether a step's loss stands out above the `window` losses before it.
-
-    It does when it lies more than `threshold` robust standard deviations above their
-    median. The deviation is 1.4826 times the median distance from the median (for a
-    normal distribution that is the standard deviation), and at least a thousandth of
-    the median. Medians, so that one spike does not hide the next. The first `window`
-    losses never stand out. A loss that is not finite always does, and is not
-    remembered.
-    """
-
-    def __init__(self, window: int = 64, threshold: float = 6.0):
-        if window < 2 or not threshold > 0:
-            raise ValueError(
-                f"window must be at least 2 and threshold above 0, not {window} and"
-                f" {threshold}"
-            )
-        self.threshold, self.losses = threshold, deque(maxlen=window)
-
-    def update(self, loss: float) -> bool:
-        """Judge the loss of this step by those before it, then remember it."""
-        if not math.isfinite(loss):
-            return True
-        spike = False
-        if len(self.losses) == self.losses.maxlen:
-            median = statistics.median(self.losses)
-            deviation = 1.4826 * statistics.median(abs(x - median) for x in self.losses)
-            spike = loss - median > self.threshold * max(deviation, 1e-3 * abs(median))
-        self.losses.append(loss)
-        return spike
-
-    def state_dict(self) -> dict[str, list[float]]:
-        return {"losses": list(self.losses)}
-
-    def load_state_dict(self, state_dict: dict[str, list[float]]) -> None:
-        self.losses = deque(state_dict["losses"], maxlen=self.losses.maxlen)
 
 
 # %% ../chapters/11_optimizer.ipynb #3088be7d

@@ -39,6 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .arguments import number, whole
 from .config import ACTIVATION_CHECKPOINTING
 from .data import TokenSequence
+from .hardware import GPUS, Gpu
 from qwen_analog.memory import (
     MemoryEstimate,
     StorageTracker,
@@ -47,11 +48,10 @@ from qwen_analog.memory import (
     set_activation_checkpointing,
 )
 from .model import QwenForCausalLM
-from .monitor import GPUS, Gpu
 from .optim import build_optimizers
 from .parallel import build_model, default_dtype, make_mesh
 from .step import accumulate_gradients, micro_batches
-from .train import TrainConfig, add_settings, config_from_arguments
+from .train_config import TrainConfig, add_settings, given_settings
 
 
 # %% ../chapters/19b_plan.ipynb #p1900010
@@ -275,7 +275,7 @@ def estimate_for(
         config.qwen_config(),
         precision=config.precision,
         optimizer=config.optimizer,
-        recompute=config.activation_checkpointing,
+        activation_checkpointing=config.activation_checkpointing,
         batch_size=config.micro_batch_size,
         sequence_length=config.sequence_length,
         micro_batches=config.gradient_accumulation_steps,
@@ -497,7 +497,7 @@ MOST_SEQUENCES = 4096  # of a micro-batch
 
 def run(arguments: argparse.Namespace) -> None:
     """Say what a run will need, before any GPU is paid for."""
-    config = config_from_arguments(arguments)
+    config = given_settings(arguments)
     _check(config)
     step = _tokens_per_step(config, arguments.gpus)
     tokens = config.max_steps * step if arguments.tokens is None else arguments.tokens

@@ -13,9 +13,10 @@ import torch
 from qwen_analog.data import TokenSequence
 from qwen_analog.memory import set_activation_checkpointing
 from qwen_analog.optim import build_optimizers
-from qwen_analog.parallel import DistributedContext, build_model, make_mesh
+from qwen_analog.distributed import DistributedContext
+from qwen_analog.parallel import build_model, make_mesh
 from qwen_analog.step import micro_batches, train_step
-from qwen_analog.train import TrainConfig
+from qwen_analog.train_config import TrainConfig
 
 torch.set_num_threads(1)
 output = Path(sys.argv[1])

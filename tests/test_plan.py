@@ -15,8 +15,8 @@ import torch
 
 from qwen_analog import QwenForCausalLM, plan as module
 from qwen_analog.cli import main as cli
+from qwen_analog.hardware import GPUS
 from qwen_analog.memory import flops_per_token
-from qwen_analog.monitor import GPUS
 from qwen_analog.plan import (
     add_arguments,
     cheapest_fit,
@@ -26,7 +26,7 @@ from qwen_analog.plan import (
     run,
     simulate,
 )
-from qwen_analog.train import TrainConfig
+from qwen_analog.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = dict(
@@ -344,7 +344,7 @@ def test_the_readme_says_what_the_plan_says():
         add_arguments(parser)
         arguments = parser.parse_args(flags.split())
         arguments.config = str(ROOT / "qwen_analog" / "train_config.json")
-        config = module.config_from_arguments(arguments)
+        config = module.given_settings(arguments)
         ledger, gpu = estimate_for(config, int(gpus)).total, GPUS[name]
         rate = (
             0.4
