@@ -296,10 +296,10 @@ class CheckpointMixin(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options) -> "QwenForCausalLM":
-        """Load a model from any source; see `qwen_analog.loading.load`."""
-        from qwen_analog.loading import load
+        """Load a model from any source; see `qwen_analog.loading.open_source`."""
+        from qwen_analog.loading import open_source
 
-        return load(source, **options)[0]
+        return open_source(source, **options)[0]
 
     def save_pretrained(self, directory: str | Path, tokenizer=None, dtype=None):
         """Write what `transformers` loads; see `qwen_analog.hf.save_pretrained`."""
