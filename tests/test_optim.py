@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from qwen_analog import QwenConfig, QwenForCausalLM
+from qwen_analog import QwenConfig, QwenForCausalLM, optim as module
 from qwen_analog.optim import (
     AdamWBf16,
     build_optimizers,
@@ -531,3 +531,77 @@ def _sharded(rank, folder):
 
 def test_sharded_parameters_get_the_updates_of_whole_ones(tmp_path):
     mp.spawn(_sharded, (tmp_path,), nprocs=2)
+
+
+def mean_of_bf16_is_the_rule(steps, copies=5000):
+    """Many copies of one weight, all gradients 1: do their means follow AdamW?"""
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.ones(copies).bfloat16())
+    optimizer = AdamWBf16([p], lr=0.001, weight_decay=0.1)
+    w = torch.ones((), dtype=torch.float64)
+    m, v = torch.zeros_like(w), torch.zeros_like(w)
+    for t in range(1, steps + 1):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        m, v = 0.9 * m + 0.1, 0.95 * v + 0.05
+        w = w * (1 - 0.001 * 0.1)
+        w -= 0.001 * (m / (1 - 0.9**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-8)
+    state = optimizer.state[p]
+    return all(
+        abs(ours.double().mean() / rule - 1) < bound
+        for ours, rule, bound in (
+            (state["exp_avg"], m, 0.001),
+            (state["exp_avg_sq"], v, 0.001),
+            (1 - p.double(), 1 - w, 0.03),
+        )
+    )
+
+
+def nearest(which):
+    """Round m (0), v (1) or the weight (2) to nearest: they take turns."""
+    calls = []
+
+    def rounded(target, source, real=module.stochastic_round_):
+        calls.append(target)
+        if (len(calls) - 1) % 3 == which:
+            return target.copy_(source)
+        return real(target, source)
+
+    return "stochastic_round_", rounded
+
+
+def update(change):
+    def changed(p, g, state, group, real=module._adamw_bf16):
+        return real(p, g, state, change(state, group))
+
+    return "_adamw_bf16", changed
+
+
+def without_bias_correction(state, group):
+    if state:
+        state["step"] = torch.tensor(1e9)
+    return group
+
+
+MUTANTS = {
+    "first average to nearest": nearest(0),
+    "second average to nearest": nearest(1),
+    "weights to nearest": nearest(2),
+    "betas swapped": update(lambda state, group: {**group, "betas": (0.95, 0.9)}),
+    "no bias correction": update(without_bias_correction),
+    "decay not scaled by lr": update(
+        lambda state, group: {**group, "weight_decay": 0.1 / 0.001}
+    ),
+    "no decay": update(lambda state, group: {**group, "weight_decay": 0.0}),
+}
+
+
+def test_the_mean_of_many_weights_follows_the_rule():
+    assert mean_of_bf16_is_the_rule(100) and mean_of_bf16_is_the_rule(5)
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_mutant_of_adamw_in_bf16_is_noticed(mutant, monkeypatch):
+    monkeypatch.setattr(module, *MUTANTS[mutant])
+    assert not (mean_of_bf16_is_the_rule(100) and mean_of_bf16_is_the_rule(5))
