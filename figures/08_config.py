@@ -26,7 +26,7 @@ SIZES = [
     "qwen2.5-1.5b",
     "analog-2.5b",
     "qwen2.5-3b",
-    "card",
+    "analog-3b",
     "qwen2.5-7b",
 ]
 

@@ -116,10 +116,7 @@ def test_other_arguments_that_do_not_fit_are_refused(model, arguments, message):
 
 def test_generation_settings_belong_to_one_model_and_go_where_it_goes():
     model, other = QwenForCausalLM(TINY), QwenForCausalLM(TINY)
-    assert (
-        model.generation_config == {}
-        and model.generation_config is not other.generation_config
-    )
+    assert model.generation_config == {} == other.generation_config
     model.generation_config = {"eos_token_id": [5], "top_k": 3}
     other.load_state_dict(model.state_dict())
     assert other.generation_config == {} and not any(
@@ -220,3 +217,58 @@ def test_without_biases_it_is_llama(tied, dtype, bound):
         for layer in ours.model.layers:
             layer.input_layernorm.eps = 1e-3
     assert (ours(ids) - b).abs().max() > 10 * bound * b.abs().max()
+
+
+def test_methods_that_lead_up_are_the_functions(tmp_path, monkeypatch):
+    model = QwenForCausalLM(TINY).eval()
+    ids = torch.arange(6).reshape(2, 3)
+    options = {"temperature": 0.8, "seed": 3, "eos_token_id": []}
+    expected = qwen_analog.generate.generate(model, ids, 5, **options)
+    assert torch.equal(model.generate(ids, 5, **options), expected)
+    assert model.generate(ids, temperature=0, eos_token_id=[]).shape == (2, 103)
+
+    saved = []
+    monkeypatch.setattr(
+        "qwen_analog.hf.save_pretrained", lambda *a, **k: saved.append((a, k))
+    )
+    model.save_pretrained(tmp_path / "m", dtype=torch.bfloat16)
+    assert saved == [((model, None, tmp_path / "m"), {"dtype": torch.bfloat16})]
+
+
+def test_a_model_goes_through_a_directory(tmp_path):
+    pytest.importorskip("qwen_analog.loading")
+    model = QwenForCausalLM(TINY).eval()
+    model.generation_config = {"eos_token_id": [5], "top_k": 3}
+    model.save_pretrained(tmp_path / "m")
+    again = QwenForCausalLM.from_pretrained(tmp_path / "m", device="cpu")
+    ids = torch.arange(6).reshape(2, 3)
+    assert torch.equal(again.eval()(ids), model(ids))
+    assert again.generation_config == model.generation_config
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"eos_token_id": 512}, "eos_token_id 512 is no id of this model"),
+        ({"top_p": 7}, "top_p must be a number from 0 to 1"),
+        ([1], "generation settings must be names and their values"),
+    ],
+)
+def test_wrong_generation_settings_are_refused_when_assigned(model, wrong, message):
+    with pytest.raises(ValueError, match=f"^model.generation_config: {message}"):
+        model.generation_config = wrong
+    model.generation_config = None
+    assert model.generation_config == {}
+
+
+def test_layers_are_made_of_parts_and_read_no_config():
+    from qwen_analog.model import DecoderLayer, decoder_parts
+
+    torch.manual_seed(0)
+    layer = DecoderLayer(*decoder_parts(TINY, 1))
+    assert layer.self_attn.layer_idx == 1 and layer.mlp.up_proj.out_features == 176
+    assert list(layer.state_dict()) == [
+        name.removeprefix("model.layers.1.")
+        for name in QwenForCausalLM(TINY).state_dict()
+        if name.startswith("model.layers.1.")
+    ]

@@ -1,137 +1,41 @@
-"""Training: settings, resuming bit for bit, one process against two, faults, and the
-commands.
+"""Training: resuming bit for bit, one process against two, what a run writes and how
+it ends.
 """
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
-
-from qwen_analog import QwenForCausalLM
-from qwen_analog.checkpoint import (
-    CheckpointError,
-    latest_checkpoint,
-    load_checkpoint,
-    load_model,
+from training import (  # noqa: F401
+    MODEL,
+    ROOT,
+    as_file,
+    distance,
+    entries,
+    final_weights,
+    folder,
+    run,
+    same,
+    settings,
+    training_state,
+    write_corpus,
 )
+
+from qwen_analog import QwenConfig, QwenForCausalLM, batches, preflight, step
+from qwen_analog import train as module
+from qwen_analog.checkpoint import latest_checkpoint, load_checkpoint, load_model
 from qwen_analog.cli import main as cli
-from qwen_analog.config import QwenConfig
 from qwen_analog.data import DataError
-from qwen_analog.tokenizer import BYTE_ORDER, TiktokenTokenizer
-from qwen_analog.train import TrainConfig, train
-
-ROOT = Path(__file__).resolve().parents[1]
-MODEL = dict(
-    vocab_size=278,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=48,
-    max_position_embeddings=64,
-    rope_theta=1e4,
-)
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """A folder with a corpus of unequal documents and a byte vocabulary, as working
-    directory.
-    """
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    TiktokenTokenizer({token: i for i, token in enumerate(BYTE_ORDER)}).save(tmp_path)
-    (tmp_path / "corpus.jsonl").write_text(
-        "".join(
-            json.dumps({"text": f"{i}: " + "abcdefgh "[: 1 + i % 9] * (i * i % 17 + 1)})
-            + "\n"
-            for i in range(200)
-        )
-    )
-    return tmp_path
-
-
-def settings(**changes):
-    values = dict(
-        model=MODEL,
-        tokenizer="tiktoken:tokenizer.tiktoken",
-        data=["corpus.jsonl"],
-        heldout_fraction=0.1,
-        sequence_length=32,
-        micro_batch_size=4,
-        gradient_accumulation_steps=1,
-        max_steps=6,
-        warmup_steps=2,
-        learning_rate=0.01,
-        save_every=2,
-        eval_every=3,
-        eval_sequences=8,
-        log_every=1,
-        keep_last=9,
-        precision="fp32",
-    )
-    return TrainConfig.create({**values, **changes})
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    return (
-        len(a) == len(b) and all(map(same, a, b))
-        if isinstance(a, (list, tuple))
-        else a == b
-    )
-
-
-def training_state(path):
-    checkpoint = load_checkpoint(path)
-    return {
-        k: checkpoint[k]
-        for k in ("model_state_dict", "optimizer_state_dicts", "step", "data")
-    }
-
-
-def run(*command, processes=None, **kwargs):
-    """A command in a process of its own; `processes` starts it under torchrun."""
-    start = (
-        [sys.executable]
-        if processes is None
-        else [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={processes}",
-        ]
-    )
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "HF_HOME": str(Path.cwd() / "hf"),
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.run(
-        [*start, *map(str, command)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=180,
-        **kwargs,
-    )
-
-
-def as_file(config, name="config.json"):
-    Path(name).write_text(config.model_dump_json())
-    return name
+from qwen_analog.train import train
+from qwen_analog.train_config import TrainConfig, fitted
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -160,14 +64,6 @@ def test_two_runs_are_equal_and_another_seed_is_not():
         training_state("a/final")["model_state_dict"],
         training_state("c/final")["model_state_dict"],
     )
-
-
-def final_weights(directory):
-    return load_checkpoint(f"{directory}/final")["model_state_dict"]
-
-
-def distance(a, b):
-    return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
 def test_one_process_equals_two_and_any_accumulation():
@@ -269,77 +165,6 @@ def test_old_checkpoints_are_pruned():
     ) == ["final", "step_5"]
 
 
-def test_a_run_is_never_overwritten_and_auto_continues_it():
-    train(settings(max_steps=6))
-    before = Path("checkpoints/final/checkpoint.pt").read_bytes()
-    with pytest.raises(CheckpointError, match="holds final already"):
-        train(settings())
-    with pytest.raises(CheckpointError, match="holds final already"):
-        train(settings(), resume_from="checkpoints/step_2")
-    assert train(settings(), resume_from="auto") == {"step": 6}
-    assert Path("checkpoints/final/checkpoint.pt").read_bytes() == before
-
-
-def test_checkpoints_of_something_else_are_refused():
-    train(settings(output_dir="old"))
-    other = {**MODEL, "intermediate_size": 64}
-    with pytest.raises(CheckpointError, match="differs in intermediate_size"):
-        train(settings(model=other), resume_from="old/step_2")
-    ranks = {token: i for i, token in enumerate(reversed(BYTE_ORDER))}
-    TiktokenTokenizer(ranks).save(".")
-    with pytest.raises(CheckpointError, match="another tokenizer"):
-        train(settings(), resume_from="old/step_2")
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        dict(sequence_length=16),
-        dict(seed=1),
-        dict(heldout_fraction=0.2),
-        dict(stream=True),
-        dict(optimizer="muon"),
-    ],
-)
-def test_a_run_whose_blocks_would_differ_cannot_go_on(changes):
-    train(settings(output_dir="old", max_steps=2, save_every=1))
-    (name,) = changes
-    with pytest.raises(CheckpointError, match=f"was trained with another {name}"):
-        train(settings(**changes), resume_from="old/step_1")
-
-
-def test_damaged_checkpoints_are_refused():
-    train(settings(output_dir="old"))
-    file = Path("old/step_2/checkpoint.pt")
-    whole = file.read_bytes()
-    for damaged in (
-        b"",
-        whole[: len(whole) // 2],
-        b"not a checkpoint",
-        whole[:-9000] + bytes([whole[-9000] ^ 1]) + whole[-8999:],
-    ):
-        file.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match="step_2/checkpoint.pt is damaged"):
-            train(settings(), resume_from="old/step_2")
-    torch.save({"weights": torch.ones(1)}, file)
-    with pytest.raises(CheckpointError, match="was not written by this package"):
-        train(settings(), resume_from=str(file))
-    with pytest.raises(CheckpointError, match="no checkpoint at nowhere"):
-        train(settings(), resume_from="nowhere")
-
-
-class Bomb:
-    def __reduce__(self):
-        return os.mkdir, ("exploded",)
-
-
-def test_a_checkpoint_never_runs_code():
-    torch.save({"model_state_dict": Bomb()}, "bomb.pt")
-    with pytest.raises(CheckpointError, match="damaged or not a checkpoint"):
-        load_checkpoint("bomb.pt")
-    assert not Path("exploded").exists()
-
-
 def test_a_crash_in_a_save_leaves_the_last_checkpoint(monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -360,16 +185,14 @@ def test_a_crash_in_a_save_leaves_the_last_checkpoint(monkeypatch):
 
 
 def test_a_step_that_is_not_finite_is_not_applied(monkeypatch):
-    import qwen_analog.train as module
-
-    real, calls = module.forward_loss, []
+    real, calls = step.forward_loss, []
 
     def spoiled(model, *rest):
         loss = real(model, *rest)
         calls.append(model.training)
         return loss * float("nan") if sum(calls) == 3 and model.training else loss
 
-    monkeypatch.setattr(module, "forward_loss", spoiled)
+    monkeypatch.setattr(step, "forward_loss", spoiled)
     train(settings())
     lines = [
         json.loads(line)
@@ -385,11 +208,9 @@ def test_a_step_that_is_not_finite_is_not_applied(monkeypatch):
 
 
 def test_three_such_steps_stop_the_run(monkeypatch):
-    import qwen_analog.train as module
-
-    real = module.forward_loss
+    real = step.forward_loss
     monkeypatch.setattr(
-        module, "forward_loss", lambda model, *rest: real(model, *rest) * float("inf")
+        step, "forward_loss", lambda model, *rest: real(model, *rest) * float("inf")
     )
     with pytest.raises(ValueError, match="not finite 3 times in a row"):
         train(settings(save_every=100))
@@ -422,50 +243,6 @@ def test_a_signal_saves_and_ends(folder):
     assert load_checkpoint(newest)["step"] == int(newest.name[5:])
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        (dict(learning_rte=1), "learning_rte"),
-        (dict(max_steps=0), "max_steps"),
-        (dict(max_steps=2.5), "max_steps"),
-        (dict(max_steps="9"), "max_steps"),
-        (dict(optimizer="sgd"), "optimizer"),
-        (dict(precision="fp16"), "precision"),
-        (dict(learning_rate=float("nan")), "learning_rate"),
-        (dict(model={"hidden_sze": 3}), "hidden_sze"),
-        (dict(model={"num_key_value_heads": 3}), "num_key_value_heads"),
-        (dict(model="huge"), "unknown preset 'huge'"),
-        (dict(data="corpus.jsonl"), "data"),
-        (dict(beta2=1.0), "beta2"),
-    ],
-)
-def test_a_bad_setting_names_itself_in_one_line(changes, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        settings(**changes)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "changes, error, message",
-    [
-        (dict(data=[]), DataError, "no data"),
-        (dict(data=["nowhere.jsonl"]), DataError, "no data at 'nowhere.jsonl'"),
-        (dict(sequence_length=65), ValueError, "sequence_length 65 is longer"),
-        (dict(tokenizer="tiktoken:nowhere"), ValueError, "nowhere"),
-        (
-            dict(model={**MODEL, "vocab_size": 277}),
-            ValueError,
-            "vocab_size 277 is too small",
-        ),
-        (dict(model={**MODEL, "vocab_size": 151936}), ValueError, "no token uses"),
-    ],
-)
-def test_what_does_not_fit_is_refused_before_training(changes, error, message):
-    with pytest.raises(error, match=message):
-        train(settings(**changes))
-    assert not Path("checkpoints").exists()
-
-
 def test_bad_lines_are_named_or_counted(capsys):
     with open("corpus.jsonl", "a") as file:
         file.write('{"text": 1}\n')
@@ -475,14 +252,6 @@ def test_bad_lines_are_named_or_counted(capsys):
     assert (
         "skipped 1 bad lines, the first at corpus.jsonl:201" in capsys.readouterr().err
     )
-
-
-def test_the_shipped_settings_are_the_card():
-    config = TrainConfig.from_file(ROOT / "qwen_analog" / "train_config.json")
-    assert config.qwen_config() == QwenConfig() == TrainConfig().qwen_config()
-    assert config.model_copy(
-        update={"model": "card"}
-    ) == TrainConfig() and config.model_fields_set == set(TrainConfig.model_fields)
 
 
 def test_the_card_runs_inside_the_package_folder(folder):
@@ -584,23 +353,198 @@ def test_prepare_command(capsys):
     )
 
 
+def test_few_documents_are_divided_and_one_is_not(capsys):
+    for count in (50, 1):
+        write_corpus(count)
+        changes = settings().model_dump(exclude_unset=True) | {
+            "output_dir": f"out_{count}",
+            "max_steps": 2,
+            "eval_every": 1,
+        }
+        del changes["heldout_fraction"]
+        train(TrainConfig.create(changes))
+        assert any("heldout_loss" in entry for entry in entries(f"out_{count}")) == (
+            count > 1
+        )
+    assert "nothing is held out" in capsys.readouterr().err
+    with pytest.raises(DataError, match="heldout_fraction 0.1: one document"):
+        train(settings(output_dir="named"))
+
+
+def test_the_settings_for_a_laptop_train_on_own_documents(capsys):
+    write_corpus(50)
+    file = ROOT / "qwen_analog" / "train_laptop.json"
+    assert (
+        cli(
+            [
+                "tokenizer",
+                "--data",
+                "corpus.jsonl",
+                "--output",
+                "data/own",
+                "--vocab-size",
+                "300",
+            ]
+        )
+        == 0
+    )
+    assert (
+        cli(
+            [
+                "train",
+                "--config",
+                str(file),
+                "--data",
+                "corpus.jsonl",
+                "--max-steps",
+                "2",
+                "--micro-batch-size",
+                "2",
+                "--eval-sequences",
+                "1",
+            ]
+        )
+        == 0
+    )
+    assert (
+        cli(
+            [
+                "generate",
+                "document",
+                "--checkpoint",
+                "runs/own/final",
+                "--max-new-tokens",
+                "3",
+            ]
+        )
+        == 0
+    )
+    config = TrainConfig.from_file(file)
+    assert (
+        fitted(config)[1] == []
+        and load_checkpoint("runs/own/final")["config"]["vocab_size"] < 300
+    )
+    assert config.precision == "fp32" and config.qwen_config().hidden_size <= 256
+
+
+class Gone(io.StringIO):
+    """An output that nobody reads any more."""
+
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    def flush(self):
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+@pytest.mark.parametrize("lost", [["stdout"], ["stdout", "stderr"]])
+def test_a_run_goes_on_when_its_words_are_not_read(lost, monkeypatch):
+    for name in lost:
+        monkeypatch.setattr(sys, name, Gone())
+    assert module.main(["--config", as_file(settings(max_steps=3))]) == 141
+    assert (
+        Path("checkpoints/final").is_dir() and Path("checkpoints/summary.json").exists()
+    )
+
+
+def test_training_in_a_thread():
+    codes = []
+    thread = threading.Thread(
+        target=lambda: codes.append(
+            module.main(["--config", as_file(settings(max_steps=2))])
+        )
+    )
+    thread.start()
+    thread.join()
+    assert codes == [0] and Path("checkpoints/final").is_dir()
+
+
+@pytest.mark.parametrize("name", ["summary.json", "loss.png"])
+def test_what_is_only_for_looking_at_does_not_fail_a_run(name, capsys):
+    Path("checkpoints", name).mkdir(parents=True)
+    assert (
+        module.main(
+            [
+                "--config",
+                as_file(
+                    settings(max_steps=1, sample_prompts=["xyzzy"], sample_tokens=3)
+                ),
+            ]
+        )
+        == 0
+    )
+    said = capsys.readouterr()
+    assert (
+        f"warning: checkpoints/{name} could not be written" in said.err
+        and "xyzzy" in said.out
+    )
+
+
+def test_samples_that_fail_do_not_fail_a_run(monkeypatch, capsys):
+    def broken(*_, **__):
+        raise RuntimeError("no such text")
+
+    monkeypatch.setattr(module, "complete", broken)
+    assert (
+        module.main(
+            [
+                "--config",
+                as_file(settings(max_steps=1, sample_prompts=["x"], sample_tokens=3)),
+            ]
+        )
+        == 0
+    )
+    assert (
+        "sample_prompts could not be written: no such text" in capsys.readouterr().err
+    )
+
+
+def test_summary_and_metrics_are_json_whatever_the_loss_is(monkeypatch):
+    real, calls = module.train_step, []
+
+    def spoiled(*arguments):
+        loss, norm, applied = real(*arguments)
+        calls.append(loss)
+        return (
+            (loss, norm, applied)
+            if len(calls) < 6
+            else (float("nan"), float("inf"), False)
+        )
+
+    monkeypatch.setattr(module, "train_step", spoiled)
+    monkeypatch.setattr(
+        module,
+        "evaluate",
+        lambda *_: {"loss": float("nan"), "bits_per_byte": float("inf")},
+    )
+    summary = train(settings())
+    assert (
+        json.loads(
+            Path("checkpoints/summary.json").read_text(), parse_constant=pytest.fail
+        )
+        == summary
+    )
+    assert summary["loss"] == calls[4] and summary["heldout_loss"] is None
+    assert [
+        entry["heldout_loss"]
+        for entry in entries("checkpoints")
+        if "heldout_loss" in entry
+    ] == [None, None]
+
+
 @pytest.mark.parametrize(
-    "content",
+    "where",
     [
-        b"",
-        b"[]",
-        b"{",
-        b"\xff\xfe",
-        b"[" * 100_000,
-        b'{"max_steps": NaN}',
-        b'{"model": 3}',
-        b'{"data": [1]}',
-        b"null",
+        (batches, "tokenize_files"),
+        (module, "build_model"),
+        (preflight, "load_tokenizer"),
     ],
+    ids=lambda where: where[1],
 )
-def test_hostile_settings_files_are_one_line(content, tmp_path):
-    path = tmp_path / "settings.json"
-    path.write_bytes(content)
-    with pytest.raises(ValueError) as caught:
-        TrainConfig.from_file(path)
-    assert "settings.json" in str(caught.value) and "\n" not in str(caught.value)
+def test_ctrl_c_before_the_first_step_is_one_line(where, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(*where, interrupted)
+    assert module.main(["--config", as_file(settings())]) == 130
+    assert capsys.readouterr().err == "interrupted\n"

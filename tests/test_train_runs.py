@@ -12,54 +12,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import (
+from training import (  # noqa: F401
     MODEL,
-    QwenConfig,
-    QwenForCausalLM,
     as_file,
     distance,
     final_weights,
     folder,
+    launched,
+    losses,
+    read_the_same,
     run,
     same,
     settings,
     training_state,
-)  # noqa: F401
+)
 
+from qwen_analog import QwenConfig, QwenForCausalLM, batches
 from qwen_analog import train as module
 from qwen_analog.checkpoint import latest_checkpoint
 from qwen_analog.cli import main as cli
 from qwen_analog.data import DataError
 from qwen_analog.monitor import documents_of_step
 from qwen_analog.train import train
-
-
-def losses(directory):
-    entries = [
-        json.loads(line)
-        for line in Path(directory, "metrics.jsonl").read_text().splitlines()
-    ]
-    return {entry["step"]: entry["loss"] for entry in entries if "loss" in entry}
-
-
-def launched(processes, *arguments, **changes):
-    """A run under torchrun."""
-    done = run(
-        "-m",
-        "qwen_analog.train",
-        "--config",
-        as_file(settings(**changes)),
-        *arguments,
-        processes=processes,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done
-
-
-def read_the_same(a, b, steps=range(1, 7)):
-    return all(
-        documents_of_step(a, step) == documents_of_step(b, step) for step in steps
-    )
 
 
 def test_sharded_runs_equal_one_process_and_continue_each_other():
@@ -166,7 +140,7 @@ def test_killed_at_any_moment_it_ends_where_it_would_have(folder):  # noqa: F811
 
 def test_data_that_vanishes_costs_no_progress(monkeypatch):
     train(settings(output_dir="whole", save_every=100))
-    real, taken = module.PackedDataset.take, []
+    real, taken = batches.PackedDataset.take, []
 
     def vanishes(self, *place):
         taken.append(place)
@@ -175,7 +149,7 @@ def test_data_that_vanishes_costs_no_progress(monkeypatch):
             raise DataError("corpus.jsonl cannot be read: it is gone")
         return blocks
 
-    monkeypatch.setattr(module.PackedDataset, "take", vanishes)
+    monkeypatch.setattr(batches.PackedDataset, "take", vanishes)
     with pytest.raises(
         DataError,
         match=(
