@@ -144,7 +144,8 @@ def without_clamp(logits, penalty):
 
 
 def one_generator_for_all(p, greedy, generators):
-    return exponential(p, greedy, [generators[0]] * len(p))
+    several = isinstance(generators, list)
+    return exponential(p, greedy, generators[0] if several else generators)
 
 
 def noise_for_greedy_rows(p, greedy, generators):
@@ -392,8 +393,8 @@ MUTANTS = {
     "only the first end token counts": (
         (G, "end_ids", lambda *arguments: end_ids(*arguments)[:1]),
         samplers.test_rows_end_are_filled_up_and_stop_together,
-        True,
         dict(temperature=0),
+        True,
     ),
     "ended rows are not filled": ((G, "_decode", filled_with_something_else), ENDS),
     "stops with the first row": ((G, "all", any), ENDS),
