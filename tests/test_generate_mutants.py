@@ -230,7 +230,7 @@ def one_end_of_the_caller(model, ids, n, eos_token_id=None, **options):
 
 
 def release_by(shown_of):
-    """`TextStream._release` that shows shown_of(waiting, complete) of a stopped text."""
+    """`_release` that shows shown_of(waiting, complete) of a stopped text."""
 
     def mutant(self, piece):
         for character in "" if self.stopped else piece:

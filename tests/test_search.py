@@ -1,6 +1,7 @@
 """Beams against Hugging Face's, speculation against the model's own distribution."""
 
 import math
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qwen_analog import QwenConfig, QwenForCausalLM
 from qwen_analog import search as module
-from qwen_analog.sampling import filter_logits
+from chapter_code import from_chapter
+from qwen_analog.sampling import filter_logits, sample
 from qwen_analog.search import beam_search, speculate
 
 SHAPE = dict(
@@ -48,6 +50,11 @@ def theirs(model):
     return reference
 
 
+PrefixCache = from_chapter(
+    "*_search.ipynb",
+    "class PrefixCache",
+    {**vars(module), "sample": sample, "OrderedDict": OrderedDict},
+)["PrefixCache"]
 PROMPT = torch.tensor([[3, 1, 4, 1, 5, 7, 2]])
 
 
@@ -470,6 +477,89 @@ def test_wrong_arguments_of_beam_search_are_named(name, value):
 def test_wrong_arguments_of_speculation_are_named(name, value):
     with pytest.raises(ValueError, match=f"^{name} must be "):
         speculate(tiny(), tiny(), PROMPT, **{"max_new_tokens": 4, name: value})
+
+
+def test_prefixes_change_nothing_but_the_work():
+    model = tiny(3, flat=1.0)
+    cache = PrefixCache(model, max_tokens=200)
+    system = torch.randint(24, (1, 40), generator=torch.Generator().manual_seed(0))
+    read = []
+    model.model.register_forward_pre_hook(
+        lambda module, args: read.append(args[0].shape[1])
+    )
+    for question in ([1, 2, 3], [1, 2, 9, 4], [5]):
+        ids = torch.cat((system, torch.tensor([question])), 1)
+        read.clear()
+        found, known = cache.generate(ids, 8, temperature=0.8, seed=7)
+        assert sum(read) == ids.shape[1] - known + 7
+        assert torch.equal(found, model.generate(ids, 8, temperature=0.8, seed=7))
+        assert known == {(1, 2, 3): 0, (1, 2, 9, 4): 42, (5,): 40}[tuple(question)]
+    again, known = cache.generate(found[:, :-1], 1, temperature=0)
+    assert known == found.shape[1] - 2 and torch.equal(
+        again, model.generate(found[:, :-1], 1, temperature=0)
+    )
+
+
+def test_the_oldest_prefix_goes_first():
+    cache = PrefixCache(tiny(), max_tokens=25)
+    for start in (1, 2, 3):
+        cache.generate(torch.full((1, 9), start), 2, temperature=0)
+    assert cache.tokens <= 25
+    assert [
+        cache.generate(torch.full((1, 9), start), 1, temperature=0)[1]
+        for start in (3, 1)
+    ] == [8, 0]
+    cache.generate(
+        torch.full((1, 60), 3), 2, temperature=0
+    )  # longer than all room: not held, nothing else lost, not even what it begins with
+    assert cache.generate(torch.full((1, 9), 3), 1, temperature=0)[1] == 8
+
+
+def test_what_is_in_a_held_sequence_is_not_held_twice():
+    cache = PrefixCache(tiny())
+    cache.generate(PROMPT, 9, temperature=0)
+    held = cache.tokens
+    cache.generate(PROMPT, 4, temperature=0)
+    assert cache.tokens == held == PROMPT.shape[1] + 8
+    longer = cache.generate(PROMPT, 12, temperature=0)[0]
+    assert cache.tokens == longer.shape[1] - 1
+
+
+def test_prefixes_with_settings_and_ends_are_generates():
+    model = tiny(3, flat=1.0)
+    own = [int(model.generate(PROMPT, 20, temperature=0)[0, 12]), 5]
+    for options in (
+        dict(temperature=1e-40, seed=3),
+        dict(repetition_penalty=1e300, seed=3),
+        dict(top_p=1e-300, seed=3),
+        dict(repetition_penalty=1.6, temperature=0),
+        dict(repetition_penalty=1.6, seed=1),
+        dict(eos_token_id=own, temperature=0),
+    ):
+        expected = model.generate(PROMPT, 20, **options)
+        assert torch.equal(
+            PrefixCache(model).generate(PROMPT, 20, **options)[0], expected
+        )
+    ended = expected
+    model.generation_config = {"eos_token_id": own}
+    assert torch.equal(PrefixCache(model).generate(PROMPT, 20, temperature=0)[0], ended)
+    with torch.no_grad():
+        model.lm_head.weight[3] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        PrefixCache(model).generate(PROMPT, 2)
+
+
+def test_wrong_arguments_of_prefixes_are_named():
+    for name, value in DRAFTS:
+        if name != "draft_tokens":
+            with pytest.raises(ValueError, match=f"^{name} must be "):
+                PrefixCache(tiny()).generate(
+                    PROMPT, **{"max_new_tokens": 4, name: value}
+                )
+    with pytest.raises(ValueError, match="max_tokens"):
+        PrefixCache(tiny(), 0)
+    with pytest.raises(ValueError, match="one prompt"):
+        PrefixCache(tiny()).generate(PROMPT.repeat(2, 1), 3)
 
 
 @pytest.mark.parametrize("length_penalty", [-140, 140.0, 0, 1e-300])
