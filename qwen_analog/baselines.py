@@ -36,13 +36,15 @@ class _Counts:
         """Return each id of a document with the n - 1 ids before it, [T, n]."""
         if len(ids) == 0:
             raise ValueError("a document without ids: it opens with the end-of-text id")
-        ids = np.concatenate([np.full(self.order - 1, ids[0]), ids]).astype(np.int64)
-        if ids.min() < 0 or ids.max() >= self.vocab_size:
+        least, most = min(ids), max(ids)
+        if least < 0 or most >= self.vocab_size:
             raise ValueError(
-                f"ids must lie from 0 to {self.vocab_size - 1}, not from {ids.min()} to"
-                f" {ids.max()}"
+                f"ids must lie from 0 to {self.vocab_size - 1}, not from {least} to"
+                f" {most}"
             )
-        return np.lib.stride_tricks.sliding_window_view(ids, self.order)
+        padded = [*[ids[0]] * (self.order - 1), *ids]
+        row = np.array(padded, dtype=np.int64)
+        return np.lib.stride_tricks.sliding_window_view(row, self.order)
 
     def index(self, grams: np.ndarray) -> np.ndarray:
         """Return the number of each k-gram [N, k] among those that were counted, [N];

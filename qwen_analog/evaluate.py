@@ -292,7 +292,7 @@ def _scores(
     texts = texts_of(files, chosen, arguments.skip_bad_lines)
     sums = _read(model, tokenizer, source, texts, arguments)
     found = sums.evaluation
-    figures = {
+    figures: dict[str, Any] = {
         "parameters": model.count_parameters(),
         "tokenizer": tokenizer.fingerprint,
         **summary(found),
@@ -368,9 +368,8 @@ def _five_grams(
     """Return the figures of 5-grams that have counted `rest`, on `held`."""
     from qwen_analog.baselines import NGram
 
-    def ids(text: str) -> np.ndarray:
-        stored = [tokenizer.eos_token_id, *tokenizer.encode(text)]
-        return np.array(stored, dtype=np.int32)
+    def ids(text: str) -> array:
+        return array("i", [tokenizer.eos_token_id, *tokenizer.encode(text)])
 
     counted = [ids(text) for text in rest]
     advice = "leave out --baselines, or give less data with --data"

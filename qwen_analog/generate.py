@@ -397,8 +397,8 @@ def end_ids(
     last = (valid_vocab_size or model.config.vocab_size) - 1
     if eos_token_id is None:
         return [i for i in own_stop_ids(model) if i <= last]
-    several = isinstance(eos_token_id, (list, tuple))
-    ids = list(eos_token_id) if several else [eos_token_id]
+    one = not isinstance(eos_token_id, (list, tuple))
+    ids: list[Any] = [eos_token_id] if one else list(eos_token_id)
     for i in ids:
         check_whole("eos_token_id", i, 0, last)
     return ids

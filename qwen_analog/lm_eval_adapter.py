@@ -182,7 +182,7 @@ def _normalized(
     from lm_eval.models.utils import normalize_gen_kwargs
 
     try:
-        given = normalize_gen_kwargs(given)
+        given = dict(normalize_gen_kwargs(given))
         names = [n for n in ("max_gen_toks", "max_length") if n in given]
         lengths = {name: int(given.pop(name)) for name in names}
     except (TypeError, ValueError, OverflowError) as error:
