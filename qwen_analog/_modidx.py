@@ -374,7 +374,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'qwen_analog.evaluate._write_json': ('evaluate.html#_write_json', 'qwen_analog/evaluate.py'),
                                       'qwen_analog.evaluate.add_arguments': ('evaluate.html#add_arguments', 'qwen_analog/evaluate.py'),
                                       'qwen_analog.evaluate.held_out_lines': ('evaluate.html#held_out_lines', 'qwen_analog/evaluate.py'),
-                                      'qwen_analog.evaluate.model_on_device': ('evaluate.html#model_on_device', 'qwen_analog/evaluate.py'),
                                       'qwen_analog.evaluate.run': ('evaluate.html#run', 'qwen_analog/evaluate.py'),
                                       'qwen_analog.evaluate.texts_of': ('evaluate.html#texts_of', 'qwen_analog/evaluate.py')},
             'qwen_analog.files': { 'qwen_analog.files.flush_to_disk': ('files.html#flush_to_disk', 'qwen_analog/files.py'),

@@ -8,7 +8,6 @@ __all__ = [
     "Sizes",
     "held_out_lines",
     "texts_of",
-    "model_on_device",
     "run",
     "add_arguments",
 ]
@@ -36,6 +35,7 @@ from qwen_analog.data import (
     is_held_out,
     read_jsonl,
 )
+from .loading import load
 from .memory import require_memory
 from .model import QwenForCausalLM
 from qwen_analog.scoring import (
@@ -219,22 +219,6 @@ def _scoring_memory(config: QwenConfig, context: int) -> int:
     return tokens * 4 * width + 256 * config.vocab_size * 12
 
 
-def model_on_device(source: str, check: bool) -> tuple[QwenForCausalLM, Tokenizer]:
-    """Return the model of `source` where it is to compute, and its tokenizer: on a GPU
-    where there is one and it has the memory.
-    """
-    from qwen_analog.chat import open_model
-
-    model, tokenizer = open_model(source, check_memory=check)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        size = sum(p.nbytes for p in model.parameters())
-        require_memory(
-            size, device, f"the model {source}", "choose a smaller model", check
-        )
-    return model.to(device), tokenizer
-
-
 # %% ../chapters/17d_evaluate.ipynb #ab1806f4
 class _Sums:
     """What is kept of the documents that were scored."""
@@ -288,7 +272,7 @@ def _scores(
     source: str, files: Sequence[str], chosen: bytearray, arguments: argparse.Namespace
 ) -> tuple[dict[str, Any], Tokenizer]:
     """Print all figures of one model; return them and its tokenizer."""
-    model, tokenizer = model_on_device(source, not arguments.ignore_memory)
+    model, tokenizer = load(source, check_memory=not arguments.ignore_memory)
     texts = texts_of(files, chosen, arguments.skip_bad_lines)
     sums = _read(model, tokenizer, source, texts, arguments)
     found = sums.evaluation
