@@ -19,6 +19,7 @@ def _find(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return np.where(keys[i] == wanted, i, -1)
 
 
+# %% ../chapters/17a_baselines.ipynb #c541a46a
 class _Counts:
     """Numbers the k-grams of each order up to `order`, and counts them."""
 

@@ -119,6 +119,7 @@ def _shares(sources: Sequence[str]) -> dict[str, float]:
     return shares
 
 
+# %% ../chapters/17d_evaluate.ipynb #57cb2ffe
 def _share(shares: dict[str, float]) -> float:
     """Return what all models held out, and say it in a line. ValueError where one was
     trained on all documents.
@@ -156,6 +157,7 @@ def _noted(documents: Iterable[Document], sizes: Sizes) -> Iterator[Document]:
         yield document
 
 
+# %% ../chapters/17d_evaluate.ipynb #7e652721
 def _other_data(source: str, sizes: Sizes) -> str | None:
     """Return how the data differs from what `source` was trained on; None where it does
     not, or nothing is known.
@@ -241,6 +243,7 @@ class _Sums:
         return Evaluation(*map(np.array, (self.nll, self.tokens, self.bytes)))
 
 
+# %% ../chapters/17d_evaluate.ipynb #4be2af5c
 def _read(
     model: QwenForCausalLM,
     tokenizer: Tokenizer,
@@ -267,7 +270,7 @@ def _read(
     return sums
 
 
-# %% ../chapters/17d_evaluate.ipynb #4be2af5c
+# %% ../chapters/17d_evaluate.ipynb #88b9cc29
 def _scores(
     source: str, files: Sequence[str], chosen: bytearray, arguments: argparse.Namespace
 ) -> tuple[dict[str, Any], Tokenizer]:
@@ -295,6 +298,7 @@ def _scores(
     return figures, tokenizer
 
 
+# %% ../chapters/17d_evaluate.ipynb #4ad5bbc2
 def _pairs(model: QwenForCausalLM, tokenizer: Tokenizer) -> dict[str, dict]:
     """Print and return the grammar of a model."""
     pairs = minimal_pair_accuracy(model, tokenizer)
@@ -346,6 +350,7 @@ def _baselines(
     return found
 
 
+# %% ../chapters/17d_evaluate.ipynb #6f2add3b
 def _five_grams(
     rest: Iterable[str], held: Iterable[str], tokenizer: Tokenizer, check: bool
 ) -> dict[str, Any]:
@@ -385,6 +390,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
 
 
+# %% ../chapters/17d_evaluate.ipynb #5fada4b8
 def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     """Evaluate all models; return what `--json` writes."""
     files = find_files(arguments.data)
@@ -446,6 +452,7 @@ def _check(arguments: argparse.Namespace) -> None:
         )
 
 
+# %% ../chapters/17d_evaluate.ipynb #04e29184
 def _reserve(path: Path | None) -> Path | None:
     """Make the file beside `path` that will be renamed to it; None where `path` is
     none, or no regular file. OSError or ValueError where there can be none.

@@ -110,6 +110,7 @@ def next_logits(
     return logits.float()
 
 
+# %% ../chapters/15_generation.ipynb #bad17caa
 def prefill(
     model: QwenForCausalLM,
     prompt: torch.Tensor,
@@ -148,6 +149,7 @@ class Step(NamedTuple):
     logprobs: torch.Tensor | None
 
 
+# %% ../chapters/15_generation.ipynb #10618e91
 @torch.no_grad()
 def _decode(
     model: QwenForCausalLM,
@@ -186,7 +188,7 @@ def _decode(
             logits = decode_one_token(model, new, cache, padding)
 
 
-# %% ../chapters/15_generation.ipynb #10618e91
+# %% ../chapters/15_generation.ipynb #0fd8826b
 def _real_tokens(
     tokens: torch.Tensor, padding: torch.Tensor | None
 ) -> torch.Tensor | None:
@@ -196,6 +198,7 @@ def _real_tokens(
     return torch.arange(tokens.shape[1], device=tokens.device) >= padding[:, None]
 
 
+# %% ../chapters/15_generation.ipynb #f4b52317
 def _logprobs(
     logits: torch.Tensor, ids: torch.Tensor, ended: list[bool]
 ) -> torch.Tensor:
@@ -311,6 +314,7 @@ def _join(
     return tokens, torch.cat((nothing, *columns), dim=1)
 
 
+# %% ../chapters/15_generation.ipynb #18e1c599
 def _generate_beams(
     model: QwenForCausalLM,
     input_ids: torch.Tensor,
@@ -348,6 +352,7 @@ def _generate_beams(
     return pad_sequence(beams, batch_first=True, padding_value=(ends or [0])[0])
 
 
+# %% ../chapters/15_generation.ipynb #8a7292d2
 def _says_nothing(name: str, value: Any) -> bool:
     """Whether an option of `generate` leaves everything as it would be without it."""
     neutral = {"temperature": (0, 1), "repetition_penalty": (1,), "use_cache": (True,)}
@@ -384,6 +389,7 @@ def check_prompt(
         )
 
 
+# %% ../chapters/15_generation.ipynb #a6913b7f
 def end_ids(
     model: QwenForCausalLM,
     eos_token_id: int | Sequence[int] | None = None,

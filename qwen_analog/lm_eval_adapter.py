@@ -191,6 +191,7 @@ def _normalized(
     return given, lengths
 
 
+# %% ../chapters/17c_lm_eval.ipynb #693c64c1
 def _fitting(ids: list[int], options: dict[str, Any], limit: int) -> dict[str, Any]:
     """Return `options` with the prompt `ids`, cut on the left so that it and the answer
     fit; `max_length` counts both.

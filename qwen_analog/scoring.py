@@ -79,6 +79,7 @@ class Evaluation:
         return _ratio_error(self.nll / math.log(2), self.bytes)
 
 
+# %% ../chapters/17_evaluation.ipynb #9889e2cc
 def _ratio_error(amounts: np.ndarray, sizes: np.ndarray) -> float:
     """Return the standard error of sum(amounts) / sum(sizes) where documents,
     [documents] each, are drawn together.

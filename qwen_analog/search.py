@@ -102,8 +102,7 @@ class _Rules:
             for beam in grown[: self.num_beams]
             if beam.tokens[-1] in self.ends or n == self.max_new_tokens
         ]
-        best_first = sorted(finished + new, key=lambda beam: -beam[0])
-        return best_first[: self.num_beams]
+        return sorted(finished + new, key=lambda beam: -beam[0])[: self.num_beams]
 
     def go_on(self, grown: list[_Candidate]) -> list[_Candidate]:
         """Return the beams that run on."""
@@ -212,6 +211,7 @@ def _check_beams(rules: _Rules, vocabulary: int) -> int:
     return spare * rules.num_beams
 
 
+# %% ../chapters/15b_search.ipynb #7b8ee8a1
 def check_one_prompt(
     model: QwenForCausalLM, input_ids: torch.Tensor, max_new_tokens: int
 ) -> None:
@@ -335,11 +335,8 @@ def speculate(
 
     A proposal x, drawn from the draft's q, is accepted with probability min(1, p(x) /
     q(x)), p being the model's; the first that is not is replaced by a draw from max(p -
-    q, 0), normalised, so that every token has distribution p (Leviathan et al. 2023,
-    theorem 1). p and q are what penalty, temperature and filters leave (`sampling` are
-    the fields of `SamplingParams`); at temperature 0 the tokens are those of greedy
-    decoding. Each round proposes `draft_tokens`. End tokens are `generate`'s. Raises
-    ValueError naming the argument that is wrong.
+    q, 0), so that every token has distribution p (Leviathan et al. 2023, theorem 1).
+    `sampling` are the fields of `SamplingParams`; ends are `generate`'s.
     """
     params = SamplingParams(**sampling)
     _check_draft(model, draft, input_ids, max_new_tokens, draft_tokens)

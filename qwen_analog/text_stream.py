@@ -33,8 +33,7 @@ from .tokenizer import Tokenizer
 class IncrementalDecoder:
     """Decodes tokens that arrive one by one; a character comes whole or not at all.
 
-    `context` holds the ids that stand before: a tokenizer may decode a blank only where
-    text precedes it. Each push decodes a window of at most some 64 ids after it.
+    `context` are the ids before: a tokenizer may drop a blank where no text precedes.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()):
@@ -73,6 +72,7 @@ class IncrementalDecoder:
         return self._window()[self._shown :]
 
 
+# %% ../chapters/15a_text_stream.ipynb #80d5a605
 def _open_end(text: str) -> int:
     """Return how many U+FFFD at the end may be a character that is not complete."""
     return min(3, len(text) - len(text.rstrip("\ufffd")))
@@ -83,9 +83,8 @@ class TextStream:
     """Text of tokens that arrive one by one: what `push` and `finish` return adds up to
     the decoded text, up to the first string of `stop` that is complete.
 
-    What may be the beginning of a stop string waits until it is decided. All pushes
-    together take time in proportion to the text, however many and long the stop strings
-    are. `context` is `IncrementalDecoder`'s.
+    All pushes together take time in proportion to the text. `context` are the ids
+    before.
     """
 
     def __init__(
@@ -98,7 +97,7 @@ class TextStream:
         self.stopped = False
         self._decoder = IncrementalDecoder(tokenizer, context)
         self._finder = StopFinder(self.stop)
-        self._waiting: deque[str] = deque()  # characters
+        self._waiting: deque[str] = deque()
 
     def push(self, token_id: int) -> str:
         """Return the text that is certain now and was not before, maybe none."""
@@ -121,7 +120,6 @@ class TextStream:
         return self._take(len(self._waiting) - self._finder.begun)
 
     def _take(self, count: int) -> str:
-        """Take the first `count` characters of what waits."""
         return "".join(self._waiting.popleft() for _ in range(count))
 
 
@@ -140,10 +138,9 @@ class _State:
     next: dict[str, "_State"] = field(default_factory=dict)
 
 
+# %% ../chapters/15a_text_stream.ipynb #f8ac234b
 class StopFinder:
-    """Finds the first of several strings that is complete in a text that comes in
-    characters; time is linear in the text.
-    """
+    """Finds which of several strings is complete first, in time linear in the text."""
 
     def __init__(self, strings: Sequence[str]):
         self._strings = sorted(set(strings))
@@ -184,6 +181,7 @@ class StopFinder:
         return [new]
 
 
+# %% ../chapters/15a_text_stream.ipynb #ddc48b06
 def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     """Return `stop` as a tuple; raise ValueError unless all are strings, none empty."""
     stops = (stop,) if isinstance(stop, str) else () if stop is None else stop
