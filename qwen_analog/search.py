@@ -335,8 +335,8 @@ def speculate(
 
     A proposal x, drawn from the draft's q, is accepted with probability min(1, p(x) /
     q(x)), p being the model's; the first that is not is replaced by a draw from max(p -
-    q, 0), so that every token has distribution p (Leviathan et al. 2023, theorem 1).
-    `sampling` are the fields of `SamplingParams`; ends are `generate`'s.
+    q, 0): every token has distribution p (Leviathan et al. 2023, theorem 1). `sampling`
+    are the fields of `SamplingParams`.
     """
     params = SamplingParams(**sampling)
     _check_draft(model, draft, input_ids, max_new_tokens, draft_tokens)
@@ -357,8 +357,9 @@ def speculate(
         passes, proposed, accepted = passes + 1, proposed + count, accepted + right
         judge.forget(len(tokens) - 1)
         guesser.forget(len(tokens) - 1)
-    ids = torch.tensor([tokens], device=device)
-    return Speculation(ids, passes, proposed, accepted)
+    return Speculation(
+        torch.tensor([tokens], device=device), passes, proposed, accepted
+    )
 
 
 # %% ../chapters/15b_search.ipynb #5cd3dbdf

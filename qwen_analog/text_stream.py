@@ -80,11 +80,9 @@ def _open_end(text: str) -> int:
 
 # %% ../chapters/15a_text_stream.ipynb #b197806f
 class TextStream:
-    """Text of tokens that arrive one by one: what `push` and `finish` return adds up to
-    the decoded text, up to the first string of `stop` that is complete.
+    """Text of tokens that arrive one by one, up to the first complete `stop` string.
 
-    All pushes together take time in proportion to the text. `context` are the ids
-    before.
+    What `push` and `finish` return adds up to it, in time in proportion to its length.
     """
 
     def __init__(
@@ -93,8 +91,7 @@ class TextStream:
         stop: str | Sequence[str] = (),
         context: Sequence[int] = (),
     ):
-        self.stop = _stop_strings(stop)
-        self.stopped = False
+        self.stop, self.stopped = _stop_strings(stop), False
         self._decoder = IncrementalDecoder(tokenizer, context)
         self._finder = StopFinder(self.stop)
         self._waiting: deque[str] = deque()
