@@ -16,7 +16,7 @@ __all__ = [
     "decode_steps",
     "generate",
     "check_prompt",
-    "end_ids",
+    "requested_stop_ids",
     "sampling_defaults",
 ]
 
@@ -240,7 +240,7 @@ def decode_steps(
     params = SamplingParams(**sampling)
     check_prompt(model, input_ids, max_new_tokens)
     check_whole("num_return_sequences", copies, 1, 2**31 - 1)
-    ends = end_ids(model, eos_token_id, valid_vocab_size)
+    ends = requested_stop_ids(model, eos_token_id, valid_vocab_size)
     padding = _count_padding(attention_mask, input_ids)
     if max_new_tokens == 0:
         return iter(())
@@ -348,7 +348,7 @@ def _generate_beams(
             valid_vocab_size=valid_vocab_size,
         )
     ]
-    ends = end_ids(model, eos_token_id, valid_vocab_size)
+    ends = requested_stop_ids(model, eos_token_id, valid_vocab_size)
     return pad_sequence(beams, batch_first=True, padding_value=(ends or [0])[0])
 
 
@@ -390,7 +390,7 @@ def check_prompt(
 
 
 # %% ../chapters/15_generation.ipynb #a6913b7f
-def end_ids(
+def requested_stop_ids(
     model: QwenForCausalLM,
     eos_token_id: int | Sequence[int] | None = None,
     valid_vocab_size: int | None = None,

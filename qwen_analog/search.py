@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .config import shown
-from .generate import check_prompt, end_ids, next_logits, pad_left
+from .generate import check_prompt, requested_stop_ids, next_logits, pad_left
 from .kv_cache import KVCache
 from .model import QwenForCausalLM
 from qwen_analog.sampling import (
@@ -146,7 +146,7 @@ def beam_search(
     ValueError naming the argument that is wrong.
     """
     check_one_prompt(model, input_ids, max_new_tokens)
-    ends = end_ids(model, eos_token_id, valid_vocab_size)
+    ends = requested_stop_ids(model, eos_token_id, valid_vocab_size)
     rules = _Rules(ends, num_beams, max_new_tokens, length_penalty, early_stopping)
     count = _check_beams(rules, valid_vocab_size or model.config.vocab_size)
     check_whole("num_return_sequences", num_return_sequences, 1, num_beams)
@@ -340,7 +340,7 @@ def speculate(
     """
     params = SamplingParams(**sampling)
     _check_draft(model, draft, input_ids, max_new_tokens, draft_tokens)
-    ends = end_ids(model, eos_token_id, valid_vocab_size)
+    ends = requested_stop_ids(model, eos_token_id, valid_vocab_size)
     tokens, device = input_ids[0].tolist(), model.lm_head.weight.device
     end = len(tokens) + max_new_tokens
     generator = None if params.seed is None else new_generator(device, params.seed)

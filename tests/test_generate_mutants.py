@@ -94,7 +94,10 @@ divide, penalize = sampling._divide, sampling._penalize
 exponential, sample = sampling._exponential, sampling.sample
 plain_decode, plain_prefill = generate._decode, generate.prefill
 next_logits, logprobs_of = generate.next_logits, generate._logprobs
-positions_and_mask, end_ids = generate.positions_and_mask, generate.end_ids
+positions_and_mask, requested_stop_ids = (
+    generate.positions_and_mask,
+    generate.requested_stop_ids,
+)
 
 
 def drops_the_kth(logits, top_k):
@@ -391,7 +394,11 @@ MUTANTS = {
         dict(temperature=0),
     ),
     "only the first end token counts": (
-        (G, "end_ids", lambda *arguments: end_ids(*arguments)[:1]),
+        (
+            G,
+            "requested_stop_ids",
+            lambda *arguments: requested_stop_ids(*arguments)[:1],
+        ),
         samplers.test_rows_end_are_filled_up_and_stop_together,
         dict(temperature=0),
         True,
