@@ -203,8 +203,8 @@ def _logprobs(
     logits: torch.Tensor, ids: torch.Tensor, ended: list[bool]
 ) -> torch.Tensor:
     """Return the log-probability [B] of each row's id, 0 where the row has ended."""
-    logprobs = -F.cross_entropy(logits, ids, reduction="none")
-    return logprobs.masked_fill(torch.tensor(ended, device=logits.device), 0.0)
+    filled = torch.tensor(ended).to(logits.device, non_blocking=True)
+    return -F.cross_entropy(logits, ids, reduction="none").masked_fill(filled, 0.0)
 
 
 # %% ../chapters/15_generation.ipynb #3cf6b0b8
