@@ -167,6 +167,7 @@ def _filter(logits: torch.Tensor, rows: Sequence[SamplingParams]) -> torch.Tenso
     return logits
 
 
+# %% ../chapters/15_sampling.ipynb #97c9704e
 def _rows(
     params: SamplingParams | Sequence[SamplingParams], count: int
 ) -> list[SamplingParams]:

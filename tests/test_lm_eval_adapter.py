@@ -1,0 +1,271 @@
+"""lm-eval through the adapter: the harness's conventions, its names of options."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_scoring import BYTES, CONFIG, MODEL, TEXTS, ids_of, nll_after
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from qwen_analog import lm_eval_adapter as module
+from qwen_analog.checkpoint import hf_config
+from qwen_analog.generate import generate
+from qwen_analog.lm_eval_adapter import lm_eval_model
+from qwen_analog.scoring import document_nll, token_nll
+from qwen_analog.tokenizer import TiktokenTokenizer, train_bpe
+
+
+class Request:
+    def __init__(self, *args):
+        self.args = args
+
+
+def test_lm_eval_loglikelihood_equals_transformers():
+    theirs = Qwen2ForCausalLM(
+        Qwen2Config(
+            **{
+                k: v
+                for k, v in hf_config(CONFIG).items()
+                if k not in ("architectures", "model_type")
+            }
+        )
+    ).eval()
+    theirs.load_state_dict(MODEL.state_dict())
+    adapter = lm_eval_model(MODEL, BYTES, batch_size=2)
+    requests = [
+        ("The cat", " sat"),
+        ("", "alone"),
+        ("a context that is longer than the model", " can hold"),
+        ("ends with a space ", "x"),
+        (" ", "y"),
+    ]
+    for (context, continuation), (loglikelihood, greedy) in zip(
+        requests,
+        adapter.loglikelihood([Request(*r) for r in requests], disable_tqdm=True),
+    ):
+        spaces = len(context) - len(context.rstrip())
+        continuation = context[len(context) - spaces :] + continuation
+        ids = ids_of(context[: len(context) - spaces] + continuation)[-25:]
+        with torch.no_grad():
+            log_p = theirs(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
+        n = len(BYTES.encode(continuation))
+        picked = log_p[-n:].gather(1, torch.tensor(ids[-n:])[:, None])
+        assert abs(picked.sum().item() - loglikelihood) < 1e-4
+        assert greedy == (log_p[-n:].argmax(-1) == torch.tensor(ids[-n:])).all().item()
+
+
+def test_lm_eval_says_what_is_greedy():
+    def best(text):
+        return generate(MODEL, torch.tensor([ids_of(text)]), 1, temperature=0)[
+            0, -1
+        ].item()
+
+    context = next(
+        text for text in map(chr, range(33, 127)) if best(text) < 94
+    )  # the likeliest next id is a printable character
+    likely = BYTES.decode([best(context)])
+    other = "a" if best(context + likely) != BYTES.encode("a")[0] else "b"
+    adapter = lm_eval_model(MODEL, BYTES)
+    requests = [
+        Request(context, likely),
+        Request(context, likely + other),
+        Request(context, other if other != likely else "c"),
+    ]
+    assert [
+        greedy for _, greedy in adapter.loglikelihood(requests, disable_tqdm=True)
+    ] == [True, False, False]
+
+
+def test_lm_eval_rolling_has_the_harness_ssliding_windows():
+    from lm_eval.utils import get_rolling_token_windows
+
+    adapter = lm_eval_model(MODEL, BYTES)
+    for text in TEXTS[:3]:
+        expected = 0.0
+        for inputs, targets in get_rolling_token_windows(
+            BYTES.encode(text), BYTES.eos_token_id, 24, 1
+        ):
+            log_p = MODEL(torch.tensor([inputs]))[0].log_softmax(-1)[-len(targets) :]
+            expected += log_p.gather(1, torch.tensor(targets)[:, None]).sum().item()
+        assert abs(adapter.loglikelihood_rolling([Request(text)])[0] - expected) < 1e-3
+
+
+def test_lm_eval_generate_until():
+    adapter = lm_eval_model(MODEL, BYTES)
+    ids = ids_of("The cat")
+    written = generate(
+        MODEL,
+        torch.tensor([ids]),
+        12,
+        temperature=0,
+        eos_token_id=BYTES.eos_token_id,
+        valid_vocab_size=BYTES.vocab_size,
+    )[0, len(ids) :]
+    text = BYTES.decode([i for i in written.tolist() if i != BYTES.eos_token_id])
+    whole, cut, plain = adapter.generate_until(
+        [
+            Request("The cat", {"until": ["nowhere"], "max_gen_toks": 12}),
+            Request("The cat", {"until": ["nowhere", text[3:5]], "max_gen_toks": 12}),
+            Request("The cat", {"until": text[2:3], "max_gen_toks": 12}),
+        ]
+    )
+    assert (
+        whole == text
+        and cut == text.split(text[3:5])[0]
+        and plain == text.split(text[2])[0]
+    )
+    with pytest.raises(ValueError, match="max_gen_toks 24 leaves no room"):
+        adapter.generate_until([Request("x", {"max_gen_toks": 24})])
+    with pytest.raises(ValueError, match="a continuation has 30 tokens"):
+        adapter.loglikelihood([Request("x", "y" * 30)], disable_tqdm=True)
+
+
+@pytest.mark.parametrize(
+    "options, most",
+    [
+        ({"max_gen_toks": 5}, 5),
+        ({"max_new_tokens": 5}, 5),
+        ({"max_tokens": 5}, 5),
+        ({"max_completion_tokens": 5}, 5),
+        ({"max_gen_toks": "5"}, 5),
+        ({"max_gen_toks": 5, "max_new_tokens": 9}, 5),
+        ({"max_gen_toks": 5, "until": None}, 5),
+        ({"max_gen_toks": 5, "until": [None, ""]}, 5),
+        ({"max_gen_toks": 5, "until": ()}, 5),
+        ({"max_gen_toks": 0}, 0),
+        ({"max_length": 9}, 5),
+        ({"max_length": 999, "max_gen_toks": 2}, 20),
+        ({"max_gen_toks": 5, "do_sample": True, "seed": 1}, 5),
+        (
+            {
+                "max_gen_toks": 5,
+                "temperature": 0.7,
+                "top_k": 0,
+                "top_p": 1.0,
+                "seed": 1,
+            },
+            5,
+        ),
+        (
+            {"max_gen_toks": 5, "temperature": None, "do_sample": None, "num_beams": 1},
+            5,
+        ),
+    ],
+)
+def test_lm_eval_s_names_of_lengths_and_stops(options, most, monkeypatch):
+    taken = []
+    monkeypatch.setattr(
+        module,
+        "stream",
+        lambda model, tokenizer, **options: taken.append(options) or iter(["text"]),
+    )
+    assert lm_eval_model(MODEL, BYTES).generate_until([Request("abc", options)]) == [
+        "text"
+    ]  # a prompt of four tokens
+    (given,) = taken
+    assert (
+        given["max_new_tokens"] == most
+        and given["stop"] == []
+        and given["prompt"] == ids_of("abc")
+    )
+    sampled = options.get("do_sample") or options.get("temperature")
+    assert (
+        given["temperature"] == (options.get("temperature") or 1.0 if sampled else 0.0)
+        and "top_k" not in given
+    )
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"max_gen_toks": -1}, "max_gen_toks"),
+        ({"max_gen_toks": "many"}, "max_gen_toks"),
+        ({"max_length": 3}, "max_length 3"),
+        ({"until": 5}, "until"),
+        ({"until": [5]}, "until"),
+        ({"num_beams": 4}, "num_beams"),
+        ({"tempreature": 1}, "tempreature"),
+    ],
+)
+def test_lm_eval_options_that_cannot_be_are_refused_by_name(options, said):
+    with pytest.raises(ValueError, match=said):
+        lm_eval_model(MODEL, BYTES).generate_until(
+            [Request("abc", {"max_gen_toks": 2, **options})]
+        )
+
+
+def test_lm_eval_charges_for_what_a_continuation_changes():
+    """A continuation may melt into the context's last tokens: then all that comes after
+    what stays the same counts.
+    """
+    tokenizer = TiktokenTokenizer(train_bpe(["abcd abcd abcd é é é"] * 9, 264))
+    adapter = lm_eval_model(MODEL, tokenizer)
+    for context, continuation in (
+        ("xa", "bcd"),
+        ("xab", "cde"),
+        ("e", "\u0301"),
+        ("xe", "\u0301y"),
+        ("abc", "d"),
+        ("xab", "y"),
+    ):
+        before, whole = (
+            tokenizer.encode(context),
+            tokenizer.encode(context + continuation),
+        )
+        same = len(before)
+        while whole[:same] != before[:same]:
+            same -= 1
+        ((value, _),) = adapter.loglikelihood(
+            [Request(context, continuation)], disable_tqdm=True
+        )
+        nats = token_nll(MODEL, tokenizer, [context + continuation])[0]
+        assert abs(value + nats[same:].sum()) < 1e-4 and value < 0, (
+            context,
+            continuation,
+        )
+    for context, continuation in (("a", ""), ("", "")):
+        with pytest.raises(ValueError, match="empty"):
+            adapter.loglikelihood([Request(context, continuation)], disable_tqdm=True)
+
+
+def test_lm_eval_runs_a_task(tmp_path):
+    """A task of local data, from its dictionary; the accuracy is counted by hand."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    questions = [
+        {"question": q, "choices": [" yes", " no", " maybe"], "answer": i % 3}
+        for i, q in enumerate("abcdefgh")
+    ]
+    (tmp_path / "task.jsonl").write_text(
+        "".join(json.dumps(q) + "\n" for q in questions)
+    )
+    task = {
+        "task": "tiny",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "task.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}:",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    }
+    results = simple_evaluate(
+        model=lm_eval_model(MODEL, BYTES),
+        tasks=[task],
+        bootstrap_iters=0,
+        task_manager=TaskManager(include_defaults=False),
+    )
+    correct = 0
+    for q in questions:
+        context = document_nll(MODEL, BYTES, f"{q['question']}:")[0]
+        nats = [
+            document_nll(MODEL, BYTES, f"{q['question']}:{choice}")[0] - context
+            for choice in q["choices"]
+        ]
+        correct += int(np.argmin(nats)) == q["answer"]
+    assert results["results"]["tiny"]["acc,none"] == correct / len(questions)
+    assert 0 < correct < len(questions)
