@@ -51,7 +51,7 @@ def attempt(check: Callable, answer: Callable) -> None:
 
 
 def prove(check: Callable, solution: Callable, *wrong: Callable) -> None:
-    """Test the check itself: it must accept the solution and reject every wrong answer."""
+    """Test the check itself: it must accept the solution and no wrong answer."""
     check(solution)
     for answer in wrong:
         try:

@@ -120,7 +120,7 @@ def _check_instructions(pickled: bytes) -> None:
         called = "GET" in opcode.name and value in places
         if opcode.name == "GLOBAL":
             if value not in _NAMES:
-                raise Forbidden(".".join(value.split()))
+                raise Forbidden(".".join(str(value).split()))
             called = value == _ORDERED
 
 

@@ -36,7 +36,6 @@ __all__ = [
 
 # %% ../chapters/14_checkpoints.ipynb #0a8efbc1
 import copy
-import math
 import re
 import shutil
 from collections.abc import Sequence
@@ -404,7 +403,7 @@ def load_model(path: str | Path) -> tuple[QwenForCausalLM, Tokenizer]:
 
 
 def _model_of(checkpoint: dict, file: Path) -> QwenForCausalLM:
-    """Return the model in eval mode, with weights of its own, that keep no file mapped."""
+    """Return the model in eval mode, with weights that keep no file mapped."""
     weights = dict(checkpoint["model_state_dict"])
     model = _empty_model(checkpoint["config"], weights, file)
     if len({weight.dtype for weight in weights.values()}) > 1:

@@ -17,6 +17,7 @@ from .archive import CheckpointError
 from .checkpoint import check_owners, misfit, parameter_names, read_pt
 from .checkpoint import sharded_directory, split_tensors, state_file
 from .checkpoint import model_tensors, tensor_shapes, without_tensors
+from .model import QwenForCausalLM
 from .shards import ShardReader, on_all_ranks, verify
 
 
@@ -24,7 +25,7 @@ from .shards import ShardReader, on_all_ranks, verify
 @torch.no_grad()
 def restore_checkpoint(
     path: str | Path,
-    model: torch.nn.Module,
+    model: QwenForCausalLM,
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> dict:
     """Load weights and the optimizers' state into `model` and `optimizers` in place;
@@ -63,7 +64,7 @@ def _compare_checksums(path: Path) -> None:
 
 # %% ../chapters/14d_restore.ipynb #c9a35925
 def _restore(
-    path: Path, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+    path: Path, model: QwenForCausalLM, optimizers: Sequence[torch.optim.Optimizer]
 ) -> dict:
     """Do what `restore_checkpoint` does, on one rank."""
     directory = sharded_directory(path)
@@ -77,7 +78,7 @@ def _restore(
     source = ShardReader(directory) if directory else _FileReader(state)
     check_owners(source.stored, state, path)
     _check_weights(source.stored, model, path)
-    targets = model_tensors(model)
+    targets, averages = model_tensors(model), {}
     if optimizers:
         _check_averages(path, state, source.stored, model, optimizers)
         averages = _new_averages(state, source.stored, model, optimizers)
@@ -118,7 +119,7 @@ class _FileReader:
 def _new_averages(
     state: dict,
     stored: dict[str, tuple[torch.Size, torch.dtype]],
-    model: torch.nn.Module,
+    model: QwenForCausalLM,
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> dict[str, torch.Tensor]:
     """Return room for each stored tensor of the optimizers."""
@@ -150,7 +151,7 @@ def _new_averages(
 def _attach(
     averages: dict[str, torch.Tensor],
     state: dict,
-    model: torch.nn.Module,
+    model: QwenForCausalLM,
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> None:
     """Make the filled `averages`, and what is stored of the optimizers beside tensors,
@@ -180,7 +181,7 @@ _ADAMW = {"step", "exp_avg", "exp_avg_sq"}
 _STATE = {"AdamW": _ADAMW, "AdamWBf16": _ADAMW, "Muon": {"momentum_buffer"}}
 
 
-def _check_model(state: dict, model: torch.nn.Module, path: Path) -> None:
+def _check_model(state: dict, model: QwenForCausalLM, path: Path) -> None:
     ours = model.config.to_dict()
     differs = [name for name in ours if state["config"].get(name) != ours[name]]
     if differs:
@@ -190,7 +191,7 @@ def _check_model(state: dict, model: torch.nn.Module, path: Path) -> None:
 
 
 def _check_weights(
-    stored: dict[str, tuple], model: torch.nn.Module, path: Path
+    stored: dict[str, tuple], model: QwenForCausalLM, path: Path
 ) -> None:
     prefix = "weights/"
     weights = {
@@ -213,7 +214,7 @@ def _check_steps(path: Path, steps: dict[str, torch.Tensor]) -> None:
 # %% ../chapters/14d_restore.ipynb #b5d04694
 def _check_optimizers(
     state: dict,
-    model: torch.nn.Module,
+    model: QwenForCausalLM,
     optimizers: Sequence[torch.optim.Optimizer],
     path: Path,
 ) -> None:
@@ -248,7 +249,7 @@ def _check_averages(
     path: Path,
     state: dict,
     stored: dict[str, tuple],
-    model: torch.nn.Module,
+    model: QwenForCausalLM,
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> None:
     """Raise CheckpointError where an optimizer's state is not complete, or has another

@@ -70,14 +70,14 @@ class Checkpoints:
         return [p for p in named if is_sharded(p) or (p / "checkpoint.pt").is_file()]
 
     def latest(self) -> Path | None:
-        """Return final where it exists, else the step_N with the highest N, else None."""
+        """Return final where it exists, else the newest step_N, else None."""
         return next(reversed(self.checkpoints()), None)
 
     def prune(
         self, keep_last: int, keep_every: int = 0, newest: float | None = None
     ) -> None:
-        """Delete all but the `keep_last` newest step_N and, with `keep_every` > 0, those
-        whose N it divides. Raises ValueError for a number that is none, or too small.
+        """Delete all but the `keep_last` newest step_N, and those that `keep_every` > 0
+        divides. Raises ValueError for a number that is none, or too small.
 
         Steps above `newest` stay and do not count: they are of a run that was taken
         back to an earlier step.
@@ -109,10 +109,10 @@ class RunDirectory(Checkpoints):
     """
 
     def newest_whole(self) -> Path | None:
-        """Return the newest checkpoint that passes its checks; None where there is none.
+        """Return the newest checkpoint that passes its checks, or None.
 
-        One line on stderr names what is passed over. Raises CheckpointError where there
-        are checkpoints, and none of them is whole.
+        What is passed over is named on stderr. Raises CheckpointError where there are
+        checkpoints, and none of them is whole.
         """
         path, names, problem = _first_whole(reversed(self.named()))
         if names and path is None:
@@ -129,8 +129,8 @@ class RunDirectory(Checkpoints):
         make room for the run to go on.
         """
         path = self.newest_whole()
-        while path is not None and (newest := self.latest()) not in (path, None):
-            _set_aside(newest)
+        while path is not None and (newest := self.latest()) != path:
+            _set_aside(newest or path)
         return path
 
     def new_checkpoint(self, name: str) -> Path:
@@ -283,8 +283,8 @@ def _lock(handle: int, directory: Path) -> None:
 
 # %% ../chapters/14e_run_directory.ipynb #525155eb
 def latest_checkpoint(directory: str | Path) -> Path | None:
-    """Return `directory`/final where it exists, else the step_N with the highest N, else
-    None; plain or sharded.
+    """Return `directory`/final where it exists, else the step_N with the highest N,
+    else None; plain or sharded.
     """
     return RunDirectory(directory).latest()
 
@@ -301,7 +301,7 @@ def prune_checkpoints(
     directory: str | Path,
     keep_last: int,
     keep_every: int = 0,
-    newest: int | None = None,
+    newest: float | None = None,
 ) -> None:
     """Delete old checkpoints in `directory`; see `Checkpoints.prune`."""
     Checkpoints(directory).prune(keep_last, keep_every, newest)

@@ -6,8 +6,8 @@
 __all__ = [
     "Chunk",
     "StoredTensor",
-    "write_index",
     "ShardReader",
+    "ShardWriter",
     "is_sharded",
     "save_shards",
     "sha256",
@@ -31,14 +31,17 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -48,6 +51,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
 from .archive import DTYPES, CheckpointError, check_archive
@@ -79,16 +83,20 @@ class StoredTensor:
     chunks: list[Chunk]
 
 
-def write_index(metadata: Metadata, file: Path) -> None:
+def _write_index(
+    metadata: Metadata, places: dict[MetadataIndex, Any], file: Path
+) -> None:
     """Write what lies where as JSON.
 
     {name: {dtype, shape, chunks: [[offsets, sizes, file, start, length], ...]}}.
     """
     index = {}
     for name, tensor in metadata.state_dict_metadata.items():
+        if not isinstance(tensor, TensorStorageMetadata):
+            raise TypeError(f"{name} is no tensor")
         chunks = []
         for chunk in tensor.chunks:
-            at = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+            at = places[MetadataIndex(name, chunk.offsets)]
             place = [at.relative_path, at.offset, at.length]
             chunks.append([list(chunk.offsets), list(chunk.sizes), *place])
         dtype = str(tensor.properties.dtype).removeprefix("torch.")
@@ -128,7 +136,7 @@ class ShardReader(FileSystemReader):
         self, plan: LoadPlan, planner: LoadPlanner
     ) -> torch.futures.Future[None]:
         for item in plan.items:
-            stored = _read_chunk(self.path, self.storage_data[item.storage_index])
+            stored = _read_chunk(Path(self.path), self.storage_data[item.storage_index])
             for dim, (offset, length) in enumerate(
                 zip(item.storage_offsets, item.lengths)
             ):
@@ -179,6 +187,16 @@ def _read_chunk(directory: Path, chunk: Chunk) -> torch.Tensor:
 
 
 # %% ../chapters/14c_shards.ipynb #6ec09ca5
+class ShardWriter(FileSystemWriter):
+    """DCP's writer of shards, which writes what lies where as JSON too."""
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        super().finish(metadata, results)
+        written = itertools.chain(*results)
+        places = {each.index: each.storage_data for each in written}
+        _write_index(metadata, places, Path(self.path) / "index.json")
+
+
 def is_sharded(directory: Path) -> bool:
     """Whether a checkpoint's directory holds shards."""
     return (directory / "sharded").is_dir()
@@ -189,18 +207,22 @@ def save_shards(
     directory: Path,
     group: dist.ProcessGroup | None = None,
     background: bool = False,
-) -> Callable[[], Metadata]:
+) -> Callable[[], object]:
     """Write this rank's part of `tensors` into `directory`/sharded when the function
     that is returned is called, which every rank does.
 
-    It returns what lies where. With `background` the tensors are copied now.
+    With `background` the tensors are copied now.
     """
-    place = {"checkpoint_id": directory / "sharded", "process_group": group}
+    place = {
+        "storage_writer": ShardWriter(directory / "sharded"),
+        "process_group": group,
+    }
+    save = partial(dcp.save, tensors, **place)
     copied = dcp.async_save(tensors, **place) if background else None
 
-    def write() -> Metadata:
+    def write() -> object:
         try:
-            return copied.result() if copied else dcp.save(tensors, **place)
+            return copied.result() if isinstance(copied, Future) else save()
         except CheckpointException as error:
             raise _first_failure(error) from None
 
@@ -239,11 +261,11 @@ def read_manifest(directory: Path) -> dict[str, str]:
     file = directory / "manifest.json"
     try:
         manifest = read_json(file)
-        sums = manifest.get("files")
+        sums = manifest.get("files", {})
         check_kind(sums, {str: str}, "files")
         whole = manifest.get("sha256") == _sum_of(sums)
     except ValueError:
-        whole = False
+        sums, whole = {}, False
     if not whole:
         raise damaged(file, "is damaged or missing")
     pattern = re.compile(r"state\.pt|sharded/[^/]+")
