@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -220,3 +222,25 @@ def test_modes_follow_the_umask(trained):
         if path.is_file()
     }
     assert modes == {0o640} and Path("plain").stat().st_mode & 0o777 == 0o750
+
+
+def test_reading_needs_no_more_than_the_core(trained):
+    """The libraries of training and serving are not there."""
+    save_checkpoint("plain/step_1", trained[0], TOKENIZER, optimizers=trained[1])
+    checkpointer("sharded", **SHARDED).save("step_1", *trained, {})
+    code = """
+import sys
+for name in (
+    "pydantic datasets pyarrow zstandard matplotlib tensorboard starlette uvicorn gguf"
+).split():
+    sys.modules[name] = None
+from qwen_analog.checkpoint import load_checkpoint, load_model, read_state
+from qwen_analog.run_directory import newest_whole
+for run in ("plain", "sharded"):
+    path = newest_whole(run)
+    load_model(path), load_checkpoint(path), read_state(path)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -432,3 +432,16 @@ def test_two_processes_and_one(tmp_path):
     )  # the card's file does not need the shards
     loaded, _ = load_model("sharded_asynchronous/final")
     assert torch.equal(loaded.model.norm.weight, found["at_5"]["model.norm.weight"])
+
+
+def test_names_do_not_change_where_blocks_are_compiled():
+    model, optimizers = fresh(kind="muon")
+    train(model, optimizers, 1)
+    other, its_optimizers = fresh(seed=5, kind="muon")
+    expected = contents(model, optimizers)
+    for each in (model, other):
+        for layer in each.model.layers:
+            layer.compile()
+    save_checkpoint("step_1", model, TOKENIZER, optimizers=optimizers)
+    restore_checkpoint("step_1", other, its_optimizers)
+    assert same(contents(other, its_optimizers), expected)
