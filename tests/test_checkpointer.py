@@ -129,6 +129,7 @@ def save_forever(options, model, optimizers, step):
         writer.save(f"step_{step}", model, optimizers, {"step": step})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [PLAIN, SHARDED, BACKGROUND], ids=["plain", "sharded", "background"]
 )

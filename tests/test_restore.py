@@ -247,191 +247,209 @@ def test_a_run_goes_on_in_another_precision(kind):
     assert all(p.isfinite().all() for p in other.parameters())
 
 
-def two_processes(rank, folder):
-    """Everything that needs two; what is found out goes to files."""
-    try:
-        os.chdir(folder)
-        torch.set_num_threads(1)
-        dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-        )
-        mesh, hybrid = (
-            init_device_mesh("cpu", (2,)),
-            init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard")),
-        )
+# ---------------------------------------------------------------- two processes
 
-        # uninterrupted: three steps, a checkpoint, two steps; what is where after each
-        model, optimizers = fresh(layout=mesh)
-        train(model, optimizers, 3)
-        at_3 = contents(model, optimizers)
-        for options in (SHARDED, BACKGROUND, PLAIN):
-            writer = checkpointer("_".join(options) or "plain", **options)
-            writer.save(
-                "step_3",
-                model,
-                optimizers,
-                {"step": 3},
-                {"rank": rank, "rng": torch.get_rng_state()},
-                final=False,
-            )
-            if options == BACKGROUND:
+
+def saves_and_goes_on(rank, mesh, shared):
+    """Uninterrupted: three steps, a checkpoint, two steps; what is where after each."""
+    model, optimizers = fresh(layout=mesh)
+    train(model, optimizers, 3)
+    shared["at_3"] = contents(model, optimizers)
+    rank_state = {"rank": rank, "rng": torch.get_rng_state()}
+    for options in (SHARDED, BACKGROUND, PLAIN):
+        writer = checkpointer("_".join(options) or "plain", **options)
+        writer.save("step_3", model, optimizers, {"step": 3}, rank_state)
+        if options == BACKGROUND:
+            train(model, optimizers, 2)
+            shared["at_5"] = contents(model, optimizers)
+            # waits for the first
+            writer.save("final", model, optimizers, {"step": 5}, final=True)
+            rest = restore_checkpoint("sharded/step_3", model, optimizers)
+            assert rest["rank_states"][rank]["rank"] == rank
+            assert same(contents(model, optimizers), shared["at_3"])
+    shared["held"] = (
+        sum(p.to_local().numel() for p in model.parameters()),
+        sum(p.numel() for p in model.parameters()),
+    )
+
+
+def what_two_wrote_goes_into_every_layout(rank, mesh, shared):
+    for source in ("sharded", "sharded_asynchronous", "plain"):
+        for layout in (mesh, hybrid(), None):
+            model, optimizers = fresh(seed=5, layout=layout)
+            rest = restore_checkpoint(f"{source}/step_3", model, optimizers)
+            assert same(contents(model, optimizers), shared["at_3"])
+            assert rest["step"] == 3
+            assert [each["rank"] for each in rest["rank_states"]] == [0, 1]
+            if layout is mesh:  # and on from there
                 train(model, optimizers, 2)
-                at_5 = contents(model, optimizers)
-                writer.save(
-                    "final", model, optimizers, {"step": 5}, final=True
-                )  # waits for the first
-                assert same(
-                    restore_checkpoint("sharded/step_3", model, optimizers)[
-                        "rank_states"
-                    ][rank]["rank"],
-                    rank,
-                )
-                assert same(contents(model, optimizers), at_3)
-        held = (
-            sum(p.to_local().numel() for p in model.parameters()),
-            sum(p.numel() for p in model.parameters()),
-        )
+                assert same(contents(model, optimizers), shared["at_5"])
 
-        # every file into every layout, and on from there
-        for source in (
-            "sharded",
-            "sharded_asynchronous",
-            "plain",
-            "one_sharded",
-            "one_plain",
-        ):
-            for layout in (mesh, hybrid, None):
-                model, optimizers = fresh(seed=5, layout=layout)
-                rest = restore_checkpoint(f"{source}/step_3", model, optimizers)
-                found = contents(model, optimizers)
-                if source.startswith("one"):
-                    assert same(found, torch.load("one.pt"))
-                    continue
-                assert (
-                    same(found, at_3)
-                    and rest["step"] == 3
-                    and [each["rank"] for each in rest["rank_states"]] == [0, 1]
-                )
-                if layout is mesh:
-                    train(model, optimizers, 2)
-                    assert same(contents(model, optimizers), at_5)
 
-        # two replicas, as DDP holds them, and a hybrid
-        for name, layout in (("replicas", None), ("hybrid", hybrid)):
-            model, optimizers = fresh(seed=6, layout=layout)
-            train(model, optimizers, 1)
-            checkpointer(name, **SHARDED).save("step_1", model, optimizers, {"step": 1})
-            other, its_optimizers = fresh(seed=5, layout=mesh)
-            restore_checkpoint(f"{name}/step_1", other, its_optimizers)
-            assert same(contents(other, its_optimizers), contents(model, optimizers))
+def what_one_wrote_goes_into_every_layout(rank, mesh, shared):
+    for source in ("one_sharded", "one_plain"):
+        for layout in (mesh, hybrid(), None):
+            model, optimizers = fresh(seed=5, layout=layout)
+            restore_checkpoint(f"{source}/step_3", model, optimizers)
+            assert same(contents(model, optimizers), torch.load("one.pt"))
 
-        # a fault on one rank is known to both
-        real = os.fsync
-        for options in (SHARDED, BACKGROUND):
-            model, optimizers = fresh(layout=mesh)
-            writer = checkpointer("full", **options)
-            if rank == 1:
 
-                def no_space(handle):
-                    raise OSError(errno.ENOSPC, "No space left on device")
+def replicas_as_ddp_holds_them_and_a_hybrid(rank, mesh, shared):
+    for name, layout in (("replicas", None), ("hybrid", hybrid())):
+        model, optimizers = fresh(seed=6, layout=layout)
+        train(model, optimizers, 1)
+        checkpointer(name, **SHARDED).save("step_1", model, optimizers, {"step": 1})
+        other, its_optimizers = fresh(seed=5, layout=mesh)
+        restore_checkpoint(f"{name}/step_1", other, its_optimizers)
+        assert same(contents(other, its_optimizers), contents(model, optimizers))
 
-                os.fsync = no_space
-            try:
-                writer.save("step_1", model, optimizers, {})
-                writer.wait()
-                raise AssertionError("a full disk was not noticed")
-            except OSError as error:
-                assert (
-                    "step_1.partial cannot be written: [Errno 28] No space left on"
-                    " device"
-                    in str(error)
-                    and "\n" not in str(error)
-                ), error
-            os.fsync = real
-            dist.barrier()
-            assert list(Path("full").iterdir()) == []
-        if rank == 0:
-            shutil.copytree("sharded/step_3", "damaged")
-            damaged = Path("damaged/sharded/__1_0.distcp")
-            damaged.write_bytes(damaged.read_bytes()[:-1])
-        dist.barrier()
-        try:
-            restore_checkpoint("damaged", *fresh(layout=mesh))
-            raise AssertionError("damage was not noticed")
-        except CheckpointError as error:
-            assert "damaged/sharded/__1_0.distcp is damaged" in str(error), error
-        dist.barrier()
-        if rank == 0:
-            torch.save({"at_3": at_3, "at_5": at_5, "held": held}, "found.pt")
-            Path("rendezvous_done").touch()
-        step, writer = 0, checkpointer("killed", keep_last=2, **BACKGROUND)
+
+def a_full_disk_of_one_is_known_to_both(rank, mesh, shared):
+    def no_space(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    real = os.fsync
+    for options in (SHARDED, BACKGROUND):
         model, optimizers = fresh(layout=mesh)
-        while True:
-            step += 1
-            writer.save(f"step_{step}", model, optimizers, {"step": step})
-    except BaseException:
-        Path(folder, f"error_{rank}").write_text(traceback.format_exc())
-        raise
+        writer = checkpointer("full", **options)
+        os.fsync = no_space if rank == 1 else real
+        with pytest.raises(OSError) as raised:
+            writer.save("step_1", model, optimizers, {})
+            writer.wait()
+        os.fsync = real
+        wanted = "step_1.partial cannot be written: [Errno 28] No space left on device"
+        assert wanted in str(raised.value) and "\n" not in str(raised.value)
+        dist.barrier()
+        assert list(Path("full").iterdir()) == []
 
 
-def test_two_processes_and_one(tmp_path):
+def damage_is_known_to_both(rank, mesh, shared):
+    if rank == 0:
+        shutil.copytree("sharded/step_3", "damaged")
+        damaged = Path("damaged/sharded/__1_0.distcp")
+        damaged.write_bytes(damaged.read_bytes()[:-1])
+    dist.barrier()
+    with pytest.raises(CheckpointError, match="__1_0.distcp is damaged"):
+        restore_checkpoint("damaged", *fresh(layout=mesh))
+    dist.barrier()
+
+
+CLAIMS = [
+    saves_and_goes_on,
+    what_two_wrote_goes_into_every_layout,
+    what_one_wrote_goes_into_every_layout,
+    replicas_as_ddp_holds_them_and_a_hybrid,
+    a_full_disk_of_one_is_known_to_both,
+    damage_is_known_to_both,
+]
+
+
+def hybrid():
+    return init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+
+
+def two_processes(rank, folder):
+    """Every claim in turn; then saves without end, to be killed."""
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    mesh, shared = init_device_mesh("cpu", (2,)), {}
+    for claim in CLAIMS:
+        try:
+            claim(rank, mesh, shared)
+        except BaseException:
+            Path(f"{claim.__name__}_{rank}.error").write_text(traceback.format_exc())
+            raise
+        Path(f"{claim.__name__}_{rank}.done").touch()
+    if rank == 0:
+        torch.save(shared, "found.pt")
+    dist.barrier()
+    step, writer = 0, checkpointer("killed", keep_last=2, **BACKGROUND)
+    model, optimizers = fresh(layout=mesh)
+    while True:
+        step += 1
+        writer.save(f"step_{step}", model, optimizers, {"step": step})
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The folder in which two processes did all they claim, and were killed."""
+    folder, before = tmp_path_factory.mktemp("two"), Path.cwd()
+    os.chdir(folder)
     model, optimizers = fresh(seed=7)
     train(model, optimizers, 2)
     torch.save(contents(model, optimizers), "one.pt")
-    checkpointer("one_sharded", **SHARDED).save(
-        "step_3", model, optimizers, {"step": 2}
-    )
-    checkpointer("one_plain").save("step_3", model, optimizers, {"step": 2})
-    processes = [
-        multiprocessing.get_context("spawn").Process(
-            target=two_processes, args=(rank, str(tmp_path))
-        )
-        for rank in range(2)
-    ]
+    for name, options in (("one_sharded", SHARDED), ("one_plain", PLAIN)):
+        writer = checkpointer(name, **options)
+        writer.save("step_3", model, optimizers, {"step": 2})
+    os.chdir(before)
+    spawn = multiprocessing.get_context("spawn").Process
+    processes = [spawn(target=two_processes, args=(r, str(folder))) for r in range(2)]
     for process in processes:
         process.start()
     deadline = time.monotonic() + 150
     while (
-        latest_checkpoint("killed") is None
-        and not list(tmp_path.glob("error_*"))
+        latest_checkpoint(folder / "killed") is None
+        and not list(folder.glob("*.error"))
         and time.monotonic() < deadline
     ):
         time.sleep(0.05)
     time.sleep(random.Random(1).uniform(0, 0.2))
-    errors = [
-        path.read_text() for path in tmp_path.glob("error_*")
-    ]  # before one process misses the other
     for process in processes:
         process.kill()
     for process in processes:
         process.join()
-    assert not errors, errors[0]
-    newest = latest_checkpoint("killed")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("claim", [claim.__name__ for claim in CLAIMS])
+def test_of_two_processes(claim, two):
+    for error in two.glob(f"{claim}_*.error"):
+        raise AssertionError(error.read_text())
+    assert len(list(two.glob(f"{claim}_*.done"))) == 2
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_killed_leave_a_whole_checkpoint(two):
+    newest = latest_checkpoint(two / "killed")
     assert load_checkpoint(newest)["step"] == int(newest.name[5:])
 
-    found = torch.load("found.pt", weights_only=False)
-    assert found["held"][0] < 0.6 * found["held"][1]  # it was sharded
-    assert len(list(Path("sharded/step_3/sharded").glob("*.distcp"))) == 2
-    for source in ("sharded", "sharded_asynchronous", "plain"):
-        model, optimizers = fresh(seed=5)
-        rest = restore_checkpoint(f"{source}/step_3", model, optimizers)
-        assert same(contents(model, optimizers), found["at_3"]) and [
-            each["rank"] for each in rest["rank_states"]
-        ] == [0, 1]
-        assert same(
-            load_checkpoint(f"{source}/step_3")["model_state_dict"],
-            dict(model.state_dict()),
-        )
-    card = torch.load("sharded_asynchronous/final/checkpoint.pt")["model_state_dict"]
-    assert all(
-        torch.equal(card[name], found["at_5"][name])
-        for name, _ in model.named_parameters()
-    )
-    shutil.rmtree(
-        "sharded_asynchronous/final/sharded"
-    )  # the card's file does not need the shards
-    loaded, _ = load_model("sharded_asynchronous/final")
-    assert torch.equal(loaded.model.norm.weight, found["at_5"]["model.norm.weight"])
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(two):
+    held, whole = torch.load(two / "found.pt", weights_only=False)["held"]
+    assert held < 0.6 * whole  # it was sharded
+    assert len(list((two / "sharded/step_3/sharded").glob("*.distcp"))) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["sharded", "sharded_asynchronous", "plain"])
+def test_one_process_reads_what_two_wrote(source, two):
+    found = torch.load(two / "found.pt", weights_only=False)
+    model, optimizers = fresh(seed=5)
+    rest = restore_checkpoint(two / source / "step_3", model, optimizers)
+    assert same(contents(model, optimizers), found["at_3"])
+    assert [each["rank"] for each in rest["rank_states"]] == [0, 1]
+    weights = load_checkpoint(two / source / "step_3")["model_state_dict"]
+    assert same(weights, dict(model.state_dict()))
+
+
+@pytest.mark.slow
+def test_the_final_file_of_two_does_not_need_the_shards(two):
+    at_5 = torch.load(two / "found.pt", weights_only=False)["at_5"]
+    shutil.copytree(two / "sharded_asynchronous/final", "final")
+    weights = torch.load("final/checkpoint.pt")["model_state_dict"]
+    for name, _ in fresh()[0].named_parameters():
+        assert torch.equal(weights[name], at_5[name])
+    shutil.rmtree("final/sharded")
+    loaded, _ = load_model("final")
+    assert torch.equal(loaded.model.norm.weight, at_5["model.norm.weight"])
+
+
+# ---------------------------------------------------------------- compiled blocks
 
 
 def test_names_do_not_change_where_blocks_are_compiled():
