@@ -205,6 +205,24 @@ def write_pt(contents: dict, file: Path) -> None:
     _check_contents(contents, file)
 
 
+# %% ../chapters/14_checkpoints.ipynb #b1af772d
+def _check_contents(contents: dict, file: Path) -> QwenConfig:
+    """Return the configuration in a checkpoint. Raises CheckpointError that names
+    `file` and the entry that is not what it should be.
+    """
+    try:
+        check_entries(contents)
+        config = QwenConfig.from_dict(contents["config"])
+        settings = contents.get("generation_config", {})
+        GenerationDefaults.from_dict(settings, config.vocab_size, "generation_config")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{file} is not a checkpoint of this package: {reason(error)}"
+        ) from None
+    return config
+
+
+# %% ../chapters/14_checkpoints.ipynb #52807467
 def write_safetensors(checkpoint: dict, file: Path) -> None:
     """Write the weights of a checkpoint; tied ones once."""
     tied = checkpoint["config"]["tie_word_embeddings"]
@@ -280,23 +298,6 @@ def read_pt(file: Path, *needs: str, check: bool = True, mmap: bool = False) -> 
     config = _check_contents(contents, file)
     contents["config"] = config.to_dict()  # an older version's, completed
     return contents if mmap else copy.deepcopy(contents)
-
-
-# %% ../chapters/14_checkpoints.ipynb #b1af772d
-def _check_contents(contents: dict, file: Path) -> QwenConfig:
-    """Return the configuration in a checkpoint. Raises CheckpointError that names
-    `file` and the entry that is not what it should be.
-    """
-    try:
-        check_entries(contents)
-        config = QwenConfig.from_dict(contents["config"])
-        settings = contents.get("generation_config", {})
-        GenerationDefaults.from_dict(settings, config.vocab_size, "generation_config")
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{file} is not a checkpoint of this package: {reason(error)}"
-        ) from None
-    return config
 
 
 # %% ../chapters/14_checkpoints.ipynb #0da22016

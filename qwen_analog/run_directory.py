@@ -127,8 +127,9 @@ class RunDirectory(Checkpoints):
         make room for the run to go on.
         """
         whole = self.newest_whole()
-        for path in self.checkpoints() if whole else []:
-            if step_number(path) > step_number(whole):
+        last = math.inf if whole is None else step_number(whole)
+        for path in self.checkpoints():
+            if step_number(path) > last:
                 _set_aside(path)
         return whole
 
