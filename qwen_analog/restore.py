@@ -277,28 +277,25 @@ def _check_averages(
                     f" {', '.join(sorted(wanted))}"
                 )
             for key, (shape, dtype) in found.items():
-                _check_average(path, parameters[name], name, key, shape, dtype, wanted)
+                if not _fits(parameters[name].shape, key, shape, dtype, wanted):
+                    raise CheckpointError(
+                        f"{path}: the optimizer's {key} of {name} has shape"
+                        f" {list(shape)} and type {str(dtype).removeprefix('torch.')},"
+                        " which does not fit the parameter's"
+                        f" {list(parameters[name].shape)}"
+                    )
 
 
-# %% ../chapters/14d_restore.ipynb #c899fbae
-def _check_average(
-    path: Path,
-    parameter: torch.Tensor,
-    name: str,
+def _fits(
+    parameter: torch.Size,
     key: str,
     shape: torch.Size,
     dtype: torch.dtype,
     known: set[str] | None,
-) -> None:
-    """Check one tensor of an optimizer; `known` are those that it should have."""
-    fits = shape in ((), parameter.shape)
-    if known:
-        fits = dtype.is_floating_point and shape == (
-            () if key == "step" else parameter.shape
-        )
-    if not fits:
-        raise CheckpointError(
-            f"{path}: the optimizer's {key} of {name} has shape {list(shape)} and type"
-            f" {str(dtype).removeprefix('torch.')}, which does not fit the parameter's"
-            f" {list(parameter.shape)}"
-        )
+) -> bool:
+    """Whether a tensor of an optimizer's state fits a parameter's shape; `known` are
+    the tensors that the optimizer has, where we know it.
+    """
+    if known is None:
+        return shape in ((), parameter)
+    return dtype.is_floating_point and shape == (() if key == "step" else parameter)
