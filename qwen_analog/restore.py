@@ -286,6 +286,7 @@ def _check_averages(
                     )
 
 
+# %% ../chapters/14d_restore.ipynb #31f87bfb
 def _fits(
     parameter: torch.Size,
     key: str,

@@ -8,9 +8,9 @@ __all__ = [
     "check_keep",
     "Checkpoints",
     "RunDirectory",
+    "newest_whole",
     "claim",
     "latest_checkpoint",
-    "newest_whole",
     "prune_checkpoints",
 ]
 
@@ -108,19 +108,10 @@ class RunDirectory(Checkpoints):
     """
 
     def newest_whole(self) -> Path | None:
-        """Return the newest checkpoint that passes its checks, or None; stderr names
-        what is passed over. Raises CheckpointError where none of them is whole.
+        """Return the newest checkpoint that passes its checks, or None; see
+        `newest_whole`.
         """
-        path, names, problem = _first_whole(reversed(self.named()))
-        if names and path is None:
-            raise CheckpointError(
-                f"{self.path} holds no whole checkpoint ({problem}): "
-                f"move {names} away to start anew"
-            )
-        if names:
-            found = f"{path} is the newest whole checkpoint"
-            _warn(f"{names} passed over, {found} ({problem})")
-        return path
+        return newest_whole(self.path)
 
     def go_back_to_whole(self) -> Path | None:
         """Return `newest_whole()`; damaged checkpoints that are newer are renamed, and
@@ -149,6 +140,25 @@ class RunDirectory(Checkpoints):
 
 
 # %% ../chapters/14e_run_directory.ipynb #4fb74904
+def newest_whole(directory: str | Path) -> Path | None:
+    """Return the newest checkpoint in `directory` that passes its checks, or None where
+    there is none.
+
+    One line on stderr names what is passed over. Raises CheckpointError where there are
+    checkpoints, and none of them is whole.
+    """
+    path, names, problem = _first_whole(reversed(Checkpoints(directory).named()))
+    if names and path is None:
+        raise CheckpointError(
+            f"{directory} holds no whole checkpoint ({problem}): "
+            f"move {names} away to start anew"
+        )
+    if names:
+        found = f"{path} is the newest whole checkpoint"
+        _warn(f"{names} passed over, {found} ({problem})")
+    return path
+
+
 def _first_whole(paths: Iterable[Path]) -> tuple[Path | None, str, str]:
     """Return the first checkpoint that is whole, the names of those before it, and what
     is wrong with the first of them.
@@ -163,6 +173,7 @@ def _first_whole(paths: Iterable[Path]) -> tuple[Path | None, str, str]:
     return None, ", ".join(passed_over), first
 
 
+# %% ../chapters/14e_run_directory.ipynb #10a0e467
 def _problem(path: Path) -> str | None:
     """Say why a checkpoint is not whole; None where it is."""
     try:
@@ -285,14 +296,6 @@ def latest_checkpoint(directory: str | Path) -> Path | None:
     else None; plain or sharded.
     """
     return RunDirectory(directory).latest()
-
-
-def newest_whole(directory: str | Path) -> Path | None:
-    """Return the newest checkpoint in `directory` that passes its checks.
-
-    See `RunDirectory.newest_whole`.
-    """
-    return RunDirectory(directory).newest_whole()
 
 
 def prune_checkpoints(

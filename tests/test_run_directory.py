@@ -13,6 +13,7 @@ import pytest
 from checkpoint_cases import (
     PLAIN,
     SHARDED,
+    TOKENIZER,
     checkpointer,
     damages,
     fresh,
@@ -21,8 +22,9 @@ from checkpoint_cases import (
 )
 
 from qwen_analog.archive import CheckpointError
-from qwen_analog.checkpoint import load_model, read_state
+from qwen_analog.checkpoint import load_model, read_state, save_checkpoint
 from qwen_analog.run_directory import (
+    RunDirectory,
     claim,
     latest_checkpoint,
     newest_whole,
@@ -203,3 +205,76 @@ def test_names_that_are_no_steps_are_no_checkpoints(trained):
     assert latest_checkpoint("runs") is None
     Path("loop").symlink_to("loop")
     one_line("loop", lambda: load_model("loop"), lambda: read_state("loop"))
+
+
+def test_a_run_goes_back_to_the_newest_whole_one(trained, capsys):
+    run = RunDirectory("runs")
+    assert run.go_back_to_whole() is None
+    writer = checkpointer("runs")
+    for step in (1, 2, 3):
+        writer.save(f"step_{step}", *trained, {"step": step})
+    for step in (2, 3):
+        Path(f"runs/step_{step}/checkpoint.pt").write_bytes(b"")
+    Path("runs/step_3.damaged").mkdir()  # of an earlier time
+    assert run.go_back_to_whole() == Path("runs/step_1") == run.latest()
+    assert "step_3, step_2 passed over" in capsys.readouterr().err
+    assert {path.name for path in Path("runs").iterdir()} == {
+        "step_1",
+        "step_2.damaged",
+        "step_3.damaged",
+        "step_3.damaged_",
+    }
+    Path("runs/step_1/checkpoint.pt").write_bytes(b"")
+    one_line("runs", run.go_back_to_whole)
+    assert run.latest() == Path("runs/step_1")  # nothing whole: nothing is moved
+
+
+def test_a_directory_that_was_made_for_nothing_goes_again():
+    with RunDirectory("a/runs").claim():
+        assert Path("a/runs/run.lock").is_file()
+    assert not Path("a/runs").exists()
+    with pytest.raises(ZeroDivisionError), RunDirectory("a/runs").claim():
+        Path("a/runs/metrics.jsonl").touch()
+        raise ZeroDivisionError
+    assert {path.name for path in Path("a/runs").iterdir()} == {
+        "run.lock",
+        "metrics.jsonl",
+    }
+
+
+def test_a_new_checkpoint_takes_no_name_that_is_used(trained):
+    checkpointer("runs").save("step_1", *trained, {"step": 1})
+    run = RunDirectory("runs")
+    Path("runs/step_7.partial").mkdir()
+    assert run.new_checkpoint("step_2") == Path("runs/step_2.partial")
+    assert not Path("runs/step_7.partial").exists()
+    with pytest.raises(CheckpointError, match="runs/step_1 exists already"):
+        run.new_checkpoint("step_1")
+    for name in ("step_", "step_1.partial", "Final", "../x", ""):
+        with pytest.raises(ValueError, match="a checkpoint is called"):
+            run.new_checkpoint(name)
+
+
+@pytest.mark.mutant
+def test_what_is_half_deleted_is_no_checkpoint(trained, monkeypatch):
+    from qwen_analog import run_directory
+
+    def interrupted(path, ignore_errors=False):
+        if Path(path).is_dir():
+            (Path(path) / "checkpoint.pt").write_bytes(b"")
+            raise KeyboardInterrupt
+
+    def mutant(path):
+        run_directory.shutil.rmtree(path)
+
+    for delete, survives in ((run_directory._delete, True), (mutant, False)):
+        for step in (1, 2):
+            save_checkpoint(f"runs/step_{step}", trained[0], TOKENIZER, step=step)
+        with monkeypatch.context() as patch:
+            patch.setattr(run_directory, "_delete", delete)
+            patch.setattr(run_directory.shutil, "rmtree", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                RunDirectory("runs").prune(keep_last=1)
+        names = [path.name for path in RunDirectory("runs").checkpoints()]
+        assert (names == ["step_2"]) == survives
+        shutil.rmtree("runs")
