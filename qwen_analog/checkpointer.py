@@ -107,8 +107,9 @@ class Checkpointer:
         whole, OSError on a full disk, on every rank.
         """
         self.wait()
-        prepare = lambda: _prepare(self.directory, name, self.rank)
-        partial = on_all_ranks(prepare, self.group)[0]
+        partial = on_all_ranks(
+            lambda: _prepare(self.directory, name, self.rank), self.group
+        )[0]
         tensors, rest = snapshot(model, optimizers)
         rank_states = on_all_ranks(lambda: rank_state, self.group)
         state = copy.deepcopy({**state, **rest, "rank_states": rank_states})
