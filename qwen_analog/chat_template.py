@@ -46,56 +46,54 @@ def chat_ids(
     template = template_of(tokenizer)
     if template is None or not isinstance(tokenizer, HFTokenizer):
         return encode_chat(tokenizer, messages, add_generation_prompt)
-    controls = _control_tokens(tokenizer)
-    longest_first = sorted(controls, key=len, reverse=True)
-    control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
     said = _contents(messages)
-    mark = _private_character(said)
-
-    def hide(spelling: re.Match[str]) -> str:
-        return f"{mark}{controls[spelling[0]]}{mark}"
-
+    hiding = _Hiding(tokenizer, said)
     fast: Any = tokenizer.tokenizer
     values = {
         **fast.special_tokens_map,
-        "messages": [
-            {**m, "content": control.sub(hide, m["content"])} for m in messages
-        ],
+        "messages": [{**m, "content": hiding.hide(m["content"])} for m in messages],
         "tools": None,
         "documents": None,
         "add_generation_prompt": add_generation_prompt,
     }
-    text = render(template, values, most=10**6 + 8 * len(said))
-    return _encode_around(tokenizer, controls, control, mark, text)
+    return hiding.encode(render(template, values, most=10**6 + 8 * len(said)))
 
 
-# %% ../chapters/16d_chat_template.ipynb #b2e52270
-def _control_tokens(tokenizer: HFTokenizer) -> dict[str, int]:
-    fast: Any = tokenizer.tokenizer
-    added = fast.backend_tokenizer.get_added_tokens_decoder()
-    return {token.content: i for i, token in added.items() if token.special}
+# %% ../chapters/16d_chat_template.ipynb #b737e889
+class _Hiding:
+    """Keeps spellings of control tokens in messages apart from a template's own.
+
+    A hidden one is its id between two marks, which no message holds.
+    """
+
+    def __init__(self, tokenizer: HFTokenizer, messages: str):
+        fast: Any = tokenizer.tokenizer
+        added = fast.backend_tokenizer.get_added_tokens_decoder()
+        self.tokenizer = tokenizer
+        self.ids = {token.content: i for i, token in added.items() if token.special}
+        names = sorted((name for name in self.ids if name), key=len, reverse=True)
+        self.control = "|".join(re.escape(name) for name in names) or "(?!)"
+        self.mark = _private_character(messages)
+
+    def hide(self, text: str) -> str:
+        mark, ids = self.mark, self.ids
+        return re.sub(self.control, lambda c: f"{mark}{ids[c[0]]}{mark}", text)
+
+    def encode(self, text: str) -> list[int]:
+        """Encode a filled-in template; what was hidden is text again."""
+        hidden = f"{self.mark}(\\d+){self.mark}"
+        names = {str(i): name for name, i in self.ids.items()}
+        ids = []
+        for part in re.split(f"({self.control})", text):
+            if part in self.ids:
+                ids.append(self.ids[part])
+            else:
+                said = re.sub(hidden, lambda m: names.get(m[1], m[0]), part)
+                ids += self.tokenizer.encode(said)
+        return ids
 
 
-def _encode_around(
-    tokenizer: Tokenizer,
-    controls: dict[str, int],
-    control: re.Pattern[str],
-    mark: str,
-    text: str,
-) -> list[int]:
-    """Encode a filled-in template; what stands between two marks is text again."""
-    spelling = {str(i): name for name, i in controls.items()}
-    ids = []
-    for part in re.split(f"({control.pattern})", text):
-        if part in controls:
-            ids.append(controls[part])
-        else:
-            hidden = f"{mark}(\\d+){mark}"
-            said = re.sub(hidden, lambda m: spelling.get(m[1], m[0]), part)
-            ids += tokenizer.encode(said)
-    return ids
-
-
+# %% ../chapters/16d_chat_template.ipynb #18fc4430
 def _contents(messages: Sequence[dict[str, str]]) -> str:
     """Return all contents in one. ValueError for a message without a role or a text."""
     roles = ("system", "user", "assistant")
@@ -119,7 +117,7 @@ def _private_character(text: str) -> str:
     )
 
 
-# %% ../chapters/16d_chat_template.ipynb #22b615ae
+# %% ../chapters/16d_chat_template.ipynb #b69c0455
 def _jinja_environment():
     """Return an environment in which templates mean what they mean to transformers."""
     import datetime
@@ -141,13 +139,8 @@ def _jinja_environment():
         return datetime.datetime.now().strftime(form)
 
     def to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(
-            x,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
+        form = dict(indent=indent, separators=separators, sort_keys=sort_keys)
+        return json.dumps(x, ensure_ascii=ensure_ascii, **form)
 
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
@@ -158,7 +151,7 @@ def _jinja_environment():
     return environment
 
 
-# %% ../chapters/16d_chat_template.ipynb #7b965d84
+# %% ../chapters/16d_chat_template.ipynb #50c3a5c2
 def _render_lines():
     """Answer each line of the standard input, within limits of time and memory."""
     import json
@@ -188,7 +181,7 @@ def _render_lines():
         print(json.dumps(answer), flush=True)
 
 
-# %% ../chapters/16d_chat_template.ipynb #e27a80d6
+# %% ../chapters/16d_chat_template.ipynb #329dcbb7
 def _start_renderer() -> subprocess.Popen[bytes]:
     functions = map(inspect.getsource, (_jinja_environment, _render_lines))
     paths = [path for path in sys.path if path]
@@ -209,6 +202,7 @@ def _start_renderer() -> subprocess.Popen[bytes]:
         ) from None
 
 
+# %% ../chapters/16d_chat_template.ipynb #f11c71ae
 class TemplateRenderer:
     """A process that fills in chat templates; it ends with this one."""
 
@@ -240,7 +234,7 @@ class TemplateRenderer:
         return answer
 
 
-# %% ../chapters/16d_chat_template.ipynb #34350ca9
+# %% ../chapters/16d_chat_template.ipynb #f850cf27
 _RENDERER = TemplateRenderer()
 # a copy of this process starts a renderer of its own
 os.register_at_fork(after_in_child=_RENDERER.__init__)
@@ -269,6 +263,7 @@ def render(template: str, values: dict, most: int) -> str:
     return answer["text"]
 
 
+# %% ../chapters/16d_chat_template.ipynb #7eee3378
 def template_of(tokenizer: Tokenizer) -> str | None:
     """Return a tokenizer's chat template, where it has one.
 
@@ -287,7 +282,7 @@ def template_of(tokenizer: Tokenizer) -> str | None:
     return template
 
 
-# %% ../chapters/16d_chat_template.ipynb #88f28807
+# %% ../chapters/16d_chat_template.ipynb #02702db2
 def has_chat_format(model: QwenForCausalLM, tokenizer: Tokenizer) -> bool:
     """Tell whether a model was made for conversations.
 

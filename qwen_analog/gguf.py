@@ -82,6 +82,7 @@ _KEYS = {
 }
 
 
+# %% ../chapters/16_real_weights.ipynb #5bcc09dd
 def gguf_config(
     metadata: dict[str, Any], tensors: Mapping[str, GGUFTensor], path: Path
 ) -> QwenConfig:
@@ -219,6 +220,7 @@ def _merges(metadata: dict[str, Any], path: Path) -> list[tuple[str, str]]:
     return pairs
 
 
+# %% ../chapters/16_real_weights.ipynb #f4a18bed
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # the others only pad the embedding
 
 
