@@ -71,7 +71,7 @@ class TokenCache:
         )
 
     def keep_prefix(self, prompt: list[int]) -> list[int]:
-        """Forget all but what `prompt` begins with; return the ids it still has to read.
+        """Forget all but what `prompt` begins with; return its ids still to be read.
 
         One is left at least, since the logits after the last one are wanted.
         """
@@ -203,20 +203,15 @@ class Chat(Conversation):
         super().__init__(system)
         check_whole("max_new_tokens", max_new_tokens, 1)
         self.params = _chat_params(model, sampling)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.cache = tokenizer, TokenCache(model)
         self.context = model.config.max_position_embeddings
         self.max_new_tokens = min(max_new_tokens, max(1, self.context // 4))
         self.end_ids = set(stop_ids(model, tokenizer))
-        self.cache = TokenCache(model)
         self.reused = 0  # tokens of the last prompt that the cache held already
         self.generator = new_generator(model.lm_head.weight.device, self.params.seed)
 
     def reply(self, text: str) -> Iterator[str]:
-        """Return the answer to `text`, in pieces. Both join `messages`.
-
-        Of an answer that is broken off, what was said by then joins them. ValueError,
-        before the first piece, for a text that does not fit.
-        """
+        """Return the answer in pieces; both join `messages`, also when broken off."""
         text = _plain("text", text)
         return _answer(self, text, self.prompt(text))
 

@@ -101,7 +101,7 @@ def _require_memory(
         require_memory(weights * dtype.itemsize, device, what, cure)
 
 
-# %% ../chapters/16g_loading.ipynb #694555fa
+# %% ../chapters/16g_loading.ipynb #3239ee0d
 _SOURCES = (
     "name a checkpoint (its directory or checkpoint.pt), a run's directory, a Hugging"
     " Face directory, a .gguf file, owner/name on the hub, or smollm2"
@@ -140,7 +140,7 @@ def find_source(source: str | Path) -> tuple[str, str | Path]:
     return "hf", name
 
 
-# %% ../chapters/16g_loading.ipynb #542a3538
+# %% ../chapters/16g_loading.ipynb #14972053
 def _mode(path: Path) -> int:
     """Return the mode of a file or directory, 0 where there is none."""
     try:
@@ -169,7 +169,7 @@ def _find_in_directory(path: Path) -> tuple[str, Path]:
     )
 
 
-# %% ../chapters/16g_loading.ipynb #b1a485f6
+# %% ../chapters/16g_loading.ipynb #cbe2ea32
 _HF_FILES = ("config.json", "tokenizer.json", "model.safetensors.index.json")
 
 
