@@ -4,7 +4,7 @@ BIN := .venv/bin
 # threads that spin while they wait for each other take the processor from the ones that work
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: train test lint export execute figures lab
+.PHONY: train test test-fast lint export execute figures lab hooks
 
 # the stamp is newer than every file that names a dependency once they are installed
 .venv/installed: pyproject.toml requirements.lock requirements-assets.txt
@@ -27,17 +27,32 @@ test: .venv/installed lint
 	$(BIN)/python tests/solve_exercises.py
 	PYTHONPATH=$(CURDIR)/tests/no_network HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=300 --timeout=300 build/solved/chapters
 
+# one module's work: its tests without the slow ones and the mutants, under a minute;
+# `make test-fast TESTS=tests/test_rope.py` runs those of one file
+TESTS ?= tests
+test-fast: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow and not mutant" $(TESTS)
+
 lint: .venv/installed
 	$(BIN)/ruff format --check -q .
 	$(BIN)/ruff check -q .
+	$(BIN)/pyrefly check --summary=none
+
+# git merges notebooks cell by cell, and what is committed is checked first
+hooks: .venv/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev-install-hooks
+	$(BIN)/pip install -q pre-commit
+	$(BIN)/pre-commit install
 
 export: .venv/installed
 	$(BIN)/nbdev-export
 	$(BIN)/ruff format -q qwen_analog
 
-# run every chapter and keep its outputs, without times, which would change at each run
+# run every chapter and keep its outputs, without times, which would change at each run;
+# `make execute CHAPTERS=04_rope.ipynb` runs one
+CHAPTERS ?= [0-9]*.ipynb
 execute: .venv/installed
-	cd chapters && for nb in [0-9]*.ipynb; do ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False --coalesce-streams $$nb || exit 1; done
+	cd chapters && for nb in $(CHAPTERS); do ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False --coalesce-streams $$nb || exit 1; done
 
 figures: .venv/installed
 	for f in figures/*.py; do $(BIN)/python $$f || exit 1; done

@@ -2,13 +2,30 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1] / "chapters")
-)  # book.py: scramble_
+# book.py: scramble_
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "chapters"))
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty directory with a checkpoint "c", and documents "d.jsonl"."""
+    from helpers import BYTES, small_model
+    from qwen_analog.checkpoint import save_checkpoint
+    from qwen_analog.data import write_jsonl
+
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint("c", small_model(), BYTES)
+    documents = (
+        {"title": f"t{i}", "text": f"document {i} says that {i} is a number"}
+        for i in range(200)
+    )
+    write_jsonl(documents, "d.jsonl")
+    return tmp_path
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -1,0 +1,68 @@
+"""Flags, extras that are missing, and the end of a command."""
+
+import argparse
+import subprocess
+import sys
+
+import pytest
+
+from helpers import ROOT
+from qwen_analog import arguments
+
+
+@pytest.mark.parametrize("module, extra", [("datasets", "train"), ("gguf", "hf")])
+def test_a_missing_library_names_its_extra(module, extra, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(arguments.MissingExtraError) as error:
+        arguments.need(module)
+    assert error.value.name == module and f"'.[{extra}]'" in str(error.value)
+
+    def action():
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    assert arguments.report_errors("p", action) == 2
+    said = capsys.readouterr().err
+    assert f"pip install -e '.[{extra}]'" in said and said.count("\n") == 1
+
+
+def test_a_missing_module_of_ours_is_a_mistake_of_ours():
+    def action():
+        raise ModuleNotFoundError("No module named 'x'", name="x")
+
+    with pytest.raises(ModuleNotFoundError):
+        arguments.report_errors("p", action)
+    with pytest.raises(ModuleNotFoundError):
+        arguments.need("qwen_analog.nothing")
+
+
+def test_every_extra_is_one_of_the_project():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(arguments.EXTRAS) <= set(project["optional-dependencies"])
+    for extra, modules in arguments.EXTRAS.items():
+        listed = " ".join(project["optional-dependencies"][extra])
+        for module in modules.split():
+            assert module.replace("_", "-") in listed.replace("_", "-"), module
+
+
+@pytest.mark.parametrize("older", [(), ("--checkpoint",)])
+def test_a_model_is_named_by_one_flag(older, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parser = argparse.ArgumentParser()
+    arguments.add_model(parser, *older, default=arguments.default_model())
+    assert parser.parse_args([]).model == "smollm2"
+    for flag in ("--model", *older):
+        assert parser.parse_args([flag, "x"]).model == "x"
+    (tmp_path / "checkpoints" / "final").mkdir(parents=True)
+    assert arguments.default_model() == "checkpoints/final"
+
+
+@pytest.mark.parametrize("module", ["qwen_analog", "qwen_analog.cli"])
+def test_nothing_heavy_is_imported_for_the_help(module):
+    code = (
+        f"import sys, {module}; heavy = {{'torch', 'numpy', 'datasets', 'pydantic',"
+        " 'transformers', 'matplotlib'} & set(sys.modules); assert not heavy, heavy"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
