@@ -16,16 +16,15 @@ __all__ = [
 import hashlib
 import importlib.util
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from .config import GenerationDefaults, QwenConfig, shown
 from .files import write_json
-from .gguf_file import GGUFTensor, read_gguf
+from .gguf_file import GGUFFile, GGUFTensor, read_gguf
 from .model import QwenForCausalLM
 from .rope import interleaved_to_half
 from .tokenizer import HFTokenizer
@@ -37,9 +36,6 @@ from qwen_analog.weights import (
     error_line,
     weight_shapes,
 )
-
-if TYPE_CHECKING:
-    import tokenizers
 
 # %% ../chapters/16_real_weights.ipynb #d62b756a
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -82,15 +78,13 @@ _KEYS = {
 }
 
 
-# %% ../chapters/16_real_weights.ipynb #5bcc09dd
-def gguf_config(
-    metadata: dict[str, Any], tensors: Mapping[str, GGUFTensor], path: Path
-) -> QwenConfig:
+# %% ../chapters/16_real_weights.ipynb #f787fe37
+def gguf_config(file: GGUFFile) -> QwenConfig:
     """Return the configuration that a file's metadata describe.
 
-    Raises ValueError for what is missing, wrong, or not a part of this model.
+    Raises ValueError for what is missing, wrong, or no part of this model.
     """
-    kind = _architecture(metadata, path)
+    kind, metadata = _architecture(file), file.metadata
     keys = {field: f"{kind}.{key}" for field, key in _KEYS.items()}
     fields: dict[str, Any] = {
         "num_key_value_heads": metadata.get(keys["num_attention_heads"]),
@@ -101,23 +95,30 @@ def gguf_config(
         if key in metadata:
             fields[field] = metadata[key]
         elif field not in fields:
-            raise ValueError(f"{path}: the metadata has no {key}")
-    fields["vocab_size"] = len(_token_list(metadata, path))
+            raise ValueError(f"{file.path}: the metadata has no {key}")
+    keys["vocab_size"] = "tokenizer.ggml.tokens"
+    fields["vocab_size"] = len(_list_of(file, "tokens", str))
     fields["attention_bias"] = kind == "qwen2"
-    fields["tie_word_embeddings"] = "output.weight" not in tensors
+    fields["tie_word_embeddings"] = "output.weight" not in file.tensors
     try:
         config = QwenConfig(**fields)
     except ValueError as error:
         field = str(error).split()[0]
         meant = f" ({field} is {keys[field]})" if field in keys else ""
-        raise ValueError(f"{path}: {error}{meant}") from None
-    _check_rotation(metadata, config, path)
+        raise ValueError(f"{file.path}: {error}{meant}") from None
+    for name in (f"{kind}.rope.dimension_count", f"{kind}.attention.value_length"):
+        if metadata.get(name, config.head_dim) != config.head_dim:
+            raise ValueError(
+                f"{file.path}: {name} differs from the {config.head_dim} of a head, all"
+                " of which is rotated here"
+            )
     return config
 
 
 # %% ../chapters/16_real_weights.ipynb #5a12f026
-def _architecture(metadata: dict[str, Any], path: Path) -> str:
+def _architecture(file: GGUFFile) -> str:
     """Return "llama" or "qwen2". ValueError for what this model does not have."""
+    path, metadata = file.path, file.metadata
     kind = metadata.get("general.architecture")
     if kind not in ("llama", "qwen2"):
         raise ValueError(
@@ -136,41 +137,31 @@ def _architecture(metadata: dict[str, Any], path: Path) -> str:
     return kind
 
 
-def _token_list(metadata: dict[str, Any], path: Path) -> list:
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not tokens:
+def _list_of(file: GGUFFile, name: str, kind: type) -> list:
+    values = file.metadata.get(f"tokenizer.ggml.{name}")
+    if not isinstance(values, list) or any(type(value) is not kind for value in values):
         raise ValueError(
-            f"{path}: tokenizer.ggml.tokens must be a list of tokens, not"
-            f" {shown(tokens)}"
+            f"{file.path}: tokenizer.ggml.{name} must be a list of {kind.__name__}, not"
+            f" {shown(values)}"
         )
-    return tokens
-
-
-def _check_rotation(metadata: dict[str, Any], config: QwenConfig, path: Path) -> None:
-    kind = metadata["general.architecture"]
-    for name in ("rope.dimension_count", "attention.value_length"):
-        if metadata.get(f"{kind}.{name}", config.head_dim) != config.head_dim:
-            raise ValueError(
-                f"{path}: {kind}.{name} differs from the {config.head_dim} of a head,"
-                " all of which is rotated here"
-            )
+    return values
 
 
 # %% ../chapters/16_real_weights.ipynb #f2045487
-def _end_ids(metadata: dict[str, Any], path: Path, vocab_size: int) -> list[int]:
+def _end_ids(file: GGUFFile, vocab_size: int) -> list[int]:
     """Return the ids that end a text or a turn, the end of text first.
 
     Raises ValueError for one that is no id, and where there are none.
     """
     names = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
-    if names[0] not in metadata:
-        raise ValueError(f"{path}: the metadata has no {names[0]}")
-    ends = {name: metadata[name] for name in names if name in metadata}
+    if names[0] not in file.metadata:
+        raise ValueError(f"{file.path}: the metadata has no {names[0]}")
+    ends = {name: file.metadata[name] for name in names if name in file.metadata}
     for name, i in ends.items():
         if type(i) is not int or not 0 <= i < vocab_size:
             raise ValueError(
-                f"{path}: {name} {shown(i)} is no id of this model, whose ids end at"
-                f" {vocab_size - 1}"
+                f"{file.path}: {name} {shown(i)} is no id of this model, whose ids end"
+                f" at {vocab_size - 1}"
             )
     return list(ends.values())
 
@@ -186,116 +177,97 @@ _GENERATION_KEYS = {
 }
 
 
-def gguf_generation(
-    metadata: dict[str, Any], path: Path, vocab_size: int
-) -> GenerationDefaults:
+def gguf_generation(file: GGUFFile, vocab_size: int) -> GenerationDefaults:
     """Return the settings that Hugging Face keeps in generation_config.json."""
-    given = {name: metadata.get(key) for key, name in _GENERATION_KEYS.items()}
+    given = {name: file.metadata.get(key) for key, name in _GENERATION_KEYS.items()}
     values = {name: value for name, value in given.items() if value is not None}
-    values["eos_token_id"] = _end_ids(metadata, path, vocab_size)
-    return GenerationDefaults.from_dict(values, vocab_size, path)
+    values["eos_token_id"] = _end_ids(file, vocab_size)
+    return GenerationDefaults.from_dict(values, vocab_size, file.path)
 
 
 # %% ../chapters/16_real_weights.ipynb #95a3b249
-def _checked_list(metadata: dict[str, Any], name: str, kind: type, path: Path) -> list:
-    values = metadata.get(f"tokenizer.ggml.{name}")
-    if not isinstance(values, list) or any(type(value) is not kind for value in values):
-        raise ValueError(
-            f"{path}: tokenizer.ggml.{name} must be a list of {kind.__name__}, not"
-            f" {shown(values)}"
-        )
-    return values
-
-
-def _merges(metadata: dict[str, Any], path: Path) -> list[tuple[str, str]]:
-    pairs = []
-    for merge in _checked_list(metadata, "merges", str, path):
-        left, blank, right = merge.partition(" ")
-        if not blank or " " in right:
-            raise ValueError(
-                f"{path}: tokenizer.ggml.merges must hold two tokens with a space"
-                f" between, not {shown(merge)}"
-            )
-        pairs.append((left, right))
-    return pairs
-
-
-# %% ../chapters/16_real_weights.ipynb #f4a18bed
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # the others only pad the embedding
 
 
-def _used_tokens(metadata: dict[str, Any], path: Path) -> dict[str, tuple[int, int]]:
+def _used_tokens(file: GGUFFile) -> dict[str, tuple[int, int]]:
     """Return {token: (id, type)}. ValueError for a token that is there twice."""
-    tokens = _checked_list(metadata, "tokens", str, path)
-    types = _checked_list(metadata, "token_type", int, path)
+    tokens, types = _list_of(file, "tokens", str), _list_of(file, "token_type", int)
     if len(types) != len(tokens) or not all(1 <= kind <= 6 for kind in types):
         raise ValueError(
-            f"{path}: tokenizer.ggml.token_type must hold a type from 1 to 6 for each"
-            f" of {len(tokens)} tokens"
+            f"{file.path}: tokenizer.ggml.token_type must hold a type from 1 to 6 for"
+            f" each of {len(tokens)} tokens"
         )
     used = {}
     for i, (token, kind) in enumerate(zip(tokens, types)):
         if kind not in (_NORMAL, _CONTROL, _USER_DEFINED):
             continue
         if token in used:
-            raise ValueError(
-                f"{path}: tokenizer.ggml.tokens holds {shown(token)} twice"
-            )
+            twice = f"tokenizer.ggml.tokens holds {shown(token)} twice"
+            raise ValueError(f"{file.path}: {twice}")
         used[token] = i, kind
     return used
 
 
+def _merges(file: GGUFFile) -> list[tuple[str, str]]:
+    pairs = []
+    for merge in _list_of(file, "merges", str):
+        left, blank, right = merge.partition(" ")
+        if not blank or " " in right:
+            raise ValueError(
+                f"{file.path}: tokenizer.ggml.merges must hold two tokens with a space"
+                f" between, not {shown(merge)}"
+            )
+        pairs.append((left, right))
+    return pairs
+
+
 # %% ../chapters/16_real_weights.ipynb #56cdd3d1
-def _fast_tokenizer(metadata: dict[str, Any], path: Path) -> "tokenizers.Tokenizer":
-    from tokenizers import AddedToken
-
-    used = _used_tokens(metadata, path)
-    vocabulary = {token: i for token, (i, _) in used.items()}
-    controls = [token for token, (_, kind) in used.items() if kind == _CONTROL]
-    own = [token for token, (_, kind) in used.items() if kind == _USER_DEFINED]
-    merges, split = _merges(metadata, path), metadata["tokenizer.ggml.pre"]
-    try:
-        fast = byte_level_bpe(vocabulary, merges, split, controls)
-        fast.add_tokens([AddedToken(token, normalized=False) for token in own])
-    except Exception as error:  # merges of tokens that are none, and much else
-        raise ValueError(
-            f"{path}: no tokenizer can be made from its metadata ({error_line(error)})"
-        ) from None
-    return fast
-
-
-# %% ../chapters/16_real_weights.ipynb #afd4caf8
-def gguf_tokenizer(metadata: dict[str, Any], path: Path) -> HFTokenizer:
-    """Return the byte-level BPE tokenizer that a file's metadata describe.
-
-    They hold tokens, merges, the kind of split, and which tokens are control tokens.
-    """
+def _tokenizer_settings(file: GGUFFile) -> dict[str, str]:
+    """Return the tokenizer_config.json. ValueError for another kind of tokenizer."""
+    path, metadata = file.path, file.metadata
     kind, split = (metadata.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
     if kind != "gpt2" or split not in ("qwen2", "smollm"):
         raise ValueError(
             f"{path}: tokenizer.ggml.model {shown(kind)} with tokenizer.ggml.pre"
             f" {shown(split)} is not supported, only 'gpt2' with 'qwen2' or 'smollm'"
         )
-    template = metadata.get("tokenizer.chat_template")
-    if not isinstance(template, str | None):
+    template = metadata.get("tokenizer.chat_template", "")
+    if not isinstance(template, str):
         raise ValueError(
             f"{path}: tokenizer.chat_template must be a text, not {shown(template)}"
         )
-    tokens = _checked_list(metadata, "tokens", str, path)
-    end_of_text = tokens[_end_ids(metadata, path, len(tokens))[0]]
+    tokens = _list_of(file, "tokens", str)
+    end_of_text = tokens[_end_ids(file, len(tokens))[0]]
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end_of_text}
-    if template is not None:
+    if "tokenizer.chat_template" in metadata:
         settings["chat_template"] = template
-    fast = _fast_tokenizer(metadata, path)
+    return settings
+
+
+# %% ../chapters/16_real_weights.ipynb #afd4caf8
+def gguf_tokenizer(file: GGUFFile) -> HFTokenizer:
+    """Return the byte-level BPE tokenizer that a file's metadata describe.
+
+    They hold tokens, merges, the kind of split, and which tokens are control tokens.
+    """
+    from tokenizers import AddedToken
+
+    settings, split = _tokenizer_settings(file), file.metadata["tokenizer.ggml.pre"]
+    used, merges = _used_tokens(file), _merges(file)
+    vocabulary = {token: i for token, (i, _) in used.items()}
+    controls = [token for token, (_, kind) in used.items() if kind == _CONTROL]
+    own = [token for token, (_, kind) in used.items() if kind == _USER_DEFINED]
     with tempfile.TemporaryDirectory() as folder:
-        fast.save(f"{folder}/tokenizer.json")
-        write_json(settings, f"{folder}/tokenizer_config.json")
         try:
+            fast = byte_level_bpe(vocabulary, merges, split, controls)
+            fast.add_tokens([AddedToken(token, normalized=False) for token in own])
+            fast.save(f"{folder}/tokenizer.json")
+            write_json(settings, f"{folder}/tokenizer_config.json")
             return HFTokenizer(folder)
-        except Exception as error:
+        except Exception as error:  # merges of tokens that are none, and much else
             reason = error_line(error).replace(folder, "made from it")
             raise ValueError(
-                f"{path}: no tokenizer can be made from its metadata ({reason})"
+                f"{file.path}: no tokenizer can be made from its metadata ({reason})"
             ) from None
 
 
@@ -309,16 +281,15 @@ def load_gguf(
     the file's end-of-text and end-of-turn ids. Raises ValueError, and loads nothing,
     for a file that is damaged or does not fit this model.
     """
-    path = Path(path)
-    metadata, tensors = read_gguf(path)
-    config = gguf_config(metadata, tensors, path)
-    names = _tensor_names(config, tensors, path)
-    tokenizer = gguf_tokenizer(metadata, path)
+    file = read_gguf(path)
+    config = gguf_config(file)
+    names = _tensor_names(config, file)
+    tokenizer = gguf_tokenizer(file)
     check_vocabulary(config, tokenizer, path)
-    generation = gguf_generation(metadata, path, config.vocab_size)
+    generation = gguf_generation(file, config.vocab_size)
     weights = {}
     for name, theirs in names.items():
-        weight = _dequantise(tensors[theirs], f"{path}: {theirs}")
+        weight = _dequantise(file.tensors[theirs], f"{path}: {theirs}")
         weights[name] = _our_row_order(name, weight, config).to(dtype).contiguous()
     return assemble(config, weights, generation), tokenizer
 
@@ -335,25 +306,22 @@ def _our_row_order(name: str, weight: torch.Tensor, config: QwenConfig) -> torch
 
 
 # %% ../chapters/16_real_weights.ipynb #fd3788a9
-def _tensor_names(
-    config: QwenConfig, tensors: Mapping[str, GGUFTensor], path: Path
-) -> dict[str, str]:
+def _tensor_names(config: QwenConfig, file: GGUFFile) -> dict[str, str]:
     """Return the file's name of each weight, once all of them are there."""
     import gguf
 
     kind = gguf.MODEL_ARCH.QWEN2 if config.attention_bias else gguf.MODEL_ARCH.LLAMA
-    layers = min(
-        config.num_hidden_layers, len(tensors)
-    )  # a file may announce any number
+    # a file may announce any number of layers
+    layers = min(config.num_hidden_layers, len(file.tensors))
     known = gguf.get_tensor_name_map(kind, layers)
     shapes = weight_shapes(config)
     names = {
         name: known.get_name(name, (".weight", ".bias")) or name for name in shapes
     }
     check_tensors(
-        {name: tensor.shape for name, tensor in tensors.items()},
+        {name: tensor.shape for name, tensor in file.tensors.items()},
         {names[name]: shape for name, shape in shapes.items()},
-        path,
+        file.path,
     )
     return names
 

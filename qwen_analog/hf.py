@@ -287,9 +287,9 @@ def local_directory(source: str | Path, patterns: Sequence[str] = _FILES) -> Pat
             f"there is no directory {name}, and a name on the hub has the form"
             " owner/name"
         )
-    online = hub_answers()
+    hub, online = need("huggingface_hub"), hub_answers()
     try:
-        folder = need("huggingface_hub").snapshot_download(
+        folder = hub.snapshot_download(
             str(source), allow_patterns=list(patterns), local_files_only=not online
         )
     # no such repository, no access, no network: many types, messages of several lines

@@ -80,7 +80,7 @@ def _read_config(kind: str, place: str | Path) -> QwenConfig:
     if kind == "checkpoint":
         return checkpoint_config(place)
     if kind == "gguf":
-        return gguf_config(*read_gguf(Path(place)), Path(place))
+        return gguf_config(read_gguf(place))
     return read_hf_config(place)
 
 

@@ -265,7 +265,7 @@ class Gguf:
             path, small(hidden_size=96, intermediate_size=64, num_hidden_layers=1)
         )
         self.path = path
-        self.metadata, tensors = read_gguf(path)
+        _, self.metadata, tensors = read_gguf(path)
         self.table, self.data = [], b""
         for name, tensor in tensors.items():
             self.table.append(
