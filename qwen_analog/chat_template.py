@@ -25,7 +25,6 @@ from typing import Any
 
 from .arguments import one_line
 from .config import shown
-from .generate import _own_ends
 from .model import QwenForCausalLM
 from .tokenizer import HFTokenizer, Tokenizer, encode_chat
 
@@ -297,7 +296,6 @@ def has_chat_format(model: QwenForCausalLM, tokenizer: Tokenizer) -> bool:
 def why_no_chat(model: QwenForCausalLM, tokenizer: Tokenizer) -> str | None:
     """Return why a model cannot hold a conversation, or None where it can."""
     reason = "this model was not trained for conversations"
-    ends = _own_ends(model)
     conversation = [
         {"role": "user", "content": "?"},
         {"role": "assistant", "content": "!"},
@@ -306,4 +304,5 @@ def why_no_chat(model: QwenForCausalLM, tokenizer: Tokenizer) -> str | None:
         ids = chat_ids(tokenizer, conversation, add_generation_prompt=False)
     except ValueError as error:
         return reason if template_of(tokenizer) is None else str(error)
+    ends = model.generation_config.eos_token_id
     return None if any(i in ends for i in ids[-3:]) else reason
