@@ -182,13 +182,14 @@ def _render_lines():
         print(json.dumps(answer), flush=True)
 
 
-# %% ../chapters/16d_chat_template.ipynb #329dcbb7
+# %% ../chapters/16d_chat_template.ipynb #2e670ea4
+# read now: the file may be another one when a renderer is started
+_FUNCTIONS = [inspect.getsource(f) for f in (_jinja_environment, _render_lines)]
+
+
 def _start_renderer() -> subprocess.Popen[bytes]:
-    functions = map(inspect.getsource, (_jinja_environment, _render_lines))
-    paths = [path for path in sys.path if path]
-    code = "\n".join(
-        [f"import sys; sys.path += {paths!r}", *functions, "_render_lines()"]
-    )
+    paths = f"import sys; sys.path += {[path for path in sys.path if path]!r}"
+    code = "\n".join([paths, *_FUNCTIONS, "_render_lines()"])
     try:
         return subprocess.Popen(
             [sys.executable, "-I", "-c", code],

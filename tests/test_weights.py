@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from weights_helpers import IDS, TOKENIZER, one_line, small, theirs
 
 from qwen_analog.config import GenerationDefaults
@@ -128,6 +129,20 @@ def test_damaged_shards(tmp_path, tokenizer_files):
         )
         with pytest.raises(ValueError, match=message):
             load_pretrained(tmp_path)
+
+
+def test_rotary_frequencies_in_shards_are_passed_over(tmp_path, tokenizer_files):
+    """Llama files of 2023 hold them, and their index names them."""
+    reference = theirs(tmp_path, tokenizer_files, "llama", shard="40KB")
+    index = tmp_path / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    file = tmp_path / weight_map["model.norm.weight"]
+    save_file({**load_file(file), name: torch.ones(4)}, file)
+    index.write_text(json.dumps({"weight_map": {**weight_map, name: file.name}}))
+    model, _ = load_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.allclose(model(IDS), reference(IDS).logits, atol=2e-5)
 
 
 def test_one_message_lists_all_differences():
