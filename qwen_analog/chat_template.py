@@ -23,7 +23,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from .arguments import one_line
+from .arguments import need, one_line
 from .config import shown
 from .model import QwenForCausalLM
 from .tokenizer import HFTokenizer, Tokenizer, encode_chat
@@ -188,6 +188,7 @@ _FUNCTIONS = [inspect.getsource(f) for f in (_jinja_environment, _render_lines)]
 
 
 def _start_renderer() -> subprocess.Popen[bytes]:
+    need("jinja2")
     paths = f"import sys; sys.path += {[path for path in sys.path if path]!r}"
     code = "\n".join([paths, *_FUNCTIONS, "_render_lines()"])
     try:
