@@ -28,7 +28,7 @@ def test_the_converted_tokenizer_gives_the_same_ids(text):
 
 
 def test_merges_of_a_vocabulary():
-    ranks = TOKENIZER._ranks
+    ranks = TOKENIZER.encoding._mergeable_ranks
     for token, rank in ranks.items():
         if len(token) > 1:
             left, right = merge_of(token, ranks)
@@ -58,7 +58,7 @@ def test_tokenizers_that_cannot_be_exported(tmp_path):
         encoding=tiktoken.Encoding(
             "mine",
             pat_str=r"\S+|\s+",
-            mergeable_ranks=TOKENIZER._ranks,
+            mergeable_ranks=TOKENIZER.encoding._mergeable_ranks,
             special_tokens={"<|endoftext|>": 400},
         )
     )
