@@ -53,7 +53,7 @@ def weight_shapes(config: QwenConfig) -> dict[str, list[int]]:
 
 # %% ../chapters/16a_weights.ipynb #a8efc2c4
 def listed(names: Sequence[str], most: int = 6) -> str:
-    """Return the first names in one line, odd ones quoted, and the number of the rest."""
+    """Return the first names in one line, odd ones quoted, and how many follow."""
     plain = [
         name if name.isprintable() and len(name) < 100 else shown(name)
         for name in names[:most]
@@ -167,13 +167,17 @@ def _opened(path: Path) -> Iterator[safe_open]:
         ) from None
 
 
+def _is_weight(name: str) -> bool:
+    # Llama files of 2023 hold rotary frequencies, which nobody reads
+    return not name.endswith("rotary_emb.inv_freq")
+
+
 def _read_header(path: Path) -> dict[str, list[int]]:
     """Return the shapes of a file's tensors. ValueError for types of no weight."""
     shapes = {}
     with _opened(path) as file:
         for name in file.keys():
-            # rotary frequencies, which Llama files of 2023 hold and nobody reads
-            if name.endswith("rotary_emb.inv_freq"):
+            if not _is_weight(name):
                 continue
             tensor = file.get_slice(name)
             if tensor.get_dtype() not in ("F64", "F32", "F16", "BF16"):
@@ -218,5 +222,7 @@ def _promised_names(index: Path) -> dict[Path, set[str]]:
                 f"{index}: weight_map must give a file name of this directory, one that"
                 " ends in .safetensors, for each tensor"
             )
-        promised.setdefault(index.parent / file, set()).add(name)
+        names = promised.setdefault(index.parent / file, set())
+        if _is_weight(name):
+            names.add(name)
     return promised
