@@ -8,6 +8,7 @@ __all__ = [
     "shown",
     "QwenConfig",
     "parameter_counts",
+    "GenerationDefaults",
     "check_generation_config",
 ]
 
@@ -15,7 +16,8 @@ __all__ = [
 import json
 import math
 import reprlib
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 
 # %% ../chapters/08_config.ipynb #79c7eac3
@@ -33,37 +35,35 @@ _RANGES = {
     "rms_norm_eps": (0, 1),
     "initializer_range": (0, 1000),
 }
-_YARN_LARGEST = {
-    "factor": 1e6,
-    "original_max_position_embeddings": 2**31,
-    "beta_fast": 1e6,
-    "beta_slow": 1e6,
-    "attention_factor": 1e6,
-}
+_FLAGS = ("tie_word_embeddings", "attention_bias")
 
 
-def shown(value) -> str:
-    """A value of a foreign file for an error line: its `repr`, cut short, so that the
-    line stays one.
-    """
+def shown(value: object) -> str:
+    """Return the `repr` of a foreign value, cut short and on one line."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = 100
     short.maxdict = short.maxlist = 8
     try:
         return " ".join(short.repr(value).split())
-    except ValueError:  # a whole number of more than 4300 digits
+    except ValueError:  # Python writes no whole number of more than 4300 digits
         return "a number of thousands of digits"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_whole(value: object, least: int, most: int) -> bool:
+    return isinstance(value, int) and _is_number(value) and least <= value <= most
 
 
 # %% ../chapters/08_config.ipynb #36a5edcf
 @dataclass
 class QwenConfig:
-    """Everything that fixes the model's shape, with Hugging Face's field names; the
-    defaults are the card's.
+    """The numbers that fix a model's shape, under Hugging Face's names.
 
-    `head_dim=None` becomes `hidden_size // num_attention_heads`; `rope_scaling` is None
-    or YaRN's settings (chapter 4). Raises ValueError naming the field whose value is
-    impossible.
+    `head_dim` None becomes hidden_size / num_attention_heads; `rope_scaling` is None or
+    YaRN's settings. Raises ValueError that names the field with an impossible value.
     """
 
     vocab_size: int = 151936
@@ -71,7 +71,7 @@ class QwenConfig:
     num_hidden_layers: int = 36
     num_attention_heads: int = 16
     num_key_value_heads: int = 8
-    head_dim: int | None = None
+    head_dim: int = None  # type: ignore[assignment]  # a number once it is made
     intermediate_size: int = 11008
     max_position_embeddings: int = 32768
     rope_theta: float = 1e6
@@ -82,139 +82,145 @@ class QwenConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self):
-        for name, most in _LARGEST.items():
-            value = getattr(self, name)
-            if (
-                not isinstance(value, int)
-                or isinstance(value, bool)
-                or not 1 <= value <= most
-            ):
-                raise ValueError(
-                    f"{name} must be a whole number from 1 to {most}, not"
-                    f" {shown(value)}"
-                )
-        for name, (least, most) in _RANGES.items():
-            value = getattr(self, name)
-            if (
-                not isinstance(value, (int, float))
-                or isinstance(value, bool)
-                or not least < value <= most
-            ):
-                raise ValueError(
-                    f"{name} must be a number above {least:g} and at most {most:g}, not"
-                    f" {shown(value)}"
-                )
-        for name in ("tie_word_embeddings", "attention_bias"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(
-                    f"{name} must be true or false, not {shown(getattr(self, name))}"
-                )
+        _check_fields(self)
+        _check_heads(self)
         if self.rope_scaling is not None:
-            self._check_rope_scaling()
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
-            )
+            _check_rope_scaling(self.rope_scaling)
         if self.head_dim is None:
-            if self.hidden_size % self.num_attention_heads:
-                raise ValueError(
-                    f"hidden_size {self.hidden_size} is not a multiple of"
-                    f" num_attention_heads {self.num_attention_heads}: set head_dim"
-                )
             self.head_dim = self.hidden_size // self.num_attention_heads
-        if (
-            not isinstance(self.head_dim, int)
-            or self.head_dim % 2
-            or not 2 <= self.head_dim <= 2**16
-        ):
-            raise ValueError(
-                f"head_dim must be an even number from 2 to {2**16}, not"
-                f" {shown(self.head_dim)}"
-            )
-
-    def _check_rope_scaling(self) -> None:
-        given = self.rope_scaling
-        if not isinstance(given, dict) or given.get("rope_type") != "yarn":
-            raise ValueError(
-                'rope_scaling must be null or {"rope_type": "yarn", "factor": ..., '
-                f'"original_max_position_embeddings": ...}}, not {shown(given)}'
-            )
-        for name in ("factor", "original_max_position_embeddings"):
-            if name not in given:
-                raise ValueError(f"rope_scaling needs {name!r}")
-        for name, value in given.items():
-            if name != "rope_type" and name not in _YARN_LARGEST:
-                raise ValueError(
-                    f"rope_scaling has an unknown entry {shown(name)}; "
-                    f"known: rope_type, {', '.join(sorted(_YARN_LARGEST))}"
-                )
-            if name != "rope_type" and (
-                not isinstance(value, (int, float))
-                or isinstance(value, bool)
-                or not 1e-6 <= value <= _YARN_LARGEST[name]
-            ):
-                raise ValueError(
-                    f"rope_scaling's {name} must be a positive number, at most "
-                    f"{_YARN_LARGEST[name]:g}, not {shown(value)}"
-                )
 
     @classmethod
     def from_dict(cls, values: dict) -> "QwenConfig":
-        """From a mapping of field names; an unknown name is a ValueError that names it."""
-        if not isinstance(values, dict):
-            raise ValueError(
-                "a model's configuration must be fields and their values, not"
-                f" {shown(values)}"
-            )
-        known = {f.name for f in fields(cls)}
-        for name in values:
-            if name not in known:
-                raise ValueError(
-                    f"unknown model field {shown(name)}; known:"
-                    f" {', '.join(sorted(known))}"
-                )
+        """Make a config of `values`; raise ValueError for a name that is no field."""
+        _check_names(values, [f.name for f in fields(cls)])
         return cls(**values)
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "QwenConfig":
-        """A named shape from `PRESETS`, with single fields overridden."""
-        if not isinstance(name, str) or name not in PRESETS:
-            raise ValueError(
-                f"unknown preset {shown(name)}; known: {', '.join(PRESETS)}"
-            )
-        return cls.from_dict({**PRESETS[name], **overrides})
+        """Make the config of a name in `PRESETS`, with single fields overridden."""
+        return cls.from_dict({**_preset(name), **overrides})
 
     def to_dict(self) -> dict:
-        """All fields, `head_dim` as a number; `from_dict` gives an equal config back."""
+        """Return all fields; `from_dict` makes an equal config of them."""
         return asdict(self)
+
+
+# %% ../chapters/08_config.ipynb #42a85e98
+def _check_fields(config: QwenConfig) -> None:
+    for name, most in _LARGEST.items():
+        value = getattr(config, name)
+        if not _is_whole(value, 1, most):
+            raise ValueError(
+                f"{name} must be a whole number from 1 to {most}, not {shown(value)}"
+            )
+    for name, (least, most) in _RANGES.items():
+        value = getattr(config, name)
+        if not (_is_number(value) and least < value <= most):
+            raise ValueError(
+                f"{name} must be a number above {least:g} and at most {most:g}, not"
+                f" {shown(value)}"
+            )
+    for name in _FLAGS:
+        value = getattr(config, name)
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be true or false, not {shown(value)}")
+
+
+def _check_heads(config: QwenConfig) -> None:
+    D, H, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    if H % K:
+        raise ValueError(
+            f"num_attention_heads {H} is not a multiple of num_key_value_heads {K}"
+        )
+    head_dim = config.head_dim
+    if head_dim is None:
+        if D % H:
+            raise ValueError(
+                f"hidden_size {D} is not a multiple of num_attention_heads {H}: set"
+                " head_dim"
+            )
+        head_dim = D // H
+    if not _is_whole(head_dim, 2, 2**16) or head_dim % 2:
+        raise ValueError(
+            f"head_dim must be an even number from 2 to {2**16}, not {shown(head_dim)}"
+        )
+
+
+# %% ../chapters/08_config.ipynb #78e71f5a
+_YARN_LARGEST = {
+    "factor": 1e6,
+    "original_max_position_embeddings": 2**31,
+    "beta_fast": 1e6,
+    "beta_slow": 1e6,
+    "attention_factor": 1e6,
+}
+
+
+def _check_rope_scaling(given: object) -> None:
+    if not isinstance(given, dict) or given.get("rope_type") != "yarn":
+        raise ValueError(
+            'rope_scaling must be null or {"rope_type": "yarn", "factor": ..., '
+            f'"original_max_position_embeddings": ...}}, not {shown(given)}'
+        )
+    for name in ("factor", "original_max_position_embeddings"):
+        if name not in given:
+            raise ValueError(f"rope_scaling needs {name!r}")
+    numbers = {name: value for name, value in given.items() if name != "rope_type"}
+    for name, value in numbers.items():
+        if name not in _YARN_LARGEST:
+            raise ValueError(
+                f"rope_scaling has an unknown entry {shown(name)}; "
+                f"known: rope_type, {', '.join(sorted(_YARN_LARGEST))}"
+            )
+        most = _YARN_LARGEST[name]
+        if not (_is_number(value) and 1e-6 <= value <= most):
+            raise ValueError(
+                f"rope_scaling's {name} must be a positive number, at most {most:g}, not"
+                f" {shown(value)}"
+            )
+
+
+def _check_names(values: object, known: list[str]) -> None:
+    if not isinstance(values, dict):
+        raise ValueError(
+            "a model's configuration must be fields and their values, not"
+            f" {shown(values)}"
+        )
+    for name in values:
+        if name not in known:
+            raise ValueError(
+                f"unknown model field {shown(name)}; known: {', '.join(sorted(known))}"
+            )
 
 
 # %% ../chapters/08_config.ipynb #d0114b3a
 PRESETS: dict[str, dict] = json.loads(
     resources.files("qwen_analog").joinpath("presets.json").read_text(encoding="utf-8")
 )
+_ALIASES = {"card": "analog-3b"}  # names of earlier versions
+
+
+def _preset(name: object) -> dict:
+    known = isinstance(name, str) and _ALIASES.get(name, name) in PRESETS
+    if not known:
+        raise ValueError(f"unknown preset {shown(name)}; known: {', '.join(PRESETS)}")
+    return PRESETS[_ALIASES.get(name, name)]
 
 
 # %% ../chapters/08_config.ipynb #42eb0b95
 def parameter_counts(config: QwenConfig) -> dict[str, int]:
-    """Weights by part, summed over layers: embedding, attention, mlp, norms, lm_head (0
-    where tied).
+    """Count the weights of embedding, attention, mlp, norms and lm_head, all layers.
+
+    A tied lm_head counts 0.
     """
-    V, D, F, L = (
-        config.vocab_size,
-        config.hidden_size,
-        config.intermediate_size,
-        config.num_hidden_layers,
-    )
-    q, kv = (
-        config.num_attention_heads * config.head_dim,
-        config.num_key_value_heads * config.head_dim,
-    )
-    bias = q + 2 * kv if config.attention_bias else 0
+    V, D, F = config.vocab_size, config.hidden_size, config.intermediate_size
+    L = config.num_hidden_layers
+    q = config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    biases = q + 2 * kv if config.attention_bias else 0
     return {
         "embedding": V * D,
-        "attention": L * (D * q + 2 * D * kv + bias + q * D),
+        "attention": L * (D * q + 2 * D * kv + biases + q * D),
         "mlp": L * 3 * D * F,
         "norms": (2 * L + 1) * D,
         "lm_head": 0 if config.tie_word_embeddings else V * D,
@@ -222,35 +228,92 @@ def parameter_counts(config: QwenConfig) -> dict[str, int]:
 
 
 # %% ../chapters/08_config.ipynb #16fecbda
-def _is_plain(value, depth: int = 0) -> bool:
+@dataclass(frozen=True, eq=False)
+class GenerationDefaults(Mapping):
+    """How a model's makers want its text generated; None where they do not say.
+
+    Fields have Hugging Face's names and meanings. `others` holds what this package does
+    not know, and sampling settings that are null. As a mapping (also to compare) it is
+    `to_dict()`.
+    """
+
+    eos_token_id: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+    pad_token_id: int | None = None
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    others: dict = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, values: Mapping, vocab_size: int, where) -> "GenerationDefaults":
+        """Check the settings of a foreign file; `where` names it in the ValueError.
+
+        Ids must lie below `vocab_size`; a bos or pad id that does not is left out, and
+        so is what JSON cannot hold.
+        """
+        return cls(**_generation_fields(values, vocab_size, where))
+
+    def to_dict(self) -> dict:
+        """Return what generation_config.json holds: the settings that say something."""
+        known = {f.name: getattr(self, f.name) for f in fields(self)[:-1]}
+        known["eos_token_id"] = list(self.eos_token_id) or None
+        set_here = {name: value for name, value in known.items() if value is not None}
+        return set_here | self.others
+
+    def __getitem__(self, name: str):
+        return self.to_dict()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.to_dict())
+
+    def __len__(self) -> int:
+        return len(self.to_dict())
+
+
+# %% ../chapters/08_config.ipynb #5ddfd944
+def _is_plain(value: object, depth: int = 0) -> bool:
     """Whether JSON can hold `value`: finite numbers, texts, lists and mappings of them,
-    not nested without end.
+    nested at most 20 deep.
     """
     if isinstance(value, dict):
-        return all(isinstance(name, str) for name in value) and _is_plain(
-            list(value.values()), depth
-        )
+        names, values = list(value), list(value.values())
+        return all(isinstance(name, str) for name in names) and _is_plain(values, depth)
     if isinstance(value, list):
         return depth < 20 and all(_is_plain(v, depth + 1) for v in value)
     if isinstance(value, int):
         return abs(value) < 2**63
-    return (
-        value is None
-        or isinstance(value, str)
-        or isinstance(value, float)
-        and math.isfinite(value)
-    )
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, str)
 
 
-def _is_id(value, vocab_size: int) -> bool:
-    return (
-        isinstance(value, int)
-        and not isinstance(value, bool)
-        and 0 <= value < vocab_size
-    )
+def _generation_fields(values: object, vocab_size: int, where) -> dict:
+    """Return the fields of `GenerationDefaults` that `values` give."""
+    if not isinstance(values, Mapping):
+        raise ValueError(
+            f"{where}: generation settings must be names and their values, not"
+            f" {shown(values)}"
+        )
+    _check_sampling(values, where)
+    names = [f.name for f in fields(GenerationDefaults)[:-1]]
+    given = {n: v for n, v in values.items() if isinstance(n, str) and _is_plain(v)}
+    known = {n: given[n] for n in names if given.get(n) is not None}
+    for name in ("bos_token_id", "pad_token_id"):
+        if not _is_whole(known.get(name), 0, vocab_size - 1):
+            known.pop(name, None)
+    known["eos_token_id"] = _end_ids(values.get("eos_token_id"), vocab_size, where)
+    sampling = ("do_sample", "top_k", *_SAMPLING_RANGES)
+    nulls = {n: None for n in sampling if given.get(n, 0) is None}
+    others = {n: v for n, v in given.items() if n not in names}
+    return {**known, "others": others | nulls}
 
 
-_SAMPLING = {
+# %% ../chapters/08_config.ipynb #9b41d9bb
+_SAMPLING_RANGES = {
     "temperature": (0, 1e6),
     "top_p": (0, 1),
     "min_p": (0, 1),
@@ -258,61 +321,40 @@ _SAMPLING = {
 }
 
 
-# %% ../chapters/08_config.ipynb #5ddfd944
-def check_generation_config(values: dict, vocab_size: int, where) -> dict:
-    """The generation settings of a foreign file, checked; `where` names the file in the
-    ValueError for a wrong one.
-
-    `eos_token_id` becomes a list of ids and is left out where it says nothing.
-    `bos_token_id` and `pad_token_id` stay where they are ids of this vocabulary.
-    temperature, top_k, top_p, min_p, repetition_penalty and do_sample keep their values
-    (null included); a name that is not known here stays where JSON can hold its value.
-    """
-    if not isinstance(values, dict):
-        raise ValueError(
-            f"{where}: generation settings must be names and their values, not"
-            f" {shown(values)}"
-        )
-    checked = {
-        name: value
-        for name, value in values.items()
-        if isinstance(name, str) and _is_plain(value)
-    }
-    for name in ("bos_token_id", "pad_token_id"):
-        if not _is_id(values.get(name), vocab_size):
-            checked.pop(name, None)
-
-    checked.pop("eos_token_id", None)
-    ends = values.get("eos_token_id")
-    ends = ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
-    for i in ends:
-        if not _is_id(i, vocab_size):
-            raise ValueError(
-                f"{where}: eos_token_id {shown(i)} is no id of this model, whose ids"
-                f" end at {vocab_size - 1}"
-            )
-    if ends:
-        checked["eos_token_id"] = list(dict.fromkeys(ends))
-
-    for name, (least, most) in _SAMPLING.items():
-        value = values.get(name)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value is not None and not (number and least <= value <= most):
+def _check_sampling(values: Mapping, where) -> None:
+    given = {n: v for n, v in values.items() if v is not None}
+    for name, (least, most) in _SAMPLING_RANGES.items():
+        value = given.get(name, least)
+        if not (_is_number(value) and least <= value <= most):
             raise ValueError(
                 f"{where}: {name} must be a number from {least:g} to {most:g}, not"
                 f" {shown(value)}"
             )
-    top_k = values.get("top_k")
-    if top_k is not None and not _is_id(
-        top_k, 2**31
-    ):  # as an id: a whole number, and no bool
+    if not _is_whole(given.get("top_k", 0), 0, 2**31 - 1):
         raise ValueError(
             f"{where}: top_k must be a whole number of at least 0, which is no filter,"
-            f" not {shown(top_k)}"
+            f" not {shown(given['top_k'])}"
         )
-    if not isinstance(values.get("do_sample"), (bool, type(None))):
+    if not isinstance(given.get("do_sample", False), bool):
         raise ValueError(
-            f"{where}: do_sample must be true or false, not"
-            f" {shown(values['do_sample'])}"
+            f"{where}: do_sample must be true or false, not {shown(given['do_sample'])}"
         )
-    return checked
+
+
+def _end_ids(ids: object, vocab_size: int, where) -> tuple[int, ...]:
+    """Return one id, several or None as a tuple of distinct ids."""
+    if ids is None:
+        return ()
+    several = ids if isinstance(ids, (list, tuple)) else [ids]
+    for i in several:
+        if not _is_whole(i, 0, vocab_size - 1):
+            raise ValueError(
+                f"{where}: eos_token_id {shown(i)} is no id of this model, whose ids"
+                f" end at {vocab_size - 1}"
+            )
+    return tuple(dict.fromkeys(several))
+
+
+def check_generation_config(values: Mapping, vocab_size: int, where) -> dict:
+    """Return `GenerationDefaults.from_dict(...)` as a dict."""
+    return GenerationDefaults.from_dict(values, vocab_size, where).to_dict()

@@ -19,14 +19,15 @@ if (
     __package__ = "qwen_analog"
 
 # %% ../chapters/09_model.ipynb #f3c32479
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from .attention import GQAttention
-from .config import QwenConfig
+from .config import GenerationDefaults, QwenConfig
 from .kv_cache import KVCache
 from .loss import linear_cross_entropy
 from .mask import document_mask, document_positions
@@ -208,8 +209,7 @@ class QwenForCausalLM(nn.Module):
     def __init__(self, config: QwenConfig):
         super().__init__()
         self.config = config
-        # what came with the weights: end ids, sampling (Hugging Face's names)
-        self.generation_config: dict = {}
+        self.generation_config = None
         self.model = QwenModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.init_weights()
@@ -277,6 +277,41 @@ class QwenForCausalLM(nn.Module):
                 hidden, self.lm_head.weight, targets, reduction=reduction, z_loss=z_loss
             )
         return self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+
+    @property
+    def generation_config(self) -> GenerationDefaults:
+        """How the weights' makers want text generated; assign one, a dict or None."""
+        return self._generation_config
+
+    @generation_config.setter
+    def generation_config(self, values: Mapping | None) -> None:
+        given = {} if values is None else values
+        self._generation_config = GenerationDefaults.from_dict(
+            given, self.config.vocab_size, "model.generation_config"
+        )
+
+    def generate(self, input_ids: torch.Tensor, max_new_tokens: int = 100, **options):
+        """Continue `input_ids` [B, T]; see `qwen_analog.generate.generate`."""
+        from qwen_analog.generate import generate
+
+        return generate(self, input_ids, max_new_tokens, **options)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options) -> "QwenForCausalLM":
+        """Load a model from any source; see `qwen_analog.loading.load`."""
+        from qwen_analog.loading import load
+
+        return load(source, **options)[0]
+
+    def save_pretrained(
+        self, directory: str | Path, tokenizer=None, dtype: torch.dtype | None = None
+    ) -> Path:
+        """Write a directory that `transformers` loads; see
+        `qwen_analog.hf.save_pretrained`.
+        """
+        from qwen_analog.hf import save_pretrained
+
+        return save_pretrained(self, tokenizer, directory, dtype=dtype)
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty `KVCache` of this model's shape, dtype and device."""
