@@ -5,12 +5,6 @@
 # %% auto #0
 __all__ = [
     "pad_left",
-    "filter_logits",
-    "SamplingParams",
-    "penalize_repetition",
-    "LogitsError",
-    "distribution",
-    "sample",
     "generate",
     "stop_ids",
     "sampling_defaults",
@@ -27,8 +21,6 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +28,13 @@ from torch import nn
 
 from .config import check_generation_config, shown
 from .model import QwenForCausalLM
+from qwen_analog.sampling import (
+    SamplingParams,
+    check_ids,
+    check_number as _check_number,
+    check_whole as _check_whole,
+    sample,
+)
 from .tokenizer import Tokenizer
 
 
@@ -104,152 +103,6 @@ def _padded(
     queries, padding = keys[start:, None], padding[:, None, None]  # [T, 1], [B, 1, 1]
     visible = (keys <= queries) & ((keys >= padding) | (keys == queries))  # [B, T, S]
     return (queries - padding)[..., 0].clamp(min=0), visible[:, None]
-
-
-# %% ../chapters/15_generation.ipynb #a26b6b18
-def filter_logits(
-    logits: torch.Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-) -> torch.Tensor:
-    """`logits` [B, V] -> [B, V]: divided by `temperature` > 0, then -inf for what
-    `top_k`, `top_p` and `min_p` cut off, in this order.
-
-    Top-k (Fan et al. 2018) keeps the k largest and what ties with the k-th. Top-p
-    (Holtzman et al. 2020) keeps the fewest most probable tokens whose probabilities
-    reach `top_p`, at least one. Min-p (Nguyen et al. 2024) keeps what is at least
-    `min_p` times as probable as the most probable token. None leaves a filter out. The
-    results are those of Hugging Face's TemperatureLogitsWarper, TopKLogitsWarper,
-    TopPLogitsWarper and MinPLogitsWarper, bit for bit, wherever theirs are finite.
-    """
-    SamplingParams(temperature, top_k, top_p, min_p)  # checks them
-    if temperature == 0:
-        raise ValueError(
-            "temperature 0 is greedy: there is nothing to sample, take the argmax"
-        )
-    logits = _divided(logits, temperature)
-    if top_k is not None:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]  # [B, 1]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p is not None:
-        ascending, order = logits.sort()
-        removed = (
-            ascending.softmax(-1).cumsum(-1) <= 1 - top_p
-        )  # [B, V], from the least probable up
-        removed[..., -1] = False
-        logits = logits.masked_fill(removed.scatter(-1, order, removed), -torch.inf)
-    if min_p is not None:
-        p = logits.softmax(-1)  # [B, V]
-        logits = logits.masked_fill(p < min_p * p.amax(-1, keepdim=True), -torch.inf)
-    return logits
-
-
-# %% ../chapters/15_generation.ipynb #9087fde6
-def _divided(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """`logits` [B, V] / `temperature`; where that overflows, of logits whose largest is
-    0: the same probabilities.
-    """
-    number = torch.finfo(logits.dtype)
-    temperature = min(max(float(temperature), number.tiny), number.max)
-    divided = logits / temperature
-    if temperature >= 1:
-        return divided
-    moved = (logits - logits.amax(-1, keepdim=True)) / temperature
-    return torch.where(divided.amax(-1, keepdim=True).isfinite(), divided, moved)
-
-
-def _check_whole(name: str, value: object, least: int, most: float = math.inf) -> None:
-    if (
-        not isinstance(value, Integral)
-        or isinstance(value, bool)
-        or not least <= value <= most
-    ):
-        wanted = (
-            f"of at least {least}" if most == math.inf else f"from {least} to {most}"
-        )
-        raise ValueError(f"{name} must be a whole number {wanted}, not {shown(value)}")
-
-
-def _check_number(
-    name: str, value: object, wanted: str, least: float, most: float
-) -> None:
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not least <= value <= most:
-        raise ValueError(f"{name} must be {wanted}, not {shown(value)}")
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How the next token is chosen: the arguments of `filter_logits` and
-    `penalize_repetition`; temperature 0 is greedy.
-
-    Raises ValueError naming the field that is wrong.
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self):
-        least, most = math.ulp(0), torch.finfo(torch.float64).max
-        _check_number(
-            "temperature", self.temperature, "0 (greedy) or a positive number", 0, most
-        )
-        if self.top_k is not None:
-            _check_whole("top_k", self.top_k, 1)
-        if self.top_p is not None:
-            _check_number(
-                "top_p", self.top_p, "a number above 0 and at most 1", least, 1
-            )
-        if self.min_p is not None:
-            _check_number("min_p", self.min_p, "a number from 0 to 1", 0, 1)
-        _check_number(
-            "repetition_penalty",
-            self.repetition_penalty,
-            "a positive number (1 changes nothing)",
-            least,
-            most,
-        )
-
-
-# %% ../chapters/15_generation.ipynb #5e7a1c02
-def penalize_repetition(
-    logits: torch.Tensor,
-    token_ids: torch.Tensor,
-    penalty: float,
-    attention_mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """`logits` [B, V] -> [B, V]: what occurs in `token_ids` [B, T] becomes less likely
-    where `penalty` > 1 (Keskar et al. 2019, section 4.1).
-
-    Positive logits of these tokens are divided by the penalty, negative ones
-    multiplied; once, however often the token occurs. Where `attention_mask` [B, T] is 0
-    stands padding, which does not count. Equal to Hugging Face's
-    RepetitionPenaltyLogitsProcessor bit for bit, except that theirs counts padding too,
-    and that finite logits stay finite.
-    """
-    SamplingParams(repetition_penalty=penalty)  # checks it
-    penalty = min(
-        max(penalty, 1e-20), 1e20
-    )  # a logit of 1 is then beyond all others, or nothing beside them
-    B, V = logits.shape
-    ids = token_ids.clamp(
-        max=V
-    )  # column V collects padding, and ids whose columns were cut off
-    if attention_mask is not None:
-        ids = ids.masked_fill(attention_mask == 0, V)
-    seen = torch.zeros(B, V + 1, dtype=torch.bool, device=logits.device).scatter_(
-        1, ids, True
-    )[:, :V]
-    number = torch.finfo(logits.dtype)
-    changed = torch.where(logits < 0, logits * penalty, logits / penalty).clamp(
-        number.min, number.max
-    )
-    return torch.where(seen & logits.isfinite(), changed, logits)
 
 
 # %% ../chapters/15_generation.ipynb #78daca69
@@ -332,81 +185,6 @@ def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-class LogitsError(ValueError):
-    """The model's logits allow no choice in some rows of a batch: `rows` lists them."""
-
-    def __init__(self, rows: list[int], count: int):
-        self.rows = rows
-        where = (
-            ""
-            if count == 1
-            else (
-                f" in row {rows[0]} of {count}"
-                if len(rows) == 1
-                else f" in {len(rows)} of {count} rows"
-            )
-        )
-        super().__init__(
-            f"the logits are not finite{where}: the model's weights or activations are"
-            " nan or infinite"
-        )
-
-
-def _check_logits(logits: torch.Tensor) -> None:
-    """LogitsError unless the largest of each row of `logits` [B, V] is a number; -inf
-    elsewhere forbids a token.
-    """
-    # multinomial would fail less clearly, and argmax would call nan the largest
-    good = logits.amax(-1).isfinite()
-    if not good.all():
-        raise LogitsError((~good).nonzero()[:, 0].tolist(), len(good))
-
-
-def distribution(
-    logits: torch.Tensor,
-    sampling: SamplingParams,
-    seen: torch.Tensor | None = None,
-    attention_mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """`logits` [B, V] -> the probabilities [B, V] of the next token: penalised, then
-    filtered; at temperature 0 all on the largest.
-
-    `seen` [B, T] holds the ids so far, of which `attention_mask` [B, T] is 0 on
-    padding; without them nothing is penalised. Whatever is in `sampling`, finite logits
-    give probabilities. Raises LogitsError, which names the rows, for others.
-    """
-    _check_logits(logits)
-    if seen is not None and sampling.repetition_penalty != 1:
-        logits = penalize_repetition(
-            logits, seen, sampling.repetition_penalty, attention_mask
-        )
-    if sampling.temperature == 0:
-        return torch.zeros_like(logits).scatter_(
-            -1, logits.argmax(-1, keepdim=True), 1.0
-        )
-    return filter_logits(
-        logits, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p
-    ).softmax(-1)
-
-
-def sample(
-    logits: torch.Tensor,
-    sampling: SamplingParams,
-    seen: torch.Tensor | None = None,
-    attention_mask: torch.Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> torch.Tensor:
-    """`logits` [B, V] float32 -> ids [B], drawn from their `distribution`, whose
-    arguments these are; temperature 0 uses no random numbers.
-    """
-    p = distribution(logits, sampling, seen, attention_mask)
-    return (
-        p.argmax(-1)
-        if sampling.temperature == 0
-        else torch.multinomial(p, 1, generator=generator)[:, 0]
-    )
 
 
 def _steps(
@@ -493,6 +271,7 @@ def _steps(
                 counts,
                 generator,
             )  # [B]
+            check_ids(new.tolist())
             logprobs = -F.cross_entropy(logits, new, reduction="none")  # [B]
             if eos_ids:
                 new, logprobs = (

@@ -9,28 +9,11 @@ import torch
 from book import scramble_
 from hypothesis import given, settings, strategies as st
 from test_parity import BASE, SHAPES, pair
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from test_sampling import EXTREMES, chi_squared, warpers
 
 from qwen_analog import QwenConfig, QwenForCausalLM
-from qwen_analog.generate import (
-    LogitsError,
-    SamplingParams,
-    _padded,
-    distribution,
-    sample,
-    filter_logits,
-    generate,
-    pad_left,
-    penalize_repetition,
-    sampling_defaults,
-)
+from qwen_analog.generate import _padded, generate, pad_left, sampling_defaults
+from qwen_analog.sampling import SamplingParams
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 MIXED = dict(temperature=0.8, top_k=30, top_p=0.95, min_p=0.02)
@@ -48,21 +31,6 @@ def prompt(rows=3, length=9, seed=0):
         (rows, length),
         generator=torch.Generator().manual_seed(seed),
     )
-
-
-def warpers(
-    temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=None
-):
-    chain = (
-        []
-        if repetition_penalty is None
-        else [RepetitionPenaltyLogitsProcessor(float(repetition_penalty))]
-    )
-    chain += [TemperatureLogitsWarper(float(temperature))]
-    chain += [] if top_k is None else [TopKLogitsWarper(top_k)]
-    chain += [] if top_p is None else [TopPLogitsWarper(top_p)]
-    chain += [] if min_p is None else [MinPLogitsWarper(min_p)]
-    return LogitsProcessorList(chain)
 
 
 def test_contract():
@@ -213,90 +181,6 @@ def test_cached_logits_and_the_work_of_a_step():
     )
     with torch.no_grad():
         assert (torch.cat(rows, dim=1) - model(written)[:, 8:-1]).abs().max() < 1e-10
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    values=st.lists(st.integers(-40, 40), min_size=1, max_size=60),
-    rows=st.integers(1, 3),
-    scale=st.sampled_from([0.5, 0.137]),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
-    temperature=st.floats(0.05, 20),
-    top_k=st.none() | st.integers(1, 80),
-    top_p=st.none() | st.floats(1e-9, 1.0),
-    min_p=st.none() | st.floats(0, 1),
-)
-def test_filters_equal_hugging_face(
-    values, rows, scale, dtype, temperature, top_k, top_p, min_p
-):
-    """Integers times a scale: ties everywhere."""
-    logits = (
-        torch.stack([torch.tensor(values, dtype=dtype).roll(i) for i in range(rows)])
-        * scale
-    )
-    before = logits.clone()
-    got = filter_logits(logits, temperature, top_k, top_p, min_p)
-    assert torch.equal(
-        got, warpers(temperature, top_k, top_p, min_p)(None, logits)
-    ) and torch.equal(logits, before)
-    assert got.isfinite().any(-1).all()
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    V=st.integers(1, 40),
-    rows=st.integers(1, 3),
-    length=st.integers(1, 30),
-    penalty=st.floats(0.1, 10),
-    seed=st.integers(0, 99),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
-)
-def test_the_repetition_penalty_equals_hugging_face(
-    V, rows, length, penalty, seed, dtype
-):
-    dice = torch.Generator().manual_seed(seed)
-    logits = (torch.randn(rows, V, generator=dice, dtype=dtype) * 3).round(
-        decimals=1
-    )  # zeros too
-    ids = torch.randint(
-        V + 5, (rows, length), generator=dice
-    )  # also ids beyond the logits' columns
-    before = logits.clone()
-    got = penalize_repetition(logits, ids, penalty)
-    assert torch.equal(
-        got, RepetitionPenaltyLogitsProcessor(float(penalty))(ids, logits.clone())
-    ) and torch.equal(logits, before)
-    mask = (
-        torch.arange(length) >= torch.randint(length, (rows, 1), generator=dice)
-    ).long()
-    masked = penalize_repetition(logits, ids, penalty, mask)
-    for row in range(rows):
-        alone = penalize_repetition(
-            logits[row : row + 1],
-            ids[row : row + 1, length - int(mask[row].sum()) :],
-            penalty,
-        )
-        assert torch.equal(masked[row : row + 1], alone)
-
-
-def chi_squared(draws, probabilities):
-    """(statistic, df); tokens expected fewer than ten times are pooled; an impossible
-    token is infinite.
-    """
-    observed, expected = (
-        draws.bincount(minlength=len(probabilities)).double(),
-        len(draws) * probabilities.double(),
-    )
-    if observed[expected == 0].any():
-        return math.inf, 0
-    rare = expected < 10
-    observed, expected = (
-        torch.cat((x[~rare], x[rare].sum()[None])) for x in (observed, expected)
-    )
-    cells = expected > 0
-    return ((observed - expected)[cells] ** 2 / expected[cells]).sum().item(), int(
-        cells.sum()
-    ) - 1
 
 
 SAMPLERS = [
@@ -776,21 +660,6 @@ def test_an_end_token_among_the_padding_rows_is_refused():
         model_of().generate(prompt(), 4, eos_token_id=100, valid_vocab_size=100)
 
 
-@pytest.mark.parametrize(
-    "name, value",
-    [
-        ("temperature", 0),
-        ("temperature", -1.0),
-        ("top_k", 0),
-        ("top_p", 0.0),
-        ("min_p", 2),
-    ],
-)
-def test_filter_logits_refuses(name, value):
-    with pytest.raises(ValueError, match=name):
-        filter_logits(torch.zeros(1, 4), **{name: value})
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize(
     "sampler", [dict(temperature=0), dict(), dict(top_k=2), dict(top_p=0.5)], ids=str
@@ -805,119 +674,10 @@ def test_logits_that_are_not_finite(sampler, bad):
     assert model.training
 
 
-EXTREMES = [
-    dict(temperature=t)
-    for t in (5e-324, 1e-310, 1e-300, 1e-40, 1e-20, 1e20, 1e40, 1e300, 10**300)
-]
-EXTREMES += [dict(repetition_penalty=p) for p in (5e-324, 1e-300, 1e-40, 1e40, 1e300)]
-EXTREMES += [
-    dict(top_p=1e-300),
-    dict(top_p=5e-324),
-    dict(min_p=1),
-    dict(min_p=1e-300),
-    dict(top_k=10**30),
-]
-EXTREMES += [
-    dict(temperature=1e-40, top_k=10**9, top_p=1e-300, min_p=1.0, repetition_penalty=p)
-    for p in (1e-300, 1e300)
-]
-
-
-def hostile_logits():
-    """[12, 31] float32: finite largest values, whatever else."""
-    dice, number = torch.Generator().manual_seed(0), torch.finfo(torch.float32)
-    logits = torch.randn(12, 31, generator=dice) * torch.logspace(-40, 37, 12)[:, None]
-    logits[1] = 0
-    logits[3] = number.min
-    logits[4, :16], logits[4, 16:] = number.max, number.min
-    logits[5, 5:] = -math.inf
-    logits[6] = -number.tiny
-    logits[7, 1:] = -math.inf
-    return logits
-
-
 @pytest.mark.parametrize("settings", EXTREMES, ids=str)
-def test_every_legal_setting_draws_from_finite_logits(settings):
-    logits, seen = (
-        hostile_logits(),
-        torch.randint(31, (12, 6), generator=torch.Generator().manual_seed(1)),
-    )
-    for options in (
-        settings,
-        {**settings, "temperature": 0},
-        {"repetition_penalty": 1e-40, **settings},
-    ):
-        p = distribution(logits, SamplingParams(**options), seen)
-        assert (
-            p.isfinite().all()
-            and (p >= 0).all()
-            and torch.allclose(p.sum(-1), torch.ones(12))
-        )
-        assert not p[logits == -math.inf].any()  # what is forbidden stays so
-        assert sample(logits, SamplingParams(**options), seen).shape == (12,)
-    assert model_of(torch.float32).generate(prompt(), 3, seed=0, **settings).shape == (
-        3,
-        12,
-    )
-
-
-def test_extremes_are_limits():
-    logits = torch.tensor([[3.0, 1.0, 3.0, -2.0]])
-    for temperature in (5e-324, 1e-40, 1e-20):
-        assert distribution(logits, SamplingParams(temperature)).tolist() == [
-            [0.5, 0, 0.5, 0]
-        ]
-    for temperature in (1e30, 1e300):
-        assert distribution(logits, SamplingParams(temperature)).tolist() == [
-            [0.25] * 4
-        ]
-    for penalty in (5e-324, 1e-40):  # of what has occurred the largest positive one
-        assert distribution(
-            logits,
-            SamplingParams(repetition_penalty=penalty),
-            torch.tensor([[1, 2, 3]]),
-        ).tolist() == [[0, 0, 1, 0]]
-    for penalty in (1e40, 1e300):
-        expected = torch.tensor([[3.0, 0.0, 0.0, -math.inf]]).softmax(-1)
-        torch.testing.assert_close(
-            distribution(
-                logits,
-                SamplingParams(repetition_penalty=penalty),
-                torch.tensor([[1, 2, 3]]),
-            ),
-            expected,
-        )
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, "nothing"])
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        SamplingParams(0),
-        SamplingParams(),
-        SamplingParams(top_p=0.5, repetition_penalty=1.3),
-    ],
-    ids=str,
-)
-def test_rows_without_a_choice_are_named(bad, sampling):
-    logits = torch.randn(5, 9, generator=torch.Generator().manual_seed(0))
-    for row in (1, 4):
-        if bad == "nothing":
-            logits[row] = -math.inf
-        else:
-            logits[row, 3] = bad
-    with pytest.raises(
-        LogitsError, match="^the logits are not finite in 2 of 5 rows: "
-    ) as error:
-        sample(logits, sampling, torch.zeros(5, 2, dtype=torch.int64))
-    assert error.value.rows == [1, 4] and isinstance(error.value, ValueError)
-    with pytest.raises(
-        LogitsError, match="^the logits are not finite in row 1 of 4: "
-    ) as error:
-        sample(logits[:4], sampling)
-    with pytest.raises(LogitsError, match="^the logits are not finite: "):
-        sample(logits[4:], sampling)
-    assert sample(logits[[0, 2, 3]], sampling).shape == (3,)
+def test_every_legal_setting_generates(settings):
+    model = model_of(torch.float32)
+    assert model.generate(prompt(), 3, seed=0, **settings).shape == (3, 12)
 
 
 def test_the_models_own_end_tokens_end():
