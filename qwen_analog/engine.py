@@ -102,11 +102,10 @@ class RowCache(KVCache):
 
         Returns all that these rows hold, [n, K, S, h] each.
         """
-        return self._write(self.keys[layer_idx], keys), self._write(
-            self.values[layer_idx], values
-        )
+        held_keys = self._append(self.keys[layer_idx], keys)
+        return held_keys, self._append(self.values[layer_idx], values)
 
-    def _write(self, store: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    def _append(self, store: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         rows = store[self._rows]  # [n, K, max_length, h], a view
         rows[self._index, :, self._positions] = new.transpose(1, 2)  # [n, T, K, h]
         return rows[:, :, : self._end]
@@ -136,14 +135,8 @@ class ModelRunner:
         rows = slice(first_row, first_row + len(ids))
         positions, mask = self.cache.begin(rows, len(ids[0]))
         input_ids = torch.tensor(ids, device=positions.device)
-        logits = self.model(
-            input_ids,
-            position_ids=positions,
-            mask=mask,
-            cache=self.cache,
-            logits_to_keep=1,
-        )
-        return logits[:, -1].float()
+        where = dict(position_ids=positions, mask=mask, cache=self.cache)
+        return self.model(input_ids, **where, logits_to_keep=1)[:, -1].float()
 
     def advance(self, sequence: SequenceState, size: int) -> None:
         self.cache.advance(sequence.row, size)
@@ -248,10 +241,10 @@ class EngineCore:
         if len(sequences) > 1:
             with contextlib.suppress(Exception):
                 return list(zip(sequences, self.runner.write(sequences)))
-        found = []
+        found: list[tuple[SequenceState, TokenLogprob]] = []
         for sequence in sequences:
             with _failing(self.scheduler, sequence):
-                found.append((sequence, *self.runner.write([sequence])))
+                found += zip([sequence], self.runner.write([sequence]))
         return found
 
     def _append(self, sequence: SequenceState, drawn: TokenLogprob) -> None:

@@ -6,13 +6,13 @@
 __all__ = [
     "REFUSED",
     "IGNORED",
+    "AnyBody",
     "ApiError",
     "Body",
     "ChatBody",
     "CompletionBody",
     "parse_body",
     "make_requests",
-    "prompt_ids",
     "token_bytes",
     "LogprobWriter",
     "ReplyWriter",
@@ -27,6 +27,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -169,8 +170,13 @@ class ChatBody(Body):
     logprobs: bool = _must_be(_FLAG, False)
     top_logprobs: int = _must_be("a whole number from 0 to 20", 0, ge=0, le=20)
 
-    def prompts(self) -> list[list[dict[str, str]]]:
-        return [[{"role": m.role, "content": m.text()} for m in self.messages]]
+    def size(self) -> tuple[int, int]:
+        """Return the number of prompts, and the characters of the longest."""
+        return 1, sum(len(message.text()) for message in self.messages)
+
+    def encode(self, tokenizer: Tokenizer) -> list[list[int]]:
+        messages = [{"role": m.role, "content": m.text()} for m in self.messages]
+        return [chat_ids(tokenizer, messages)]
 
     def limit(self, room: int) -> int:
         """Return how many tokens to write at most where `room` are left."""
@@ -190,15 +196,29 @@ class CompletionBody(Body):
     )
     logprobs: int | None = _must_be("a whole number from 0 to 20", None, ge=0, le=20)
 
-    def prompts(self) -> list[str | list[int]]:
-        several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
-        return self.prompt if several else [self.prompt]
+    def _prompts(self) -> Sequence[str | list[int]]:
+        prompt: Any = self.prompt
+        one = isinstance(prompt, str) or isinstance(prompt[0], int)
+        return [prompt] if one else prompt
+
+    def size(self) -> tuple[int, int]:
+        return len(self._prompts()), max(map(len, self._prompts()))
+
+    def encode(self, tokenizer: Tokenizer) -> list[list[int]]:
+        start = [tokenizer.eos_token_id]
+        return [
+            [*start, *tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
+            for prompt in self._prompts()
+        ]
 
     def limit(self, room: int) -> int:
         return self.max_tokens or 16
 
     def alternatives(self) -> int | None:
         return self.logprobs
+
+
+AnyBody = ChatBody | CompletionBody
 
 
 # %% ../chapters/17d_protocol.ipynb #3c2c5a63
@@ -222,9 +242,8 @@ def _read_parameters(text: bytes) -> dict:
     try:
         values = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
-        raise ApiError(
-            f"the body is not JSON that this server takes: {error}"
-        ) from None
+        message = f"the body is not JSON that this server takes: {error}"
+        raise ApiError(message) from None
     if not isinstance(values, dict):
         raise ApiError(f"the body must be a JSON object, not {type(values).__name__}")
     values = {n: v for n, v in values.items() if v is not None and n not in IGNORED}
@@ -238,7 +257,7 @@ def _read_parameters(text: bytes) -> dict:
     return values
 
 
-def parse_body(text: bytes, chat: bool) -> ChatBody | CompletionBody:
+def parse_body(text: bytes, chat: bool) -> AnyBody:
     """Check the JSON of a request. Raises ApiError, which names the parameter."""
     schema = ChatBody if chat else CompletionBody
     values = _read_parameters(text)
@@ -285,17 +304,15 @@ def _sampling_params(defaults: dict, body: Body) -> SamplingParams:
     return SamplingParams(**{**defaults, **said})
 
 
-def make_requests(
-    engine: Engine, body: ChatBody | CompletionBody, prompts: Sequence[list[int]]
-) -> list[Request]:
+def make_requests(engine: Engine, body: AnyBody) -> list[Request]:
     """Return n requests for each prompt; the i-th of them draws with `seed` + i.
 
-    Raises ApiError where prompt and answer do not fit into the context.
+    Raises ApiError for what cannot be answered.
     """
     params = _sampling_params(engine.defaults, body)
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
     requests = []
-    for prompt in prompts:
+    for prompt in _prompt_ids(engine, body):
         room = engine.max_context - len(prompt)
         limit = body.limit(room)
         if limit > room:
@@ -312,7 +329,7 @@ def make_requests(
 _CHARACTERS = 64  # more of them than a token stands for in any text
 
 
-def _too_long(engine: Engine, body: ChatBody | CompletionBody, what: str) -> ApiError:
+def _too_long(engine: Engine, body: AnyBody, what: str) -> ApiError:
     return ApiError(
         f"the context has {engine.max_context} tokens: {what} do not fit",
         param=body.prompt_name,
@@ -320,38 +337,24 @@ def _too_long(engine: Engine, body: ChatBody | CompletionBody, what: str) -> Api
     )
 
 
-def prompt_ids(engine: Engine, body: ChatBody | CompletionBody) -> list[list[int]]:
+def _prompt_ids(engine: Engine, body: AnyBody) -> list[list[int]]:
     """Return the token ids of each prompt. Raises ApiError."""
+    prompts, length = body.size()
     most = min(len(engine.scheduler.rows), engine.scheduler.max_queue)
-    if isinstance(body, ChatBody):
-        length, number = sum(len(m.text()) for m in body.messages), body.n
-        if len(body.messages) > engine.max_context:
-            raise _too_long(engine, body, f"{len(body.messages)} messages")
-    else:
-        prompts = body.prompts()
-        length, number = max(map(len, prompts)), body.n * len(prompts)
-    if number > most:
+    if isinstance(body, ChatBody) and len(body.messages) > engine.max_context:
+        raise _too_long(engine, body, f"{len(body.messages)} messages")
+    if prompts * body.n > most:
         raise ApiError(
-            f"n and the prompts ask for {number} answers; this server writes at most"
-            f" {most} for a request",
+            f"n and the prompts ask for {prompts * body.n} answers; this server writes"
+            f" at most {most} for a request",
             param="n",
         )
     if length > _CHARACTERS * engine.max_context:
         raise _too_long(engine, body, f"{length:,} characters")
     try:
-        return [_encode(engine.tokenizer, prompt) for prompt in body.prompts()]
+        return body.encode(engine.tokenizer)
     except ValueError as error:
         raise ApiError(str(error), param=body.prompt_name) from None
-
-
-def _encode(
-    tokenizer: Tokenizer, prompt: str | list[int] | list[dict[str, str]]
-) -> list[int]:
-    if isinstance(prompt, str):
-        return [tokenizer.eos_token_id, *tokenizer.encode(prompt)]
-    if prompt and isinstance(prompt[0], dict):
-        return chat_ids(tokenizer, prompt)
-    return prompt
 
 
 # %% ../chapters/17d_protocol.ipynb #2dff7ce6
@@ -453,10 +456,7 @@ def _chat_logprobs(found: _Found, bytes_of: _BytesOf) -> dict:
 def _completion_logprobs(found: _Found, bytes_of: _BytesOf) -> dict:
     names = [_names([*top, token], bytes_of) for _, (token, _, top) in found]
     top_logprobs = [
-        {
-            name[other]: max(value, _LEAST)
-            for other, value in {**top, token: own}.items()
-        }
+        {name[other]: max(p, _LEAST) for other, p in {**top, token: own}.items()}
         for name, (_, (token, own, top)) in zip(names, found)
     ]
     return {
@@ -484,7 +484,7 @@ class ReplyWriter:
     def __init__(
         self,
         model: str,
-        body: ChatBody | CompletionBody,
+        body: AnyBody,
         requests: Sequence[Request],
         bytes_of: _BytesOf,
         stop_ids: Collection[int],
@@ -501,12 +501,10 @@ class ReplyWriter:
         # a prompt counts once, however many answers it gets
         self._asked = sum(len(request.prompt) for request in requests) // body.n
         self._written = [0] * len(requests)
-        self._logprobs = [
-            LogprobWriter(bytes_of, chat, stop_ids)
-            if request.logprobs is not None
-            else None
-            for request in requests
-        ]
+        self._logprobs = None
+        if body.alternatives() is not None:
+            new_writer = partial(LogprobWriter, bytes_of, chat, stop_ids)
+            self._logprobs = [new_writer() for _ in requests]
 
     def openings(self) -> list[dict]:
         """Return the chunks that open a streamed chat: they name the role."""
@@ -535,19 +533,15 @@ class ReplyWriter:
         choices = [self._choice(total, **more) for total in totals]
         return {**self._head, "choices": choices, "usage": self._usage()}
 
-    def _choice(self, delta: Delta, **more: str) -> dict:
+    def _choice(self, delta: Delta, **role: str) -> dict:
         self._written[delta.index] = max(self._written[delta.index], delta.written)
         content: dict = {"text": delta.text}
         if self._chat:
-            message = {"content": delta.text, **more}
-            content = {"delta" if self._stream else "message": message}
-        writer = self._logprobs[delta.index]
-        return {
-            "index": delta.index,
-            **content,
-            "finish_reason": delta.finish_reason,
-            "logprobs": None if writer is None else writer.form(delta),
-        }
+            name = "delta" if self._stream else "message"
+            content = {name: {"content": delta.text, **role}}
+        logprobs = self._logprobs and self._logprobs[delta.index].form(delta)
+        more = {"finish_reason": delta.finish_reason, "logprobs": logprobs}
+        return {"index": delta.index, **content, **more}
 
     def _usage(self) -> dict:
         asked, wrote = self._asked, sum(self._written)

@@ -53,9 +53,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .engine import AsyncEngine, DeltaStream, describe, log
-from .protocol import ApiError, ChatBody, CompletionBody, ReplyWriter
-from .protocol import make_requests, parse_body, prompt_ids, token_bytes
-from .scheduler import Delta, EngineClosed, QueueFull
+from .protocol import AnyBody, ApiError, ReplyWriter, make_requests
+from .protocol import parse_body, token_bytes
+from .scheduler import Delta, EngineClosed, QueueFull, Request
 
 
 # %% ../chapters/17e_server.ipynb #29467a6b
@@ -81,13 +81,15 @@ class Endpoints:
         text = await self.bodies.read(request.stream())
         _check_content_type(request.headers)
         try:
-            body, prompts = await self.threads.call(self._read_prompts, text, chat)
+            body, requests = await self.threads.call(self._read, text, chat)
         except TimeoutError:
-            message = (
-                f"the prompt could not be read in {self.threads.seconds:g} seconds"
-            )
+            seconds = f"{self.threads.seconds:g} seconds"
+            message = f"the prompt could not be read in {seconds}"
             raise ApiError(message, param="messages" if chat else "prompt") from None
-        stream, writer = self._submit(body, prompts, request)
+        client = request.client.host if request.client else ""
+        stream = self._submit(requests, client)
+        ends = self.engine.stop_ids
+        writer = ReplyWriter(self.model_name, body, requests, self.bytes_of, ends)
         if not body.stream:
             return await _whole_response(stream, writer, request)
         return StreamingResponse(
@@ -97,12 +99,10 @@ class Endpoints:
             background=BackgroundTask(stream.abort),
         )
 
-    def _read_prompts(
-        self, text: bytes, chat: bool
-    ) -> tuple[ChatBody | CompletionBody, list[list[int]]]:
+    def _read(self, text: bytes, chat: bool) -> tuple[AnyBody, list[Request]]:
         body = parse_body(text, chat)
         self._check_name(body.model)
-        return body, prompt_ids(self.engine, body)
+        return body, make_requests(self.engine, body)
 
     def _check_name(self, name: str) -> None:
         if name != self.model_name:
@@ -110,24 +110,15 @@ class Endpoints:
             message = f"there is no model {asked}: this server has {own}"
             raise ApiError(message, 404, "model", "model_not_found")
 
-    def _submit(
-        self,
-        body: ChatBody | CompletionBody,
-        prompts: list[list[int]],
-        request: HTTPRequest,
-    ) -> tuple[DeltaStream, ReplyWriter]:
-        client = request.client.host if request.client else ""
-        requests = make_requests(self.engine, body, prompts)
+    def _submit(self, requests: list[Request], client: str) -> DeltaStream:
         try:
-            stream = self.engine.stream(*requests, client=client)
+            return self.engine.stream(*requests, client=client)
         except EngineClosed:
             raise _shutting_down() from None
         except QueueFull as error:
             raise ApiError(str(error), 429, code="queue_full") from None
         except ValueError as error:
             raise ApiError(str(error)) from None
-        ends = self.engine.stop_ids
-        return stream, ReplyWriter(self.model_name, body, requests, self.bytes_of, ends)
 
     async def models(self, request: HTTPRequest) -> Response:
         """List the one model, or describe it."""
@@ -166,6 +157,10 @@ async def _checked(stream: DeltaStream) -> AsyncIterator[Delta]:
         yield delta
 
 
+async def _all_deltas(stream: DeltaStream) -> list[Delta]:
+    return [delta async for delta in _checked(stream)]
+
+
 async def _events(
     stream: DeltaStream, writer: ReplyWriter, scope: Scope
 ) -> AsyncIterator[str]:
@@ -183,22 +178,18 @@ async def _events(
         yield event(_api_error(error, scope).body())
 
 
-async def _whole(stream: DeltaStream, writer: ReplyWriter) -> dict:
-    return writer.whole([delta async for delta in _checked(stream)])
-
-
 async def _whole_response(
     stream: DeltaStream, writer: ReplyWriter, request: HTTPRequest
 ) -> Response:
     """Wait for all of an answer; stop waiting, and writing, when the client goes."""
-    answer = asyncio.ensure_future(_whole(stream, writer))
+    answer = asyncio.ensure_future(_all_deltas(stream))
     # all that can still come from the client is that it disconnects
     gone = asyncio.ensure_future(request.receive())
     try:
         await asyncio.wait([answer, gone], return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
             return Response(status_code=499)
-        return JSONResponse(answer.result())
+        return JSONResponse(writer.whole(answer.result()))
     finally:
         stream.abort()
         answer.cancel()
@@ -307,10 +298,9 @@ class BodyReader:
             async for part in stream:
                 was_small, size = size <= self.small, size + len(part)
                 if size > self._most_bytes:
+                    allowed = f"{self._most_bytes:,} that it may have"
                     refusal = ApiError(
-                        f"the body has {size:,} bytes, of {self._most_bytes:,} that it"
-                        " may have",
-                        413,
+                        f"the body has {size:,} bytes, of {allowed}", 413
                     )
                 elif was_small and size > self.small:
                     refusal = await self._take_place(stack)
@@ -331,9 +321,10 @@ class BodyReader:
 def _check_content_type(headers: Headers) -> None:
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        raise ApiError(
-            "the body must be JSON: send the header Content-Type: application/json", 415
+        message = (
+            "the body must be JSON: send the header Content-Type: application/json"
         )
+        raise ApiError(message, 415)
 
 
 # %% ../chapters/17e_server.ipynb #78b8d050
@@ -401,9 +392,8 @@ def host_name(text: str) -> str | None:
 
     A port is left out. None for what has another form.
     """
-    match = re.fullmatch(
-        r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+))(?::[0-9]*)?", text.lower()
-    )
+    form = r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+))(?::[0-9]*)?"
+    match = re.fullmatch(form, text.lower())
     if match is None:
         return None
     name = match[1] or match[2].removesuffix(".")
@@ -454,20 +444,15 @@ class Gate:
 
     def _check(self, headers: Headers, path: str) -> None:
         """Raise ApiError for a request that may not come in."""
+        allow = "allow the name with --allowed-host"
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not self._serves(host_name(hosts[0])):
-            raise ApiError(
-                f"this server is not {ascii(hosts[0] if hosts else '')[:80]}: allow the"
-                " name with --allowed-host",
-                421,
-            )
+            host = ascii(hosts[0] if hosts else "")[:80]
+            raise ApiError(f"this server is not {host}: {allow}", 421)
         for origin in headers.getlist("origin"):  # whose page a browser shows
             if not self._serves(host_name(origin.partition("://")[2])):
-                raise ApiError(
-                    f"pages of {ascii(origin)[:80]} may not use this server: allow its"
-                    " name with --allowed-host",
-                    403,
-                )
+                pages = f"pages of {ascii(origin)[:80]}"
+                raise ApiError(f"{pages} may not use this server: {allow}", 403)
         if "content-length" in headers and "transfer-encoding" in headers:
             # a proxy may have believed the other one
             raise ApiError("a body has either Content-Length or Transfer-Encoding", 400)
@@ -487,11 +472,8 @@ def _check_authorization(given: list[str], key: str) -> None:
     scheme, _, found = (given or [""])[0].partition(" ")
     right = hmac.compare_digest(found.strip().encode("latin-1"), key.encode())
     if len(given) != 1 or scheme.lower() != "bearer" or not right:
-        raise ApiError(
-            "a valid API key is needed: send the header Authorization: Bearer KEY",
-            401,
-            code="invalid_api_key",
-        )
+        message = "a valid API key is needed: send the header Authorization: Bearer KEY"
+        raise ApiError(message, 401, code="invalid_api_key")
 
 
 async def _read_to_the_end(receive: Receive) -> None:
@@ -601,18 +583,13 @@ class Connection(ApiConnection):
     def _make_room(self) -> bool:
         """Close the connection that has been idle longest; False where none is."""
         now = self.loop.time()
-        idle = [
-            other
-            for other in self.connections
-            if isinstance(other, Connection)
-            and other.waits
-            and now - other.since >= self.patience
-        ]
-        if idle:
-            oldest = min(idle, key=lambda other: other.since)
-            self.connections.discard(oldest)
-            oldest.transport.abort()
-        return bool(idle)
+        others = [c for c in self.connections if isinstance(c, Connection) and c.waits]
+        oldest = min(others, key=lambda other: other.since, default=None)
+        if oldest is None or now - oldest.since < self.patience:
+            return False
+        self.connections.discard(oldest)
+        oldest.transport.abort()
+        return True
 
     def handle_events(self) -> None:
         super().handle_events()
@@ -661,12 +638,8 @@ class Server(uvicorn.Server):
         scheduler = self.engine.scheduler
         left = len(scheduler.running) + len(scheduler.waiting)
         if left and self.grace_seconds:
-            log.warning(
-                "stopping: %d answers have %g seconds to end; a second signal ends"
-                " them now",
-                left,
-                self.grace_seconds,
-            )
+            what = f"{left} answers have {self.grace_seconds:g} seconds to end"
+            log.warning("stopping: %s; a second signal ends them now", what)
         ending = asyncio.ensure_future(self._end_answers())
         await super().shutdown(sockets)
         ending.cancel()

@@ -41,7 +41,7 @@ def test_settings_of_the_model_hold_where_a_request_says_nothing():
         body = protocol.parse_body(
             json.dumps({"model": NAME, "prompt": [1], **body}).encode(), chat=False
         )
-        return protocol.make_requests(engine, body, [[1]])[0].params
+        return protocol.make_requests(engine, body)[0].params
 
     both = {
         "do_sample": True,
@@ -661,9 +661,7 @@ def test_any_value_of_any_parameter(chat):
             ).encode()
             try:
                 body = protocol.parse_body(text, chat)
-                for request in protocol.make_requests(
-                    engine, body, protocol.prompt_ids(engine, body)
-                ):
+                for request in protocol.make_requests(engine, body):
                     engine.check(request)
                 taken += 1
             except ValueError as error:
