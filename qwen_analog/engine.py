@@ -8,6 +8,7 @@ __all__ = [
     "MAX_STOPS",
     "MAX_STOP_LENGTH",
     "MAX_UNREAD",
+    "RowPass",
     "RowCache",
     "ModelRunner",
     "draw",
@@ -15,6 +16,7 @@ __all__ = [
     "EngineCore",
     "describe",
     "Engine",
+    "check_request",
     "check_stop",
     "DeltaStream",
     "AsyncEngine",
@@ -25,7 +27,7 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -42,11 +44,32 @@ from .tokenizer import Tokenizer
 
 
 # %% ../chapters/17c_batching.ipynb #8aa0f03e
+@dataclass(frozen=True)
+class RowPass:
+    """Where a forward pass writes: n neighbouring rows, T tokens in each of them."""
+
+    rows: slice
+    positions: torch.Tensor  # [n, T]
+    end: int  # S, the length of the longest row with its new tokens
+
+    def mask(self) -> torch.Tensor:
+        """Return which places each token sees, [n, 1, T, S]."""
+        places = torch.arange(self.end, device=self.positions.device)
+        return places <= self.positions[:, None, :, None]
+
+    def write(self, store: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """Write `new` [n, K, T, h] into a layer; return its n rows [n, K, S, h]."""
+        rows = store[self.rows]  # [n, K, max_length, h], a view
+        index = torch.arange(len(rows), device=rows.device)[:, None]  # [n, 1]
+        rows[index, :, self.positions] = new.transpose(1, 2)  # [n, T, K, h]
+        return rows[:, :, : self.end]
+
+
+# %% ../chapters/17c_batching.ipynb #935fa690
 class RowCache(KVCache):
     """A `KVCache` whose rows hold different numbers of tokens.
 
-    `lengths[r]` counts the tokens of row r. A forward pass goes through neighbouring
-    rows: `begin` gives its positions and mask, `update` (called by the attention
+    `begin` chooses the rows of a forward pass, `update` (called by the attention
     layers) writes behind each row's own tokens, and `advance` counts what was written.
     A row that takes part without being advanced leaves nothing behind: its next token
     goes to the same place.
@@ -57,13 +80,39 @@ class RowCache(KVCache):
         # masked keys weigh 0, but 0 times the nan that fresh memory may hold is nan
         self.keys.zero_()
         self.values.zero_()
-        self.lengths = [0] * num_rows
-        self._rows = slice(0, num_rows)
+        self.lengths = [0] * num_rows  # tokens of each row
+        self.present: RowPass | None = None
 
     @property
     def length(self) -> int:
         """The number of tokens that every row of the present pass holds."""
-        return min(self.lengths[self._rows])
+        return min(self.lengths[self.present.rows] if self.present else self.lengths)
+
+    def begin(self, rows: slice, T: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose the n rows of the next pass, which brings T tokens to each.
+
+        Returns their positions [n, T] and mask [n, 1, T, S]. Raises ValueError where a
+        row would have more than `max_length` tokens.
+        """
+        end = max(self.lengths[rows]) + T
+        if end > self.max_length:
+            raise ValueError(
+                f"a row of the cache holds {self.max_length} tokens; {end} are needed:"
+                " make it with a larger max_length"
+            )
+        device = self.keys.device
+        lengths = torch.tensor(self.lengths[rows], device=device)
+        positions = lengths[:, None] + torch.arange(T, device=device)  # [n, T]
+        self.present = RowPass(rows, positions, end)
+        return positions, self.present.mask()
+
+    def update(
+        self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write `keys`, `values` [n, K, T, h]; return all of the rows, [n, K, S, h]."""
+        assert self.present is not None
+        held_keys = self.present.write(self.keys[layer_idx], keys)
+        return held_keys, self.present.write(self.values[layer_idx], values)
 
     def advance(self, row: int, T: int) -> None:
         """Count the T tokens that the last pass wrote into `row`."""
@@ -74,41 +123,6 @@ class RowCache(KVCache):
         self.keys[:, row].zero_()
         self.values[:, row].zero_()
         self.lengths[row] = 0
-
-    def begin(self, rows: slice, T: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose the n rows of the next pass, which brings T tokens to each.
-
-        Returns their positions [n, T] and mask [n, 1, T, S], where S is the longest row
-        with its new tokens. Raises ValueError where that is more than `max_length`.
-        """
-        device = self.keys.device
-        lengths = torch.tensor(self.lengths[rows], device=device)
-        self._end = max(self.lengths[rows]) + T
-        if self._end > self.max_length:
-            raise ValueError(
-                f"a row of the cache holds {self.max_length} tokens; {self._end} are"
-                " needed: make it with a larger max_length"
-            )
-        positions = lengths[:, None] + torch.arange(T, device=device)  # [n, T]
-        self._rows, self._positions = rows, positions
-        self._index = torch.arange(len(lengths), device=device)[:, None]  # [n, 1]
-        keys = torch.arange(self._end, device=device)  # [S]
-        return positions, keys <= positions[:, None, :, None]
-
-    def update(
-        self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write `keys`, `values` [n, K, T, h] behind what each chosen row holds.
-
-        Returns all that these rows hold, [n, K, S, h] each.
-        """
-        held_keys = self._append(self.keys[layer_idx], keys)
-        return held_keys, self._append(self.values[layer_idx], values)
-
-    def _append(self, store: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        rows = store[self._rows]  # [n, K, max_length, h], a view
-        rows[self._index, :, self._positions] = new.transpose(1, 2)  # [n, T, K, h]
-        return rows[:, :, : self._end]
 
 
 # %% ../chapters/17c_batching.ipynb #83fdfa03
@@ -203,6 +217,7 @@ class Step:
     wrote: list[tuple[int, int]] = field(default_factory=list)  # row, number
 
 
+# %% ../chapters/17c_batching.ipynb #2d855121
 class EngineCore:
     """Repeats the step of continuous batching: admit, read, write."""
 
@@ -231,7 +246,7 @@ class EngineCore:
             done.wrote.append((sequence.row, sequence.number))
             with _failing(self.scheduler, sequence):
                 self.runner.advance(sequence, 1)
-                self._append(sequence, drawn)
+                _append(self.scheduler, sequence, drawn, self.stop_ids)
         return done
 
     def _write(
@@ -247,21 +262,28 @@ class EngineCore:
                 found += zip([sequence], self.runner.write([sequence]))
         return found
 
-    def _append(self, sequence: SequenceState, drawn: TokenLogprob) -> None:
-        """Take a token, deliver the text that it completes, free the row after it."""
-        check_ids([drawn.token])
-        sequence.written.append(drawn.token)
-        sequence.turn += 1
-        if sequence.request.logprobs is not None:
-            sequence.logprobs.append(drawn)
-        ends = drawn.token in self.stop_ids
-        text = "" if ends else sequence.text.push(drawn.token)
-        if ends or sequence.text.stopped:
-            _finish(self.scheduler, sequence, text + sequence.text.finish(), "stop")
-        elif len(sequence.written) == sequence.request.max_tokens:
-            _finish(self.scheduler, sequence, text + sequence.text.finish(), "length")
-        elif text:
-            _send(sequence, text)
+
+# %% ../chapters/17c_batching.ipynb #a6d1b9c6
+def _append(
+    scheduler: Scheduler,
+    sequence: SequenceState,
+    drawn: TokenLogprob,
+    stop_ids: Collection[int],
+) -> None:
+    """Take a token, deliver the text that it completes, free the row after the last."""
+    check_ids([drawn.token])
+    sequence.written.append(drawn.token)
+    sequence.turn += 1
+    if sequence.request.logprobs is not None:
+        sequence.logprobs.append(drawn)
+    ends = drawn.token in stop_ids
+    text = "" if ends else sequence.text.push(drawn.token)
+    if ends or sequence.text.stopped:
+        _finish(scheduler, sequence, text + sequence.text.finish(), "stop")
+    elif len(sequence.written) == sequence.request.max_tokens:
+        _finish(scheduler, sequence, text + sequence.text.finish(), "length")
+    elif text:
+        _send(sequence, text)
 
 
 # %% ../chapters/17c_batching.ipynb #990a595f
@@ -292,6 +314,7 @@ def _send(
         log.error("request %d: its text cannot be delivered: %s", number, why)
 
 
+# %% ../chapters/17c_batching.ipynb #2f478bda
 def _finish(
     scheduler: Scheduler, sequence: SequenceState, text: str, reason: str
 ) -> None:
@@ -359,12 +382,8 @@ class Engine(EngineCore):
             for index, request in enumerate(requests)
         ]
         for other in self.scheduler.add(sequences):
-            _send(
-                other,
-                "the queue is full, and others wait for less; try again later",
-                "error",
-                429,
-            )
+            reason = "the queue is full, and others wait for less; try again later"
+            _send(other, reason, "error", 429)
         return sequences
 
     def abort(self, *sequences: SequenceState) -> None:
@@ -382,22 +401,26 @@ class Engine(EngineCore):
 
     def check(self, request: Request) -> None:
         """Raise ValueError where a request cannot be fulfilled."""
-        check_stop(request.stop)
-        last = self.tokenizer.vocab_size - 1
-        prompt, max_tokens = request.prompt, request.max_tokens
-        if not prompt:
-            raise ValueError("prompt must have at least one token")
-        if not 0 <= min(prompt) <= max(prompt) <= last:
-            raise ValueError(
-                f"prompt must have token ids from 0 to {last}, not {min(prompt)} .."
-                f" {max(prompt)}"
-            )
-        check_whole("max_tokens", max_tokens, 1)
-        if len(prompt) + max_tokens > self.max_context:
-            raise ValueError(
-                f"prompt has {len(prompt)} tokens and max_tokens is {max_tokens}:"
-                f" together they exceed the context of {self.max_context}"
-            )
+        check_request(request, self.tokenizer.vocab_size, self.max_context)
+
+
+# %% ../chapters/17c_batching.ipynb #d6b9e3ae
+def check_request(request: Request, vocab_size: int, max_context: int) -> None:
+    """Raise ValueError, naming the field, where a request cannot be fulfilled."""
+    check_stop(request.stop)
+    last = vocab_size - 1
+    prompt, max_tokens = request.prompt, request.max_tokens
+    if not prompt:
+        raise ValueError("prompt must have at least one token")
+    if not 0 <= min(prompt) <= max(prompt) <= last:
+        found = f"{min(prompt)} .. {max(prompt)}"
+        raise ValueError(f"prompt must have token ids from 0 to {last}, not {found}")
+    check_whole("max_tokens", max_tokens, 1)
+    if len(prompt) + max_tokens > max_context:
+        raise ValueError(
+            f"prompt has {len(prompt)} tokens and max_tokens is {max_tokens}:"
+            f" together they exceed the context of {max_context}"
+        )
 
 
 # %% ../chapters/17c_batching.ipynb #7c4ecabb

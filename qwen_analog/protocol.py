@@ -15,6 +15,7 @@ __all__ = [
     "make_requests",
     "token_bytes",
     "LogprobWriter",
+    "ChoiceWriter",
     "ReplyWriter",
 ]
 
@@ -61,6 +62,7 @@ class ApiError(ValueError):
         return {"error": {**error, "param": self.param, "code": self.code}}
 
 
+# %% ../chapters/17d_protocol.ipynb #b082c909
 # parameters that would change the answer and are not built here, with the values that
 # leave it as it is
 REFUSED = {
@@ -113,6 +115,7 @@ _TOP_K = "a whole number of at least 1, or 0 for none"
 _STOP = f"a text or a list of at most {MAX_STOPS}, of 1 to {MAX_STOP_LENGTH} characters"
 
 
+# %% ../chapters/17d_protocol.ipynb #e210989c
 class Body(_Strict):
     """The parameters that completions and chats share."""
 
@@ -187,6 +190,7 @@ class ChatBody(Body):
         return self.top_logprobs if self.logprobs else None
 
 
+# %% ../chapters/17d_protocol.ipynb #d1047ee9
 class CompletionBody(Body):
     """A request to /v1/completions."""
 
@@ -257,6 +261,7 @@ def _read_parameters(text: bytes) -> dict:
     return values
 
 
+# %% ../chapters/17d_protocol.ipynb #6d70ad09
 def parse_body(text: bytes, chat: bool) -> AnyBody:
     """Check the JSON of a request. Raises ApiError, which names the parameter."""
     schema = ChatBody if chat else CompletionBody
@@ -269,7 +274,6 @@ def parse_body(text: bytes, chat: bool) -> AnyBody:
         raise _refusal(schema, error) from None
 
 
-# %% ../chapters/17d_protocol.ipynb #6d70ad09
 def _unknown(param: str) -> ApiError:
     message = f"{param} is not a parameter that this server knows"
     return ApiError(message, param=param, code="unknown_parameter")
@@ -385,6 +389,7 @@ def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
     return text.encode()
 
 
+# %% ../chapters/17d_protocol.ipynb #35600b62
 def _spelling(tokenizer: Any, token: int) -> str:
     """Return a token as the vocabulary file has it."""
     if hasattr(tokenizer, "tokenizer"):
@@ -438,6 +443,7 @@ class LogprobWriter:
         return begins
 
 
+# %% ../chapters/17d_protocol.ipynb #8a05ff60
 _Found = list[tuple[int, TokenLogprob]]  # where a token begins, and its entry
 
 
@@ -478,75 +484,79 @@ def _names(tokens: Sequence[int], bytes_of: _BytesOf) -> dict[int, str]:
 
 
 # %% ../chapters/17d_protocol.ipynb #78b11063
-class ReplyWriter:
-    """Puts the deltas of a body's `requests` into OpenAI's form."""
+class ChoiceWriter:
+    """Writes the choices of an answer to `requests`, and counts tokens."""
 
     def __init__(
         self,
-        model: str,
         body: AnyBody,
         requests: Sequence[Request],
         bytes_of: _BytesOf,
         stop_ids: Collection[int],
     ):
-        chat = self._chat = isinstance(body, ChatBody)
-        self._stream, self.with_usage = body.stream, body.stream_options.include_usage
-        kind = "chat.completion" if chat else "text_completion"
-        self._head = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
-            "object": kind + (".chunk" if chat and body.stream else ""),
-            "created": int(time.time()),
-            "model": model,
-        }
+        chat = self.chat = isinstance(body, ChatBody)
+        self._name = "delta" if body.stream else "message"
         # a prompt counts once, however many answers it gets
         self._asked = sum(len(request.prompt) for request in requests) // body.n
-        self._written = [0] * len(requests)
+        self.written = [0] * len(requests)
         self._logprobs = None
         if body.alternatives() is not None:
             new_writer = partial(LogprobWriter, bytes_of, chat, stop_ids)
             self._logprobs = [new_writer() for _ in requests]
 
-    def openings(self) -> list[dict]:
-        """Return the chunks that open a streamed chat: they name the role."""
-        if not self._chat:
-            return []
-        deltas = [Delta(index, "") for index in range(len(self._written))]
-        return [self.chunk(delta, role="assistant") for delta in deltas]
-
-    def chunk(self, delta: Delta, **more: str) -> dict:
-        """Return a chunk of a stream."""
-        return {**self._head, "choices": [self._choice(delta, **more)]}
-
-    def usage_chunk(self) -> dict:
-        """Return the last chunk of a stream, for those who asked for it."""
-        return {**self._head, "choices": [], "usage": self._usage()}
-
-    def whole(self, deltas: Sequence[Delta]) -> dict:
-        """Return the answer that is complete with `deltas`."""
-        totals = [Delta(index, "") for index in range(len(self._written))]
-        for delta in deltas:
-            total = totals[delta.index]
-            total.text += delta.text
-            total.finish_reason, total.written = delta.finish_reason, delta.written
-            total.logprobs += delta.logprobs
-        more = {"role": "assistant"} if self._chat else {}
-        choices = [self._choice(total, **more) for total in totals]
-        return {**self._head, "choices": choices, "usage": self._usage()}
-
-    def _choice(self, delta: Delta, **role: str) -> dict:
-        self._written[delta.index] = max(self._written[delta.index], delta.written)
+    def choice(self, delta: Delta, **role: str) -> dict:
+        self.written[delta.index] = max(self.written[delta.index], delta.written)
         content: dict = {"text": delta.text}
-        if self._chat:
-            name = "delta" if self._stream else "message"
-            content = {name: {"content": delta.text, **role}}
+        if self.chat:
+            content = {self._name: {"content": delta.text, **role}}
         logprobs = self._logprobs and self._logprobs[delta.index].form(delta)
         more = {"finish_reason": delta.finish_reason, "logprobs": logprobs}
         return {"index": delta.index, **content, **more}
 
-    def _usage(self) -> dict:
-        asked, wrote = self._asked, sum(self._written)
+    def usage(self) -> dict:
+        asked, wrote = self._asked, sum(self.written)
         return {
             "prompt_tokens": asked,
             "completion_tokens": wrote,
             "total_tokens": asked + wrote,
         }
+
+
+# %% ../chapters/17d_protocol.ipynb #1a59d9f8
+class ReplyWriter:
+    """Puts deltas into OpenAI's form: chunk by chunk, or as a whole."""
+
+    def __init__(self, model: str, body: AnyBody, choices: ChoiceWriter):
+        self._choices, self.with_usage = choices, body.stream_options.include_usage
+        kind = "chat.completion" if choices.chat else "text_completion"
+        self._head = {
+            "id": f"{'chatcmpl' if choices.chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": kind + (".chunk" if choices.chat and body.stream else ""),
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._role = {"role": "assistant"} if choices.chat else {}
+
+    def openings(self) -> list[dict]:
+        """Return the chunks that open a streamed chat: they name the role."""
+        deltas = [Delta(index, "") for index in range(len(self._choices.written))]
+        return [self.chunk(delta, **self._role) for delta in deltas if self._role]
+
+    def chunk(self, delta: Delta, **role: str) -> dict:
+        """Return a chunk of a stream."""
+        return {**self._head, "choices": [self._choices.choice(delta, **role)]}
+
+    def usage_chunk(self) -> dict:
+        """Return the last chunk of a stream, for those who asked for it."""
+        return {**self._head, "choices": [], "usage": self._choices.usage()}
+
+    def whole(self, deltas: Sequence[Delta]) -> dict:
+        """Return the answer that is complete with `deltas`."""
+        totals = [Delta(index, "") for index in range(len(self._choices.written))]
+        for delta in deltas:
+            total = totals[delta.index]
+            total.text += delta.text
+            total.finish_reason, total.written = delta.finish_reason, delta.written
+            total.logprobs += delta.logprobs
+        choices = [self._choices.choice(total, **self._role) for total in totals]
+        return {**self._head, "choices": choices, "usage": self._choices.usage()}

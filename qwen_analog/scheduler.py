@@ -16,6 +16,7 @@ __all__ = [
     "QueueFull",
     "EngineClosed",
     "RequestQueue",
+    "RowTable",
     "Scheduler",
     "whose_places",
 ]
@@ -238,11 +239,36 @@ class RequestQueue:
 
 
 # %% ../chapters/17b_scheduling.ipynb #c4f7283b
-class Scheduler(RequestQueue):
+class RowTable:
+    """Who sits in which row; `on_free` is called with each row that becomes free."""
+
+    def __init__(self, num_rows: int, on_free: Callable[[int], None]):
+        self.rows: list[SequenceState | None] = [None] * num_rows
+        self._on_free = on_free
+
+    @property
+    def running(self) -> list[SequenceState]:
+        """The sequences that have a row."""
+        return [sequence for sequence in self.rows if sequence is not None]
+
+    def place(self, sequence: SequenceState) -> None:
+        """Give the lowest free row to a sequence, and begin its turn."""
+        sequence.row, sequence.turn = self.rows.index(None), 0
+        sequence.started = True
+        self.rows[sequence.row] = sequence
+
+    def release(self, sequence: SequenceState) -> None:
+        """Take the row from a sequence."""
+        row, sequence.row, sequence.cached = sequence.row, -1, 0
+        self.rows[row] = None
+        self._on_free(row)
+
+
+# %% ../chapters/17b_scheduling.ipynb #b07dc767
+class Scheduler(RowTable, RequestQueue):
     """A queue, and the rows that those who wait in it are given in fair turns.
 
-    One thread calls `schedule` and `release`; any thread may call the rest. `on_free`
-    is called with each row that becomes free.
+    One thread calls `schedule` and `release`; any thread may call the rest.
     """
 
     def __init__(
@@ -251,14 +277,8 @@ class Scheduler(RequestQueue):
         max_queue: int,
         on_free: Callable[[int], None] = lambda row: None,
     ):
-        super().__init__(max_queue)
-        self.rows: list[SequenceState | None] = [None] * num_rows
-        self._on_free = on_free
-
-    @property
-    def running(self) -> list[SequenceState]:
-        """The sequences that have a row."""
-        return [sequence for sequence in self.rows if sequence is not None]
+        RowTable.__init__(self, num_rows, on_free)
+        RequestQueue.__init__(self, max_queue)
 
     def schedule(self) -> None:
         """Give rows to those who wait, and take them from who has left or has most."""
@@ -275,9 +295,7 @@ class Scheduler(RequestQueue):
                 if None not in self.rows:
                     break
                 self.waiting.remove(chosen)
-                chosen.row, chosen.turn = self.rows.index(None), 0
-                chosen.started = True
-                self.rows[chosen.row] = chosen
+                self.place(chosen)
 
     def _next(self) -> tuple[SequenceState, SequenceState | None]:
         """Return who gets a row, and who loses one for it."""
@@ -289,11 +307,11 @@ class Scheduler(RequestQueue):
             return next_turn(self.waiting, self.running) or (chosen, None)
         return chosen, loser
 
-    def release(self, sequence: SequenceState) -> None:
-        """Take the row from a sequence."""
-        row, sequence.row, sequence.cached = sequence.row, -1, 0
-        self.rows[row] = None
-        self._on_free(row)
+    def wait(self) -> bool:
+        """Wait for something to do; return False where `close` was called."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.closed or self.waiting or self.running)
+        return not self.closed
 
     def drain(self) -> list[SequenceState]:
         """Take out and return everything that runs or waits."""
@@ -303,12 +321,6 @@ class Scheduler(RequestQueue):
         with self.changed:
             waiting, self.waiting = self.waiting, []
         return [*running, *waiting]
-
-    def wait(self) -> bool:
-        """Wait for something to do; return False where `close` was called."""
-        with self.changed:
-            self.changed.wait_for(lambda: self.closed or self.waiting or self.running)
-        return not self.closed
 
 
 # %% ../chapters/17b_scheduling.ipynb #5dbf80d5

@@ -6,7 +6,8 @@
 __all__ = [
     "Endpoint",
     "LOOPBACK",
-    "Endpoints",
+    "Completions",
+    "About",
     "build_app",
     "BodyReader",
     "ThreadPlaces",
@@ -15,6 +16,7 @@ __all__ = [
     "check_key",
     "Gate",
     "ApiConnection",
+    "TimedConnection",
     "Connection",
     "Server",
     "build_server",
@@ -53,43 +55,38 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .engine import AsyncEngine, DeltaStream, describe, log
-from .protocol import AnyBody, ApiError, ReplyWriter, make_requests
-from .protocol import parse_body, token_bytes
+from .protocol import AnyBody, ApiError, ChoiceWriter, ReplyWriter
+from .protocol import make_requests, parse_body, token_bytes
 from .scheduler import Delta, EngineClosed, QueueFull, Request
 
 
 # %% ../chapters/17e_server.ipynb #29467a6b
-class Endpoints:
-    """What the server does at each of its addresses."""
+class Completions:
+    """Answers what is posted to /v1/completions and /v1/chat/completions."""
 
     def __init__(
-        self,
-        engine: AsyncEngine,
-        model_name: str,
-        max_body_bytes: int,
-        prompt_seconds: float,
+        self, engine: AsyncEngine, model: str, max_bytes: int, prompt_seconds: float
     ):
-        self.engine, self.model_name = engine, model_name
-        self.bodies = BodyReader(max_body_bytes)
-        self.threads = ThreadPlaces(prompt_seconds)
-        self.bytes_of = lru_cache(100_000)(partial(token_bytes, engine.tokenizer))
-        self.created = int(time.time())
+        self._engine, self._model = engine, model
+        self._bodies = BodyReader(max_bytes)
+        self._threads = ThreadPlaces(prompt_seconds)
+        self._bytes_of = lru_cache(100_000)(partial(token_bytes, engine.tokenizer))
 
-    async def complete(self, request: HTTPRequest) -> Response:
-        """Answer a chat or a completion."""
+    async def answer(self, request: HTTPRequest) -> Response:
         chat = request.url.path == "/v1/chat/completions"
-        text = await self.bodies.read(request.stream())
+        text = await self._bodies.read(request.stream())
         _check_content_type(request.headers)
         try:
-            body, requests = await self.threads.call(self._read, text, chat)
+            body, requests = await self._threads.call(self._read, text, chat)
         except TimeoutError:
-            seconds = f"{self.threads.seconds:g} seconds"
+            seconds = f"{self._threads.seconds:g} seconds"
             message = f"the prompt could not be read in {seconds}"
             raise ApiError(message, param="messages" if chat else "prompt") from None
         client = request.client.host if request.client else ""
-        stream = self._submit(requests, client)
-        ends = self.engine.stop_ids
-        writer = ReplyWriter(self.model_name, body, requests, self.bytes_of, ends)
+        stream = _submit(self._engine, requests, client)
+        ends = self._engine.stop_ids
+        choices = ChoiceWriter(body, requests, self._bytes_of, ends)
+        writer = ReplyWriter(self._model, body, choices)
         if not body.stream:
             return await _whole_response(stream, writer, request)
         return StreamingResponse(
@@ -101,38 +98,28 @@ class Endpoints:
 
     def _read(self, text: bytes, chat: bool) -> tuple[AnyBody, list[Request]]:
         body = parse_body(text, chat)
-        self._check_name(body.model)
-        return body, make_requests(self.engine, body)
+        _check_model(body.model, self._model)
+        return body, make_requests(self._engine, body)
 
-    def _check_name(self, name: str) -> None:
-        if name != self.model_name:
-            own, asked = repr(self.model_name), ascii(name)[:80]
-            message = f"there is no model {asked}: this server has {own}"
-            raise ApiError(message, 404, "model", "model_not_found")
 
-    def _submit(self, requests: list[Request], client: str) -> DeltaStream:
-        try:
-            return self.engine.stream(*requests, client=client)
-        except EngineClosed:
-            raise _shutting_down() from None
-        except QueueFull as error:
-            raise ApiError(str(error), 429, code="queue_full") from None
-        except ValueError as error:
-            raise ApiError(str(error)) from None
+# %% ../chapters/17e_server.ipynb #6023d630
+class About:
+    """Answers questions about the server: which model it has, and how it does."""
+
+    def __init__(self, engine: AsyncEngine, model: str):
+        self._engine, self._model = engine, model
+        self._entry = {"id": model, "object": "model", "created": int(time.time())}
+        self._entry["owned_by"] = "qwen_analog"
 
     async def models(self, request: HTTPRequest) -> Response:
-        """List the one model, or describe it."""
-        entry = {"id": self.model_name, "object": "model", "created": self.created}
-        entry["owned_by"] = "qwen_analog"
         if "name" not in request.path_params:
-            return JSONResponse({"object": "list", "data": [entry]})
-        self._check_name(request.path_params["name"])
-        return JSONResponse(entry)
+            return JSONResponse({"object": "list", "data": [self._entry]})
+        _check_model(request.path_params["name"], self._model)
+        return JSONResponse(self._entry)
 
     async def health(self, request: HTTPRequest) -> Response:
-        """Say whether the engine runs, and how many requests it has."""
-        engine, scheduler = self.engine, self.engine.scheduler
-        status = "ok" if engine.running else "stopped"
+        scheduler = self._engine.scheduler
+        status = "ok" if self._engine.running else "stopped"
         state = {
             "status": "stopping" if scheduler.closed else status,
             "rows": len(scheduler.rows),
@@ -141,14 +128,34 @@ class Endpoints:
         }
         return JSONResponse(state, 200 if state["status"] == "ok" else 503)
 
-    @contextlib.asynccontextmanager
-    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        self.engine.start()
-        yield
-        self.engine.close()
+
+# %% ../chapters/17e_server.ipynb #25d71151
+def _check_model(asked: str, own: str) -> None:
+    if asked != own:
+        message = f"there is no model {ascii(asked)[:80]}: this server has {own!r}"
+        raise ApiError(message, 404, "model", "model_not_found")
 
 
-# %% ../chapters/17e_server.ipynb #6023d630
+def _submit(engine: AsyncEngine, requests: list[Request], client: str) -> DeltaStream:
+    """Hand requests to the engine; raise ApiError where it does not take them."""
+    try:
+        return engine.stream(*requests, client=client)
+    except EngineClosed:
+        raise _shutting_down() from None
+    except QueueFull as error:
+        raise ApiError(str(error), 429, code="queue_full") from None
+    except ValueError as error:
+        raise ApiError(str(error)) from None
+
+
+@contextlib.asynccontextmanager
+async def _running(engine: AsyncEngine, app: Starlette) -> AsyncIterator[None]:
+    engine.start()
+    yield
+    engine.close()
+
+
+# %% ../chapters/17e_server.ipynb #579a7964
 async def _checked(stream: DeltaStream) -> AsyncIterator[Delta]:
     """Yield the deltas of a stream; raise ApiError for one that is an error."""
     async for delta in stream:
@@ -178,6 +185,7 @@ async def _events(
         yield event(_api_error(error, scope).body())
 
 
+# %% ../chapters/17e_server.ipynb #18d39d5c
 async def _whole_response(
     stream: DeltaStream, writer: ReplyWriter, request: HTTPRequest
 ) -> Response:
@@ -229,6 +237,7 @@ async def _refused(request: HTTPRequest, error: Exception) -> Response:
     return _error_response(_api_error(error, request.scope))
 
 
+# %% ../chapters/17e_server.ipynb #085ab1da
 Endpoint = Callable[[HTTPRequest], Awaitable[Response]]
 
 
@@ -264,19 +273,20 @@ def build_app(
     It starts the engine and closes it. `Gate` turns away requests without the `api_key`
     or for other `hosts`. A prompt that is not read after `prompt_seconds` is refused.
     """
-    do = Endpoints(engine, model_name, max_body_bytes, prompt_seconds)
-    complete, models = _answering(do.complete), _answering(do.models)
+    about = About(engine, model_name)
+    completions = Completions(engine, model_name, max_body_bytes, prompt_seconds)
+    complete, models = _answering(completions.answer), _answering(about.models)
     routes = [
         Route("/v1/chat/completions", complete, methods=["POST"]),
         Route("/v1/completions", complete, methods=["POST"]),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", models),
-        Route("/health", do.health),
+        Route("/health", about.health),
     ]
     return Starlette(
         routes=routes,
         exception_handlers={HTTPException: _refused},
-        lifespan=do.lifespan,
+        lifespan=partial(_running, engine),
         middleware=[Middleware(Gate, api_key=api_key, hosts=hosts)],
     )
 
@@ -299,9 +309,8 @@ class BodyReader:
                 was_small, size = size <= self.small, size + len(part)
                 if size > self._most_bytes:
                     allowed = f"{self._most_bytes:,} that it may have"
-                    refusal = ApiError(
-                        f"the body has {size:,} bytes, of {allowed}", 413
-                    )
+                    message = f"the body has {size:,} bytes, of {allowed}"
+                    refusal = ApiError(message, 413)
                 elif was_small and size > self.small:
                     refusal = await self._take_place(stack)
                 if refusal is None:
@@ -318,13 +327,12 @@ class BodyReader:
         stack.callback(self._places.release)
 
 
+# %% ../chapters/17e_server.ipynb #eec18359
 def _check_content_type(headers: Headers) -> None:
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        message = (
-            "the body must be JSON: send the header Content-Type: application/json"
-        )
-        raise ApiError(message, 415)
+        header = "Content-Type: application/json"
+        raise ApiError(f"the body must be JSON: send the header {header}", 415)
 
 
 # %% ../chapters/17e_server.ipynb #78b8d050
@@ -369,6 +377,7 @@ class ThreadPlaces:
             self._waiting -= 1
 
 
+# %% ../chapters/17e_server.ipynb #8bf4d8f9
 def _in_thread(function: Callable, *arguments) -> asyncio.Future:
     """Return a future of (result, error) of a call in a daemon thread."""
     loop = asyncio.get_running_loop()
@@ -467,6 +476,7 @@ class Gate:
         return host in self._hosts or ("address" in self._hosts and is_address(host))
 
 
+# %% ../chapters/17e_server.ipynb #ecdf5ef4
 def _check_authorization(given: list[str], key: str) -> None:
     """Raise ApiError unless `given` is one header with the key, in constant time."""
     scheme, _, found = (given or [""])[0].partition(" ")
@@ -541,31 +551,19 @@ class ApiConnection(H11Protocol):
 
 
 # %% ../chapters/17e_server.ipynb #86ba11d3
-class Connection(ApiConnection):
-    """Limits how long one waits for a client, and for how many.
+class TimedConnection(ApiConnection):
+    """Limits how long one waits for a client.
 
     A request has to be complete `request_seconds` after its connection was opened or
     the answer before was given, and of an answer something must be fetched every
-    `reading_seconds`. Of `most` connections the one that has gone longest without a
-    request, and longer than `patience`, makes room for a new one.
+    `reading_seconds`.
     """
 
-    request_seconds, reading_seconds, most = 15.0, 30.0, 512
-    ahead = 65536  # bytes that a client may send while it waits for an answer
-    # seconds in which a new connection's request has surely come, if sent at once
-    patience = 1.0
+    request_seconds, reading_seconds = 15.0, 30.0
     _request_timer: asyncio.TimerHandle | None = None
     _reading_timer: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
-        full = len(self.connections) >= self.most and not self._make_room()
-        super().connection_made(transport)
-        self._expect_request()
-        if full:
-            self.connections.discard(self)
-            self.part(ApiError("too many connections; try again later", 503))
-
-    def _expect_request(self) -> None:
+    def expect_request(self) -> None:
         self._stop_timers()
         self.since = self.loop.time()
         self._request_timer = self.loop.call_later(self.request_seconds, self._late)
@@ -580,26 +578,8 @@ class Connection(ApiConnection):
             if timer is not None:
                 timer.cancel()
 
-    def _make_room(self) -> bool:
-        """Close the connection that has been idle longest; False where none is."""
-        now = self.loop.time()
-        others = [c for c in self.connections if isinstance(c, Connection) and c.waits]
-        oldest = min(others, key=lambda other: other.since, default=None)
-        if oldest is None or now - oldest.since < self.patience:
-            return False
-        self.connections.discard(oldest)
-        oldest.transport.abort()
-        return True
-
-    def handle_events(self) -> None:
-        super().handle_events()
-        # uvicorn stops reading at a further request, and would not see the client go
-        few = len(self.conn.trailing_data[0]) < self.ahead
-        if not self.waits and few and not self.transport.is_closing():
-            self.flow.resume_reading()
-
     def on_response_complete(self) -> None:
-        self._expect_request()
+        self.expect_request()
         super().on_response_complete()
 
     def pause_writing(self) -> None:
@@ -615,6 +595,45 @@ class Connection(ApiConnection):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timers()
         super().connection_lost(exc)
+
+
+# %% ../chapters/17e_server.ipynb #877d4f26
+class Connection(TimedConnection):
+    """Limits the number of connections.
+
+    Of `most` connections the one that has gone longest without a request, and longer
+    than `patience`, makes room for a new one.
+    """
+
+    most = 512
+    ahead = 65536  # bytes that a client may send while it waits for an answer
+    # seconds in which a new connection's request has surely come, if sent at once
+    patience = 1.0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        full = len(self.connections) >= self.most and not self._make_room()
+        super().connection_made(transport)
+        self.expect_request()
+        if full:
+            self.connections.discard(self)
+            self.part(ApiError("too many connections; try again later", 503))
+
+    def _make_room(self) -> bool:
+        """Close the connection that has been idle longest; False where none is."""
+        others = [c for c in self.connections if isinstance(c, Connection) and c.waits]
+        oldest = min(others, key=lambda other: other.since, default=None)
+        if oldest is None or self.loop.time() - oldest.since < self.patience:
+            return False
+        self.connections.discard(oldest)
+        oldest.transport.abort()
+        return True
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        # uvicorn stops reading at a further request, and would not see the client go
+        few = len(self.conn.trailing_data[0]) < self.ahead
+        if not self.waits and few and not self.transport.is_closing():
+            self.flow.resume_reading()
 
 
 # %% ../chapters/17e_server.ipynb #7ed0cac1
@@ -692,6 +711,7 @@ def build_server(
     return Server(config, engine, grace_seconds)
 
 
+# %% ../chapters/17e_server.ipynb #5c4d0ad9
 def connection_limits(wanted: int) -> tuple[int, int]:
     """Return how many connections there may be, and how many are accepted at a time.
 

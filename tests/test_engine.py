@@ -93,9 +93,9 @@ class SharedPositions(RowCache):
 class SharedPlaces(RowCache):
     def begin(self, rows, T):
         result = super().begin(rows, T)
-        self._positions = self._positions.amax(0, keepdim=True).expand_as(
-            self._positions
-        )
+        shared = self.present.positions.amax(0, keepdim=True)
+        shared = shared.expand_as(self.present.positions)
+        self.present = dataclasses.replace(self.present, positions=shared)
         return result
 
 
@@ -120,7 +120,8 @@ class NoCausalMask(RowCache):
 class FirstRowsAlways(RowCache):
     def begin(self, rows, T):
         result = super().begin(rows, T)
-        self._rows = slice(0, rows.stop - rows.start)
+        first = slice(0, rows.stop - rows.start)
+        self.present = dataclasses.replace(self.present, rows=first)
         return result
 
 
@@ -144,6 +145,7 @@ def test_rows():
     check_rows(RowCache)
 
 
+@pytest.mark.mutant
 @pytest.mark.parametrize(
     "mutant",
     [
@@ -285,6 +287,7 @@ def test_engines_kill(mutant, monkeypatch):
         assert together(engine, requests()) == EXPECTED
 
 
+@pytest.mark.mutant
 @pytest.mark.parametrize(
     "mutant",
     [
