@@ -161,6 +161,7 @@ class _Message(_Strict):
         return "".join(part.text for part in self.content)
 
 
+# %% ../chapters/17d_protocol.ipynb #6cf27190
 class ChatBody(Body):
     """A request to /v1/chat/completions."""
 

@@ -16,9 +16,9 @@ __all__ = [
     "QueueFull",
     "EngineClosed",
     "RequestQueue",
+    "whose_places",
     "RowTable",
     "Scheduler",
-    "whose_places",
 ]
 
 # %% ../chapters/17b_scheduling.ipynb #2daaf696
@@ -85,6 +85,7 @@ class Group:
     deliver: Callable[[Delta], None]
 
 
+# %% ../chapters/17b_scheduling.ipynb #e2f60bdd
 @dataclass(eq=False)
 class SequenceState:
     """A request on its way through the engine."""
@@ -238,6 +239,47 @@ class RequestQueue:
             self.changed.notify()
 
 
+# %% ../chapters/17b_scheduling.ipynb #5dbf80d5
+def _make_places(
+    waiting: Sequence[SequenceState], group: Sequence[SequenceState], max_queue: int
+) -> list[SequenceState]:
+    """Return who leaves the queue so that `group` has places; raise QueueFull."""
+    fresh = [s for s in waiting if not (s.cancelled or s.started)]
+    excess = len(fresh) + len(group) - max_queue
+    if excess <= 0:
+        return []
+    displaced = whose_places(fresh, len(group), group[0].group.client)
+    if len(displaced) < excess:
+        raise QueueFull(
+            f"the queue is full: of its {max_queue} places, {len(fresh)} are taken; try"
+            " again later"
+        )
+    return displaced
+
+
+def whose_places(
+    waiting: Sequence[SequenceState], number: int, client: str
+) -> list[SequenceState]:
+    """Return who gives its places to `number` more requests of `client`: one group.
+
+    That is the latest group of the client with the most places, if these are more than
+    the newcomer will have, or else the largest group, if it is at least four times the
+    newcomer's; or nobody. A group of which something was written stays.
+    """
+    places = Counter(s.group.client for s in waiting)
+    groups = Counter(s.group for s in waiting)
+    untouched = [s for s in waiting if groups[s.group] == s.group.size]
+    heavy = [s for s in untouched if places[s.group.client] > places[client] + number]
+    large = [s for s in untouched if groups[s.group] >= 4 * number]
+    if heavy:
+        loser = max(heavy, key=lambda s: (places[s.group.client], s.number))
+    elif large:
+        loser = max(large, key=lambda s: (groups[s.group], s.number))
+    else:
+        return []
+    return [s for s in waiting if s.group is loser.group]
+
+
 # %% ../chapters/17b_scheduling.ipynb #c4f7283b
 class RowTable:
     """Who sits in which row; `on_free` is called with each row that becomes free."""
@@ -321,44 +363,3 @@ class Scheduler(RowTable, RequestQueue):
         with self.changed:
             waiting, self.waiting = self.waiting, []
         return [*running, *waiting]
-
-
-# %% ../chapters/17b_scheduling.ipynb #5dbf80d5
-def _make_places(
-    waiting: Sequence[SequenceState], group: Sequence[SequenceState], max_queue: int
-) -> list[SequenceState]:
-    """Return who leaves the queue so that `group` has places; raise QueueFull."""
-    fresh = [s for s in waiting if not (s.cancelled or s.started)]
-    excess = len(fresh) + len(group) - max_queue
-    if excess <= 0:
-        return []
-    displaced = whose_places(fresh, len(group), group[0].group.client)
-    if len(displaced) < excess:
-        raise QueueFull(
-            f"the queue is full: of its {max_queue} places, {len(fresh)} are taken; try"
-            " again later"
-        )
-    return displaced
-
-
-def whose_places(
-    waiting: Sequence[SequenceState], number: int, client: str
-) -> list[SequenceState]:
-    """Return who gives its places to `number` more requests of `client`: one group.
-
-    That is the latest group of the client with the most places, if these are more than
-    the newcomer will have, or else the largest group, if it is at least four times the
-    newcomer's; or nobody. A group of which something was written stays.
-    """
-    places = Counter(s.group.client for s in waiting)
-    groups = Counter(s.group for s in waiting)
-    untouched = [s for s in waiting if groups[s.group] == s.group.size]
-    heavy = [s for s in untouched if places[s.group.client] > places[client] + number]
-    large = [s for s in untouched if groups[s.group] >= 4 * number]
-    if heavy:
-        loser = max(heavy, key=lambda s: (places[s.group.client], s.number))
-    elif large:
-        loser = max(large, key=lambda s: (groups[s.group], s.number))
-    else:
-        return []
-    return [s for s in waiting if s.group is loser.group]

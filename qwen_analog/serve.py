@@ -36,7 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_address(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     shown = "(default: %(default)s)"
-    add("--host", default="127.0.0.1", help=f"address to listen on {shown}")
+    text = (
+        "address to listen on (default: %(default)s, which only this machine reaches)"
+    )
+    add("--host", default="127.0.0.1", help=text)
     port = whole(0, 65535)
     add("--port", type=port, default=8000, help=f"0 takes a free one {shown}")
     add(
@@ -134,6 +137,7 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from None
 
 
+# %% ../chapters/17f_serve.ipynb #057f3565
 def _build_engine(arguments: argparse.Namespace, source: str) -> "AsyncEngine":
     """Open the model, and make room for its cache."""
     import torch

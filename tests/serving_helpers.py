@@ -1,4 +1,4 @@
-"""What the tests of the engine, the protocol and the server share: a tiny model, a model
+"""What tests of the engine, protocol and server share: a tiny model, a model
 that writes a script, requests, and servers in threads.
 """
 

@@ -1,4 +1,4 @@
-"""The protocol: OpenAI's bodies, answers and errors, as the openai package sees them."""
+"""The protocol: OpenAI's bodies, answers and errors, as its own package sees them."""
 
 import json
 
