@@ -216,7 +216,7 @@ def test_three_such_steps_stop_the_run(monkeypatch):
         train(settings(save_every=100))
 
 
-def test_a_signal_saves_and_ends(folder):
+def test_a_signal_saves_and_ends(tmp_path):
     config = as_file(
         settings(max_steps=100_000, save_every=100_000, eval_every=100_000)
     )
@@ -225,7 +225,7 @@ def test_a_signal_saves_and_ends(folder):
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(folder / "hf")},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hf")},
     )
     deadline = time.monotonic() + 120
     while (
@@ -254,7 +254,7 @@ def test_bad_lines_are_named_or_counted(capsys):
     )
 
 
-def test_the_card_runs_inside_the_package_folder(folder):
+def test_the_card_runs_inside_the_package_folder():
     config = as_file(settings(max_steps=2))
     done = run(
         ROOT / "qwen_analog" / "train.py", "--config", config, "--data", "corpus.jsonl"

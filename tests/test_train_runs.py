@@ -96,7 +96,7 @@ def test_stochastic_rounding_resumes_bit_for_bit(precision, optimizer):
     assert same(training_state("resumed/final"), training_state("whole/final"))
 
 
-def test_killed_at_any_moment_it_ends_where_it_would_have(folder):  # noqa: F811
+def test_killed_at_any_moment_it_ends_where_it_would_have():
     """SIGKILL at random moments, in a save or out of it; every start goes on from the
     newest checkpoint.
     """

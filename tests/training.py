@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from qwen_analog.checkpoint import load_checkpoint
+from qwen_analog.monitor import documents_of_step
 from qwen_analog.tokenizer import BYTE_ORDER, TiktokenTokenizer
 from qwen_analog.train import train
 from qwen_analog.train_config import TrainConfig
