@@ -8,6 +8,7 @@ __all__ = [
     "shown",
     "QwenConfig",
     "parameter_counts",
+    "DictView",
     "GenerationDefaults",
     "check_generation_config",
     "Precision",
@@ -66,10 +67,9 @@ def _is_whole(value: object, least: int, most: int) -> bool:
 # %% ../chapters/08_config.ipynb #36a5edcf
 @dataclass
 class QwenConfig:
-    """The numbers that fix a model's shape, under Hugging Face's names.
+    """The numbers that fix a model's shape; ValueError names an impossible one.
 
-    `head_dim` None becomes hidden_size / num_attention_heads; `rope_scaling` is None or
-    YaRN's settings. Raises ValueError that names the field with an impossible value.
+    `head_dim` None is hidden_size / num_attention_heads, `rope_scaling` is YaRN's.
     """
 
     vocab_size: int = 151936
@@ -88,12 +88,7 @@ class QwenConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self):
-        _check_fields(self)
-        _check_heads(self)
-        if self.rope_scaling is not None:
-            _check_rope_scaling(self.rope_scaling)
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+        self.head_dim = _checked_head_dim(self)
 
     @classmethod
     def from_dict(cls, values: dict) -> "QwenConfig":
@@ -132,24 +127,28 @@ def _check_fields(config: QwenConfig) -> None:
             raise ValueError(f"{name} must be true or false, not {shown(value)}")
 
 
-def _check_heads(config: QwenConfig) -> None:
+# %% ../chapters/08_config.ipynb #551fd65c
+def _checked_head_dim(config: QwenConfig) -> int:
+    """Check all fields; return `head_dim`, or what it follows from others."""
+    _check_fields(config)
+    if config.rope_scaling is not None:
+        _check_rope_scaling(config.rope_scaling)
     D, H, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     if H % K:
         raise ValueError(
             f"num_attention_heads {H} is not a multiple of num_key_value_heads {K}"
         )
-    head_dim = config.head_dim
-    if head_dim is None:
-        if D % H:
-            raise ValueError(
-                f"hidden_size {D} is not a multiple of num_attention_heads {H}: set"
-                " head_dim"
-            )
-        head_dim = D // H
+    if config.head_dim is None and D % H:
+        raise ValueError(
+            f"hidden_size {D} is not a multiple of num_attention_heads {H}: set"
+            " head_dim"
+        )
+    head_dim = D // H if config.head_dim is None else config.head_dim
     if not _is_whole(head_dim, 2, 2**16) or head_dim % 2:
         raise ValueError(
             f"head_dim must be an even number from 2 to {2**16}, not {shown(head_dim)}"
         )
+    return head_dim
 
 
 # %% ../chapters/08_config.ipynb #78e71f5a
@@ -181,11 +180,12 @@ def _check_rope_scaling(given: object) -> None:
         most = _YARN_LARGEST[name]
         if not (_is_number(value) and 1e-6 <= value <= most):
             raise ValueError(
-                f"rope_scaling's {name} must be a positive number, at most {most:g}, not"
-                f" {shown(value)}"
+                f"rope_scaling's {name} must be a positive number, at most {most:g},"
+                f" not {shown(value)}"
             )
 
 
+# %% ../chapters/08_config.ipynb #c1cae9b3
 def _check_names(values: object, known: list[str]) -> None:
     if not isinstance(values, dict):
         raise ValueError(
@@ -233,14 +233,30 @@ def parameter_counts(config: QwenConfig) -> dict[str, int]:
     }
 
 
+# %% ../chapters/08_config.ipynb #dc953cef
+class DictView(Mapping):
+    """A read-only mapping of what `to_dict` returns, also to compare with a dict."""
+
+    def to_dict(self) -> dict:
+        raise NotImplementedError
+
+    def __getitem__(self, name: str):
+        return self.to_dict()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.to_dict())
+
+    def __len__(self) -> int:
+        return len(self.to_dict())
+
+
 # %% ../chapters/08_config.ipynb #16fecbda
 @dataclass(frozen=True, eq=False)
-class GenerationDefaults(Mapping):
+class GenerationDefaults(DictView):
     """How a model's makers want its text generated; None where they do not say.
 
     Fields have Hugging Face's names and meanings. `others` holds what this package does
-    not know, and sampling settings that are null. As a mapping (also to compare) it is
-    `to_dict()`.
+    not know, and sampling settings that are null.
     """
 
     eos_token_id: tuple[int, ...] = ()
@@ -269,15 +285,6 @@ class GenerationDefaults(Mapping):
         known["eos_token_id"] = list(self.eos_token_id) or None
         set_here = {name: value for name, value in known.items() if value is not None}
         return set_here | self.others
-
-    def __getitem__(self, name: str):
-        return self.to_dict()[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.to_dict())
-
-    def __len__(self) -> int:
-        return len(self.to_dict())
 
 
 # %% ../chapters/08_config.ipynb #5ddfd944
@@ -347,6 +354,7 @@ def _check_sampling(values: Mapping, where) -> None:
         )
 
 
+# %% ../chapters/08_config.ipynb #fc19d705
 def _end_ids(ids: object, vocab_size: int, where) -> tuple[int, ...]:
     """Return one id, several or None as a tuple of distinct ids."""
     if ids is None:

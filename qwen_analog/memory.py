@@ -4,24 +4,20 @@
 
 # %% auto #0
 __all__ = [
-    "ACTIVATION_CHECKPOINTING",
     "StorageTracker",
     "saved_activations",
     "set_activation_checkpointing",
     "flops_per_token",
     "MemoryEstimate",
+    "MemorySettings",
     "estimate_memory",
-    "available_memory",
-    "require_memory",
 ]
 
 # %% ../chapters/12_memory.ipynb #ce30871d
-import os
-import resource
 import weakref
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch.distributed._tools.common_utils import get_untyped_storages
@@ -31,186 +27,193 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from .config import QwenConfig, parameter_counts
+from qwen_analog.config import (
+    ACTIVATION_CHECKPOINTING,
+    PRECISIONS,
+    STRATEGIES,
+    QwenConfig,
+    parameter_counts,
+)
+from .loss import CHUNK_SIZE
 from .model import QwenForCausalLM
+from .optim import PIECE_SIZE
 
 
 # %% ../chapters/12_memory.ipynb #f06a8789
-class StorageTracker(TorchDispatchMode):
-    """While it is on, notes when the memory behind each tensor is taken and given back,
-    on any device and for fake tensors too.
+class _StorageLog:
+    """When the memory behind each tensor was taken, resized and given back."""
 
-    `held` names tensors that exist already:
-    `StorageTracker(parameters=model.parameters(), ...)`. A storage counts once, however
-    many views it has. What a kernel uses inside itself is not seen.
-    """
+    def __init__(self):
+        self.sizes: list[int] = []  # bytes of storage n
+        self.events: list[tuple[int, int]] = []  # (n, change in bytes)
+        self.alive: dict[int, int] = {}  # address -> n
+        self.category: dict[int, str] = {}  # n -> what it is
+
+    def numbers(self, tensor: torch.Tensor) -> list[int]:
+        """Return the numbers of a tensor's storages; new ones are noted."""
+        storages = get_untyped_storages(tensor)  # a DTensor's are those of its shard
+        for storage in storages:
+            address = storage._cdata
+            if address not in self.alive:
+                self.alive[address] = len(self.sizes)
+                self.sizes.append(0)
+                self.resize(address, storage.nbytes())
+                weakref.finalize(storage, self.free, address)
+        return [self.alive[storage._cdata] for storage in storages]
+
+    def resize(self, address: int, size: int) -> None:
+        number = self.alive.get(address)
+        if number is not None:  # None after the tracker was switched off
+            self.events.append((number, size - self.sizes[number]))
+            self.sizes[number] = size
+
+    def free(self, address: int) -> None:
+        self.resize(address, 0)
+        self.alive.pop(address, None)
+
+    def timeline(self) -> list[dict[str, int]]:
+        now = dict.fromkeys([*self.category.values(), "other"], 0)
+        rows = []
+        for number, change in self.events:
+            now[self.category.get(number, "other")] += change
+            rows.append(dict(now))
+        return rows
+
+
+# %% ../chapters/12_memory.ipynb #165fe6a3
+@contextmanager
+def _resizes_noted(log: _StorageLog) -> Iterator[None]:
+    """Note `resize_`, by which FSDP frees what it gathered; no operator is called."""
+    resize = torch.UntypedStorage.resize_
+
+    def resize_and_note(self, size):
+        resize(self, size)
+        log.resize(self._cdata, self.nbytes())
+
+    torch.UntypedStorage.resize_ = resize_and_note  # type: ignore[bad-assignment]
+    yield
+    torch.UntypedStorage.resize_ = resize
+
+
+# %% ../chapters/12_memory.ipynb #5b7c6cd4
+class StorageTracker(TorchDispatchMode):
+    """Notes what memory tensors take, by category, on any device, fake ones too."""
 
     def __init__(self, **held: Iterable[torch.Tensor]):
         super().__init__()
-        self._sizes: list[int] = []  # bytes of storage n
-        self._events: list[tuple[int, int]] = []  # (n, change in bytes)
-        self._alive: dict[int, int] = {}  # address -> n
-        self._category: dict[int, str] = {}
+        self._log = _StorageLog()
+        self._resizes = _resizes_noted(self._log)
         for category, tensors in held.items():
             self.mark(category, tensors)
 
     def mark(self, category: str, tensors: Iterable[torch.Tensor]) -> None:
-        """Say what `tensors` are; they are counted under that name for as long as they
-        live, before this call too; call it while the tracker is on, or before.
-        """
+        """Count `tensors` as `category`, before this call too."""
         for tensor in tensors:
-            for number in self._numbers(tensor):
-                self._category[number] = category
+            for number in self._log.numbers(tensor):
+                self._log.category[number] = category
 
-    def _numbers(self, tensor: torch.Tensor) -> list[int]:
-        """The numbers of the tensor's storages (a DTensor's are those of its shard);
-        new ones are noted.
-        """
-        for storage in (storages := get_untyped_storages(tensor)):
-            if storage._cdata not in self._alive:
-                self._alive[storage._cdata] = len(self._sizes)
-                self._sizes.append(0)
-                self._change(storage._cdata, storage.nbytes())
-                weakref.finalize(storage, self._died, storage._cdata).atexit = False
-        return [self._alive[storage._cdata] for storage in storages]
-
-    def _change(self, address: int, size: int) -> None:
-        number = self._alive[address]
-        self._events.append((number, size - self._sizes[number]))
-        self._sizes[number] = size
-
-    def _died(self, address: int) -> None:
-        if address in self._alive:  # not after the tracker was switched off
-            self._change(address, 0)
-            del self._alive[address]
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        out = op(*args, **(kwargs or {}))
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
         for x in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(x, torch.Tensor):
-                self._numbers(x)
+                self._log.numbers(x)
         return out
 
     def __enter__(self):
-        self._resize = resize = torch.UntypedStorage.resize_
-
-        def resize_and_note(
-            storage, size
-        ):  # how FSDP frees the weights it has gathered; no operator is called
-            resize(storage, size)
-            if storage._cdata in self._alive:
-                self._change(storage._cdata, storage.nbytes())
-
-        torch.UntypedStorage.resize_ = resize_and_note
+        self._resizes.__enter__()
         return super().__enter__()
 
-    def __exit__(self, *exception):
-        torch.UntypedStorage.resize_ = self._resize
-        self._alive.clear()
-        return super().__exit__(*exception)
+    def __exit__(self, exc_type, exc_val, exc_tb):
+        self._resizes.__exit__(None, None, None)
+        self._log.alive.clear()
+        return super().__exit__(exc_type, exc_val, exc_tb)
 
     def timeline(self) -> list[dict[str, int]]:
-        """Bytes by category after each change; what was never marked is called "other"."""
-        now = dict.fromkeys([*self._category.values(), "other"], 0)
-        rows = []
-        for number, change in self._events:
-            now[self._category.get(number, "other")] += change
-            rows.append(dict(now))
-        return rows
+        """Return bytes by category after each change; "other" was never marked."""
+        return self._log.timeline()
 
     @property
-    def peak(self) -> dict[str, int]:
-        """The row of the timeline with the largest sum."""
+    def peak(self) -> dict[str, int]:  # the row of the timeline with the largest sum
         return max(self.timeline(), key=lambda row: sum(row.values()))
 
 
 # %% ../chapters/12_memory.ipynb #18aeb1f6
+_STORED = {"fp32": 4, "bf16": 4, "bf16-pure": 2}  # bytes of a weight
+_COMPUTED = {"fp32": 4, "bf16": 2, "bf16-pure": 2}  # of what enters a matrix product
+
+
 def saved_activations(
     config: QwenConfig,
     batch_size: int,
     sequence_length: int,
     *,
     precision: str = "bf16",
-    recompute: str = "none",
+    activation_checkpointing: str = "none",
     document_masks: bool = True,
 ) -> dict[str, int]:
-    """Bytes that one block keeps between its forward and its backward pass, by tensor
-    (weights not counted).
+    """Return the bytes that one block keeps for its backward pass, by tensor.
 
-    `precision` as for `estimate_memory`. Attention is taken to be a fused kernel, which
-    keeps its result and one number a query and head.
+    Weights are not counted. Attention is taken to be a fused kernel, which keeps its
+    result and one number a query and head.
     """
     N, D, F = batch_size * sequence_length, config.hidden_size, config.intermediate_size
     H, K, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    stream = (
-        2 if precision == "bf16-pure" else 4
-    )  # bytes of a number between the parts of a block
-    c = (
-        4 if precision == "fp32" else 2
-    )  # bytes of a number that goes into a matrix product
-    cast = (
-        precision == "bf16"
-    )  # autocast rounds the input once for every matrix that reads it
-    attention = {"attention": N * H * h * c, "log-sum-exp": N * H * 4}
-    if recompute == "full":
-        return {"block input": N * D * stream}
-    if recompute == "selective":
-        return {
-            "block input": N * D * stream,
-            "q, k before rotation": N * (H + K) * h * c,
-            "v": N * K * h * c,
-            **attention,
-            "output projection": N * D * c,
-            "gate, up": 2 * N * F * c,
-        }
+    stream, c = _STORED[precision], _COMPUTED[precision]
+    block_input = {"block input": N * D * stream}
+    if activation_checkpointing == "full":
+        return block_input
+    products = {
+        "v": N * K * h * c,
+        "attention": N * H * h * c,
+        "log-sum-exp": N * H * 4,
+        "gate, up": 2 * N * F * c,
+    }
+    q_k, output = N * (H + K) * h * c, N * D * c
+    if activation_checkpointing == "selective":
+        rest = {"q, k before rotation": q_k, "output projection": output}
+        return block_input | products | rest
+    kept = {"q, k": q_k} | products | _cheap_results(N, D, F, precision)
+    if document_masks:
+        kept["attention mask"] = batch_size * sequence_length**2 * c
+    return kept
+
+
+# %% ../chapters/12_memory.ipynb #600190d4
+def _cheap_results(N: int, D: int, F: int, precision: str) -> dict[str, int]:
+    """Return what a block keeps that computes nothing again: norms, casts, silu."""
+    stream, c = _STORED[precision], _COMPUTED[precision]
+    # autocast rounds an input once for every matrix that reads it
+    qkv_casts, mlp_casts = (3, 2) if precision == "bf16" else (1, 1)
     return {
         "norms: inputs": 2 * N * D * 4,
         "norms: 1 / rms": 2 * N * 4,
         "norms: normalised": 2 * N * D * stream,
-        "inputs of q, k, v": N * D * c * (3 if cast else 1),
-        "q, k": N * (H + K) * h * c,
-        "v": N * K * h * c,
-        **(
-            {"attention mask": batch_size * sequence_length**2 * c}
-            if document_masks
-            else {}
-        ),
-        **attention,
-        "inputs of gate, up": N * D * c * (2 if cast else 1),
-        "gate, up": 2 * N * F * c,
+        "inputs of q, k, v": qkv_casts * N * D * c,
+        "inputs of gate, up": mlp_casts * N * D * c,
         "silu, product": 2 * N * F * c,
     }
 
 
 # %% ../chapters/12_memory.ipynb #34c48b77
-ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
-
+_aten = torch.ops.aten
+_MATMUL = {_aten.mm.default, _aten.addmm.default}
 _ATTENTION = {
-    getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default
-    for name in (
-        "flash_attention",
-        "efficient_attention",
-        "cudnn_attention",
-        "flash_attention_for_cpu",
-    )
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
-_MATMUL = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 
 
 def set_activation_checkpointing(model: QwenForCausalLM, mode: str) -> None:
-    """What the blocks of `model` keep for the backward pass: "none" computes nothing
-    again, "full" all that is needed (Chen et al. 2016).
+    """Choose what the blocks of `model` keep for the backward pass.
 
-    "selective" keeps the results of the matrix products and of attention and computes
-    the cheap rest again (Korthikanti et al. 2022). The down projection is an exception:
-    nothing in its block reads its result, so that neither mode computes it again and
-    keeping it would be waste. ValueError for another mode.
+    "none" computes nothing again, "full" all that is needed (Chen et al. 2016).
+    "selective" keeps the results of matrix products and of attention, and computes the
+    cheap rest again (Korthikanti et al. 2022); nothing reads the down projection's
+    result, so it is not kept. ValueError for another mode.
     """
-    if mode not in ACTIVATION_CHECKPOINTING:
-        raise ValueError(
-            f"recompute must be one of {', '.join(ACTIVATION_CHECKPOINTING)}, not"
-            f" {mode!r}"
-        )
+    _check_choice("activation_checkpointing", mode, ACTIVATION_CHECKPOINTING)
     down = model.config.intermediate_size, model.config.hidden_size
 
     def policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
@@ -229,44 +232,38 @@ def set_activation_checkpointing(model: QwenForCausalLM, mode: str) -> None:
 
 # %% ../chapters/12_memory.ipynb #afba7696
 def flops_per_token(
-    config: QwenConfig, sequence_length: int, recompute: str = "none"
+    config: QwenConfig, sequence_length: int, activation_checkpointing: str = "none"
 ) -> float:
-    """Floating-point operations of the matrix products for one token, forward and
-    backward; a product and its sum are two.
+    """Return the operations of the matrix products for one token, both passes.
 
-    "none" gives the model's FLOPs, the measure of useful work (MFU). "full" and
-    "selective" add what is computed a second time: the hardware's FLOPs. Attention
-    counts all `sequence_length` keys for each query, as is usual (Chowdhery et al.
-    2022, appendix B), though a causal kernel can skip half of them. ValueError for
-    another `recompute`.
+    A product and its sum are two. "none" gives the model's FLOPs, the measure of useful
+    work (MFU); the other modes add what is computed a second time, the hardware's.
+    Attention counts all `sequence_length` keys for each query, as is usual (Chowdhery
+    et al. 2022, appendix B), though a causal kernel can skip half of them.
     """
-    if recompute not in ACTIVATION_CHECKPOINTING:
-        raise ValueError(
-            f"recompute must be one of {', '.join(ACTIVATION_CHECKPOINTING)}, not"
-            f" {recompute!r}"
-        )
-    D, F, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    q, kv = (
-        config.num_attention_heads * config.head_dim,
-        config.num_key_value_heads * config.head_dim,
+    _check_choice(
+        "activation_checkpointing", activation_checkpointing, ACTIVATION_CHECKPOINTING
     )
-    block = 2 * D * q + 2 * D * kv + 3 * D * F  # weights in a block's matrices
-    attention = 4 * q * sequence_length  # q k^T and p v
-    model = 6 * (L * block + config.vocab_size * D) + 3 * L * attention
-    # the down projection's result is never needed again
-    return (
-        float(model + L * (2 * (block - D * F) + attention))
-        if recompute == "full"
-        else float(model)
-    )
+    D, L = config.hidden_size, config.num_hidden_layers
+    block = _block_matrices(config)
+    attention = 4 * config.num_attention_heads * config.head_dim * sequence_length
+    flops = 6 * (L * block + config.vocab_size * D) + 3 * L * attention
+    if activation_checkpointing == "full":  # the down projection is not needed again
+        flops += L * (2 * (block - D * config.intermediate_size) + attention)
+    return float(flops)
+
+
+def _block_matrices(config: QwenConfig) -> int:
+    """Return the number of weights in a block's matrices."""
+    D, h = config.hidden_size, config.head_dim
+    heads = config.num_attention_heads + config.num_key_value_heads
+    return 2 * D * h * heads + 3 * D * config.intermediate_size
 
 
 # %% ../chapters/12_memory.ipynb #b9b35e1d
 @dataclass
 class MemoryEstimate:
-    """Bytes on one GPU at the fullest moment of a step, by category; `moment` says
-    which moment that is.
-    """
+    """Bytes on one GPU by category, at the moment of a step that `moment` names."""
 
     parameters: int = 0
     gradients: int = 0
@@ -278,448 +275,273 @@ class MemoryEstimate:
     moment: str = ""
 
     def categories(self) -> dict[str, int]:
-        return {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name != "moment"
-        }
+        names = [field.name for field in fields(self) if field.name != "moment"]
+        return {name: getattr(self, name) for name in names}
 
     @property
     def total(self) -> int:
         return sum(self.categories().values())
 
     def __str__(self) -> str:
-        rows = [*self.categories().items(), ("total", self.total)]
-        return (
-            "\n".join(
-                f"{name:14} {size / 1e9:9.3f} GB"
-                for name, size in rows
-                if size or name == "total"
-            )
-            + f"   at {self.moment}"
-        )
+        rows = {name: size for name, size in self.categories().items() if size}
+        rows["total"] = self.total
+        lines = [f"{name:14} {size / 1e9:9.3f} GB" for name, size in rows.items()]
+        return "\n".join(lines) + f"   at {self.moment}"
 
 
 # %% ../chapters/12_memory.ipynb #8b76201e
-# tokens whose logits exist at once in `linear_cross_entropy`
-_CHUNK = 256
-# numbers that `AdamWBf16` updates at once
-_PIECE = 2**22
+@dataclass(frozen=True)
+class MemorySettings:
+    """What a step's memory depends on. ValueError for what cannot be."""
+
+    config: QwenConfig
+    precision: str = "bf16"
+    optimizer: str | None = "adamw"  # None for inference
+    activation_checkpointing: str = "none"
+    batch_size: int = 1
+    sequence_length: int = 4096
+    micro_batches: int = 1  # of a step
+    strategy: str = "ddp"
+    shards: int = 1  # GPUs that share a model
+    replicas: int = 1  # such groups
+    document_masks: bool = True
+
+    def __post_init__(self):
+        _check_settings(self)
+
+    @property
+    def sharded(self) -> bool:
+        return self.strategy != "ddp" and self.shards * self.replicas > 1
+
+    @property
+    def accumulated(self) -> bool:
+        """Whether gradients are held before the backward pass, as in DDP's buckets."""
+        return self.micro_batches > 1 or self.replicas > 1 and not self.sharded
+
+    @property
+    def autocast(self) -> bool:
+        """Whether the pass rounds as it goes; FSDP rounds the weights it gathers."""
+        return self.precision == "bf16" and not self.sharded
+
+    @property
+    def inside(self) -> str:
+        """The precision that a block sees."""
+        rounded = self.precision == "bf16" and self.sharded
+        return "bf16-pure" if rounded else self.precision
 
 
-def estimate_memory(
-    config: QwenConfig,
-    *,
-    precision: str = "bf16",
-    optimizer: str | None = "adamw",
-    recompute: str = "none",
-    batch_size: int = 1,
-    sequence_length: int = 4096,
-    micro_batches: int = 1,
-    strategy: str = "ddp",
-    shards: int = 1,
-    replicas: int = 1,
-    document_masks: bool = True,
-) -> MemoryEstimate:
-    """Bytes on one GPU at the fullest moment of a training step, or of inference where
-    `optimizer` is None; arithmetic alone.
+# %% ../chapters/12_memory.ipynb #bd876a02
+_OPTIMIZERS = ("adamw", "adamw-bf16", "muon", None)
+_COUNTS = ("batch_size", "sequence_length", "micro_batches", "shards", "replicas")
 
-    `precision`: "fp32"; "bf16", computing in bfloat16 with weights, gradients and
-    moments in float32; "bf16-pure", all of them bfloat16. `optimizer`: "adamw",
-    "adamw-bf16" (moments in bfloat16), "muon". `micro_batches` a step: from the second
-    on, the first's gradients are there. `strategy`: "ddp", "fsdp" or "hsdp", with
-    `shards` GPUs sharing a model and `replicas` such groups. Inference reads
-    `batch_size` prompts of `sequence_length` tokens into a KV cache of that length; its
-    weights are of the computing type.
 
-    Not in it: the CUDA context (about half a GB), the allocator's gaps, workspaces
-    inside kernels, and what an optimizer's step takes, but for the float32 pieces of
-    "adamw-bf16". ValueError for an unknown name and for a count below 1.
-    """
-    known = {
-        "precision": ("fp32", "bf16", "bf16-pure"),
-        "optimizer": ("adamw", "adamw-bf16", "muon", None),
-        "recompute": ACTIVATION_CHECKPOINTING,
-        "strategy": ("ddp", "fsdp", "hsdp"),
-    }
-    given = {
-        "precision": precision,
-        "optimizer": optimizer,
-        "recompute": recompute,
-        "strategy": strategy,
-    }
-    for name, values in known.items():
-        if given[name] not in values:
-            raise ValueError(
-                f"{name} must be one of {', '.join(map(str, values))}, not"
-                f" {given[name]!r}"
-            )
-    counts = {
-        "batch_size": batch_size,
-        "sequence_length": sequence_length,
-        "micro_batches": micro_batches,
-        "shards": shards,
-        "replicas": replicas,
-    }
-    for name, value in counts.items():
+def _check_choice(name: str, value: str | None, choices: tuple) -> None:
+    if value not in choices:
+        wanted = ", ".join(map(str, choices))
+        raise ValueError(f"{name} must be one of {wanted}, not {value!r}")
+
+
+def _check_settings(s: MemorySettings) -> None:
+    mode = s.activation_checkpointing
+    _check_choice("precision", s.precision, PRECISIONS)
+    _check_choice("optimizer", s.optimizer, _OPTIMIZERS)
+    _check_choice("activation_checkpointing", mode, ACTIVATION_CHECKPOINTING)
+    _check_choice("strategy", s.strategy, STRATEGIES)
+    for name in _COUNTS:
+        value = getattr(s, name)
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
-    if strategy == "ddp" and shards > 1:
+    if s.strategy == "ddp" and s.shards > 1:
         raise ValueError(
-            "strategy 'ddp' keeps the whole model on each GPU: shards must be 1, not"
-            f" {shards}"
+            "strategy 'ddp' keeps the whole model on each GPU: shards must be 1, "
+            f"not {s.shards}"
         )
-    shape = {"batch_size": batch_size, "sequence_length": sequence_length}
-    if optimizer is None:
-        moments = _inference_moments(config, 4 if precision == "fp32" else 2, **shape)
-    else:
-        sharded = strategy != "ddp" and shards * replicas > 1
-        # DDP's buckets hold the gradients all the time; `gradient_as_bucket_view` makes
-        # them the only copy
-        accumulated = micro_batches > 1 or replicas > 1 and not sharded
-        moments = _training_moments(
-            config,
-            precision,
-            optimizer,
-            recompute,
-            accumulated,
-            sharded,
-            shards,
-            document_masks,
-            **shape,
-        )
-    return max(moments, key=lambda ledger: ledger.total)
 
 
-def _inference_moments(
-    config: QwenConfig, c: int, batch_size: int, sequence_length: int
-) -> list[MemoryEstimate]:
-    """`c`: bytes of a number."""
-    N, D, F, V = (
-        batch_size * sequence_length,
-        config.hidden_size,
-        config.intermediate_size,
-        config.vocab_size,
-    )
-    static = {
-        "parameters": sum(parameter_counts(config).values()) * c,
-        "kv_cache": (
-            2
-            * config.num_hidden_layers
-            * N
-            * config.num_key_value_heads
-            * config.head_dim
-            * c
-        ),
-    }
-    # residual stream, its norm, the MLP's input; silu, up and their product
-    return [
-        MemoryEstimate(
-            **static,
-            activations=N * (3 * D + 3 * F) * c,
-            moment="the prompt's pass through an MLP",
-        ),
-        MemoryEstimate(
-            **static, logits=batch_size * V * (c + 8), moment="the draw of a token"
-        ),
-    ]
+# %% ../chapters/12_memory.ipynb #dbd14ca5
+def estimate_memory(config: QwenConfig, **settings) -> MemoryEstimate:
+    """Return the bytes on one GPU at the fullest moment of a step; arithmetic alone.
 
-
-def _training_moments(
-    config: QwenConfig,
-    precision: str,
-    optimizer: str,
-    recompute: str,
-    accumulated: bool,
-    sharded: bool,
-    shards: int,
-    document_masks: bool,
-    batch_size: int,
-    sequence_length: int,
-) -> list[MemoryEstimate]:
-    """The moments of a step of which one is the fullest. Between two neighbours memory
-    rises or falls steadily, block by block.
+    `settings` are those of `MemorySettings`. Inference reads `batch_size` prompts of
+    `sequence_length` tokens into a KV cache of that length; its weights are of the
+    computing type. Not in it: the CUDA context (about half a GB), the allocator's gaps,
+    workspaces inside kernels, and what an optimizer's step takes, but for the float32
+    pieces of "adamw-bf16".
     """
-    N, D, F, V, L = (
-        batch_size * sequence_length,
-        config.hidden_size,
-        config.intermediate_size,
-        config.vocab_size,
-        config.num_hidden_layers,
+    s = MemorySettings(config, **settings)
+    moments = _inference_moments(s) if s.optimizer is None else _training_moments(s)
+    return max(moments, key=lambda estimate: estimate.total)
+
+
+def _inference_moments(s: MemorySettings) -> list[MemoryEstimate]:
+    config, c = s.config, _COMPUTED[s.precision]  # c: bytes of a number
+    N = s.batch_size * s.sequence_length
+    kv = config.num_key_value_heads * config.head_dim
+    prompt = MemoryEstimate(
+        parameters=sum(parameter_counts(config).values()) * c,
+        kv_cache=2 * config.num_hidden_layers * N * kv * c,
+        # residual stream, its norm, the MLP's input; silu, up and their product
+        activations=N * (3 * config.hidden_size + 3 * config.intermediate_size) * c,
+        moment="the prompt's pass through an MLP",
     )
-    parts = parameter_counts(config)
-    total = sum(parts.values())
-    block = (parts["attention"] + parts["mlp"]) // L + 2 * D  # weights in a block
-    root = total - L * block  # and outside the blocks
-    w = 2 if precision == "bf16-pure" else 4  # bytes of a stored weight
-    c = (
-        4 if precision == "fp32" else 2
-    )  # bytes of a number that goes into a matrix product
-    g = c if sharded else w  # bytes of a gradient as the backward pass makes it
-    # FSDP's mixed precision rounds the weights it gathers and so the whole pass; on a
-    # whole model autocast rounds as it goes
-    autocast = precision == "bf16" and not sharded
-    inside = "bf16-pure" if precision == "bf16" and sharded else precision
-    stream = (
-        2 if inside == "bf16-pure" else 4
-    )  # bytes of a number between the parts of a block
-
-    numbers = 2 * total  # that the optimizer keeps
-    if optimizer == "muon":  # for the blocks' matrices one a weight, not two
-        q, kv = (
-            config.num_attention_heads * config.head_dim,
-            config.num_key_value_heads * config.head_dim,
-        )
-        numbers -= L * (2 * D * (q + kv) + 3 * D * F)
-    static = {
-        "parameters": total * w // shards,
-        "optimizer": numbers * (2 if optimizer == "adamw-bf16" else w) // shards,
-    }
-    gradients = total * w // shards
-    earlier = gradients if accumulated else 0
-    summed = (
-        accumulated or sharded
-    )  # a fresh gradient is added to another, or waits to be reduced
-    head = (
-        V * D * g
-    )  # the head's gradient; tied or sharded, it waits for the embedding's
-    waits = head if config.tie_word_embeddings or sharded else 0
-    before_last = (
-        gradients
-        if accumulated
-        else gradients - (block + (root if sharded else V * D)) * w // shards
+    draw = replace(
+        prompt,
+        activations=0,
+        logits=s.batch_size * config.vocab_size * (c + 8),
+        moment="the draw of a token",
     )
-
-    shape = {
-        "batch_size": batch_size,
-        "sequence_length": sequence_length,
-        "precision": inside,
-        "document_masks": document_masks,
-    }
-    kept, everything = (
-        saved_activations(config, **shape, recompute=recompute),
-        saved_activations(config, **shape),
-    )
-    copies = (
-        c * (block - 2 * D) * autocast
-    )  # autocast's, of a block's matrices and biases
-    masks = batch_size * sequence_length**2 if document_masks else 0
-    in_use = copies + sum(everything.values())  # of the block whose backward pass runs
-    if recompute != "none":  # everything again, beside what was kept
-        in_use += sum(
-            size for name, size in kept.items() if name not in everything
-        ) - N * D * 4 * (inside != "bf16-pure")
-    per_block = sum(kept.values()) + copies * (recompute == "none")
-    around = (
-        N * D * (4 + stream) + 2 * N * config.head_dim * stream + masks
-    )  # final norm, cos and sin, mask
-    # in an MLP's backward pass: the down matrix's gradient and the product's; that
-    # gradient made float32; product's, silu's and up's
-    fresh, rounded = D * F * g, D * F * c * autocast
-    working = N * D * stream + max(
-        N * F * c + (rounded or fresh),
-        rounded + fresh,
-        2 * N * F * c + (0 if accumulated and not sharded else fresh),
-    )
-    chunk = 2 * min(_CHUNK, N) * V * 4  # float32 logits and their log-softmax
-
-    # FSDP: what lies outside the blocks, gathered for the whole pass; this block and
-    # the next; what is being reduced, in float32
-    wire, gathered, reducing = (
-        root * c * sharded,
-        2 * block * c * sharded,
-        4 * block * sharded,
-    )
-    # AdamWBf16's float32 copies of a piece and what rounding them takes; the others
-    # update in place
-    updating = (
-        (31 if w == 2 else 23) * min(_PIECE, max(V * D, D * F) // shards)
-        if optimizer == "adamw-bf16"
-        else 0
-    )
-    return [
-        MemoryEstimate(
-            **static,
-            gradients=gradients,
-            activations=updating,
-            moment="the optimizer's step",
-        ),
-        MemoryEstimate(
-            **static,
-            gradients=earlier + V * D * 4,
-            activations=L * per_block + around + N * D * stream,
-            logits=N * D * stream + chunk + V * D * c * autocast,
-            communication=wire,
-            moment="the loss",
-        ),
-        MemoryEstimate(
-            **static,
-            gradients=earlier + 2 * head,
-            activations=L * per_block + around,
-            logits=2 * N * D * stream,
-            communication=wire,
-            moment="the loss's backward pass",
-        ),
-        MemoryEstimate(
-            **static,
-            gradients=earlier + (waits if accumulated else head),
-            activations=(L - 1) * per_block + in_use + around + working,
-            communication=wire + gathered,
-            moment="the last block's backward pass",
-        ),
-        MemoryEstimate(
-            **static,
-            gradients=before_last + waits,
-            activations=in_use + working + masks,
-            communication=wire + gathered + reducing,
-            moment="the first block's backward pass",
-        ),
-        MemoryEstimate(
-            **static,
-            gradients=before_last + waits + block * g * sharded,
-            activations=N * D * stream + masks,
-            communication=wire + gathered + reducing,
-            moment="the first block's last gradient",
-        ),
-        MemoryEstimate(
-            **static,
-            gradients=gradients + waits + head * summed,
-            activations=N * D * stream,
-            communication=wire + 4 * root * sharded,
-            moment="the embedding's backward pass",
-        ),
-    ]
+    return [prompt, draw]
 
 
-# %% ../chapters/12_memory.ipynb #071c984b
-def _number(path: Path) -> int | None:
-    """The whole number that a file of the kernel holds; None where there is none
-    ("max").
-    """
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):
-        return None
+# %% ../chapters/12_memory.ipynb #1cd428e1
+class _WeightBytes:
+    """Bytes on one GPU that depend on the number of weights."""
+
+    def __init__(self, s: MemorySettings):
+        config, parts = s.config, parameter_counts(s.config)
+        stored, computed = _STORED[s.precision], _COMPUTED[s.precision]
+        total, L = sum(parts.values()), config.num_hidden_layers
+        block = (parts["attention"] + parts["mlp"]) // L + 2 * config.hidden_size
+        root = total - L * block  # what lies outside the blocks
+        embedding = config.vocab_size * config.hidden_size
+        self.parameters = self.gradients = total * stored // s.shards
+        self.optimizer, self.updating = _optimizer_bytes(s, total)
+        self.copies = computed * (block - 2 * config.hidden_size) * s.autocast
+        # gradients as the backward pass makes them: the head's; tied or sharded, it
+        # waits for the embedding's; what is there when the first block's are made
+        made = computed if s.sharded else stored
+        self.head = embedding * made
+        self.waiting = self.head if config.tie_word_embeddings or s.sharded else 0
+        last = (block + (root if s.sharded else embedding)) * stored // s.shards
+        self.earlier = self.gradients if s.accumulated else 0
+        self.before_last = self.gradients - (0 if s.accumulated else last)
+        # FSDP: the weights outside the blocks, gathered for the whole pass; this block
+        # and the next; a block and the rest while they are reduced, in float32
+        self.root_gathered = root * computed * s.sharded
+        self.blocks_gathered = 2 * block * computed * s.sharded
+        self.block_gradient = block * made * s.sharded
+        self.block_reduced = 4 * block * s.sharded
+        self.root_reduced = 4 * root * s.sharded
 
 
-def _cached(directory: Path, prefix: str) -> int:
-    """Bytes of files' pages, which the kernel gives up when memory is asked for."""
-    try:
-        rows = dict(
-            line.split()
-            for line in (directory / "memory.stat").read_text().splitlines()
-        )
-        return sum(
-            int(rows.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active")
-        )
-    except (OSError, ValueError):
-        return 0
+# %% ../chapters/12_memory.ipynb #ba2dc651
+def _optimizer_bytes(s: MemorySettings, weights: int) -> tuple[int, int]:
+    """Return what the optimizer keeps, and what its step takes besides."""
+    config, stored = s.config, _STORED[s.precision]
+    if s.optimizer == "muon":  # one number a weight for the blocks' matrices, not two
+        matrices = config.num_hidden_layers * _block_matrices(config)
+        return (2 * weights - matrices) * stored // s.shards, 0
+    if s.optimizer == "adamw":
+        return 2 * weights * stored // s.shards, 0
+    # AdamWBf16's float32 copies of a piece, and what rounding them takes
+    widest = max(config.vocab_size, config.intermediate_size) * config.hidden_size
+    piece = min(PIECE_SIZE, widest // s.shards)
+    return 2 * weights * 2 // s.shards, (31 if stored == 2 else 23) * piece
 
 
-# root of the control groups' files, limit, use, prefix in memory.stat: version 2, then
-# version 1
-_CGROUPS = {
-    "": ("", "memory.max", "memory.current", ""),
-    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
-}
+# %% ../chapters/12_memory.ipynb #2074689b
+class _ActivationBytes:
+    """Bytes on one GPU that depend on the number of tokens."""
+
+    def __init__(self, s: MemorySettings, copies: int):
+        shape = (s.config, s.batch_size, s.sequence_length)
+        options = {"precision": s.inside, "document_masks": s.document_masks}
+        mode = s.activation_checkpointing
+        kept = saved_activations(*shape, activation_checkpointing=mode, **options)
+        everything = saved_activations(*shape, **options)
+        N, D = s.batch_size * s.sequence_length, s.config.hidden_size
+        stored = _STORED[s.inside]
+        self.stream = N * D * stored
+        # `copies` are autocast's, of a block's matrices
+        self.block = sum(kept.values()) + copies * (mode == "none")
+        self.in_use = copies + sum(everything.values())  # where backward runs
+        if mode != "none":  # everything again, beside what was kept
+            self.in_use += sum(kept[name] for name in kept.keys() - everything.keys())
+            self.in_use -= N * D * 4 * (stored == 4)
+        self.masks = s.batch_size * s.sequence_length**2 * s.document_masks
+        cos_sin = 2 * N * s.config.head_dim * stored
+        self.around = N * D * 4 + self.stream + cos_sin + self.masks  # and final norm
+        self.chunk = 2 * min(CHUNK_SIZE, N) * s.config.vocab_size * 4  # float32 logits
+        self.working = self.stream + _mlp_backward(s)
 
 
-def _cgroup_rooms(proc: Path, mount: Path) -> list[int]:
-    """Bytes that each control group of this process, or above it, still allows."""
-    try:
-        lines = (proc / "self" / "cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    rooms = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        for controller in {"", "memory"} & set(controllers.split(",")):
-            below, limit, used, prefix = _CGROUPS[controller]
-            inside = Path(path.strip("/"))
-            # a container may see its own group as the root, whatever its path is
-            # outside
-            for part in dict.fromkeys((inside, *inside.parents, Path())):
-                directory = mount / below / part
-                most, now = _number(directory / limit), _number(directory / used)
-                if most is not None and now is not None:
-                    rooms.append(most - now + _cached(directory, prefix))
-    return rooms
-
-
-# %% ../chapters/12_memory.ipynb #14b85f62
-def _free_pages(proc: Path) -> int:
-    """Bytes that the machine has free or can free; all it has where the system does not
-    say.
-    """
-    try:
-        rows = dict(
-            line.split(":") for line in (proc / "meminfo").read_text().splitlines()
-        )
-        return int(rows["MemAvailable"].split()[0]) * 1024
-    except (OSError, ValueError, KeyError, IndexError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _address_room(proc: Path) -> list[int]:
-    """Bytes of addresses that `ulimit -v` still allows; empty where it does not limit
-    them.
-    """
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    try:
-        used = int((proc / "self" / "statm").read_text().split()[0]) * os.sysconf(
-            "SC_PAGE_SIZE"
-        )
-    except (OSError, ValueError, IndexError):
-        used = 0
-    return [] if limit == resource.RLIM_INFINITY else [limit - used]
-
-
-def available_memory(
-    device: torch.device | str = "cpu",
-    *,
-    proc: str | Path = "/proc",
-    cgroups: str | Path = "/sys/fs/cgroup",
-) -> int:
-    """Bytes that this process can still take on `device`.
-
-    On a CPU the least of what the machine has free, what the control groups (versions 1
-    and 2) allow and what `ulimit -v` allows; on a GPU what is free there, with what
-    PyTorch holds and does not use. `proc` and `cgroups` are where the kernel says so.
-    """
-    device = torch.device(device)
-    if device.type == "cuda":
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + held
-    proc = Path(proc)
+# %% ../chapters/12_memory.ipynb #0c2c4220
+def _mlp_backward(s: MemorySettings) -> int:
+    """Return the most that an MLP's backward pass takes, of three moments."""
+    c, F = _COMPUTED[s.precision], s.config.intermediate_size
+    tokens = s.batch_size * s.sequence_length * F * c
+    fresh = s.config.hidden_size * F * (c if s.sharded else _STORED[s.precision])
+    rounded = s.config.hidden_size * F * c * s.autocast
+    added_in_place = s.accumulated and not s.sharded
     return max(
-        0,
-        min(
-            [
-                _free_pages(proc),
-                *_address_room(proc),
-                *_cgroup_rooms(proc, Path(cgroups)),
-            ]
-        ),
+        tokens + (rounded or fresh),  # down's gradient and the product's
+        rounded + fresh,  # that gradient made float32
+        2 * tokens + (0 if added_in_place else fresh),  # product's, silu's, up's
     )
 
 
-def _size(number: float) -> str:
-    return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:,.0f} MB"
+def _training_moments(s: MemorySettings) -> list[MemoryEstimate]:
+    """Return the moments of a step of which one is the fullest.
 
-
-def require_memory(
-    needed: float, device: torch.device | str, what: str, cure: str, check: bool = True
-) -> None:
-    """Refuse what cannot fit: ValueError of one line where `needed` bytes are more than
-    `device` has left.
-
-    `what` needs the memory, a noun ("training this model"); `cure` says what to change
-    ("choose a smaller --model"). Nothing is asked where `check` is false.
+    Between two neighbours memory rises or falls steadily, block by block.
     """
-    if not check:
-        return
-    left = available_memory(device)
-    if needed > left:
-        raise ValueError(
-            f"{what} needs about {_size(needed)} of memory, and {device} has"
-            f" {_size(left)} left: {cure}, or pass --ignore-memory to try it all the"
-            " same"
-        )
+    w = _WeightBytes(s)
+    a = _ActivationBytes(s, w.copies)
+    static = {"parameters": w.parameters, "optimizer": w.optimizer}
+    moments = _forward_moments(s, w, a) | _backward_moments(s, w, a)
+    return [MemoryEstimate(**static, **m, moment=name) for name, m in moments.items()]
+
+
+# %% ../chapters/12_memory.ipynb #41d0f893
+def _forward_moments(s: MemorySettings, w: _WeightBytes, a: _ActivationBytes) -> dict:
+    """Return the sizes at the optimizer's step, the loss and its backward pass."""
+    head = s.config.vocab_size * s.config.hidden_size  # weights
+    blocks = s.config.num_hidden_layers * a.block
+    rounded_head = head * _COMPUTED[s.precision] * s.autocast
+    return {
+        "the optimizer's step": {"gradients": w.gradients, "activations": w.updating},
+        "the loss": {
+            "gradients": w.earlier + head * 4,
+            "activations": blocks + a.around + a.stream,
+            "logits": a.stream + a.chunk + rounded_head,
+            "communication": w.root_gathered,
+        },
+        "the loss's backward pass": {
+            "gradients": w.earlier + 2 * w.head,
+            "activations": blocks + a.around,
+            "logits": 2 * a.stream,
+            "communication": w.root_gathered,
+        },
+    }
+
+
+# %% ../chapters/12_memory.ipynb #d3b006f3
+def _backward_moments(s: MemorySettings, w: _WeightBytes, a: _ActivationBytes) -> dict:
+    """Return the sizes while gradients are made, from the last block to the first."""
+    other_blocks = (s.config.num_hidden_layers - 1) * a.block
+    gathered = w.root_gathered + w.blocks_gathered
+    return {
+        "the last block's backward pass": {
+            "gradients": w.earlier + (w.waiting if s.accumulated else w.head),
+            "activations": other_blocks + a.in_use + a.around + a.working,
+            "communication": gathered,
+        },
+        "the first block's backward pass": {
+            "gradients": w.before_last + w.waiting,
+            "activations": a.in_use + a.working + a.masks,
+            "communication": gathered + w.block_reduced,
+        },
+        "the first block's last gradient": {
+            "gradients": w.before_last + w.waiting + w.block_gradient,
+            "activations": a.stream + a.masks,
+            "communication": gathered + w.block_reduced,
+        },
+        "the embedding's backward pass": {
+            # a fresh gradient is added to another, or waits to be reduced
+            "gradients": w.gradients
+            + w.waiting
+            + w.head * (s.accumulated or s.sharded),
+            "activations": a.stream,
+            "communication": w.root_gathered + w.root_reduced,
+        },
+    }

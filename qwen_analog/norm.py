@@ -12,12 +12,10 @@ from torch import nn
 
 # %% ../chapters/03_rmsnorm.ipynb #93916cca
 class RMSNorm(nn.Module):
-    """Divide each vector by its root mean square, then scale it (Zhang & Sennrich 2019,
-    eq. 4).
+    """Divide each vector by its root mean square, then scale it.
 
-    Statistics are taken in float32; the result is cast back to the input's dtype
-    *before* the multiplication by `weight`, which is the order Qwen2 uses and the one
-    that is bit-equal to it in bfloat16.
+    Zhang & Sennrich 2019, eq. 4. Statistics are float32; the result is cast back to the
+    input's dtype before it is multiplied by `weight`, as in Qwen2, bit for bit.
     """
 
     def __init__(self, hidden_size: int, eps: float = 1e-6):
@@ -26,9 +24,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` [..., D] -> [..., D], in the dtype of `x` (promoted with the weight's)."""
+        """`x` [..., D] -> [..., D], in the dtype of `x` promoted with the weight's."""
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        mean_square = wide.pow(2).mean(-1, keepdim=True)  # [..., 1]
+        wide = wide * torch.rsqrt(mean_square + self.eps)
         return self.weight * wide.to(x.dtype)
 
     def extra_repr(self) -> str:

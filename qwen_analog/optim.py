@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "PIECE_SIZE",
     "parameter_groups",
     "learning_rate_at",
     "set_learning_rate",
@@ -26,19 +27,17 @@ from torch.distributed.tensor import DTensor
 
 # %% ../chapters/11_optimizer.ipynb #9a06ff45
 def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict]:
+    matrices = [p for p in parameters if p.ndim >= 2]
+    others = [p for p in parameters if p.ndim < 2]
     groups = [
-        {
-            "params": [p for p in parameters if p.ndim >= 2],
-            "weight_decay": weight_decay,
-        },
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """The trainable parameters for an optimizer: matrices are decayed, biases and norm
-    weights are not.
+    """Group the trainable parameters: matrices decay, biases and norm weights do not.
 
     A tied weight appears once; a group without parameters is left out.
     """
@@ -56,12 +55,12 @@ def learning_rate_at(
     min_ratio: float = 0.1,
     decay_fraction: float = 0.2,
 ) -> float:
-    """The learning rate of optimizer step `step` (0-based) of `max_steps`.
+    """Return the learning rate of optimizer step `step` (0-based) of `max_steps`.
 
-    Linear warmup over `warmup_steps`, then "cosine" down to `min_ratio * learning_rate`
-    (Loshchilov & Hutter 2016), or "wsd": constant, then linear down to it over the last
-    `decay_fraction` of the steps (Hu et al. 2024), or "constant". From `max_steps` on
-    the rate stays where it ended. Raises ValueError for another schedule.
+    After a linear warmup, "cosine" falls to `min_ratio * learning_rate` (Loshchilov &
+    Hutter 2016), "wsd" is constant and falls linearly to it over the last
+    `decay_fraction` of the steps (Hu et al. 2024), "constant" stays. From `max_steps`
+    on the rate is where it ended. Raises ValueError for another schedule.
     """
     if schedule not in ("cosine", "wsd", "constant"):
         raise ValueError(
@@ -69,18 +68,17 @@ def learning_rate_at(
         )
     if step < warmup_steps:
         return learning_rate * (step + 1) / warmup_steps
-    floor = min_ratio * learning_rate
+    if schedule == "constant":
+        return learning_rate
     after_warmup = max(1, max_steps - warmup_steps)
     if schedule == "cosine":
         progress = min(1.0, (step - warmup_steps) / after_warmup)
-        return floor + 0.5 * (learning_rate - floor) * (
-            1 + math.cos(math.pi * progress)
-        )
-    if schedule == "wsd":
+        share = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
         decay_steps = max(1, min(round(decay_fraction * max_steps), after_warmup))
-        remaining = min(1.0, max(0, max_steps - step) / decay_steps)
-        return floor + (learning_rate - floor) * remaining
-    return learning_rate
+        share = min(1.0, max(0, max_steps - step) / decay_steps)
+    floor = min_ratio * learning_rate
+    return floor + share * (learning_rate - floor)
 
 
 # %% ../chapters/11_optimizer.ipynb #e0e8c50e
@@ -134,40 +132,58 @@ class LossSpikeDetector:
 
 # %% ../chapters/11_optimizer.ipynb #3088be7d
 def stochastic_round_(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """Write `source`, float32, into `target`, bfloat16, rounding up or down at random
-    so that the mean is `source`.
+    """Round `source`, float32, to `target`, bfloat16, at random, with `source` as mean.
 
     bfloat16 is the upper half of float32: a random number added to the lower half
-    carries with the probability that is wanted. What bfloat16 can hold stays as it is,
-    and so do inf and nan. The numbers come from the default generator of the device.
+    carries with the wanted probability. What bfloat16 can hold, inf and nan stay. The
+    numbers come from the device's default generator.
     """
     noise = torch.empty_like(source, dtype=torch.int32).random_(1 << 16)
-    rounded = (
-        (source.view(torch.int32) + noise).bitwise_and_(-1 << 16).view(torch.float32)
-    )
+    bits = (source.view(torch.int32) + noise).bitwise_and_(-1 << 16)
+    rounded = bits.view(torch.float32)
     return target.copy_(torch.where(source.isfinite(), rounded, source))
 
 
 # %% ../chapters/11_optimizer.ipynb #c5bafeab
+PIECE_SIZE = 2**22  # numbers updated at once: bounds the float32 copies
+
+
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-_PIECE = (
-    2**22
-    # numbers that are updated at once: bounds the float32 copies, of which the embedding's
-    # would be gigabytes
-)
+def _adamw_bf16(p: nn.Parameter, g: torch.Tensor, state: dict, group: dict) -> None:
+    """Update `p` and its averages in `state` by the gradient `g`."""
+    if not state:
+        state["step"] = torch.tensor(0.0)
+        state["exp_avg"] = torch.zeros_like(p, dtype=torch.bfloat16)
+        state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.bfloat16)
+    state["step"] += 1
+    t, (beta1, beta2), lr = state["step"].item(), group["betas"], group["lr"]
+    tensors = p.detach(), g, state["exp_avg"], state["exp_avg_sq"]
+    pieces = [_local(x).reshape(-1).split(PIECE_SIZE) for x in tensors]
+    for p, g, m_bf16, v_bf16 in zip(*pieces):
+        w, g = p.float(), g.float()
+        m = m_bf16.float().lerp_(g, 1 - beta1)
+        v = v_bf16.float().mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        w.mul_(1 - lr * group["weight_decay"])
+        size = (v / (1 - beta2**t)).sqrt_().add_(group["eps"])
+        w.addcdiv_(m, size, value=-lr / (1 - beta1**t))
+        stochastic_round_(m_bf16, m)
+        stochastic_round_(v_bf16, v)
+        if p.dtype == torch.bfloat16:
+            stochastic_round_(p, w)
+        else:
+            p.copy_(w)
 
 
+# %% ../chapters/11_optimizer.ipynb #18995543
 class AdamWBf16(torch.optim.Optimizer):
-    """AdamW (Loshchilov & Hutter 2019) with 4 bytes of state for each weight: both
-    averages are bfloat16, stochastically rounded.
+    """AdamW (Loshchilov & Hutter 2019) with averages in bfloat16: 4 bytes a weight.
 
-    A bfloat16 parameter is rounded in the same way, a float32 one is updated as it is.
-    The arithmetic is float32, a piece of a parameter at a time. Works on this process's
-    part of a DTensor. Processes that hold copies of a parameter (DDP, HSDP) must seed
-    torch alike, or their copies drift apart.
+    Averages, and bfloat16 parameters, are rounded stochastically; the arithmetic is
+    float32. Updates this process's part of a DTensor. Processes that hold copies of a
+    parameter (DDP, HSDP) must seed torch alike, or their copies drift apart.
     """
 
     def __init__(
@@ -178,56 +194,35 @@ class AdamWBf16(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.1,
     ):
-        super().__init__(
-            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        )
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None):
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._update(p, self.state[p], group)
+                    _adamw_bf16(p, p.grad, self.state[p], group)
         return loss
 
-    @staticmethod
-    def _update(p: nn.Parameter, state: dict, group: dict) -> None:
-        if not state:
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"], state["exp_avg_sq"] = (
-                torch.zeros_like(p, dtype=torch.bfloat16) for _ in range(2)
-            )
-        state["step"] += 1
-        t, (beta1, beta2) = state["step"].item(), group["betas"]
-        pieces = (
-            _local(x).reshape(-1).split(_PIECE)
-            for x in (p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"])
-        )
-        for p, g, m_bf16, v_bf16 in zip(*pieces):
-            w, g = p.float(), g.float()
-            m = m_bf16.float().lerp_(g, 1 - beta1)
-            v = v_bf16.float().mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            w.mul_(1 - group["lr"] * group["weight_decay"])
-            w.addcdiv_(
-                m,
-                (v / (1 - beta2**t)).sqrt_().add_(group["eps"]),
-                value=-group["lr"] / (1 - beta1**t),
-            )
-            stochastic_round_(m_bf16, m)
-            stochastic_round_(v_bf16, v)
-            if p.dtype == torch.bfloat16:
-                stochastic_round_(p, w)
-            else:
-                p.copy_(w)
-
     def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(
-            state_dict
-        )  # torch gives the averages the parameter's dtype
-        for state in self.state.values():
+        super().load_state_dict(state_dict)
+        for state in self.state.values():  # torch gave them the parameter's dtype
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = state[name].bfloat16()
+
+
+# %% ../chapters/11_optimizer.ipynb #faf3c07e
+def _split_for_muon(model: nn.Module) -> tuple[list, list]:
+    """Split the trainable parameters into hidden matrices and all others."""
+    hidden, rest = [], []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        table = not {"embed_tokens", "lm_head"}.isdisjoint(name.split("."))
+        (hidden if p.ndim == 2 and not table else rest).append(p)
+    return hidden, rest
 
 
 # %% ../chapters/11_optimizer.ipynb #7e1fbc69
@@ -239,39 +234,24 @@ def build_optimizers(
     eps: float = 1e-8,
     kind: str = "adamw",
 ) -> list[torch.optim.Optimizer]:
-    """The optimizers of `model`; every trainable parameter is in exactly one group of
-    one of them.
+    """Make the optimizers of `model`: each trainable parameter is in one group of one.
 
-    "adamw": fused AdamW (Loshchilov & Hutter 2019) over `parameter_groups`.
-    "adamw-bf16": the same rule in `AdamWBf16`, with half the state. "muon": Muon
-    (Jordan et al. 2024) for the hidden matrices, fused AdamW for the embedding, the
-    head, biases and norms; Muon's updates have AdamW's size (Liu et al. 2025), so that
-    one learning rate serves both. Raises ValueError for another kind.
+    "adamw" is fused AdamW (Loshchilov & Hutter 2019), "adamw-bf16" the same rule with
+    half the state, "muon" Muon (Jordan et al. 2024) for the hidden matrices beside
+    AdamW for all else. Muon's updates have AdamW's size (Liu et al. 2025), so that one
+    learning rate serves both. Raises ValueError for another kind.
     """
     options = {"lr": learning_rate, "betas": betas, "eps": eps}
     if kind == "adamw":
-        return [
-            torch.optim.AdamW(
-                parameter_groups(model, weight_decay), fused=True, **options
-            )
-        ]
+        groups = parameter_groups(model, weight_decay)
+        return [torch.optim.AdamW(groups, fused=True, **options)]
     if kind == "adamw-bf16":
         return [AdamWBf16(parameter_groups(model, weight_decay), **options)]
-    if kind == "muon":
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        hidden = {
-            name: p
-            for name, p in trained.items()
-            if p.ndim == 2 and not {"embed_tokens", "lm_head"} & set(name.split("."))
-        }
-        muon = torch.optim.Muon(
-            hidden.values(),
-            lr=learning_rate,
-            weight_decay=weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        )
-        rest = _groups(
-            [p for name, p in trained.items() if name not in hidden], weight_decay
-        )
-        return [muon, torch.optim.AdamW(rest, fused=True, **options)]
-    raise ValueError(f"kind must be 'adamw', 'adamw-bf16' or 'muon', not {kind!r}")
+    if kind != "muon":
+        raise ValueError(f"kind must be 'adamw', 'adamw-bf16' or 'muon', not {kind!r}")
+    hidden, rest = _split_for_muon(model)
+    muon = torch.optim.Muon(
+        hidden, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    groups = _groups(rest, weight_decay)
+    return [muon, torch.optim.AdamW(groups, fused=True, **options)]

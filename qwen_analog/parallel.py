@@ -4,45 +4,20 @@
 
 # %% auto #0
 __all__ = [
-    "STRATEGIES",
-    "BEAT",
-    "JOIN",
-    "GRACE",
-    "end_with_torchrun",
-    "ProcessGroup",
-    "DistributedContext",
     "make_mesh",
-    "default_dtype",
+    "check_strategy",
     "compile_layers",
     "reshard",
     "build_model",
+    "default_dtype",
     "gradient_sync",
     "clip_grad_norm",
-    "RankError",
-    "Lifeline",
 ]
 
 # %% ../chapters/13_many_gpus.ipynb #a524c52f
-import atexit
-import ctypes
-import faulthandler
-import hashlib
-import json
-import os
-import re
-import secrets
-import selectors
-import signal
-import socket
-import sys
-import threading
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from datetime import timedelta
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -53,258 +28,122 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .config import QwenConfig
+from .config import PRECISIONS, STRATEGIES, QwenConfig
+from .distributed import env_integer
 from .model import QwenForCausalLM
 
 
-# %% ../chapters/13_many_gpus.ipynb #05b7d1e2
-def _variable(name: str, default: int, least: int, below: int | None = None) -> int:
-    """A number of the environment that `torchrun` sets."""
-    text = os.environ.get(name, str(default)).strip()
-    if text.isdecimal() and least <= int(text) and (below is None or int(text) < below):
-        return int(text)
-    limit = f"{least} or more" if below is None else f"from {least} to {below - 1}"
-    raise ValueError(
-        f"the environment variable {name} is {text!r}, and must be a number "
-        f"{limit}: start the processes with torchrun, which sets it"
-    )
-
-
-def end_with_torchrun() -> None:
-    """Where torchrun started this process, its end, by kill -9 too, is a SIGTERM here."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
-        return
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it ended in this moment
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _take_device(device: torch.device) -> None:
-    if device.type == "cuda":
-        here = torch.cuda.device_count()
-        if device.index >= here:
-            raise ValueError(
-                f"LOCAL_RANK {device.index} has no GPU: this machine has "
-                f"{here}, start at most as many processes on it"
-            )
-        torch.cuda.set_device(device)
-
-
-# %% ../chapters/13_many_gpus.ipynb #f227c8bc
-class ProcessGroup:
-    """This process's place among those that torchrun started; alone, rank 0 of 1."""
-
-    def __init__(self, timeout_minutes: float = 10):
-        self.world_size = _variable("WORLD_SIZE", 1, 1)
-        self.rank = _variable("RANK", 0, 0, self.world_size)
-        self.local_rank = _variable("LOCAL_RANK", 0, 0)
-        self.local_world_size = _variable("LOCAL_WORLD_SIZE", self.world_size, 1)
-        self.device = torch.device("cpu")
-        if torch.cuda.is_available():
-            self.device = torch.device("cuda", self.local_rank)
-        self.timeout_minutes = timeout_minutes
-        self.step: int | None = None  # of the training loop, for messages
-
-    def __enter__(self):
-        end_with_torchrun()
-        self.lifeline = Lifeline(self) if self.world_size > 1 else None
-        try:
-            if self.lifeline:
-                self.lifeline.connect()
-            _take_device(self.device)
-            if self.lifeline:
-                _form_group(self)
-        except BaseException as error:
-            self.__exit__(type(error), error, None)
-            raise
-        return self
-
-    def __exit__(self, kind, error, _):
-        if self.lifeline:
-            self.lifeline.close(error)
-
-    def all_reduce_sum(self, *values: float) -> list[float]:
-        """Each value summed over all processes."""
-        if self.world_size == 1:
-            return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
-
-
-# %% ../chapters/13_many_gpus.ipynb #69741a88
-class DistributedContext(ProcessGroup):
-    """This process's place among those that torchrun started; alone, rank 0 of 1.
-
-    An error inside `with DistributedContext()` ends all processes: it goes on where it
-    arose, and is a RankError, one line, elsewhere. One for which the others wait must
-    arrive within `timeout_minutes`; the message about a lost one names `step`, which
-    the caller sets. ValueError for environment variables that make no sense.
-    """
-
-    def meet(self, value: Any = None, conclude: Callable[[list], Any] = len) -> Any:
-        """What `conclude` makes, on rank 0, of every process's `value`; both are JSON."""
-        if self.world_size == 1:
-            return conclude([value])
-        return self.lifeline.meet(value, conclude)
-
-    def broadcast(self, value):
-        """Rank 0's `value`, plain Python data, on all processes."""
-        self.meet()  # however long rank 0 took to find the value
-        carried = [value]
-        if self.world_size > 1:
-            dist.broadcast_object_list(carried, src=0, device=self.device)
-        return carried[0]
-
-    def agree(self, values: dict, what: str) -> None:
-        """ValueError of one line, on all processes, unless `values` are alike on all.
-
-        `values` are JSON. The line names the first difference from rank 0, its rank,
-        and `what` they are: "setting".
-        """
-        difference = self.meet(values, lambda each: _difference(each, what))
-        if difference is not None:
-            raise ValueError(difference)
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """Nobody leaves before all have done the body; an error on one ends all."""
-        yield  # `__exit__` tells the others of an error
-        self.meet()
-
-    @contextmanager
-    def local_first(self) -> Iterator[None]:
-        """The first process of each machine runs the body before the others, which
-        then find its work cached; an error in it ends all processes."""
-        if self.local_rank == 0:
-            with self.together():
-                yield
-        else:
-            self.meet()
-            yield
-
-
-def _difference(values: list[dict], what: str) -> str | None:
-    first = values[0]
-    for rank, theirs in enumerate(values):
-        for name in {**first, **theirs}:
-            there, here = theirs.get(name), first.get(name)
-            if there != here:
-                return (
-                    f"rank {rank} has another {what} than rank 0: {name} is "
-                    f"{there!r:.80} there and {here!r:.80} on rank 0"
-                )
-    return None
-
-
 # %% ../chapters/13_many_gpus.ipynb #c26bba66
-STRATEGIES = ("ddp", "fsdp", "hsdp")
-
-
 def make_mesh(
     strategy: str, world_size: int, device_type: str, shard_size: int | None = None
 ) -> DeviceMesh | None:
-    """How `strategy` arranges the processes; None where every process holds the whole
-    model ("ddp", or one process).
+    """Return how `strategy` arranges the processes; None where each holds all.
 
     "fsdp": one dimension, "shard", over all. "hsdp": two, "replicate" x "shard";
-    `shard_size` neighbours, by default the processes of one machine (torchrun's
-    LOCAL_WORLD_SIZE), share one copy of the model. ValueError for sizes that do not
-    fit.
+    `shard_size` neighbours, by default those of one machine, share one copy of the
+    model. ValueError for sizes that do not fit.
     """
+    check_strategy(strategy, shard_size)
+    if strategy == "ddp" or world_size == 1:
+        return None
+    if strategy == "fsdp":
+        return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
+    if shard_size is None:
+        shard_size = env_integer("LOCAL_WORLD_SIZE", world_size, least=1)
+    if shard_size < 1 or world_size % shard_size:
+        raise ValueError(
+            f"shard_size {shard_size} does not divide the {world_size} processes: "
+            "choose a divisor"
+        )
+    sizes = (world_size // shard_size, shard_size)
+    return init_device_mesh(device_type, sizes, mesh_dim_names=("replicate", "shard"))
+
+
+def check_strategy(strategy: str, shard_size: int | None = None) -> None:
+    """Raise ValueError for an unknown strategy, or a shard_size without "hsdp"."""
     if strategy not in STRATEGIES:
         raise ValueError(
             f"strategy must be one of {', '.join(STRATEGIES)}, not {strategy!r}"
         )
     if shard_size is not None and strategy != "hsdp":
         raise ValueError(
-            f"shard_size {shard_size} is for strategy 'hsdp': leave it out for"
-            f" {strategy!r}"
+            f"shard_size {shard_size} is for strategy 'hsdp': leave it out for "
+            f"{strategy!r}"
         )
-    if strategy == "ddp" or world_size == 1:
-        return None
-    if strategy == "fsdp":
-        return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
-    shard_size = (
-        _variable("LOCAL_WORLD_SIZE", world_size, 1)
-        if shard_size is None
-        else shard_size
-    )
-    if shard_size < 1 or world_size % shard_size:
-        raise ValueError(
-            f"shard_size {shard_size} does not divide the {world_size} processes:"
-            " choose a divisor"
-        )
-    return init_device_mesh(
-        device_type,
-        (world_size // shard_size, shard_size),
-        mesh_dim_names=("replicate", "shard"),
-    )
 
 
 # %% ../chapters/13_many_gpus.ipynb #d803fbdd
 class _DrawOnCPU(TorchDispatchMode):
-    """Random numbers for a parameter are drawn on the CPU, for the whole of it; a
-    sharded one keeps its own rows.
-    """
+    """Draws a parameter's random numbers on the CPU, for the whole of it; a sharded
+    parameter keeps its own rows."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func not in (
-            torch.ops.aten.normal_.default,
-            torch.ops.aten.uniform_.default,
-        ):
+    def __torch_dispatch__(self, func, types, args: tuple = (), kwargs=None):
+        aten = torch.ops.aten
+        if func not in (aten.normal_.default, aten.uniform_.default):
             return func(*args, **(kwargs or {}))
         parameter, *bounds = args
         whole = func(torch.empty(parameter.shape, device="cpu"), *bounds)
         if isinstance(parameter, DTensor):
-            mesh = parameter.device_mesh  # the last dimension is the one that shards
-            rows = -(
-                -len(whole) // mesh.size(-1)
-            )  # as `torch.chunk`: the last ranks may have fewer, or none
-            whole = whole[mesh.get_local_rank(-1) * rows :][:rows]
-            parameter.to_local().copy_(whole)
+            parameter.to_local().copy_(_own_rows(whole, parameter.device_mesh))
         else:
             parameter.copy_(whole)
         return parameter
 
 
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Parameters that are made inside have this type."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+def _own_rows(whole: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+    """Return this process's rows, as FSDP cuts: the last ranks may have fewer."""
+    rows = -(-len(whole) // mesh.size(-1))  # the last dimension is the one that shards
+    return whole[mesh.get_local_rank(-1) * rows :][:rows]
 
 
 @torch.no_grad()
 def _initialize(model: QwenForCausalLM, seed: int) -> None:
-    """The weights, sharded or not, that `torch.manual_seed(seed);
-    QwenForCausalLM(config)` gives on a CPU, one parameter at a time.
-    """
+    """Give `model`, sharded or not, the weights that one made on a CPU has."""
     torch.manual_seed(seed)
     with _DrawOnCPU():
-        for module in (
-            model.modules()
-        ):  # what the constructors draw, and init_weights draws again
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+        for module in model.modules():  # the constructors draw, then init_weights again
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
         model.init_weights()
 
 
 # %% ../chapters/13_many_gpus.ipynb #13d6ffdf
 def compile_layers(model: QwenForCausalLM) -> None:
-    """`torch.compile` for each block, in place: the names in the state dict stay, and
-    one compiled block serves all.
-    """
+    """Compile each block in place; one compiled block serves all, and names stay."""
     for layer in model.model.layers:
         layer.compile()
 
 
 # %% ../chapters/13_many_gpus.ipynb #92167eb2
+_FSDP_PRECISION = {
+    "fp32": MixedPrecisionPolicy(),
+    "bf16": MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32),
+    "bf16-pure": MixedPrecisionPolicy(reduce_dtype=torch.float32),
+}
+
+
+def _shard(
+    model: QwenForCausalLM,
+    mesh: DeviceMesh,
+    precision: str,
+    reshard_after_forward: bool,
+    prefetch: int,
+) -> None:
+    """Apply FSDP2 to each block, then to the rest, which is gathered once a pass."""
+    shard = partial(fully_shard, mesh=mesh, mp_policy=_FSDP_PRECISION[precision])
+    blocks = [
+        shard(layer, reshard_after_forward=reshard_after_forward)
+        for layer in model.model.layers
+    ]
+    # embedding, norm and head stay gathered: the backward pass begins with them
+    shard(model, reshard_after_forward=False)
+    model.register_forward_hook(_reshard_unless_backward_follows)
+    for i, block in enumerate(blocks):
+        block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + prefetch])
+        block.set_modules_to_backward_prefetch(blocks[max(0, i - prefetch) : i][::-1])
+
+
 def reshard(model: nn.Module) -> None:
     """Free what a sharded model gathered, in all its blocks; any other model stays."""
     for module in model.modules():
@@ -317,40 +156,7 @@ def _reshard_unless_backward_follows(model: nn.Module, *_) -> None:
         reshard(model)
 
 
-def _shard(
-    model: QwenForCausalLM,
-    mesh: DeviceMesh,
-    precision: str,
-    reshard_after_forward: bool,
-    prefetch: int,
-) -> None:
-    """FSDP2 on each block, then on the rest: embedding, final norm and head are
-    gathered together, once a pass.
-    """
-    policy = {
-        "bf16": MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32
-        ),
-        "fp32": MixedPrecisionPolicy(),
-        "bf16-pure": MixedPrecisionPolicy(reduce_dtype=torch.float32),
-    }[precision]
-    layers = list(model.model.layers)
-    for layer in layers:
-        fully_shard(
-            layer,
-            mesh=mesh,
-            mp_policy=policy,
-            reshard_after_forward=reshard_after_forward,
-        )
-    fully_shard(
-        model, mesh=mesh, mp_policy=policy, reshard_after_forward=False
-    )  # the backward pass begins with it
-    model.register_forward_hook(_reshard_unless_backward_follows)
-    for i, layer in enumerate(layers):
-        layer.set_modules_to_forward_prefetch(layers[i + 1 : i + 1 + prefetch])
-        layer.set_modules_to_backward_prefetch(layers[max(0, i - prefetch) : i][::-1])
-
-
+# %% ../chapters/13_many_gpus.ipynb #9e9ad8b3
 def build_model(
     config: QwenConfig,
     seed: int,
@@ -363,42 +169,18 @@ def build_model(
     prefetch: int = 1,
     compile: bool = False,
 ) -> tuple[QwenForCausalLM, nn.Module]:
-    """The model on `device`, and what training calls: for "ddp" on several processes a
-    wrapper, else the model itself.
+    """Return the model on `device`, and what training calls: DDP's wrapper or itself.
 
-    `mesh` is `make_mesh`'s. The initial weights are those of `torch.manual_seed(seed);
-    QwenForCausalLM(config)` on a CPU, bit for bit, for every strategy and number of
-    processes; no process holds more than its shard and one whole parameter while they
-    are made.
-
-    `precision`: "fp32"; "bf16" keeps float32 weights and computes in bfloat16: sharded,
-    by gathering the weights as bfloat16 (the residual stream is bfloat16, gradients are
-    summed over processes in float32), else by the caller's `torch.autocast` (the
-    residual stream is float32), which does no harm to a sharded model; "bf16-pure" has
-    bfloat16 weights, gradients and optimizer states.
-
-    Sharded only: `reshard_after_forward` frees a block's gathered weights after its
-    forward pass and gathers them again for the backward pass; `prefetch` is how many
-    blocks ahead weights are gathered (0: as PyTorch does by itself). `compile`: see
-    `compile_layers`. After a forward pass without gradients everything is sharded
-    again, since no backward pass will do it. Raises ValueError.
+    `mesh` is `make_mesh`'s. The weights are bit for bit those of
+    `torch.manual_seed(seed); QwenForCausalLM(config)` on a CPU, however many processes
+    share them. Sharded only: `reshard_after_forward` frees a block's gathered weights
+    until the backward pass; weights are gathered `prefetch` blocks ahead. ValueError
+    for names that are unknown or do not fit together.
     """
-    if precision not in ("bf16", "fp32", "bf16-pure"):
-        raise ValueError(
-            f"precision must be 'bf16', 'fp32' or 'bf16-pure', not {precision!r}"
-        )
     several = dist.is_initialized() and dist.get_world_size() > 1
-    if strategy not in STRATEGIES or (mesh is not None) != (
-        several and strategy != "ddp"
-    ):
-        raise ValueError(
-            f"strategy {strategy!r} does not go with mesh {mesh}: pass what make_mesh"
-            " returned for it"
-        )
-    with (
-        torch.device("meta"),
-        default_dtype(torch.bfloat16 if precision == "bf16-pure" else torch.float32),
-    ):
+    _check_layout(strategy, mesh, precision, several)
+    dtype = torch.bfloat16 if precision == "bf16-pure" else torch.float32
+    with torch.device("meta"), default_dtype(dtype):
         model = QwenForCausalLM(config)
     if mesh is not None:
         _shard(model, mesh, precision, reshard_after_forward, prefetch)
@@ -406,21 +188,44 @@ def build_model(
     _initialize(model, seed)
     if compile:
         compile_layers(model)
-    if several and mesh is None:
-        # gradients live in the buckets that are sent, so that they are held once
-        return model, DistributedDataParallel(
-            model,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
+    if not several or mesh is not None:
+        return model, model
+    ids = [device.index] if device.type == "cuda" else None
+    # gradients live in the buckets that are sent, so that they are held once
+    ddp = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    return model, ddp
+
+
+# %% ../chapters/13_many_gpus.ipynb #512b8c1d
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Give parameters that are made inside this type."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _check_layout(
+    strategy: str, mesh: DeviceMesh | None, precision: str, several: bool
+) -> None:
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}"
         )
-    return model, model
+    sharded = several and strategy != "ddp"
+    if strategy not in STRATEGIES or (mesh is not None) != sharded:
+        raise ValueError(
+            f"strategy {strategy!r} does not go with mesh {mesh}: pass what make_mesh "
+            "returned for it"
+        )
 
 
 # %% ../chapters/13_many_gpus.ipynb #944049ee
-@contextmanager
-def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
-    """Around the forward and backward pass of one micro-batch: `enabled` for the step's
-    last one only.
+def gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager:
+    """Enclose the passes of one micro-batch; `enabled` for the step's last one only.
 
     Without it DDP keeps each process's own gradients, and a sharded model on a 2-D mesh
     sums within a machine only. A sharded model's reduce-scatter is never put off
@@ -428,492 +233,13 @@ def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
     """
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(enabled)
-    with (
-        model.no_sync()
-        if isinstance(model, DistributedDataParallel) and not enabled
-        else nullcontext()
-    ):
-        yield
+    if isinstance(model, DistributedDataParallel) and not enabled:
+        return model.no_sync()
+    return nullcontext()
 
 
 # %% ../chapters/13_many_gpus.ipynb #17b2887f
 def clip_grad_norm(model: nn.Module, max_norm: float) -> float:
-    """Scale the gradients down to the global norm `max_norm`, over all shards; returns
-    the norm before.
-    """
+    """Scale the gradients of all shards down to `max_norm`; return their norm."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-
-
-# %% ../chapters/13_many_gpus.ipynb #3bd88f4f
-class RankError(ValueError):
-    """Another process failed, or is not heard of; the message names its rank."""
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """What libraries write to the terminal inside is dropped; errors are raised."""
-    sys.stderr.flush()
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(null)
-
-
-class _Line:
-    """One connection, which carries messages: lines of JSON. Any thread may send."""
-
-    def __init__(self, connection: socket.socket):
-        connection.settimeout(5)
-        self.connection, self.rest, self.lock = connection, b"", threading.Lock()
-        self.rank: int | None = None  # of the process at the other end
-
-    def send(self, *message: Any) -> None:
-        with self.lock, suppress(OSError):  # whoever reads from this line finds out
-            self.connection.sendall(json.dumps(message).encode() + b"\n")
-
-    def receive(self) -> list[list]:
-        """The messages that have arrived. EOFError where the other process has ended."""
-        arrived = self.connection.recv(1 << 16)
-        if not arrived:
-            raise EOFError
-        *lines, self.rest = (self.rest + arrived).split(b"\n")
-        if self.rank is None and len(self.rest) > 1000:
-            raise EOFError  # no process of this run
-        return [json.loads(line) for line in lines]
-
-
-# %% ../chapters/13_many_gpus.ipynb #824ec688
-def _address() -> tuple[str, int]:
-    """MASTER_ADDR and MASTER_PORT."""
-    host = os.environ.get("MASTER_ADDR", "").strip()
-    if not host:
-        raise ValueError(
-            "the environment variable MASTER_ADDR, where rank 0 runs, is not "
-            "set: start the processes with torchrun, which sets it"
-        )
-    port = _variable("MASTER_PORT", 0, 1, 1 << 16)
-    try:
-        socket.getaddrinfo(host, port)
-    except (OSError, UnicodeError) as error:
-        raise ValueError(
-            f"MASTER_ADDR {host}, MASTER_PORT {port} is no address that "
-            f"this machine knows: {error}"
-        ) from None
-    return host, port
-
-
-def _reach(host: str, port: int, until: float) -> socket.socket:
-    """A connection to rank 0's machine, which may start later than this one."""
-    while True:
-        try:
-            return socket.create_connection(
-                (host, port), max(1, until - time.monotonic())
-            )
-        except OSError as error:
-            if time.monotonic() > until:
-                raise RankError(
-                    f"rank 0 cannot be reached at MASTER_ADDR {host}, port "
-                    f"{port}: {error}; was it started?"
-                ) from None
-        time.sleep(0.1)
-
-
-_stores: list[dist.Store] = []  # one for each group that this process has formed
-
-
-def _open_store(rank: int, until: float) -> dist.Store:
-    host, port = _address()
-    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    holds_it = rank == 0 and not by_torchrun
-    if not holds_it:
-        _reach(host, port, until).close()
-    wait = timedelta(seconds=max(1, until - time.monotonic()))
-    try:
-        store = dist.TCPStore(
-            host, port, None, holds_it, wait, wait_for_workers=False, multi_tenant=True
-        )
-    except dist.DistError as error:
-        raise RankError(
-            f"MASTER_ADDR {host}, MASTER_PORT {port} is not free, or not of "
-            f"this run: {str(error).splitlines()[0]}"
-        ) from None
-    _stores.append(store)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"qwen_analog/{attempt}/{len(_stores)}", store)
-
-
-# %% ../chapters/13_many_gpus.ipynb #24bb6163
-def _software() -> dict[str, str]:
-    """What has to be the same on all machines."""
-    code = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        code.update(file.read_bytes())
-    return {"torch": torch.__version__, "the code of qwen_analog": code.hexdigest()}
-
-
-def _use_loopback(group: "DistributedContext") -> None:
-    """On a single machine gloo needs no look at the names and networks of the host."""
-    try:
-        machine = Path("/proc/sys/kernel/random/boot_id").read_text()
-        network = os.readlink("/proc/self/ns/net")
-    except OSError:  # not Linux
-        machine, network = None, str(group.rank)
-    alone = group.meet([machine, network], lambda each: all(x == each[0] for x in each))
-    if alone and "lo" in dict(map(reversed, socket.if_nameindex())):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-
-
-def _form_group(group: "DistributedContext") -> None:
-    group.agree({**_software(), "the device": group.device.type}, "environment")
-    _use_loopback(group)
-    backend = "nccl" if group.device.type == "cuda" else "gloo"
-    # the lifeline finds who is late; twice its time is for the case that it is hung too
-    limit = timedelta(minutes=2 * group.timeout_minutes)
-    with _quiet():
-        dist.init_process_group(
-            backend,
-            store=group.lifeline.store,
-            rank=group.rank,
-            world_size=group.world_size,
-            timeout=limit,
-        )
-
-
-# %% ../chapters/13_many_gpus.ipynb #a5a0f694
-def _collectives() -> int:
-    """How many collectives this process has begun in training's groups. A checkpoint's
-    own group does not count: there the others wait for one that writes for long."""
-    if not dist.is_initialized():
-        return 0
-    groups = list(dist.distributed_c10d._world.pg_map)
-    return sum(
-        group._get_sequence_number_for_group()
-        for group in groups
-        if group.group_desc.startswith(("default", "mesh"))
-    )
-
-
-def _is_broken_connection(error: BaseException | None) -> bool:
-    """Whether `error`, or what it arose from, is how gloo, NCCL or the store say that
-    another process is gone."""
-    seen = []  # some libraries' errors go round in circles
-    while error is not None and error not in seen:
-        words = re.search(r"gloo|NCCL|c10d|Connection (reset|closed)", str(error))
-        if (
-            isinstance(error, dist.DistError)
-            or isinstance(error, RuntimeError)
-            and words
-        ):
-            return True
-        seen.append(error)
-        error = error.__cause__ or error.__context__
-    return False
-
-
-# %% ../chapters/13_many_gpus.ipynb #ec5f7464
-BEAT = 1.0  # seconds
-JOIN = 30.0  # seconds, at least, for the processes to find each other
-GRACE = 10  # beats for a process to end by itself after a failure
-
-
-class _Watch:
-    """A thread that keeps up the connections between rank 0 and all the others."""
-
-    def __init__(self, group: "DistributedContext"):
-        self.group, self.rank, self.world_size = group, group.rank, group.world_size
-        self.limit = max(3, round(group.timeout_minutes * 60 / BEAT))  # in beats
-        self.lines: dict[int, _Line] = {}  # by the rank at the other end
-        self.news = threading.Condition()
-        self.failure: str | None = None  # the first one
-        self.words: str | None = None  # of this process's own error
-        self.handed_in: dict[int, dict[int, Any]] = defaultdict(dict)
-        self.concluded: dict[int, Any] = {}
-        self.beats, self.grace = 0, GRACE
-        self.heard: dict[int, int] = {}  # when each rank was heard last, in beats
-        self.begun: dict[int, int] = {}  # how many collectives each rank has begun
-        self.seen: dict[int, int] = {}  # the same, one beat ago
-        self.behind: dict[int, int] = defaultdict(int)  # for how many beats
-        self.left = self.closing = False
-        self.nowhere = open(os.devnull, "w")
-        self.selector = selectors.DefaultSelector()
-        self.thread = threading.Thread(target=self._run, daemon=True)
-
-    @property
-    def where(self) -> str:
-        step = self.group.step
-        return "before the first step" if step is None else f"at step {step}"
-
-    def _run(self) -> None:
-        due = time.monotonic()
-        while not self.closing:
-            for key, _ in self.selector.select(max(0, due - time.monotonic())):
-                self._accept(key.fileobj) if key.data is None else self._read(key.data)
-            if time.monotonic() >= due:  # one beat, however long the thread slept
-                due = time.monotonic() + BEAT
-                self._beat()
-
-    def note_failure(self, text: str) -> None:
-        """Keep the first failure, and pass it on."""
-        with self.news:
-            first, self.failure = self.failure is None, self.failure or text
-            self.news.notify_all()
-        if first:
-            # libraries can hang at the program's end, where no thread of Python runs
-            atexit.register(
-                faulthandler.dump_traceback_later,
-                2 * GRACE * BEAT,
-                exit=True,
-                file=self.nowhere,
-            )
-            for line in list(self.lines.values()):
-                line.send("failed", text)
-
-
-# %% ../chapters/13_many_gpus.ipynb #3f9c919f
-class _Reader(_Watch):
-    """What comes in: new connections, messages, and ends of connections."""
-
-    def _accept(self, server: socket.socket) -> None:
-        with suppress(OSError):  # closed in this moment
-            line = _Line(server.accept()[0])
-            self.selector.register(line.connection, selectors.EVENT_READ, line)
-
-    def _read(self, line: _Line) -> None:
-        try:
-            messages = line.receive()
-        except (OSError, EOFError, ValueError):
-            self.selector.unregister(line.connection)
-            line.connection.close()
-            if self.lines.pop(line.rank, None) is not None:
-                self.note_failure(
-                    f"rank {line.rank} ended without a word {self.where}: "
-                    "it was killed, or the memory was full"
-                )
-            return
-        for message in messages:
-            (
-                self._greet(line, message)
-                if line.rank is None
-                else self._take(line, *message)
-            )
-
-    def _greet(self, line: _Line, message: Any) -> None:
-        """A process presents itself to rank 0."""
-        if not isinstance(message, list) or message[:2] != ["hello", self.token]:
-            return  # no process of this run
-        rank, world_size = message[2:]
-        if world_size != self.world_size:
-            self.note_failure(
-                f"rank {rank} was started with WORLD_SIZE {world_size}, rank 0 "
-                f"with {self.world_size}"
-            )
-            line.send("failed", self.failure)
-        elif rank in self.lines:
-            line.send(
-                "failed",
-                f"RANK {rank} is taken already: is another run at this "
-                "MASTER_ADDR and MASTER_PORT?",
-            )
-        else:
-            line.rank, self.heard[rank] = rank, self.beats
-            with self.news:
-                self.lines[rank] = line
-                self.news.notify_all()
-
-
-# %% ../chapters/13_many_gpus.ipynb #8c95ef17
-class _Judge(_Reader):
-    """What the thread makes of messages, and of their absence."""
-
-    def _take(self, line: _Line, kind: str, *content: Any) -> None:
-        self.heard[line.rank] = self.beats
-        if kind == "failed":
-            self.note_failure(content[0])
-        elif kind == "beat":
-            self.begun[line.rank] = content[0]
-        with self.news:
-            if kind == "value":
-                self.handed_in[content[0]][line.rank] = content[1]
-            elif kind == "result":
-                self.concluded[content[0]] = content[1]
-            elif kind == "goodbye":
-                self.lines.pop(line.rank, None)
-            self.news.notify_all()
-
-    def _beat(self) -> None:
-        self.beats += 1
-        if self.failure:  # no more of torch, which the program leaves
-            self._end_if_stuck()
-            return
-        with suppress(RuntimeError):  # the groups are closed in this moment
-            self.begun[self.rank] = _collectives()
-        for rank, line in list(self.lines.items()):
-            line.send("beat", self.begun.get(self.rank, 0))
-            if self.beats - self.heard[rank] > self.limit:
-                self.note_failure(
-                    f"rank {rank} gives no sign of life {self.where}, for "
-                    f"{self._time()}"
-                )
-        if self.rank == 0:
-            self._find_late()
-
-    def _find_late(self) -> None:
-        begun = dict(self.begun)
-        for rank, count in begun.items():
-            moved = count != self.seen.get(rank)
-            late = not moved and count < max(begun.values())
-            self.behind[rank] = self.behind[rank] + 1 if late else 0
-            if self.behind[rank] > self.limit:
-                self.note_failure(
-                    f"rank {rank} lives but did not arrive {self.where}: the "
-                    f"other processes have waited for {self._time()}"
-                )
-        self.seen = begun
-
-    def _time(self) -> str:
-        return f"{self.group.timeout_minutes:g} minutes (collective_timeout_minutes)"
-
-    def _end_if_stuck(self) -> None:
-        self.grace -= 1
-        if self.grace < 0:
-            if not self.left:
-                os.write(2, f"\nerror: {self.words or self.failure}\n".encode())
-            os._exit(2)
-
-
-# %% ../chapters/13_many_gpus.ipynb #ac665974
-class _Caller(_Judge):
-    """How the processes find each other."""
-
-    def connect(self) -> None:
-        """Find the others. RankError or ValueError where that takes too long."""
-        until = time.monotonic() + max(JOIN, self.limit * BEAT / 5)
-        with _quiet():
-            self.store = _open_store(self.rank, until)
-            self._listen(until) if self.rank == 0 else self._call(until)
-
-    def _listen(self, until: float) -> None:
-        both = socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if both else socket.AF_INET
-        server = socket.create_server(("", 0), family=family, dualstack_ipv6=both)
-        self.token = secrets.token_hex()  # so that no stranger is taken for a rank
-        self.selector.register(server, selectors.EVENT_READ)
-        self.thread.start()
-        self.store.set("lifeline", f"{server.getsockname()[1]} {self.token}")
-        others = set(range(1, self.world_size))
-        while (missing := others - self.lines.keys()) and not self.failure:
-            if time.monotonic() > until:
-                self.note_failure(
-                    f"rank {min(missing)} did not arrive: was it started?"
-                )
-            with self.news:
-                self.news.wait(0.1)
-        self.selector.unregister(server)
-        server.close()
-        self.raise_failure()
-
-    def _call(self, until: float) -> None:
-        while not self.store.check(["lifeline"]):
-            if time.monotonic() > until:
-                raise RankError("rank 0 did not arrive: was it started?")
-            time.sleep(0.1)
-        port, token = self.store.get("lifeline").decode().split()
-        line = _Line(_reach(_address()[0], int(port), until))
-        line.rank = 0
-        self.lines[0], self.heard[0] = line, 0
-        self.selector.register(line.connection, selectors.EVENT_READ, line)
-        self.thread.start()
-        line.send("hello", token, self.rank, self.world_size)
-
-    def raise_failure(self) -> None:
-        if self.failure:
-            raise RankError(self.failure)
-
-
-# %% ../chapters/13_many_gpus.ipynb #fdb5b8b4
-class Lifeline(_Caller):
-    """Connections between rank 0 and all the others, beside those of gloo or NCCL."""
-
-    meetings = 0
-
-    def _wait_until(self, ready: Callable[[], bool]) -> None:
-        with self.news:
-            while not ready():
-                self.raise_failure()
-                self.news.wait(1)
-
-    def meet(self, value: Any, conclude: Callable[[list], Any]) -> Any:
-        """Every process calls it, in the same order. RankError as soon as one failed."""
-        self.meetings += 1
-        number, value = self.meetings, json.loads(json.dumps(value, default=str))
-        if self.rank:
-            for line in list(self.lines.values()):
-                line.send("value", number, value)
-            self._wait_until(lambda: number in self.concluded)
-            return self.concluded.pop(number)
-        values = self.handed_in[number]
-        self._wait_until(lambda: len(values) == self.world_size - 1)
-        values[0] = value
-        del self.handed_in[number]
-        result = conclude([values[rank] for rank in range(self.world_size)])
-        for line in list(self.lines.values()):
-            line.send("result", number, result)
-        return result
-
-    def fail(self, error: BaseException) -> None:
-        """Tell the others of `error`; RankError where it came from one of them."""
-        if isinstance(error, RankError):
-            return
-        if _is_broken_connection(error):
-            with self.news:  # the lifeline knows more, or soon will
-                self.news.wait_for(lambda: self.failure, 5)
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            self.note_failure(
-                f"the connection to the other processes broke {self.where}: {lines[0]}"
-            )
-            raise RankError(self.failure) from None
-        self.words = str(error).strip() or type(error).__name__
-        how = (
-            "was interrupted"
-            if isinstance(error, KeyboardInterrupt)
-            else "had an error"
-        )
-        self.note_failure(
-            f"another process, rank {self.rank}, {how} {self.where}, and says "
-            "more in its own line"
-        )
-
-    def close(self, error: BaseException | None) -> None:
-        """Leave, all together after the last one's work, or after telling of `error`."""
-        try:
-            self.meet(None, len) if error is None else self.fail(error)
-        finally:
-            _close_groups(self.failure is not None)
-            for line in list(self.lines.values()):
-                line.send("goodbye")
-            if self.rank == 0:  # the store, which it holds, goes last
-                with self.news:
-                    self.news.wait_for(lambda: not self.lines, GRACE * BEAT / 2)
-            self.left = True  # the program says its line itself
-            # after a failure the thread goes on, and ends what does not end
-            self.closing = self.failure is None
-
-
-def _close_groups(failed: bool) -> None:
-    if not dist.is_initialized():
-        return
-    with _quiet():
-        if not failed:
-            dist.destroy_process_group()
-        elif dist.get_backend() == "nccl":
-            dist.distributed_c10d._abort_process_group()  # waits for nobody
-        else:
-            # gloo's groups stay, since their end can wait for the lost process; but
-            # their
-            # threads let go of tensors, which kills a program that is ending already
-            atexit.register(time.sleep, 0.5)

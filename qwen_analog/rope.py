@@ -20,40 +20,37 @@ from torch import nn
 
 # %% ../chapters/04_rope.ipynb #e2a3a2bc
 class RotaryEmbedding(nn.Module):
-    """Cosines and sines of the angle `position * theta ** (-2i / head_dim)`, pair i of
-    head_dim/2 (RoFormer, eq. 15).
+    """Cosines and sines of position * theta ** (-2i / h) for each pair i of h / 2.
 
-    Holds no buffer: the head_dim/2 frequencies are recomputed in float32 at each call,
-    so that neither `model.to(torch.bfloat16)` nor a model made on the meta device can
-    spoil them.
+    Su et al. 2021, eq. 15. There is no buffer: frequencies are computed in float32 at
+    each call, so that neither `model.to(torch.bfloat16)` nor a model made on the meta
+    device can spoil them.
     """
 
     def __init__(self, head_dim: int, theta: float = 1e6):
         super().__init__()
         if head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary pairs, not {head_dim}")
-        self.head_dim, self.theta = head_dim, theta
+        self.head_dim = head_dim
+        self.theta = theta
         self.attention_scale = 1.0
 
     def inverse_frequencies(self, device: torch.device | None = None) -> torch.Tensor:
-        """Radians a token, [head_dim / 2] float32."""
+        """Return radians a token, [h / 2] float32."""
         even = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device)
         return 1.0 / self.theta ** (even / self.head_dim)
 
     def forward(
         self, position_ids: torch.Tensor, dtype: torch.dtype = torch.float32
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`position_ids` [B, T] int64 -> `(cos, sin)`, each [B, T, head_dim] in
-        `dtype`.
-        """
-        # elementwise: autocast would run a matrix product in bfloat16
-        angles = position_ids[..., None].float() * self.inverse_frequencies(
-            position_ids.device
-        )
-        angles = torch.cat((angles, angles), dim=-1)
-        return (angles.cos() * self.attention_scale).to(dtype), (
-            angles.sin() * self.attention_scale
-        ).to(dtype)
+        """`position_ids` [B, T] int64 -> `(cos, sin)`, each [B, T, h] in `dtype`."""
+        frequencies = self.inverse_frequencies(position_ids.device)
+        # elementwise, since autocast would run a matrix product in bfloat16
+        angles = position_ids[..., None].float() * frequencies  # [B, T, h / 2]
+        angles = torch.cat((angles, angles), dim=-1)  # [B, T, h]
+        cos = angles.cos() * self.attention_scale
+        sin = angles.sin() * self.attention_scale
+        return cos.to(dtype), sin.to(dtype)
 
 
 # %% ../chapters/04_rope.ipynb #7ab25d00
@@ -64,16 +61,13 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate queries or keys: `x` [B, heads, T, h] by `cos`, `sin` [B, T, h] -> [B,
-    heads, T, h].
-    """
+    """Rotate queries or keys `x` [B, heads, T, h] by `cos`, `sin` [B, T, h]."""
     return x * cos[:, None] + rotate_half(x) * sin[:, None]
 
 
 # %% ../chapters/04_rope.ipynb #07a17ad1
 def interleaved_to_half(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Reorder a q or k projection made for interleaved pairs (2i, 2i+1) to the
-    half-split pairs (i, i + h/2).
+    """Reorder a q or k projection from pairs (2i, 2i + 1) to pairs (i, i + h / 2).
 
     `weight` is [heads * h, D] or a bias [heads * h]; the same shape comes back.
     """
@@ -82,16 +76,20 @@ def interleaved_to_half(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
     return pairs.transpose(1, 2).reshape(weight.shape)
 
 
+# %% ../chapters/04_rope.ipynb #b2294ccc
+def _yarn_pair(turns: float, length: int, head_dim: int, theta: float) -> float:
+    """Return the (fractional) pair that turns so many times within `length` tokens."""
+    return head_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+
 # %% ../chapters/04_rope.ipynb #9a4f0c03
 class YarnRotaryEmbedding(RotaryEmbedding):
-    """Rotations for `factor` times the trained length (YaRN, Peng et al. 2023, arXiv
-    2309.00071, section 3.2).
+    """Rotations for `factor` times the trained length (Peng et al. 2023, section 3.2).
 
-    Pairs that turn more than `beta_fast` times within
-    `original_max_position_embeddings` tokens keep their frequency, those that turn less
-    than `beta_slow` times are slowed down by `factor`; between them a linear ramp.
-    Cosines and sines are multiplied by `attention_factor`, by default 0.1 ln(factor) +
-    1.
+    Pairs that turn more than `beta_fast` times within the original length keep their
+    frequency, those that turn less than `beta_slow` times are slowed down by `factor`,
+    with a linear ramp between. `attention_factor` (default: 0.1 ln(factor) + 1)
+    multiplies cosines and sines.
     """
 
     def __init__(
@@ -105,38 +103,19 @@ class YarnRotaryEmbedding(RotaryEmbedding):
         attention_factor: float | None = None,
     ):
         super().__init__(head_dim, theta)
-        self.factor, self.original = factor, original_max_position_embeddings
-        self.beta_fast, self.beta_slow = beta_fast, beta_slow
-        self.attention_scale = (
-            (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
-            if attention_factor is None
-            else attention_factor
-        )
-
-    def _pair_with(self, turns: float) -> float:
-        """The (fractional) index of the pair that turns so many times within the
-        original length.
-        """
-        return (
-            self.head_dim
-            * math.log(self.original / (turns * 2 * math.pi))
-            / (2 * math.log(self.theta))
-        )
+        if attention_factor is None:
+            attention_factor = 0.1 * math.log(max(factor, 1)) + 1.0
+        self.attention_scale = attention_factor
+        self.factor = factor
+        first = _yarn_pair(beta_fast, original_max_position_embeddings, head_dim, theta)
+        last = _yarn_pair(beta_slow, original_max_position_embeddings, head_dim, theta)
+        self.first = max(math.floor(first), 0)
+        self.last = min(math.ceil(last), head_dim - 1)
 
     def inverse_frequencies(self, device: torch.device | None = None) -> torch.Tensor:
-        """Radians a token, [head_dim / 2] float32."""
-        first = max(math.floor(self._pair_with(self.beta_fast)), 0)
-        last = min(math.ceil(self._pair_with(self.beta_slow)), self.head_dim - 1)
+        """Return radians a token, [h / 2] float32, by Hugging Face's operations."""
         pairs = torch.arange(self.head_dim // 2, dtype=torch.float32, device=device)
-        slowed = ((pairs - first) / max(last - first, 0.001)).clamp(
-            0, 1
-        )  # 0: as it was, 1: by the whole factor
-        # in Hugging Face's order of operations, so that the results are equal bit for
-        # bit
-        wavelengths = self.theta ** (
-            torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device)
-            / self.head_dim
-        )
-        return 1.0 / (self.factor * wavelengths) * (
-            1 - (1 - slowed)
-        ) + 1.0 / wavelengths * (1 - slowed)
+        ramp = (pairs - self.first) / max(self.last - self.first, 0.001)
+        kept = 1 - ramp.clamp(0, 1)  # [h / 2]: 1 as it was, 0 slowed down by `factor`
+        periods = self.theta ** (2 * pairs / self.head_dim)
+        return 1.0 / (self.factor * periods) * (1 - kept) + 1.0 / periods * kept

@@ -12,16 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qwen_analog.config import QwenConfig
+from qwen_analog.distributed import DistributedContext
 from qwen_analog.loss import IGNORE_INDEX
 from qwen_analog.model import QwenForCausalLM
 from qwen_analog.optim import build_optimizers
-from qwen_analog.parallel import (
-    DistributedContext,
-    build_model,
-    clip_grad_norm,
-    gradient_sync,
-    make_mesh,
-)
+from qwen_analog.parallel import build_model, clip_grad_norm, gradient_sync, make_mesh
 
 T, BLOCKS, STEPS = 16, 16, 5  # tokens a block, blocks a step, steps
 

@@ -1,4 +1,4 @@
-"""What `test_parallel.py` runs to see processes fail: one scenario after the other,
+"""What `test_distributed.py` runs to see processes fail: one scenario after the other,
 each on forked processes.
 
 `ranks_worker.py FOLDER NAME...` writes what each process ended with, its exit code and
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from qwen_analog import parallel
-from qwen_analog.parallel import DistributedContext, RankError
+from qwen_analog import distributed
+from qwen_analog.distributed import DistributedContext, RankError
 
 FOLDER = Path(sys.argv[1])
 QUICK = 0.05  # minutes: three seconds
@@ -44,7 +44,7 @@ def error_in_a_collective(processes):
 def interrupted(processes):
     if processes.rank == 1:
         raise KeyboardInterrupt
-    processes.meet()
+    processes.barrier()
 
 
 def killed_in_a_collective(processes):
@@ -178,7 +178,7 @@ class Scenario:
 
 
 if __name__ == "__main__":
-    parallel.BEAT, parallel.GRACE, parallel.JOIN = 0.5, 4, 4.0
+    distributed.HEARTBEAT, distributed.GRACE, distributed.JOIN_TIMEOUT = 0.5, 4, 4.0
     scenarios, until = [Scenario(name) for name in sys.argv[2:]], time.monotonic() + 60
     while not all([scenario.ended(time.monotonic() > until) for scenario in scenarios]):
         time.sleep(0.05)

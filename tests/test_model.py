@@ -116,10 +116,7 @@ def test_other_arguments_that_do_not_fit_are_refused(model, arguments, message):
 
 def test_generation_settings_belong_to_one_model_and_go_where_it_goes():
     model, other = QwenForCausalLM(TINY), QwenForCausalLM(TINY)
-    assert (
-        model.generation_config == {}
-        and model.generation_config is not other.generation_config
-    )
+    assert model.generation_config == {} == other.generation_config
     model.generation_config = {"eos_token_id": [5], "top_k": 3}
     other.load_state_dict(model.state_dict())
     assert other.generation_config == {} and not any(

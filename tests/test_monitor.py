@@ -1,5 +1,6 @@
 """The log of a run: torn lines, full disks, numbers that are none."""
 
+import copy
 import json
 import math
 import os
@@ -9,11 +10,13 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qwen_analog.data import TokenSequence
 from qwen_analog.monitor import (
     LogFile,
+    LossSpikeDetector,
     RunLog,
     documents_of_step,
     log_entries,
@@ -34,8 +37,8 @@ def block(*sources):
 def log_of(steps, directory="run", **options):
     log = RunLog(directory, **{"tensorboard": False, **options})
     for step in steps:
-        log.consume(step, {"position": step}, [block(f"d.jsonl:{step}")])
-        log.write(step, loss=5.0 / step)
+        log.log_documents(step, {"position": step}, [block(f"d.jsonl:{step}")])
+        log.log_metrics(step, loss=5.0 / step)
     log.close()
 
 
@@ -144,8 +147,8 @@ def test_a_full_disk_names_the_file(name):
     with pytest.raises(
         OSError, match=rf"^run/{name} cannot be written: \[Errno 28\]"
     ) as raised:
-        log.consume(1, {}, [])
-        log.write(1, loss=1.0)
+        log.log_documents(1, {}, [])
+        log.log_metrics(1, loss=1.0)
     log.close()  # nothing is held back that could fail once more
     assert "\n" not in str(raised.value)
 
@@ -157,7 +160,7 @@ def test_what_is_in_the_way_is_named():
         with pytest.raises(
             OSError, match=f"^{directory}/metrics.jsonl cannot be written"
         ):
-            RunLog(directory).write(1, loss=1.0)
+            RunLog(directory).log_metrics(1, loss=1.0)
 
 
 LIMITED = """
@@ -167,7 +170,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 log = RunLog("run")
 try:
     for step in range(1, 1000):
-        log.write(1, loss=1.0) if step == 1 else log._board.scalar("loss", 1.0, step)
+        log.log_metrics(1, loss=1.0) if step == 1 else log._board.add_scalar("loss", 1.0, step)
 except OSError as error:
     print(error)
 log.close()
@@ -191,7 +194,7 @@ def test_a_full_disk_under_tensorboard_is_one_line_too():
 def test_tensorboard_reads_what_is_written_and_drops_what_was_taken_back():
     log_of([1, 2, 3, 4], tensorboard=True)
     log_of([3, 4, 5], tensorboard=True)
-    RunLog("run").write(
+    RunLog("run").log_metrics(
         6, loss=math.nan, text="no number"
     )  # in the file when `write` returns
     events = EventAccumulator("run/tensorboard").Reload()
@@ -206,7 +209,7 @@ def test_tensorboard_reads_what_is_written_and_drops_what_was_taken_back():
 
 
 def test_numbers_that_are_not_finite_are_null():
-    RunLog("run", tensorboard=False).write(
+    RunLog("run", tensorboard=False).log_metrics(
         1, loss=math.nan, grad_norm=math.inf, rate=0.5
     )
     assert (
@@ -227,8 +230,8 @@ def test_new_directories_are_on_the_disk(monkeypatch):
     )
     here = Path.cwd()
     log = RunLog("a/run", tensorboard=False)
-    log.consume(1, {}, [])
-    log.write(1, loss=1.0)
+    log.log_documents(1, {}, [])
+    log.log_metrics(1, loss=1.0)
     assert {str(here), str(here / "a"), str(here / "a/run")} <= set(
         flushed
     )  # where the new directories' entries are
@@ -290,3 +293,78 @@ def test_a_file_is_appended_to_whole():
     assert (
         Path("new/x.bin").read_bytes() == b"a" * 100_000 + b"b"
     )  # records, which end in no line, stay
+
+
+def falling(steps, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    t = torch.arange(steps)
+    return (
+        2.5
+        + 7 * (1 + t / 20) ** -0.5
+        + 0.1 * torch.randn(steps, generator=g, dtype=torch.float64)
+    ).tolist()
+
+
+def test_the_detector_is_quiet_on_a_noisy_falling_loss_and_hears_a_jump():
+    losses, detector = falling(20_000), LossSpikeDetector()
+    alarms = sum(detector.update(loss) for loss in losses)
+    assert alarms <= 2
+    assert not detector.update(losses[-1] - 1.5)  # a step down is good news
+    assert detector.update(losses[-1] + 1.0) and detector.update(
+        losses[-1] + 1.0
+    )  # the first does not hide the second
+    for at in range(200, 1000, 97):
+        detector = LossSpikeDetector()
+        assert not any([detector.update(loss) for loss in losses[:at]])
+        assert detector.update(max(losses[at - 64 : at]) + 1.0), at
+    detector = LossSpikeDetector()
+    assert not any(
+        detector.update(loss) for loss in losses[:63]
+    ) and not detector.update(100.0)  # too early to know
+
+
+def test_the_detector_gets_used_to_a_new_level():
+    detector = LossSpikeDetector(window=10)
+    heard = [detector.update(loss) for loss in [1.0] * 10 + [2.0] * 20]
+    assert heard[10:15] == [True] * 5 and not any(heard[:10] + heard[20:])
+    assert not detector.update(2.01) and detector.update(
+        2.02
+    )  # equal losses: a thousandth counts as deviation
+
+
+def test_the_detector_reports_what_is_not_finite_and_forgets_it():
+    detector, plain, losses = (
+        LossSpikeDetector(window=20),
+        LossSpikeDetector(window=20),
+        falling(100),
+    )
+    for i, loss in enumerate(losses):
+        if i % 10 == 0:
+            assert all(
+                detector.update(bad) is True for bad in (math.nan, math.inf, -math.inf)
+            )
+        assert detector.update(loss) is plain.update(loss)
+    assert detector.state_dict() == plain.state_dict()
+
+
+def test_the_detector_resumes_exactly():
+    losses = falling(300) + [9.0, 4.0, 9.0]
+    for cut in (0, 5, 64, 200, 301):
+        detector, resumed = LossSpikeDetector(), LossSpikeDetector()
+        for loss in losses[:cut]:
+            detector.update(loss)
+        state = detector.state_dict()
+        assert all(type(value) is float for value in state["losses"])
+        resumed.load_state_dict(copy.deepcopy(state))
+        assert [detector.update(loss) for loss in losses[cut:]] == [
+            resumed.update(loss) for loss in losses[cut:]
+        ]
+        assert resumed.state_dict() == detector.state_dict()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"window": 1}, {"threshold": 0.0}, {"threshold": math.nan}]
+)
+def test_the_detector_refuses_senseless_settings(wrong):
+    with pytest.raises(ValueError, match=str(*wrong.values())):
+        LossSpikeDetector(**wrong)
