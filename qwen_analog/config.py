@@ -284,7 +284,7 @@ class GenerationDefaults(DictView):
         known = {f.name: getattr(self, f.name) for f in fields(self)[:-1]}
         known["eos_token_id"] = list(self.eos_token_id) or None
         set_here = {name: value for name, value in known.items() if value is not None}
-        return set_here | self.others
+        return self.others | set_here
 
 
 # %% ../chapters/08_config.ipynb #5ddfd944

@@ -301,9 +301,7 @@ class CheckpointMixin(PreTrainedModel):
 
         return load(source, **options)[0]
 
-    def save_pretrained(
-        self, directory: str | Path, tokenizer=None, dtype=None
-    ) -> Path:
+    def save_pretrained(self, directory: str | Path, tokenizer=None, dtype=None):
         """Write what `transformers` loads; see `qwen_analog.hf.save_pretrained`."""
         from qwen_analog.hf import save_pretrained
 

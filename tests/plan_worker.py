@@ -13,8 +13,10 @@ import torch
 from qwen_analog.data import TokenSequence
 from qwen_analog.memory import set_activation_checkpointing
 from qwen_analog.optim import build_optimizers
-from qwen_analog.parallel import DistributedContext, build_model, make_mesh
-from qwen_analog.train import TrainConfig, train_step
+from qwen_analog.distributed import DistributedContext
+from qwen_analog.parallel import build_model, make_mesh
+from qwen_analog.step import micro_batches, train_step
+from qwen_analog.train_config import TrainConfig
 
 torch.set_num_threads(1)
 output = Path(sys.argv[1])
@@ -35,11 +37,10 @@ with DistributedContext() as processes:
         set_activation_checkpointing(model, config.activation_checkpointing)
         optimizers = build_optimizers(model, 1e-3, kind=config.optimizer)
         ids = torch.zeros(config.sequence_length, dtype=torch.int64)
-        blocks = [TokenSequence(ids, ids, ids, [])] * (
-            config.micro_batch_size * config.gradient_accumulation_steps
-        )
+        count = config.micro_batch_size * config.gradient_accumulation_steps
+        batches = micro_batches([TokenSequence(ids, ids, ids, [])] * count, config)
         for _ in range(2):  # DDP arranges its buckets anew in the second step
-            train_step(wrapped, optimizers, blocks, config, processes)
+            train_step(wrapped, optimizers, batches, config, processes)
         state = [
             value
             for optimizer in optimizers
@@ -52,21 +53,17 @@ with DistributedContext() as processes:
             if isinstance(tensor, torch.Tensor)
         ]
         held = sum(tensor.nbytes for tensor in tensors)
-        if (
-            wrapped is not model
-        ):  # DDP's buckets, which hold the gradients, are there already
+        if wrapped is not model:  # DDP's buckets hold the gradients already
             held += sum(p.nbytes for p in model.parameters())
         peaks = []
-        for _ in range(
-            5
-            # on a busy machine gloo's threads hold a buffer for longer: the least of
-            # several steps counts
-        ):
+        # on a busy machine gloo's threads hold a buffer for longer: the least of
+        # several steps counts
+        for _ in range(5):
             time.sleep(0.3)  # what they still hold is not this step's
             with torch.profiler.profile(
                 activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
             ) as profile:
-                train_step(wrapped, optimizers, blocks, config, processes)
+                train_step(wrapped, optimizers, batches, config, processes)
             trace = output / f"trace_{processes.rank}.json"
             profile.export_chrome_trace(str(trace))
             changes = sorted(

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from qwen_analog import loss as loss_module
 from qwen_analog.loss import (
     IGNORE_INDEX,
     bits_per_byte,
@@ -383,8 +385,13 @@ FULL_SIZE = """
 import re, sys, torch
 from qwen_analog.loss import linear_cross_entropy
 T, D, V = 4096, 2048, 151_936
-status = lambda field: int(re.search(field + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-hidden, weight = torch.randn(T, D, requires_grad=True), (0.02 * torch.randn(V, D)).requires_grad_()
+def status(field):
+    text = open("/proc/self/status").read()
+    return int(re.search(field + r":\\s+(\\d+)", text)[1]) * 1024
+
+
+hidden = torch.randn(T, D, requires_grad=True)
+weight = (0.02 * torch.randn(V, D)).requires_grad_()
 before = status("VmRSS")
 with torch.autocast("cpu", torch.bfloat16):
     loss = linear_cross_entropy(hidden, weight, torch.randint(V, (T,)))
@@ -439,3 +446,175 @@ def test_cross_entropy_is_float32_inside():
 
 def test_bits_per_byte():
     assert bits_per_byte(8 * 10 * math.log(2), 10) == pytest.approx(8)
+
+
+def chunk_loss(
+    h,
+    w,
+    targets,
+    z_loss,
+    grad_h,
+    grad_w,
+    *,
+    one_hot=1,
+    ignored_lost=False,
+    z_sign=1,
+    z_slope=2,
+):
+    """`_chunk_loss` written once more, with places to break it."""
+    real = targets != IGNORE_INDEX
+    ids = targets.where(real, 0)
+    logits = loss_module._widened(F.linear(h, w))
+    log_p = F.log_softmax(logits, dim=-1)
+    loss, log_z = -log_p.gather(1, ids), logits.logsumexp(1, keepdim=True)
+    error = log_p.exp() * (1 + z_slope * z_loss * log_z)
+    error = error.scatter_add(1, ids, -one_hot * torch.ones_like(loss))
+    loss_module._add_gradients(error.to(h.dtype), h, w, real, grad_h, grad_w)
+    total = loss + z_sign * z_loss * log_z**2
+    return total.sum() if ignored_lost else total.where(real, 0).sum()
+
+
+def add_gradients(error, h, w, real, grad_h, grad_w, *, change):
+    """`_add_gradients` with another rule."""
+    rows, weights = change(real)
+    if grad_h is not None:
+        grad_h.copy_((error @ w) * rows)
+    if grad_w is not None:
+        grad_w += error.T @ (h * weights)
+
+
+def last_chunk_only(error, h, w, real, grad_h, grad_w):
+    grad_h.copy_((error @ w) * real)
+    grad_w.copy_(error.T @ (h * real))
+
+
+def summed_in_bfloat16(
+    error, h, w, real, grad_h, grad_w, add=loss_module._add_gradients
+):
+    add(error, h, w, real, grad_h, grad_w)
+    if grad_w is not None:
+        grad_w.copy_(grad_w.bfloat16())
+
+
+def overflowing(logits, dim):
+    return (logits.exp() / logits.exp().sum(dim, keepdim=True)).log()
+
+
+def softmax_in_bfloat16(logits, dim, real=F.log_softmax):
+    return real(logits.bfloat16(), dim).to(logits.dtype)
+
+
+def wrong_mean(total, targets, reduction, *, count):
+    return total if reduction == "sum" else total / count(targets)
+
+
+def scaled_in_place(ctx, upstream):
+    return *(g.mul_(upstream) for g in ctx.saved_tensors), None, None, None
+
+
+def not_scaled(ctx, upstream):
+    return *ctx.saved_tensors, None, None, None
+
+
+def broken_chunk(**changes):
+    return loss_module, "_chunk_loss", partial(chunk_loss, **changes)
+
+
+def broken_rows(change):
+    return loss_module, "_add_gradients", partial(add_gradients, change=change)
+
+
+def broken_mean(count):
+    return loss_module, "_reduce", partial(wrong_mean, count=count)
+
+
+def broken_backward(function):
+    return loss_module._ChunkedCrossEntropy, "backward", staticmethod(function)
+
+
+MUTANTS = {
+    "maximum not subtracted": (loss_module.F, "log_softmax", overflowing),
+    "softmax in bfloat16": (loss_module.F, "log_softmax", softmax_in_bfloat16),
+    "float64 narrowed": (loss_module, "_widened", lambda x: x.float().to(x.dtype)),
+    "one-hot forgotten": broken_chunk(one_hot=0),
+    "ignored targets in the loss": broken_chunk(ignored_lost=True),
+    "z-loss with the wrong sign": broken_chunk(z_sign=-1),
+    "z-loss without its gradient": broken_chunk(z_slope=0),
+    "z-loss gradient without the 2": broken_chunk(z_slope=1),
+    "ignored rows get a gradient": broken_rows(lambda real: (1, real)),
+    "ignored rows in the weight": broken_rows(lambda real: (real, 1)),
+    "last chunk only": (loss_module, "_add_gradients", last_chunk_only),
+    "weight's gradient in bfloat16": (
+        loss_module,
+        "_add_gradients",
+        summed_in_bfloat16,
+    ),
+    "ignored targets in the count": broken_mean(lambda t: t.numel()),
+    "no guard for an empty count": broken_mean(lambda t: (t != IGNORE_INDEX).sum()),
+    "sum divided like a mean": (
+        loss_module,
+        "_reduce",
+        lambda total, targets, reduction: total / (targets != IGNORE_INDEX).sum(),
+    ),
+    "kept gradients scaled in place": broken_backward(scaled_in_place),
+    "upstream factor forgotten": broken_backward(not_scaled),
+}
+
+
+def relative(found, expected):
+    return max(
+        ((a.double() - b).abs().max() / b.abs().max()).item()
+        for a, b in zip(found, expected)
+    )
+
+
+def first_difference():
+    """The first case in which the loss differs from the naive formula, or None."""
+    hidden, weight, targets = problem()
+    for options in ({}, {"reduction": "sum"}, {"z_loss": 0.1}):
+        got = results(
+            linear_cross_entropy, hidden, weight, targets, chunk_size=5, **options
+        )
+        if relative(got, NAIVE[str(options)]) > 1e-9:
+            return f"{options}"
+    value = 3 * linear_cross_entropy(hidden, weight, targets)
+    try:
+        once, again = (
+            torch.autograd.grad(value, weight, retain_graph=True)[0].clone()
+            for _ in range(2)
+        )
+    except RuntimeError as error:
+        return str(error)
+    if relative([once, again], [3 * NAIVE["{}"][2]] * 2) > 1e-9:
+        return "three times the loss, twice"
+    single = results(linear_cross_entropy, hidden.float(), weight.float(), targets)
+    if relative(single, NAIVE["{}"]) > 1e-5:
+        return "float32"
+    if not linear_cross_entropy(
+        1000 * hidden.float(), weight.float(), targets
+    ).isfinite():
+        return "large logits"
+    nothing = torch.full_like(targets, IGNORE_INDEX)
+    empty = results(linear_cross_entropy, hidden, weight, nothing)
+    return "nothing to predict" if any(x.any() for x in empty) else None
+
+
+NAIVE = {
+    str(options): results(naive, *problem(), **options)
+    for options in ({}, {"reduction": "sum"}, {"z_loss": 0.1})
+}
+
+
+def test_the_loss_is_the_naive_one_whole_and_written_once_more(monkeypatch):
+    assert first_difference() is None
+    monkeypatch.setattr(*broken_chunk())
+    assert first_difference() is None
+    monkeypatch.setattr(*broken_rows(lambda real: (real, real)))
+    assert first_difference() is None
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_mutant_loss_is_noticed(mutant, monkeypatch):
+    monkeypatch.setattr(*MUTANTS[mutant])
+    assert first_difference() is not None

@@ -24,7 +24,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from qwen_analog import QwenConfig, QwenForCausalLM
 from qwen_analog.optim import (
     AdamWBf16,
-    LossSpikeDetector,
     build_optimizers,
     learning_rate_at,
     parameter_groups,
@@ -532,78 +531,3 @@ def _sharded(rank, folder):
 
 def test_sharded_parameters_get_the_updates_of_whole_ones(tmp_path):
     mp.spawn(_sharded, (tmp_path,), nprocs=2)
-
-
-def falling(steps, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    t = torch.arange(steps)
-    return (
-        2.5
-        + 7 * (1 + t / 20) ** -0.5
-        + 0.1 * torch.randn(steps, generator=g, dtype=torch.float64)
-    ).tolist()
-
-
-def test_the_watch_is_quiet_on_a_noisy_falling_loss_and_hears_a_jump():
-    losses, watch = falling(20_000), LossSpikeDetector()
-    alarms = sum(watch.update(loss) for loss in losses)
-    assert alarms <= 2
-    assert not watch.update(losses[-1] - 1.5)  # a step down is good news
-    assert watch.update(losses[-1] + 1.0) and watch.update(
-        losses[-1] + 1.0
-    )  # the first does not hide the second
-    for at in range(200, 1000, 97):
-        watch = LossSpikeDetector()
-        assert not any([watch.update(loss) for loss in losses[:at]])
-        assert watch.update(max(losses[at - 64 : at]) + 1.0), at
-    watch = LossSpikeDetector()
-    assert not any(watch.update(loss) for loss in losses[:63]) and not watch.update(
-        100.0
-    )  # too early to know
-
-
-def test_the_watch_gets_used_to_a_new_level():
-    watch = LossSpikeDetector(window=10)
-    heard = [watch.update(loss) for loss in [1.0] * 10 + [2.0] * 20]
-    assert heard[10:15] == [True] * 5 and not any(heard[:10] + heard[20:])
-    assert not watch.update(2.01) and watch.update(
-        2.02
-    )  # equal losses: a thousandth counts as deviation
-
-
-def test_the_watch_reports_what_is_not_finite_and_forgets_it():
-    watch, plain, losses = (
-        LossSpikeDetector(window=20),
-        LossSpikeDetector(window=20),
-        falling(100),
-    )
-    for i, loss in enumerate(losses):
-        if i % 10 == 0:
-            assert all(
-                watch.update(bad) is True for bad in (math.nan, math.inf, -math.inf)
-            )
-        assert watch.update(loss) is plain.update(loss)
-    assert watch.state_dict() == plain.state_dict()
-
-
-def test_the_watch_resumes_exactly():
-    losses = falling(300) + [9.0, 4.0, 9.0]
-    for cut in (0, 5, 64, 200, 301):
-        watch, resumed = LossSpikeDetector(), LossSpikeDetector()
-        for loss in losses[:cut]:
-            watch.update(loss)
-        state = watch.state_dict()
-        assert all(type(value) is float for value in state["losses"])
-        resumed.load_state_dict(copy.deepcopy(state))
-        assert [watch.update(loss) for loss in losses[cut:]] == [
-            resumed.update(loss) for loss in losses[cut:]
-        ]
-        assert resumed.state_dict() == watch.state_dict()
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"window": 1}, {"threshold": 0.0}, {"threshold": math.nan}]
-)
-def test_the_watch_refuses_senseless_settings(wrong):
-    with pytest.raises(ValueError, match=str(*wrong.values())):
-        LossSpikeDetector(**wrong)

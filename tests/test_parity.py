@@ -88,18 +88,15 @@ def distances(ours, theirs):
     weights = torch.randn(b.shape, generator=torch.Generator().manual_seed(2)).to(b)
     (a * weights).sum().backward()
     (b * weights).sum().backward()
-    reference = dict(theirs.named_parameters())
-    gradients = [
-        (
-            math.inf
-            if p.grad is None
-            else (
-                (p.grad - reference[name].grad).abs().max()
-                / reference[name].grad.abs().max()
-            ).item()
+    ours_by_name, gradients = dict(ours.named_parameters()), []
+    for name, p in theirs.named_parameters():
+        got = ours_by_name[name].grad if name in ours_by_name else None
+        gap = (
+            (got - p.grad).abs().max() / p.grad.abs().max()
+            if got is not None
+            else math.inf
         )
-        for name, p in ours.named_parameters()
-    ]
+        gradients.append(float(gap))
     return {
         "logits": ((a - b).abs().max() / b.abs().max()).item(),
         "gradients": max(gradients),
@@ -213,6 +210,74 @@ def query_only(x, cos, sin):
     )
 
 
+def block(rule):
+    """Give every block another rule: x, attention, mlp, both norms -> the new x."""
+
+    def forward(self, x, cos, sin, mask=None, cache=None):
+        def attend(v):
+            return self.self_attn(v, cos, sin, mask, cache)
+
+        norms = self.input_layernorm, self.post_attention_layernorm
+        return rule(x, attend, self.mlp, *norms)
+
+    return replace(model_module.DecoderLayer, "forward", forward)
+
+
+def mlp_first(x, attend, mlp, n1, n2):
+    x = x + mlp(n2(x))
+    return x + attend(n1(x))
+
+
+def adds_to_the_normed(x, attend, mlp, n1, n2):
+    x = n1(x)
+    x = n2(x + attend(x))
+    return x + mlp(x)
+
+
+def one_norm(x, attend, mlp, n1, n2):
+    x = x + attend(n1(x))
+    return x + mlp(n1(x))
+
+
+def cut_last(patch, ours):
+    ours.model.layers = ours.model.layers[:-1]
+
+
+def reverse_blocks(patch, ours):
+    ours.model.layers = ours.model.layers[::-1]
+
+
+def norm_after_head(patch, ours):
+    weight, head = ours.model.norm.weight, ours.lm_head.weight
+    ours.model.norm = torch.nn.Identity()
+    ours.lm_head.forward = lambda x: F.rms_norm(
+        (x * weight) @ head.T, (len(head),), eps=1e-6
+    )
+
+
+def scaled_embedding(patch, ours):
+    ours.model.embed_tokens.register_forward_hook(
+        lambda module, args, out: out * out.shape[-1] ** 0.5
+    )
+
+
+def fresh_head(patch, ours):
+    ours.lm_head.weight = torch.nn.Parameter(torch.randn_like(ours.lm_head.weight))
+
+
+def copied_head(patch, ours):
+    ours.lm_head.weight = torch.nn.Parameter(ours.lm_head.weight.detach().clone())
+
+
+def positions(change):
+    def mutate(patch, ours):
+        ours.model.rotary_emb.register_forward_pre_hook(
+            lambda module, args: (change(args[0]), args[1])
+        )
+
+    return mutate
+
+
 MUTANTS = {
     "no q bias": drop_bias("q_proj"),
     "no k bias": drop_bias("k_proj"),
@@ -231,9 +296,25 @@ MUTANTS = {
     "KV heads tiled": replace(attention.F, "scaled_dot_product_attention", tiled_heads),
     "post-norm": replace(model_module.DecoderLayer, "forward", post_norm),
     "no residual": replace(model_module.DecoderLayer, "forward", no_residual),
+    "branches in parallel": block(
+        lambda x, attend, mlp, n1, n2: x + attend(n1(x)) + mlp(n2(x))
+    ),
+    "mlp before attention": block(mlp_first),
+    "adds to the normed vector": block(adds_to_the_normed),
+    "one norm for both": block(one_norm),
+    "blocks in reverse order": reverse_blocks,
+    "last block left out": cut_last,
+    "norm after the head": norm_after_head,
+    "embedding times sqrt(D)": scaled_embedding,
+    "untied: a fresh head": fresh_head,
+    "untied: a copied head": copied_head,
+    "all positions 0": positions(torch.zeros_like),
+    "positions reversed": positions(lambda p: p.flip(-1)),
+    "positions doubled": positions(lambda p: 2 * p),
 }
 
 
+@pytest.mark.mutant
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_mutant_is_killed(mutant, monkeypatch, record_property):
     ours, theirs = pair(torch.float64)
@@ -248,3 +329,9 @@ def test_mutant_is_killed(mutant, monkeypatch, record_property):
     found = distances(ours, theirs)
     record_property("mutant", (mutant, found))  # conftest.py prints the table
     assert max(found.values()) > 100 * BOUND[torch.float64]
+
+
+def test_positions_are_relative():
+    ours, theirs = pair(torch.float64)
+    positions(lambda p: p + 1)(None, ours)
+    assert disagreement(ours, theirs) < BOUND[torch.float64]

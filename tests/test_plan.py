@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen_analog import plan as module
+from qwen_analog import QwenForCausalLM, plan as module
 from qwen_analog.cli import main as cli
+from qwen_analog.hardware import GPUS
 from qwen_analog.memory import flops_per_token
-from qwen_analog.monitor import GPUS
 from qwen_analog.plan import (
     add_arguments,
     cheapest_fit,
@@ -26,7 +26,7 @@ from qwen_analog.plan import (
     run,
     simulate,
 )
-from qwen_analog.train import TrainConfig
+from qwen_analog.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = dict(
@@ -73,6 +73,7 @@ REAL = {
 }
 
 
+@pytest.mark.slow
 def test_two_real_processes_hold_what_was_planned(tmp_path):
     (tmp_path / "configs.jsonl").write_text(
         "".join(config.model_dump_json() + "\n" for config in REAL.values())
@@ -150,6 +151,84 @@ def test_what_is_sent_grows_with_micro_batches_only_where_it_is_sent_with_each()
         kept["all-gather"] < 0.7 * freed["all-gather"]
         and kept["reduce-scatter"] == freed["reduce-scatter"]
     )
+
+
+def fault(target, name, value):
+    return lambda patch: patch.setattr(target, name, value)
+
+
+def one_micro_batch(sequences, config, real=module.micro_batches):
+    return real(sequences, config)[:1]
+
+
+def without_state(self, category, tensors, real=module.StorageTracker.mark):
+    real(self, "other" if category == "optimizer" else category, tensors)
+
+
+def sent_once(name, args, replicas, real=module._ring_bytes):
+    if name == "c10d::allreduce_":
+        return {"all-reduce": real(name, args, replicas)["all-reduce"] // 2}
+    return real(name, args, replicas)
+
+
+def whole_tensors(name, args, replicas, real=module._ring_bytes):
+    if name == "c10d::_allgather_base_":
+        return {"all-gather": args[0].nbytes}
+    return real(name, args, replicas)
+
+
+def reduced_each_time(run, passes, update, real=module._bytes_of_a_step):
+    sent = real(run, passes, update)
+    return {kind: round(passes[kind] * run.repeats) or sent[kind] for kind in sent}
+
+
+MUTANTS = {
+    "one micro-batch for four": fault(module, "micro_batches", one_micro_batch),
+    "optimizer states are activations": fault(
+        module.StorageTracker, "mark", without_state
+    ),
+    "an all-reduce is sent once": fault(module, "_ring_bytes", sent_once),
+    "a whole tensor a gather": fault(module, "_ring_bytes", whole_tensors),
+    "gradients sent with every micro-batch": fault(
+        module, "_bytes_of_a_step", reduced_each_time
+    ),
+    "attention is not counted": fault(module, "_FLOPS", {}),
+}
+
+
+def differs():
+    """Compare a plan with what is known without it; True where it is wrong."""
+    config = settings(optimizer="muon", gradient_accumulation_steps=4)
+    plan, shape = simulate(config), config.qwen_config()
+    with torch.device("meta"):
+        parameters = QwenForCausalLM(shape).count_parameters()
+    expected = flops_per_token(shape, 192) * 192 * 8
+    spread = settings(parallel="hsdp", shard_size=4, gradient_accumulation_steps=4)
+    sent = simulate(spread, 8).sent
+    blocks = QwenForCausalLM(shape).model.layers
+    outside = parameters - sum(p.numel() for p in blocks.parameters())
+    by_hand = {
+        "all-gather": 4 * 3 / 4 * 4 * (2 * parameters - outside),
+        "reduce-scatter": 4 * 3 / 4 * 4 * parameters,
+        "all-reduce": 2 * 1 / 2 * 4 * parameters / 4,
+    }
+    states = plan.memory.get("optimizer", 0) / (4 * parameters)  # Muon 1, AdamW 2
+    return (
+        abs(plan.flops / expected - 1) > 0.02
+        or not 1 < states < 2
+        or any(abs(sent[kind] / by_hand[kind] - 1) > 0.02 for kind in by_hand)
+    )
+
+
+def test_a_plan_is_what_is_known_without_it():
+    assert not differs()
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_mutant_plan_is_noticed(mutant, monkeypatch):
+    MUTANTS[mutant](monkeypatch)
+    assert differs()
 
 
 def test_more_processes_hold_less_each():
@@ -265,7 +344,7 @@ def test_the_readme_says_what_the_plan_says():
         add_arguments(parser)
         arguments = parser.parse_args(flags.split())
         arguments.config = str(ROOT / "qwen_analog" / "train_config.json")
-        config = module.config_from_arguments(arguments)
+        config = module.given_settings(arguments)
         ledger, gpu = estimate_for(config, int(gpus)).total, GPUS[name]
         rate = (
             0.4

@@ -1,0 +1,180 @@
+"""What `QwenConfig` refuses, with each rule left out once, and what generation settings
+keep and refuse.
+"""
+
+import copy
+import json
+import pickle
+
+import pytest
+
+from qwen_analog import config as module
+from qwen_analog.config import PRESETS, GenerationDefaults, QwenConfig
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+WRONG = [
+    ("vocab_size", 0),
+    ("hidden_size", 2048.0),
+    ("num_hidden_layers", True),
+    ("num_hidden_layers", -4),
+    ("num_attention_heads", "16"),
+    ("intermediate_size", None),
+    ("max_position_embeddings", 0),
+    ("num_key_value_heads", 6),
+    ("hidden_size", 2050),
+    ("head_dim", 0),
+    ("head_dim", 65),
+    ("head_dim", 64.0),
+    ("head_dim", True),
+    ("rope_theta", float("nan")),
+    ("rope_theta", float("inf")),
+    ("rope_theta", "1e6"),
+    ("rms_norm_eps", -1e-6),
+    ("initializer_range", 0),
+    ("initializer_range", True),
+    ("rope_scaling", 4.0),
+    ("rope_scaling", {"rope_type": "linear", "factor": 4.0}),
+    ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+    ("rope_scaling", {**YARN, "factor": 0}),
+    ("rope_scaling", {**YARN, "mscale": 1.0}),
+    ("tie_word_embeddings", 1),
+    ("attention_bias", "yes"),
+    ("hidden_size", 10**12),
+    ("num_kv_heads", 2),
+]
+RIGHT = [
+    {},
+    {"head_dim": 80},
+    {"num_key_value_heads": 1},
+    {"num_key_value_heads": 16},
+    {"rope_theta": 10000},
+    {"hidden_size": 2050, "head_dim": 128},
+    {"rope_scaling": {**YARN, "beta_fast": 16}},
+    {"tie_word_embeddings": False},
+    {"attention_bias": False},
+]
+
+
+def first_wrong_decision():
+    for field, value in WRONG:
+        try:
+            QwenConfig.from_dict({field: value})
+        except ValueError as error:
+            if field not in str(error):
+                return f"{field}={value!r}: {error}"
+        except Exception as error:
+            return f"{field}={value!r}: {type(error).__name__}"
+        else:
+            return f"{field}={value!r} is accepted"
+    for values in RIGHT:
+        try:
+            QwenConfig.from_dict(values)
+        except ValueError as error:
+            return f"{values} is refused: {error}"
+    return None
+
+
+def test_it_refuses_what_is_wrong_and_nothing_else():
+    assert first_wrong_decision() is None
+
+
+def whole(change):
+    def is_whole(value, least, most, real=module._is_whole):
+        return change(value, least, most) or real(value, least, most)
+
+    return "_is_whole", is_whole
+
+
+def number_of(*types):
+    return "_is_number", lambda value: isinstance(value, types)
+
+
+def without(table, *names):
+    rows = getattr(module, table)
+    if isinstance(rows, tuple):
+        return table, tuple(name for name in rows if name not in names)
+    return table, {name: row for name, row in rows.items() if name not in names}
+
+
+def lazy_head_dim(config):
+    module._check_fields(config)
+    return config.head_dim or config.hidden_size // config.num_attention_heads
+
+
+MUTANTS = {
+    "counts may be booleans": whole(lambda v, least, most: v is True),
+    "counts may be zero": whole(lambda v, least, most: v == 0 and least == 1),
+    "counts may be negative": whole(lambda v, least, most: v == -4),
+    "counts may be huge": whole(
+        lambda v, least, most: type(v) is int and v > most and v > 10**9
+    ),
+    "counts may be floats": whole(
+        lambda v, least, most: isinstance(v, float) and v >= least
+    ),
+    "a text is a number": number_of(int, float, str),
+    "numbers must be floats": number_of(float),
+    "theta is not checked": without("_RANGES", "rope_theta"),
+    "eps is not checked": without("_RANGES", "rms_norm_eps"),
+    "the initial range is not checked": without("_RANGES", "initializer_range"),
+    "no flag is checked": without("_FLAGS", "tie_word_embeddings", "attention_bias"),
+    "ties are not checked": without("_FLAGS", "tie_word_embeddings"),
+    "biases are not checked": without("_FLAGS", "attention_bias"),
+    "theta may be infinite": (
+        "_RANGES",
+        {**module._RANGES, "rope_theta": (1, float("inf"))},
+    ),
+    "heads are not checked": ("_checked_head_dim", lazy_head_dim),
+    "stretching is not checked": ("_check_rope_scaling", lambda given: None),
+    "names are not checked": ("_check_names", lambda values, known: None),
+}
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_rule_left_out_is_noticed(mutant, monkeypatch):
+    monkeypatch.setattr(module, *MUTANTS[mutant])
+    assert first_wrong_decision() is not None
+
+
+def test_the_default_preset_has_two_names():
+    assert QwenConfig.from_preset("card") == QwenConfig.from_preset("analog-3b")
+    assert QwenConfig.from_preset("analog-3b") == QwenConfig()
+    assert "analog-3b" in PRESETS and "card" not in PRESETS
+    small = QwenConfig.from_preset("card", hidden_size=1024)
+    assert small.head_dim == 64
+
+
+GIVEN = {
+    "eos_token_id": [7, 5],
+    "bos_token_id": 1,
+    "do_sample": True,
+    "temperature": 0.7,
+    "top_k": 20,
+    "min_p": None,
+    "max_new_tokens": 2048,
+    "others": {"a": 1},
+}
+
+
+def test_settings_are_attributes_and_read_like_a_dict():
+    defaults = GenerationDefaults.from_dict(GIVEN, 10, "g.json")
+    assert defaults.eos_token_id == (7, 5) and defaults.temperature == 0.7
+    assert defaults.top_p is None and defaults.pad_token_id is None
+    assert defaults == GIVEN == defaults.to_dict() == dict(defaults) == {**defaults}
+    assert defaults["eos_token_id"] == [7, 5] and defaults.get("top_p") is None
+    assert "top_k" in defaults and len(defaults) == len(GIVEN)
+    assert json.loads(json.dumps(defaults.to_dict())) == GIVEN
+    again = GenerationDefaults.from_dict(defaults, 10, "g.json")
+    for same in (again, copy.deepcopy(defaults), pickle.loads(pickle.dumps(defaults))):
+        assert same == defaults and same != GenerationDefaults()
+    assert not GenerationDefaults() and GenerationDefaults() == {}
+    with pytest.raises(AttributeError):
+        defaults.top_k = 3
+    with pytest.raises(KeyError):
+        defaults["top_p"]
+
+
+@pytest.mark.parametrize("ends", [5, [5], (5,), [5, 5]])
+def test_end_ids_in_every_form(ends):
+    defaults = GenerationDefaults.from_dict({"eos_token_id": ends}, 10, "g.json")
+    assert defaults.eos_token_id == (5,) and defaults == {"eos_token_id": [5]}
