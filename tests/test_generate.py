@@ -6,14 +6,23 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from book import scramble_
 from hypothesis import given, settings, strategies as st
 from test_parity import BASE, SHAPES, pair
-from test_sampling import EXTREMES, chi_squared, warpers
+from test_sampling import EXTREMES, Waits, chi_squared, warpers
 
 from qwen_analog import QwenConfig, QwenForCausalLM
-from qwen_analog.generate import _padded, generate, pad_left, sampling_defaults
+from qwen_analog.generate import (
+    decode_steps,
+    generate,
+    own_stop_ids,
+    pad_left,
+    positions_and_mask,
+    sampling_defaults,
+)
 from qwen_analog.sampling import SamplingParams
+from qwen_analog.search import beam_search
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 MIXED = dict(temperature=0.8, top_k=30, top_p=0.95, min_p=0.02)
@@ -430,7 +439,7 @@ def test_every_token_sees_something():
     documentation promises).
     """
     for start, end in ((0, 9), (3, 9), (8, 9)):
-        positions, mask = _padded(torch.tensor([0, 5, 8]), start, end)
+        positions, mask = positions_and_mask(torch.tensor([0, 5, 8]), start, end)
         assert (
             positions.shape == (3, end - start)
             and mask.shape == (3, 1, end - start, end)
@@ -715,11 +724,8 @@ def test_the_models_own_end_tokens_end():
         ),
     )
     for wrong in (131, -1, "2", [1.5], True):
-        model.generation_config = {"eos_token_id": wrong}
-        with pytest.raises(
-            ValueError, match="eos_token_id of the model's generation_config"
-        ):
-            model.generate(ids, 3)
+        with pytest.raises(ValueError, match="generation_config: eos_token_id"):
+            model.generation_config = {"eos_token_id": wrong}
     for nothing in ({}, {"eos_token_id": None}, {"eos_token_id": []}):
         model.generation_config = nothing
         assert torch.equal(model.generate(ids, 30, temperature=0), free)
@@ -799,11 +805,10 @@ def test_what_generation_settings_mean(own, expected):
 )
 def test_settings_that_mean_nothing_are_named(name, value):
     model = model_of()
-    model.generation_config = {"temperature": 0.5, name: value}
     with pytest.raises(
-        ValueError, match=f"^the model's generation_config: {name} must be "
+        ValueError, match=f"generation_config: {name} must be "
     ) as error:
-        sampling_defaults(model)
+        model.generation_config = {"temperature": 0.5, name: value}
     assert "\n" not in str(error.value)
 
 
@@ -858,3 +863,98 @@ def test_generated_tokens_can_be_trained_on():
     assert (
         all(p.grad is not None for p in model.parameters()) and torch.is_grad_enabled()
     )
+
+
+def beams_of(model, ids, n, **options):
+    """Each prompt's beams by `beam_search` itself, filled up with the end token 7."""
+    found = [
+        beam.tokens
+        for row in ids
+        for beam in beam_search(model, row[None], n, **options)
+    ]
+    longest = max(map(len, found))
+    return torch.stack([F.pad(row, (0, longest - len(row)), value=7) for row in found])
+
+
+@pytest.mark.parametrize("length_penalty", [1.0, 0.0])
+def test_generate_with_beams_is_beam_search(length_penalty):
+    model, ids = model_of(torch.float32), prompt(2)
+    for options in (dict(), dict(eos_token_id=[7, 11], valid_vocab_size=100)):
+        options = dict(options, num_beams=3, length_penalty=length_penalty)
+        assert torch.equal(
+            model.generate(ids, 12, num_return_sequences=2, **options),
+            beams_of(model, ids, 12, num_return_sequences=2, **options),
+        )
+    neutral = dict(temperature=0, top_k=None, seed=None, use_cache=True)
+    assert torch.equal(
+        model.generate(ids, 5, num_beams=2, **neutral),
+        beams_of(model, ids, 5, num_beams=2),
+    )
+    own = model.generate(ids, 12, num_beams=3, eos_token_id=[7])
+    model.generation_config = {"eos_token_id": 7}
+    assert torch.equal(model.generate(ids, 12, num_beams=3), own)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(temperature=0.7),
+        dict(top_k=5),
+        dict(top_p=0.9),
+        dict(min_p=0.1),
+        dict(repetition_penalty=1.2),
+        dict(seed=1),
+        dict(attention_mask=torch.ones(3, 9)),
+        dict(use_cache=False),
+        dict(return_logprobs=True),
+    ],
+    ids=str,
+)
+def test_beams_refuse_what_belongs_to_drawing(options):
+    with pytest.raises(ValueError, match="leave out " + "".join(options)) as error:
+        model_of().generate(prompt(), 4, num_beams=2, **options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("num_beams", 0),
+        ("num_beams", 2.0),
+        ("num_beams", True),
+        ("length_penalty", 2.0),
+        ("length_penalty", math.nan),
+    ],
+)
+def test_beam_options_without_beams_are_refused(name, value):
+    with pytest.raises(ValueError, match=name):
+        model_of().generate(prompt(), 4, **{name: value})
+
+
+@pytest.mark.parametrize("copies", [1, 4])
+def test_one_wait_for_the_device_a_step(copies):
+    """What makes the host wait for a GPU, counted between two steps."""
+    model = model_of(torch.float32)
+    ids, mask = pad_left(ROWS, 0)
+    steps = decode_steps(
+        model,
+        ids,
+        8,
+        attention_mask=mask,
+        copies=copies,
+        eos_token_id=[5, 6],
+        seed=1,
+        **{**MIXED, "repetition_penalty": 1.2},
+    )
+    next(steps)
+    for _ in range(5):
+        with Waits() as waits:
+            next(steps)
+        assert waits.count == 1
+
+
+def test_own_stop_ids_are_those_of_the_settings():
+    model = model_of()
+    assert own_stop_ids(model) == []
+    model.generation_config = {"eos_token_id": [5, 7, 5]}
+    assert own_stop_ids(model) == [5, 7]

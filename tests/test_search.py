@@ -1,6 +1,4 @@
-"""Beams against Hugging Face's, speculation against the model's own distribution,
-prefixes against reading everything.
-"""
+"""Beams against Hugging Face's, speculation against the model's own distribution."""
 
 import math
 
@@ -11,8 +9,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qwen_analog import QwenConfig, QwenForCausalLM
 from qwen_analog import search as module
-from qwen_analog.generate import filter_logits
-from qwen_analog.search import PrefixCache, beam_search, speculate
+from qwen_analog.sampling import filter_logits
+from qwen_analog.search import beam_search, speculate
 
 SHAPE = dict(
     vocab_size=24,
@@ -195,19 +193,22 @@ def test_speculation_keeps_the_distribution(options):
 
 def test_speculation_without_the_correction_is_noticed(monkeypatch):
     """The mutant that takes the model's own draw where a proposal was refused."""
-    import inspect
+    judge = module._judge
 
-    source = inspect.getsource(module).replace("(p[i] - q[i]).clamp(min=0)", "p[i]")
-    mutant = type(module)("qwen_analog.mutant")
-    mutant.__package__ = "qwen_analog"
-    exec(source, mutant.__dict__)
+    def uncorrected(p, q, guesses, ends, generator):
+        new, accepted = judge(p, q, guesses, ends, generator)
+        if accepted < len(new) <= len(guesses):
+            new[accepted] = module._draw(p[accepted], generator)
+        return new, accepted
+
+    monkeypatch.setattr(module, "_judge", uncorrected)
     model, draft = (
         tiny(0, flat=0.6, vocab_size=8),
         tiny(5, layers=1, flat=0.6, vocab_size=8),
     )
     counts = pair_counts(
         lambda seed: (
-            mutant.speculate(model, draft, PROMPT, 2, draft_tokens=3, seed=seed).tokens
+            speculate(model, draft, PROMPT, 2, draft_tokens=3, seed=seed).tokens
         ),
         700,
     )
@@ -245,52 +246,6 @@ def test_a_model_that_drafts_for_itself_is_always_believed():
     assert found.accepted == found.proposed and found.passes == 4
 
 
-def test_prefixes_change_nothing_but_the_work():
-    model = tiny(3, flat=1.0)
-    cache = PrefixCache(model, max_tokens=200)
-    system = torch.randint(24, (1, 40), generator=torch.Generator().manual_seed(0))
-    read = []
-    model.model.register_forward_pre_hook(
-        lambda module, args: read.append(args[0].shape[1])
-    )
-    for question in ([1, 2, 3], [1, 2, 9, 4], [5]):
-        ids = torch.cat((system, torch.tensor([question])), 1)
-        read.clear()
-        found, known = cache.generate(ids, 8, temperature=0.8, seed=7)
-        assert sum(read) == ids.shape[1] - known + 7
-        assert torch.equal(found, model.generate(ids, 8, temperature=0.8, seed=7))
-        assert known == {(1, 2, 3): 0, (1, 2, 9, 4): 42, (5,): 40}[tuple(question)]
-    again, known = cache.generate(found[:, :-1], 1, temperature=0)
-    assert known == found.shape[1] - 2 and torch.equal(
-        again, model.generate(found[:, :-1], 1, temperature=0)
-    )
-
-
-def test_the_oldest_prefix_goes_first():
-    cache = PrefixCache(tiny(), max_tokens=25)
-    for start in (1, 2, 3):
-        cache.generate(torch.full((1, 9), start), 2, temperature=0)
-    assert cache.tokens <= 25
-    assert [
-        cache.generate(torch.full((1, 9), start), 1, temperature=0)[1]
-        for start in (3, 1)
-    ] == [8, 0]
-    cache.generate(
-        torch.full((1, 60), 3), 2, temperature=0
-    )  # longer than all room: not held, nothing else lost, not even what it begins with
-    assert cache.generate(torch.full((1, 9), 3), 1, temperature=0)[1] == 8
-
-
-def test_what_is_in_a_held_sequence_is_not_held_twice():
-    cache = PrefixCache(tiny())
-    cache.generate(PROMPT, 9, temperature=0)
-    held = cache.tokens
-    cache.generate(PROMPT, 4, temperature=0)
-    assert cache.tokens == held == PROMPT.shape[1] + 8
-    longer = cache.generate(PROMPT, 12, temperature=0)[0]
-    assert cache.tokens == longer.shape[1] - 1
-
-
 def test_ids_of_padding_are_in_no_beam():
     """As many beams as the valid ids allow: at the first step all of them are
     candidates.
@@ -322,7 +277,6 @@ def test_without_a_seed_speculation_draws_from_torchs_own_numbers():
     [
         lambda m: beam_search(m, PROMPT, 2),
         lambda m: speculate(m, m, PROMPT, 2, temperature=0),
-        lambda m: PrefixCache(m).generate(PROMPT, 2),
     ],
 )
 def test_logits_that_are_not_finite_are_refused(search):
@@ -382,9 +336,6 @@ def test_every_legal_setting_draws(settings):
         speculate(model, draft, PROMPT, 6, seed=3, **settings).tokens.shape
         == expected.shape
     )
-    assert torch.equal(
-        PrefixCache(model).generate(PROMPT, 6, seed=3, **settings)[0], expected
-    )
     if settings.get("temperature", 1) < 1:
         greedy = model.generate(PROMPT, 6, temperature=0)
         assert torch.equal(
@@ -392,7 +343,7 @@ def test_every_legal_setting_draws(settings):
         ) and torch.equal(expected, greedy)
 
 
-def test_a_penalty_in_speculation_and_with_prefixes_is_generates():
+def test_a_penalty_in_speculation_is_generates():
     model, draft, options = (
         tiny(0, flat=1.0),
         tiny(5, layers=1),
@@ -413,13 +364,6 @@ def test_a_penalty_in_speculation_and_with_prefixes_is_generates():
             ).tokens,
             greedy,
         )
-    assert torch.equal(
-        PrefixCache(model).generate(PROMPT, 30, temperature=0, **options)[0], greedy
-    )
-    assert torch.equal(
-        PrefixCache(model).generate(PROMPT, 30, seed=1, **options)[0],
-        model.generate(PROMPT, 30, seed=1, **options),
-    )
 
 
 def test_distributions_that_differ_by_rounding_only_still_draw(monkeypatch):
@@ -449,9 +393,6 @@ def test_the_models_own_end_tokens_end_every_search():
     calls = {
         "speculate": lambda **o: (
             speculate(model, draft, PROMPT, 20, temperature=0, **o).tokens
-        ),
-        "prefixes": (
-            lambda **o: PrefixCache(model).generate(PROMPT, 20, temperature=0, **o)[0]
         ),
         "beams": lambda **o: beam_search(model, PROMPT, 20, **o)[0].tokens,
     }
@@ -526,15 +467,9 @@ def test_wrong_arguments_of_beam_search_are_named(name, value):
 
 
 @pytest.mark.parametrize("name, value", DRAFTS, ids=lambda v: repr(v)[:20])
-def test_wrong_arguments_of_speculation_and_prefixes_are_named(name, value):
+def test_wrong_arguments_of_speculation_are_named(name, value):
     with pytest.raises(ValueError, match=f"^{name} must be "):
         speculate(tiny(), tiny(), PROMPT, **{"max_new_tokens": 4, name: value})
-    if name != "draft_tokens":
-        with pytest.raises(ValueError, match=f"^{name} must be "):
-            PrefixCache(tiny()).generate(PROMPT, **{"max_new_tokens": 4, name: value})
-    else:
-        with pytest.raises(ValueError, match="^max_tokens must be "):
-            PrefixCache(tiny(), value)
 
 
 @pytest.mark.parametrize("length_penalty", [-140, 140.0, 0, 1e-300])
@@ -592,10 +527,76 @@ def test_beams_that_the_vocabulary_does_not_feed_are_refused():
             ),
             "vocabulary of 25",
         ),
-        (lambda m: PrefixCache(m, 0), "max_tokens"),
-        (lambda m: PrefixCache(m).generate(PROMPT.repeat(2, 1), 3), "one prompt"),
     ],
 )
 def test_wrong_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call(tiny())
+
+
+def keys_stay(follow):
+    def mutant(cache, running):
+        origins = sorted(beam.row for beam in running)
+        follow(cache, [b._replace(row=row) for b, row in zip(running, origins)])
+
+    return mutant
+
+
+def no_spare(grow):
+    return lambda logprobs, running, count: grow(logprobs, running, count)[
+        : len(running)
+    ]
+
+
+def only_the_last_step(grow):
+    return lambda logprobs, running, count: grow(
+        logprobs, [beam._replace(logprob=0.0) for beam in running], count
+    )
+
+
+def prompt_counts(score):
+    return lambda rules, logprob, n: score(rules, logprob, n + PROMPT.shape[1])
+
+
+def spare_may_finish(finish):
+    def mutant(rules, finished, grown, n):
+        ended = [beam for beam in grown if beam.tokens[-1] in rules.ends]
+        return finish(rules, finished, ended + grown, n)
+
+    return mutant
+
+
+def stops_when_full(over):
+    return lambda rules, finished, best, n: len(finished) == rules.num_beams
+
+
+def ended_go_on(go_on):
+    return lambda rules, grown: grown[: rules.num_beams]
+
+
+BEAM_MUTANTS = {
+    "keys stay in their rows": (module, "_follow", keys_stay),
+    "no spare candidates": (module, "_grow", no_spare),
+    "only the last step counts": (module, "_grow", only_the_last_step),
+    "the prompt counts as length": (module._Rules, "score", prompt_counts),
+    "spare candidates may finish": (module._Rules, "finish", spare_may_finish),
+    "stops with the first num_beams ends": (module._Rules, "over", stops_when_full),
+    "ended beams go on": (module._Rules, "go_on", ended_go_on),
+}
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize("name", BEAM_MUTANTS)
+def test_a_broken_search_is_noticed(name, monkeypatch):
+    owner, part, change = BEAM_MUTANTS[name]
+    monkeypatch.setattr(owner, part, change(getattr(owner, part)))
+    with pytest.raises((AssertionError, ValueError, IndexError, RuntimeError)):
+        for length_penalty in (1.0, 0.0, -0.7, 2.0):
+            test_beams_are_hugging_faces(length_penalty, False)
+
+
+@pytest.mark.mutant
+def test_guesses_that_stay_in_the_cache_are_noticed(monkeypatch):
+    monkeypatch.setattr(module._Reader, "forget", lambda reader, length: None)
+    with pytest.raises((AssertionError, ValueError)):
+        test_greedy_speculation_is_greedy_decoding(4)

@@ -16,12 +16,12 @@ from tokenizers import Tokenizer as Raw, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from qwen_analog import QwenConfig, QwenForCausalLM
-from qwen_analog.generate import (
+from qwen_analog.generate import stop_ids
+from qwen_analog.text_stream import (
     StopFinder,
     TextStream,
     complete,
     complete_many,
-    stop_ids,
     stream,
 )
 from qwen_analog.tokenizer import (
@@ -336,15 +336,19 @@ def test_the_work_for_stop_strings_is_linear_in_the_text(stop, monkeypatch):
     state and two looks at the sorted strings.
     """
     made, make = [], StopFinder._make
-    monkeypatch.setattr(
-        StopFinder, "_make", lambda self, *new: made.append(1) or make(self, *new)
-    )
+
+    def counted(self, *new):
+        states = make(self, *new)
+        made.append(len(states))
+        return states
+
+    monkeypatch.setattr(StopFinder, "_make", counted)
     text = TextStream(Characters(1), stop)
     shown = "".join(
         text.push(character) for character in "a" * 3000 + "c" + "a" * 100 + "c"
     )
     assert shown == "a" * 3000 + "c" + "a" * 100 + "c" and not text.stopped
-    assert len(made) <= 2 * 3102 and len(text._finder._length) <= 3103
+    assert len(made) <= 2 * 3102 and sum(made) <= 3102
 
 
 def test_what_waits_for_a_long_stop_string_comes_in_the_end():
@@ -515,7 +519,7 @@ def test_text_ends_at_the_models_own_end_tokens():
         )  # the caller's word counts
     model.generation_config = {"eos_token_id": BYTES.eos_token_id}
     assert stop_ids(model, BYTES) == [BYTES.eos_token_id]
-    del model.generation_config
+    model.generation_config = None
     assert (
         stop_ids(model, BYTES) == [BYTES.eos_token_id]
         and "".join(stream(model, BYTES, "Hello", **options)) == free
