@@ -36,7 +36,7 @@ def load(
     `source` is a checkpoint (the file or its directory), a run's directory (its newest
     whole checkpoint), a Hugging Face directory, owner/name on the hub, a .gguf file, or
     "smollm2" for the weights that pip brings. The default `device` is a GPU where there
-    is one, the default `dtype` float32. Raises ValueError, which says what is wrong with
+    is one, the default `dtype` float32. Raises ValueError that says what is wrong with
     the source; with `check_memory` also where the model does not fit into the memory.
     """
     model, tokenizer = open_source(source, device, dtype, check_memory=check_memory)
@@ -48,6 +48,7 @@ def load(
     return model, tokenizer
 
 
+# %% ../chapters/16g_loading.ipynb #ced0c974
 def open_source(
     source: str | Path,
     device: torch.device | str | None = None,
@@ -69,7 +70,7 @@ def open_source(
     return model.to(device), tokenizer
 
 
-# %% ../chapters/16g_loading.ipynb #b1125e07
+# %% ../chapters/16g_loading.ipynb #0acbf246
 def read_config(source: str | Path) -> QwenConfig:
     """Return the configuration of a source's model; no weight is read or fetched."""
     return _read_config(*find_source(source))
@@ -173,7 +174,7 @@ _HF_FILES = ("config.json", "tokenizer.json", "model.safetensors.index.json")
 
 
 def _checkpoint_file(path: Path) -> Path:
-    """Return the path of a checkpoint.pt, which is a zip file. ValueError for others."""
+    """Return the path of a checkpoint.pt, a zip file. ValueError for other files."""
     with path.open("rb") as file:
         start = file.read(4)
     if start == b"GGUF":

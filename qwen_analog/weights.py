@@ -53,7 +53,7 @@ def weight_shapes(config: QwenConfig) -> dict[str, list[int]]:
 
 # %% ../chapters/16a_weights.ipynb #a8efc2c4
 def listed(names: Sequence[str], most: int = 6) -> str:
-    """Return the first names in one line, odd ones quoted, and the number of the rest."""
+    """Return the first names in one line, odd ones quoted, and how many follow."""
     plain = [
         name if name.isprintable() and len(name) < 100 else shown(name)
         for name in names[:most]

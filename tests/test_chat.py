@@ -5,33 +5,37 @@ import io
 import json
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import threading
-import zipfile
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from book import scramble_
 
-from qwen_analog import chat as chat_module, memory as memory_module
-from qwen_analog.chat import Chat, add_arguments, open_model, run
+from qwen_analog import chat as chat_module
+from qwen_analog.chat import Chat, add_arguments, run
+from qwen_analog.chat_template import chat_ids
 from qwen_analog.checkpoint import save_checkpoint
 from qwen_analog.config import QwenConfig
 from qwen_analog.generate import stream
-from qwen_analog.hf import chat_ids, save_pretrained
+from qwen_analog.hf import save_pretrained
+from qwen_analog.loading import load
 from qwen_analog.model import QwenForCausalLM
+from qwen_analog.sampling import SamplingParams
 from qwen_analog.tokenizer import TiktokenTokenizer, train_bpe
+
 
 TOKENIZER = TiktokenTokenizer(
     train_bpe(
         ["The cat sat on the mat. You are a helpful assistant, created by"] * 3, 300
     )
 )
+
+
 END = TOKENIZER.encode("<|im_end|>", special=True)[0]
+
+
 GREEDY = {"temperature": 0}
 
 
@@ -128,13 +132,11 @@ def test_sampling_and_seed():
 
 
 def test_defaults_are_the_models_own():
-    assert Chat(small(), TOKENIZER).sampling == {"temperature": 0.2, "top_p": 0.9}
-    assert Chat(
-        small(temperature=0.7, top_k=20, do_sample=True), TOKENIZER
-    ).sampling == {"temperature": 0.7, "top_k": 20}
-    assert Chat(
-        small(temperature=0.7), TOKENIZER, temperature=0, top_p=0.5
-    ).sampling == {"temperature": 0, "top_p": 0.5}
+    assert Chat(small(), TOKENIZER).params == SamplingParams(0.2, top_p=0.9)
+    sampled = small(temperature=0.7, top_k=20, do_sample=True)
+    assert Chat(sampled, TOKENIZER).params == SamplingParams(0.7, top_k=20)
+    given = Chat(small(temperature=0.7), TOKENIZER, temperature=0, top_p=0.5)
+    assert given.params == SamplingParams(0, top_p=0.5)
     with pytest.raises(ValueError, match="^top_p must be a number above 0"):
         Chat(small(), TOKENIZER, top_p=2)
     with pytest.raises(
@@ -161,11 +163,10 @@ def test_defaults_are_the_models_own():
     ids=str,
 )
 def test_generation_settings_keep_their_meaning(own, expected):
-    assert Chat(small(**own), TOKENIZER).sampling == expected
-    assert Chat(small(**own), TOKENIZER, temperature=0.3).sampling == {
-        **expected,
-        "temperature": 0.3,
-    }
+    model = small(**own)
+    assert Chat(model, TOKENIZER).params == SamplingParams(**expected)
+    warm = {**expected, "temperature": 0.3}
+    assert Chat(model, TOKENIZER, temperature=0.3).params == SamplingParams(**warm)
 
 
 def test_every_setting_answers_or_is_named():
@@ -399,202 +400,6 @@ class Full(type(Path())):
         return Writer()
 
 
-# ---- where models come from
-
-
-def test_open_model(tmp_path, monkeypatch):
-    model = small()
-    save_checkpoint(tmp_path / "final", model, TOKENIZER, safetensors=True)
-    save_pretrained(model, TOKENIZER, tmp_path / "hf")
-    ids = torch.arange(5)[None]
-    for source in (
-        tmp_path / "final",
-        str(tmp_path / "final"),
-        tmp_path / "final" / "checkpoint.pt",
-        tmp_path / "hf",
-    ):
-        again, tokenizer = open_model(source)
-        assert torch.equal(again(ids), model(ids)) and tokenizer.encode(
-            "The cat"
-        ) == TOKENIZER.encode("The cat")
-        assert again.generation_config["eos_token_id"] == [END, TOKENIZER.eos_token_id]
-    assert (
-        open_model(tmp_path / "final", torch.bfloat16)[0].lm_head.weight.dtype
-        == torch.bfloat16
-    )
-    asked = []
-    monkeypatch.setattr(
-        chat_module, "load_gguf", lambda path, dtype: asked.append((str(path), dtype))
-    )
-    monkeypatch.setattr(chat_module, "smollm2_path", lambda: "where/it/is.gguf")
-    open_model("some.gguf")
-    open_model("smollm2", torch.bfloat16)
-    assert asked == [("some.gguf", torch.float32), ("where/it/is.gguf", torch.bfloat16)]
-    with pytest.raises(ValueError, match="there is no directory nothing"):
-        open_model("nothing")
-
-
-HF_NAMES = ("config.json", "tokenizer.json", "model.safetensors")
-
-
-@pytest.mark.parametrize(
-    "source, message",
-    [
-        ("", "'' is no source of a model: name a checkpoint"),
-        ("  ", "is no source of a model"),
-        ("a\nb", "is no source of a model"),
-        ("a\0b", "is no source"),
-        (None, "None is no source of a model"),
-        (3, "3 is no source of a model"),
-        ("empty", "empty holds no model .no checkpoint.pt, no config.json.: name a"),
-        (
-            "runs",
-            "runs holds checkpoints and is none: name one of them, runs/final, say",
-        ),
-        ("quants", "quants holds GGUF files: name one of them, quants/a.gguf"),
-        *(
-            (
-                f"hf/{name}",
-                (
-                    f"hf/{name} is one file of a Hugging Face model: name its"
-                    " directory, hf"
-                ),
-            )
-            for name in HF_NAMES
-        ),
-        ("hf/pytorch_model.bin", "pytorch_model.bin may run code when it is read"),
-        ("other.zip", "other.zip"),
-        ("notes.txt", "notes.txt is no model: name a"),
-        ("odd.bin", "odd.bin is a GGUF file without the ending .gguf"),
-        ("some.gguf", "some.gguf"),
-        ("no.gguf", "there is no file no.gguf"),
-        ("no.pt", "there is no directory no.pt and no file"),
-        ("/dev/null", "/dev/null is neither a file nor a directory"),
-        (
-            "checkpoints/final",
-            "there is no checkpoint at checkpoints/final: train one first",
-        ),
-        ("a/b/c", "there is no directory a/b/c and no file"),
-        ("../x/y", "there is no directory ../x/y"),
-        ("x" * 5000, "cannot be read: File name too long"),
-        ("owner/name", "hub's owner/name cannot be fetched from here"),
-        (b"hf", "is no source of a model"),
-        ("a b/c", "there is no directory a b/c"),
-    ],
-    ids=lambda v: repr(v)[:24],
-)
-def test_what_is_no_source_is_one_line(tmp_path, monkeypatch, source, message):
-    monkeypatch.chdir(tmp_path)
-    for name in ("empty", "runs/final", "runs/step_3", "quants", "hf"):
-        Path(name).mkdir(parents=True)
-    for name in (
-        *(f"hf/{name}" for name in HF_NAMES),
-        "quants/a.gguf",
-        "notes.txt",
-        "some.gguf",
-    ):
-        Path(name).write_text("text")
-    for name in ("hf/pytorch_model.bin", "other.zip"):
-        with zipfile.ZipFile(name, "w") as file:
-            file.writestr("a/data.pkl", b"junk")
-    Path("odd.bin").write_bytes(b"GGUF....")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=message) as error:
-        open_model(source)
-    assert "\n" not in str(error.value)
-
-
-def test_paths_with_blanks_and_a_tilde(tmp_path, monkeypatch, directory):
-    model = small()
-    monkeypatch.setenv("HOME", str(tmp_path))
-    save_checkpoint(tmp_path / "my runs" / "final", model, TOKENIZER)
-    shutil.copytree(directory, tmp_path / "a model")
-    for source in ("~/my runs/final", "~/a model", tmp_path / "my runs" / "final"):
-        assert torch.equal(
-            open_model(source)[0](torch.arange(5)[None]), model(torch.arange(5)[None])
-        )
-
-
-def test_the_memory_is_asked_before_a_weight_is_read(tmp_path, monkeypatch, directory):
-    model = small()
-    save_checkpoint(tmp_path / "final", model, TOKENIZER)
-    need = sum(weight.numel() for weight in model.parameters()) * 4
-    reads = []
-    for name in ("load_model", "load_pretrained", "load_gguf"):
-        monkeypatch.setattr(
-            chat_module,
-            name,
-            lambda *_, name=name: reads.append(name) or (torch.nn.Linear(1, 1), None),
-        )
-    for source in (tmp_path / "final", directory):
-        monkeypatch.setattr(memory_module, "available_memory", lambda device: need - 1)
-        with pytest.raises(
-            ValueError,
-            match=(
-                f"^the model of {re.escape(str(source))} needs about .* of memory, and"
-                " cpu has .* left: .*--ignore-memory"
-            ),
-        ):
-            open_model(source)
-        assert reads == []
-        open_model(source, check_memory=False)
-        monkeypatch.setattr(memory_module, "available_memory", lambda device: need)
-        open_model(source)
-        assert len(reads) == 2
-        reads.clear()
-
-
-def test_a_hub_that_does_not_answer(monkeypatch, tmp_path):
-    """A silent server: a look at the hub ends after the given time, and what was
-    fetched earlier is opened.
-    """
-    silent = socket.create_server(("127.0.0.1", 0))
-    monkeypatch.setattr(
-        huggingface_hub.constants,
-        "ENDPOINT",
-        f"http://127.0.0.1:{silent.getsockname()[1]}",
-    )
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    assert not chat_module.hub_answers(seconds=0.2)
-    monkeypatch.setattr(chat_module, "hub_answers", lambda: False)
-    monkeypatch.setattr(
-        huggingface_hub,
-        "snapshot_download",
-        lambda name, local_files_only: str(tmp_path / name),
-    )
-    monkeypatch.setattr(chat_module, "load_pretrained", lambda source, dtype: source)
-    assert open_model("owner/name", check_memory=False) == str(
-        tmp_path / "owner" / "name"
-    )
-    silent.close()
-
-
-@pytest.mark.parametrize("status", ["200 OK", "404 Not Found", "503 Unavailable"])
-def test_a_hub_that_answers(monkeypatch, status):
-    server = socket.create_server(("127.0.0.1", 0))
-
-    def answer_once():
-        connection, _ = server.accept()
-        connection.recv(10_000)
-        connection.sendall(
-            f"HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode()
-        )
-        connection.close()
-
-    threading.Thread(target=answer_once, daemon=True).start()
-    monkeypatch.setattr(
-        huggingface_hub.constants,
-        "ENDPOINT",
-        f"http://127.0.0.1:{server.getsockname()[1]}",
-    )
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    assert chat_module.hub_answers()
-    server.close()
-
-
-# ---- the terminal
-
-
 def terminal(monkeypatch, capsys, directory, typed, *options):
     parser = argparse.ArgumentParser()
     add_arguments(parser)
@@ -727,7 +532,7 @@ def test_what_a_chat_template_refuses_is_said(
         json.dumps({**settings, "chat_template": template})
     )
     with pytest.raises(ValueError, match=f"^the chat template .*{reason}"):
-        Chat(*open_model(tmp_path / "hf"))
+        Chat(*load(tmp_path / "hf"))
     if reason:
         assert f"{reason}" in terminal(monkeypatch, capsys, tmp_path / "hf", "")
 
@@ -738,11 +543,8 @@ def test_end_ids_may_be_set_as_one_number():
     assert "".join(
         Chat(model, TOKENIZER, max_new_tokens=8, **GREEDY).reply("Hello")
     ) == answer(small(), [{"role": "user", "content": "Hello"}], **GREEDY)
-    model.generation_config = {"eos_token_id": "x"}
-    with pytest.raises(
-        ValueError, match="^eos_token_id of the model's generation_config"
-    ):
-        Chat(model, TOKENIZER)
+    with pytest.raises(ValueError, match="^model.generation_config: eos_token_id 'x'"):
+        model.generation_config = {"eos_token_id": "x"}
 
 
 def test_what_cannot_fit_is_refused_before_it_is_tokenized(monkeypatch, tmp_path):
@@ -767,9 +569,10 @@ def test_what_cannot_fit_is_refused_before_it_is_tokenized(monkeypatch, tmp_path
         ValueError,
         match="^a text of 50000 characters does not fit into the model's 200 tokens$",
     ):
-        stream(chat.model, TOKENIZER, long)
+        stream(chat.cache.model, TOKENIZER, long)
+    options = {"max_new_tokens": 8}
     with pytest.raises(ValueError, match="^a text of 50000 characters"):
-        chat_module._continue(chat.model, TOKENIZER, long, {"max_new_tokens": 8})
+        list(chat_module._continue(chat.cache.model, TOKENIZER, options, long))
     # a conversation that is far too long loses its old turns in few steps
     turns = [
         {"role": role, "content": f"{role} {i}"}
@@ -788,7 +591,7 @@ def test_what_cannot_fit_is_refused_before_it_is_tokenized(monkeypatch, tmp_path
     assert chat.forgotten > 5900 and len(asked) < 20
 
 
-@pytest.mark.parametrize("where", ["_command", "has_chat_format", "chat_ids"])
+@pytest.mark.parametrize("where", ["_command", "why_no_chat", "chat_ids"])
 def test_ctrl_c_at_other_moments(monkeypatch, capsys, directory, where):
     """In a command and while a prompt is made it stops that; while the model is opened
     it ends the program, as an exception for its caller.
@@ -798,7 +601,7 @@ def test_ctrl_c_at_other_moments(monkeypatch, capsys, directory, where):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(chat_module, where, interrupted)
-    if where == "has_chat_format":
+    if where == "why_no_chat":
         with pytest.raises(KeyboardInterrupt):
             terminal(monkeypatch, capsys, directory, "Hello\n")
     else:

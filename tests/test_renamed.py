@@ -1,0 +1,39 @@
+"""Every public name of version 0.1.0 can still be imported."""
+
+import importlib
+import json
+import warnings
+
+import pytest
+
+from helpers import ROOT
+
+NAMES = json.loads((ROOT / "tests" / "data" / "names_0_1_0.json").read_text())
+
+
+@pytest.mark.parametrize("module", NAMES)
+def test_the_names_of_0_1_0(module):
+    imported = importlib.import_module(f"qwen_analog.{module}".rstrip("."))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        missing = [name for name in NAMES[module] if not hasattr(imported, name)]
+    assert not missing
+
+
+def test_an_old_name_warns_and_is_the_new_thing():
+    from qwen_analog import _renamed
+
+    assert _renamed.MOVED
+    for old, new in _renamed.MOVED.items():
+        module, _, name = old.rpartition(".")
+        with pytest.warns(DeprecationWarning, match=f"qwen_analog.{new}"):
+            value = getattr(importlib.import_module(f"qwen_analog.{module}"), name)
+        module, _, name = new.rpartition(".")
+        assert value is getattr(importlib.import_module(f"qwen_analog.{module}"), name)
+
+
+def test_a_name_that_never_was_is_an_attribute_error():
+    from qwen_analog import data
+
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        data.nothing
