@@ -1,7 +1,11 @@
-"""What every chapter shares: the look of its plots, scrambled weights, and the checking
-of exercises.
+"""What every chapter shares: the look of its plots, scrambled weights, programs in
+several processes, and the checking of exercises.
 """
 
+import json
+import subprocess
+import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +51,7 @@ def attempt(check: Callable, answer: Callable) -> None:
 
 
 def prove(check: Callable, solution: Callable, *wrong: Callable) -> None:
-    """Test the check itself: it must accept the solution and reject every wrong answer."""
+    """Test the check itself: it must accept the solution and no wrong answer."""
     check(solution)
     for answer in wrong:
         try:
@@ -59,3 +63,45 @@ def prove(check: Callable, solution: Callable, *wrong: Callable) -> None:
                 f"the check accepts the wrong answer {answer.__name__}"
             )
     print(f"accepts {solution.__name__}")
+
+
+PROCESS = """
+import json, os, sys
+import torch, torch.distributed as dist
+
+rank, world_size = int(sys.argv[1]), int(sys.argv[2])
+torch.set_num_threads(1)
+dist.init_process_group(
+    "gloo",
+    init_method=f"file://{os.getcwd()}/{sys.argv[3]}",
+    rank=rank,
+    world_size=world_size,
+)
+results = {}
+"""
+
+
+def on_processes(count: int, program: str) -> list[dict]:
+    """Run a program in `count` processes that know each other.
+
+    It finds `rank` and `world_size`, and puts what it found out into `results`, which
+    are returned in the order of the ranks.
+    """
+    end = "\ndist.barrier()\ndist.destroy_process_group()\nprint(json.dumps(results))"
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        meeting = f"{folder}/meeting"
+        code = PROCESS + program + end
+        command = [sys.executable, "-W", "ignore", "-c", code]
+        processes = [
+            subprocess.Popen(
+                [*command, str(rank), str(count), meeting],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(count)
+        ]
+        outputs = [process.communicate() for process in processes]
+    failed = any(process.returncode for process in processes)
+    assert not failed, "".join(errors for _, errors in outputs)
+    return [json.loads(output) for output, _ in outputs]

@@ -103,7 +103,9 @@ def read_json(path: str | Path, most: int = 2**26) -> dict[str, Any]:
     return values
 
 
-def write_json(values: dict[str, Any], path: str | Path) -> None:
+def write_json(
+    values: dict[str, Any], path: str | Path, indent: int | None = 1
+) -> None:
     """Write an object as JSON. Raises ValueError for nan and inf, which JSON lacks."""
-    text = json.dumps(values, indent=1, allow_nan=False) + "\n"
+    text = json.dumps(values, indent=indent, allow_nan=False) + "\n"
     Path(path).write_text(text, encoding="utf-8")

@@ -27,24 +27,27 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from book import scramble_
+from qwen_analog.archive import CheckpointError
 from qwen_analog.checkpoint import (
-    Checkpointer,
-    CheckpointError,
-    claim,
     consolidate,
-    latest_checkpoint,
     load_checkpoint,
     load_model,
-    newest_whole,
-    prune_checkpoints,
     read_config,
     read_state,
-    restore_checkpoint,
     save_checkpoint,
 )
+from qwen_analog.checkpointer import Checkpointer
 from qwen_analog.config import QwenConfig
 from qwen_analog.model import QwenForCausalLM
 from qwen_analog.optim import build_optimizers
+from qwen_analog.restore import restore_checkpoint
+from qwen_analog.run_directory import (
+    claim,
+    latest_checkpoint,
+    newest_whole,
+    prune_checkpoints,
+)
+from qwen_analog.shards import sha256, write_manifest
 from qwen_analog.tokenizer import BYTE_ORDER, TiktokenTokenizer
 
 CONFIG = QwenConfig(
@@ -603,12 +606,10 @@ class Bomb:
 
 def rehash(directory):
     """A manifest that fits the files, as one who means harm would write it."""
-    from qwen_analog.checkpoint import _sha256, _write_manifest
-
-    _write_manifest(
+    write_manifest(
         directory,
         {
-            name: _sha256(directory / name)
+            name: sha256(directory / name)
             for name in json.loads((directory / "manifest.json").read_text())["files"]
         },
     )
@@ -1155,9 +1156,7 @@ def test_a_manifest_that_lists_nothing_verifies_nothing(text, sharded):
         lambda: load_model("bad"),
         lambda: consolidate("bad"),
     )
-    from qwen_analog.checkpoint import _write_manifest
-
-    _write_manifest(Path("bad"), {})
+    write_manifest(Path("bad"), {})
     assert "does not list sharded/index.json and state.pt" in one_line(
         "bad/manifest.json",
         lambda: load_model("bad"),
