@@ -26,11 +26,13 @@ from typing import Any
 
 import torch
 
-from .checkpoint import CheckpointError, read_state, restore_checkpoint
+from .archive import CheckpointError
+from .checkpoint import read_state
+from .restore import restore_checkpoint
 from .config import QwenConfig
 from .data import data_difference
 from .model import QwenForCausalLM
-from .parallel import DistributedContext
+from .distributed import DistributedContext
 from .run_directory import RunDirectory
 from .tokenizer import Tokenizer, check_vocab_size, load_tokenizer
 from .train_config import TrainConfig, given_settings, rename_settings

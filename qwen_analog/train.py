@@ -71,21 +71,28 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from .arguments import one_line, report_errors
-from .batches import Batch, next_batch, open_data, prefetch, prepare_batch
-from .checkpoint import Checkpointer, CheckpointError, load_model
-from qwen_analog.data import DataError, PackedDataset, StreamingDataset, data_difference
+from qwen_analog.batches import (
+    Batch,
+    Dataset,
+    next_batch,
+    open_data,
+    prefetch,
+    prepare_batch,
+)
+from .archive import CheckpointError
+from .checkpoint import load_model
+from .checkpointer import Checkpointer
+from .data import PackedDataset, data_difference
+from .jsonl import DataError
 from .files import write_json
-from .generate import complete
+from .text_stream import complete
 from .memory import flops_per_token, set_activation_checkpointing
 from .model import QwenForCausalLM
-from .monitor import RunLog, peak_flops, peak_memory, plot_losses, profiled
-from qwen_analog.optim import (
-    LossSpikeDetector,
-    build_optimizers,
-    learning_rate_at,
-    set_learning_rate,
-)
-from .parallel import DistributedContext, build_model
+from .hardware import peak_flops, peak_memory
+from .monitor import LossSpikeDetector, RunLog, plot_losses, profiled
+from .optim import build_optimizers, learning_rate_at, set_learning_rate
+from .distributed import DistributedContext
+from .parallel import build_model
 from .preflight import Start, decide, prepare_start
 from .resume import compare_data, restore, rng_state, tokens_before
 from .step import evaluate, train_step
@@ -125,7 +132,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 class RunData(NamedTuple):
     """The data of a run."""
 
-    dataset: PackedDataset | StreamingDataset
+    dataset: Dataset
     held_out: PackedDataset | None
     same: bool  # as before, in a run that goes on
 
@@ -304,10 +311,10 @@ class Metrics:
         self.bar.set_postfix_str(words.format(**values))
         last = step == self.config.max_steps
         if spike or last or step % self.config.log_every == 0:
-            self.log.write(step, **values, **({"spike": True} if spike else {}))
+            self.log.log_metrics(step, **values, **({"spike": True} if spike else {}))
 
     def write_evaluation(self, step: int, values: dict[str, float]) -> None:
-        self.log.write(step, **values)
+        self.log.log_metrics(step, **values)
         if self.is_main:
             self.bar.write(
                 f"step {step:,}: held-out loss {values['heldout_loss']:.3f} nats a"
@@ -386,10 +393,10 @@ class Trainer(TrainerState):
         self.context.step = self.step = self.step + 1
         self.tokens += self.speed.tokens_per_step
         self.position = batch.after
-        log.consume(self.step, batch.before, batch.sequences)
+        log.log_documents(self.step, batch.before, batch.sequences)
         self.metrics.bar.update()
         if self.step in config.skip_steps:
-            log.write(self.step, skipped="by skip_steps")
+            log.log_metrics(self.step, skipped="by skip_steps")
             return
         rate = schedule_learning_rate(self.optimizers, self.step, config)
         loss, grad_norm, applied = train_step(
@@ -410,7 +417,7 @@ class Trainer(TrainerState):
     def count_nonfinite(self, batch: Batch) -> None:
         """Log the text of a step that was not applied; end the run after several."""
         self.nonfinite += 1
-        self.metrics.log.write(
+        self.metrics.log.log_metrics(
             self.step,
             skipped="the loss or a gradient is not finite",
             data=batch.before,

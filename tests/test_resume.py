@@ -20,8 +20,10 @@ from training import (  # noqa: F401
 )
 
 from qwen_analog import train as module
-from qwen_analog.checkpoint import CheckpointError, load_checkpoint
-from qwen_analog.tokenizer import BYTE_ORDER, TiktokenTokenizer
+from qwen_analog.archive import CheckpointError
+from qwen_analog.checkpoint import load_checkpoint
+from qwen_analog.bpe import BYTE_ORDER
+from qwen_analog.tokenizer import TiktokenTokenizer
 from qwen_analog.train import train
 from qwen_analog.train_config import TrainConfig
 

@@ -31,9 +31,10 @@ from training import (  # noqa: F401
 
 from qwen_analog import QwenConfig, QwenForCausalLM, batches, preflight, step
 from qwen_analog import train as module
-from qwen_analog.checkpoint import latest_checkpoint, load_checkpoint, load_model
+from qwen_analog.checkpoint import load_checkpoint, load_model
+from qwen_analog.run_directory import latest_checkpoint
 from qwen_analog.cli import main as cli
-from qwen_analog.data import DataError
+from qwen_analog.jsonl import DataError
 from qwen_analog.train import train
 from qwen_analog.train_config import TrainConfig, fitted
 

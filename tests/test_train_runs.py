@@ -29,9 +29,9 @@ from training import (  # noqa: F401
 
 from qwen_analog import QwenConfig, QwenForCausalLM, batches
 from qwen_analog import train as module
-from qwen_analog.checkpoint import latest_checkpoint
+from qwen_analog.run_directory import latest_checkpoint
 from qwen_analog.cli import main as cli
-from qwen_analog.data import DataError
+from qwen_analog.jsonl import DataError
 from qwen_analog.monitor import documents_of_step
 from qwen_analog.train import train
 
