@@ -32,13 +32,7 @@ from pathlib import Path
 
 import torch
 
-from qwen_analog.arguments import (
-    add_ignore_memory,
-    add_model,
-    default_model,
-    number,
-    whole,
-)
+from .arguments import add_ignore_memory, add_model, default_model, number, whole
 from .chat import open_model as load
 from .checkpoint import consolidate as join_shards, save_checkpoint
 from .data import read_jsonl

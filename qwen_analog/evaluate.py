@@ -48,13 +48,7 @@ import torch
 from .chat import open_model
 from .checkpoint import read_state
 from .config import QwenConfig
-from qwen_analog.data import (
-    Document,
-    find_files,
-    held_out_mask,
-    is_held_out,
-    read_jsonl,
-)
+from .data import Document, find_files, held_out_mask, is_held_out, read_jsonl
 from .generate import stream
 from .loss import bits_per_byte
 from .arguments import add_ignore_memory, number, whole

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .arguments import number, whole
-from qwen_analog.data import (
+from .data import (
     find_files,
     held_out_mask,
     read_jsonl,
@@ -33,12 +33,7 @@ from qwen_analog.data import (
     write_jsonl,
 )
 from .evaluate import held_out_lines, texts_of
-from qwen_analog.tokenizer import (
-    QWEN_SPECIAL_TOKENS,
-    TiktokenTokenizer,
-    text_pieces,
-    train_bpe,
-)
+from .tokenizer import QWEN_SPECIAL_TOKENS, TiktokenTokenizer, text_pieces, train_bpe
 
 
 # %% ../chapters/20c_prepare.ipynb #091b4ee1

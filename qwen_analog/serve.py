@@ -81,13 +81,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .chat import open_model
-from qwen_analog.generate import (
-    SamplingParams,
-    TextStream,
-    sample,
-    stop_ids,
-    sampling_defaults,
-)
+from .generate import SamplingParams, TextStream, sample, stop_ids, sampling_defaults
 from .hf import chat_ids
 from .kv_cache import KVCache
 from .memory import require_memory
