@@ -20,11 +20,12 @@ __all__ = [
 ]
 
 # %% ../chapters/08_config.ipynb #b336b803
+import dataclasses
 import json
 import math
 import reprlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from importlib import resources
 
 # %% ../chapters/08_config.ipynb #79c7eac3
@@ -268,7 +269,7 @@ class GenerationDefaults(DictView):
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    others: dict = field(default_factory=dict)
+    others: dict = dataclasses.field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, values: Mapping, vocab_size: int, where) -> "GenerationDefaults":
