@@ -170,6 +170,7 @@ def save_checkpoint(
     return directory / "checkpoint.pt"
 
 
+# %% ../chapters/14_checkpoints.ipynb #a6201c91
 def begin(directory: Path) -> Path:
     """Return an empty `directory`.partial; CheckpointError if `directory` exists."""
     try:
@@ -235,6 +236,7 @@ def hf_config(config: QwenConfig) -> dict:
     }
 
 
+# %% ../chapters/14_checkpoints.ipynb #07cf3376
 def describe(partial: Path, model: QwenForCausalLM, tokenizer: Tokenizer) -> dict:
     """Write config.json, generation_config.json and the tokenizer's files; return what
     goes into the state to say which they are.
@@ -280,6 +282,7 @@ def read_pt(file: Path, *needs: str, check: bool = True, mmap: bool = False) -> 
     return contents if mmap else copy.deepcopy(contents)
 
 
+# %% ../chapters/14_checkpoints.ipynb #b1af772d
 def _check_contents(contents: dict, file: Path) -> QwenConfig:
     """Return the configuration in a checkpoint. Raises CheckpointError that names
     `file` and the entry that is not what it should be.
@@ -402,6 +405,7 @@ def load_model(path: str | Path) -> tuple[QwenForCausalLM, Tokenizer]:
     return _model_of(checkpoint, file), tokenizer
 
 
+# %% ../chapters/14_checkpoints.ipynb #33188b8d
 def _model_of(checkpoint: dict, file: Path) -> QwenForCausalLM:
     """Return the model in eval mode, with weights that keep no file mapped."""
     weights = dict(checkpoint["model_state_dict"])
@@ -454,6 +458,7 @@ def misfit(found: dict[str, tuple], model: QwenForCausalLM) -> str:
     )
 
 
+# %% ../chapters/14_checkpoints.ipynb #b6ce7991
 def _empty_model(config: dict, weights: dict, file: Path) -> QwenForCausalLM:
     """Return a model of shapes only, on the meta device; CheckpointError where the
     weights in `file` do not fit it.
@@ -529,6 +534,7 @@ def write_consolidated(directory: Path, checkpoint: dict) -> None:
             partial.unlink(missing_ok=True)
 
 
+# %% ../chapters/14_checkpoints.ipynb #38ebf57f
 def consolidate(path: str | Path) -> Path:
     """Put checkpoint.pt (weights, configuration, step; no optimizer) and
     model.safetensors beside the shards of directory `path`.

@@ -107,11 +107,18 @@ class Checkpointer:
         whole, OSError on a full disk, on every rank.
         """
         self.wait()
-        partial = on_all_ranks(lambda: self._prepare(name), self.group)[0]
+        prepare = lambda: _prepare(self.directory, name, self.rank)
+        partial = on_all_ranks(prepare, self.group)[0]
         tensors, rest = snapshot(model, optimizers)
         rank_states = on_all_ranks(lambda: rank_state, self.group)
         state = copy.deepcopy({**state, **rest, "rank_states": rank_states})
-        contents = self._take(tensors, state, partial, final)
+        gathered, write_shards = tensors, None
+        if self.sharded:
+            weights = {n: t for n, t in tensors.items() if n.startswith("weights/")}
+            gathered = weights if final else {}
+            write_shards = save_shards(tensors, partial, self.group, self.background)
+        full = gather_tensors(gathered, self.rank == 0, copies=self.background)
+        contents = _Contents(state, full, write_shards, final)
         self.saves.run(lambda: self._write(name, partial, contents, model))
         if final:
             self.wait()
@@ -121,30 +128,6 @@ class Checkpointer:
         wrong with it.
         """
         self.saves.wait()
-
-    def _prepare(self, name: str) -> Path | None:
-        """Flush this rank's log, on which the checkpoint relies; return a new partial
-        directory on rank 0.
-        """
-        _flush(self.directory.path / f"ledger/rank_{self.rank}.jsonl")
-        if self.rank > 0:
-            return None
-        _flush(self.directory.path / "metrics.jsonl")
-        return self.directory.new_checkpoint(name)
-
-    def _take(
-        self, tensors: dict[str, torch.Tensor], state: dict, partial: Path, final: bool
-    ) -> _Contents:
-        """Take out of the model what is written: with shards, only the weights of the
-        final checkpoint are gathered.
-        """
-        gathered, write_shards = tensors, None
-        if self.sharded:
-            weights = {n: t for n, t in tensors.items() if n.startswith("weights/")}
-            gathered = weights if final else {}
-            write_shards = save_shards(tensors, partial, self.group, self.background)
-        full = gather_tensors(gathered, self.rank == 0, copies=self.background)
-        return _Contents(state, full, write_shards, final)
 
     def _write(
         self, name: str, partial: Path, saved: _Contents, model: QwenForCausalLM
@@ -188,6 +171,18 @@ def _flush(file: Path) -> None:
             raise OSError(f"{file} cannot be written: {reason(error)}") from None
 
 
+def _prepare(directory: RunDirectory, name: str, rank: int) -> Path | None:
+    """Flush a rank's log, on which the checkpoint relies; on rank 0, return a new
+    partial directory.
+    """
+    _flush(directory.path / f"ledger/rank_{rank}.jsonl")
+    if rank > 0:
+        return None
+    _flush(directory.path / "metrics.jsonl")
+    return directory.new_checkpoint(name)
+
+
+# %% ../chapters/14f_checkpointer.ipynb #8c3a08d9
 def _shard_sums(partial: Path, rank: int) -> dict[str, str]:
     """Return the checksums of the shards that a rank has written."""
     own = (partial / "sharded").glob(f"__{rank}_*")

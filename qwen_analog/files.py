@@ -86,6 +86,7 @@ def _read_bounded(path: Path, most: int) -> bytes:
     return content
 
 
+# %% ../chapters/14a_files.ipynb #c456801a
 def read_json(path: str | Path, most: int = 2**26) -> dict[str, Any]:
     """Return the JSON object in a file of at most `most` bytes.
 

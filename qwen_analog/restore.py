@@ -92,6 +92,7 @@ def _restore(
     return without_tensors(state)
 
 
+# %% ../chapters/14d_restore.ipynb #e655a8c9
 class _FileReader:
     """The tensors of a checkpoint.pt, which is mapped into memory, by name: of a
     sharded target each rank copies its own part.
@@ -148,6 +149,7 @@ def _new_averages(
     return room
 
 
+# %% ../chapters/14d_restore.ipynb #68092360
 def _attach(
     averages: dict[str, torch.Tensor],
     state: dict,
@@ -278,6 +280,7 @@ def _check_averages(
                 _check_average(path, parameters[name], name, key, shape, dtype, wanted)
 
 
+# %% ../chapters/14d_restore.ipynb #c899fbae
 def _check_average(
     path: Path,
     parameter: torch.Tensor,

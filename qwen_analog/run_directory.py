@@ -90,6 +90,7 @@ class Checkpoints:
                 _delete(old)
 
 
+# %% ../chapters/14e_run_directory.ipynb #798257ce
 def _delete(checkpoint: Path) -> None:
     """Delete a checkpoint; what stays has a partial one's name: the next save tries
     again.
@@ -102,17 +103,13 @@ def _delete(checkpoint: Path) -> None:
 
 # %% ../chapters/14e_run_directory.ipynb #fe5de804
 class RunDirectory(Checkpoints):
-    """A run's output directory: its checkpoints, and the run that writes there.
-
-    A checkpoint is a directory called step_N or final; what is being written is called
-    NAME.partial, what is not whole any more NAME.damaged.
+    """A run's output directory: what is being written in it is called NAME.partial,
+    what is not whole any more NAME.damaged.
     """
 
     def newest_whole(self) -> Path | None:
-        """Return the newest checkpoint that passes its checks, or None.
-
-        What is passed over is named on stderr. Raises CheckpointError where there are
-        checkpoints, and none of them is whole.
+        """Return the newest checkpoint that passes its checks, or None; stderr names
+        what is passed over. Raises CheckpointError where none of them is whole.
         """
         path, names, problem = _first_whole(reversed(self.named()))
         if names and path is None:
@@ -121,23 +118,23 @@ class RunDirectory(Checkpoints):
                 f"move {names} away to start anew"
             )
         if names:
-            _warn(f"{names} passed over, {path} is the newest whole one ({problem})")
+            found = f"{path} is the newest whole checkpoint"
+            _warn(f"{names} passed over, {found} ({problem})")
         return path
 
     def go_back_to_whole(self) -> Path | None:
         """Return `newest_whole()`; damaged checkpoints that are newer are renamed, and
         make room for the run to go on.
         """
-        path = self.newest_whole()
-        while path is not None and (newest := self.latest()) != path:
-            _set_aside(newest or path)
-        return path
+        whole = self.newest_whole()
+        for path in self.checkpoints() if whole else []:
+            if step_number(path) > step_number(whole):
+                _set_aside(path)
+        return whole
 
     def new_checkpoint(self, name: str) -> Path:
-        """Return an empty NAME.partial to write into.
-
-        What killed saves left is removed, and a damaged checkpoint of this name set
-        aside. Raises CheckpointError where a whole one has the name, ValueError for a
+        """Return an empty NAME.partial to write into; a damaged checkpoint of this name
+        is set aside. Raises CheckpointError where a whole one has it, ValueError for a
         name that is neither step_N nor final.
         """
         _check_name(name)

@@ -120,17 +120,7 @@ class ShardReader(FileSystemReader):
         }
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        tensors, places = {}, {}
-        for name, tensor in self.index.items():
-            parts = [
-                ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes))
-                for chunk in tensor.chunks
-            ]
-            kind = TensorProperties(tensor.dtype)
-            tensors[name] = TensorStorageMetadata(kind, tensor.shape, parts)
-            for chunk in tensor.chunks:
-                places[MetadataIndex(name, chunk.offsets)] = chunk
-        return Metadata(tensors, storage_data=places, storage_meta=StorageMeta())
+        return _metadata(self.index)
 
     def read_data(
         self, plan: LoadPlan, planner: LoadPlanner
@@ -158,11 +148,25 @@ class ShardReader(FileSystemReader):
 
 
 # %% ../chapters/14c_shards.ipynb #646ff064
+def _metadata(index: dict[str, StoredTensor]) -> Metadata:
+    """Return what DCP wants to know of an index."""
+    tensors, places = {}, {}
+    for name, tensor in index.items():
+        kind, parts = TensorProperties(tensor.dtype), []
+        for chunk in tensor.chunks:
+            offsets, sizes = torch.Size(chunk.offsets), torch.Size(chunk.sizes)
+            parts.append(ChunkStorageMetadata(offsets, sizes))
+            places[MetadataIndex(name, offsets)] = chunk
+        tensors[name] = TensorStorageMetadata(kind, tensor.shape, parts)
+    return Metadata(tensors, storage_data=places, storage_meta=StorageMeta())
+
+
 def _first_failure(error: CheckpointException) -> BaseException:
     """Return, of the errors that DCP collects from all ranks, the first one."""
     return next(iter(error.failures.values()))[0]
 
 
+# %% ../chapters/14c_shards.ipynb #854c7ca4
 def _read_chunk(directory: Path, chunk: Chunk) -> torch.Tensor:
     """Return the tensor that one process wrote at a place: an archive in itself."""
     with open(directory / chunk.file, "rb") as stream:
@@ -276,6 +280,7 @@ def read_manifest(directory: Path) -> dict[str, str]:
     return read
 
 
+# %% ../chapters/14c_shards.ipynb #dd80f8f7
 def verify(directory: Path, part: int = 0, parts: int = 1) -> None:
     """Compare shards and state.pt with manifest.json; of `parts` processes, each reads
     its part of them. Raises CheckpointError.
@@ -368,6 +373,7 @@ def _check_places(index: dict[str, StoredTensor], file: Path) -> None:
             )
 
 
+# %% ../chapters/14c_shards.ipynb #5230054f
 def _is_filled(tensor: StoredTensor) -> bool:
     """Whether a tensor's chunks fill it without gap or overlap."""
     shape, axes = tensor.shape, range(len(tensor.shape))
