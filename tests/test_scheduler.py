@@ -1,0 +1,112 @@
+"""The scheduler: who gets a row, a turn, a place in the queue, a part of the budget."""
+
+from serving_helpers import new_request
+
+from qwen_analog import scheduler
+from qwen_analog.scheduler import Group, SequenceState
+
+
+def job(number, client="", group=None, unread=0):
+    """A sequence of a group, or of one of its own."""
+    group = Group(client, 1, print) if group is None else group
+    prompt = [1] * (unread + 1)
+    return SequenceState(new_request(prompt, 5), number, 0, group, None, None)
+
+
+def test_who_gets_a_row():
+    large = Group("a", 4, print)
+    a = [job(i, "a", large) for i in range(4)]
+    assert scheduler.next_for_a_row(a, []) == (a[0], None)
+    assert scheduler.next_for_a_row(a[2:], a[:2]) == (
+        a[2],
+        None,
+    )  # nobody else waits: nothing is taken
+    other = job(9, "a")
+    assert scheduler.next_for_a_row([a[3], other], a[:3]) == (
+        other,
+        a[2],
+    )  # the latest of the largest request
+    mine = [job(i, "b") for i in range(10, 13)]  # another client, request by request
+    assert scheduler.next_for_a_row([*mine, other], a[:2]) == (mine[0], a[1])
+    assert scheduler.next_for_a_row([mine[2]], [*a[:2], *mine[:2]]) == (
+        mine[2],
+        None,
+    )  # it holds as many already
+    assert scheduler.next_for_a_row([other, mine[2]], [a[0], *mine[:2]]) == (
+        other,
+        None,
+    )
+
+
+def test_whose_turn_it_is():
+    def writing(number, turn, client="a", group=None):
+        made = job(number, client, group)
+        made.started, made.turn = True, turn
+        return made
+
+    short, long, longest = (
+        writing(1, scheduler.TURN - 1),
+        writing(2, scheduler.TURN),
+        writing(3, scheduler.TURN + 1),
+    )
+    new, later = job(8, "a"), job(9, "a")
+    assert scheduler.next_turn([later, new], [short, long, longest]) == (new, longest)
+    assert (
+        scheduler.next_turn([new], [short]) is None
+        and scheduler.next_turn([longest], [long]) is None
+    )
+    assert (
+        scheduler.next_turn([new, job(10, "b")], [long, longest])[0].group.client == "b"
+    )
+    assert scheduler.next_turn([new], [short, long, writing(4, 99, "b")]) == (
+        new,
+        long,
+    )  # its client has two rows and b one
+    two = Group("a", 3, print)
+    of_two = [writing(4, 99, "a", two), writing(5, 99, "a", two)]
+    turn = scheduler.next_turn([job(11, "a", two)], [*of_two, writing(6, 100, "a")])
+    assert turn[1] in of_two
+
+
+def test_a_short_prompt_does_not_wait_for_long_ones():
+    share = lambda *left: [
+        size
+        for _, size in scheduler.share_budget(
+            [job(i, unread=n) for i, n in enumerate(left)], 64
+        )
+    ]
+    assert (
+        share(1000) == [64]
+        and share(1000, 10) == [54, 10]
+        and share(1000, 900, 5) == [32, 27, 5]
+        and share(3, 4) == [3, 4]
+    )
+    assert scheduler.share_budget([job(0), job(1, unread=100)], 1)[0][1] == 1
+
+
+def test_whose_places_in_a_full_queue():
+    def full(*groups):
+        """Waiting jobs of (client, number) for each group."""
+        jobs = []
+        for number, (client, size) in enumerate(groups):
+            group = Group(client, size, print)
+            group.number = number
+            jobs += [job(len(jobs) + i, client, group) for i in range(size)]
+        return jobs
+
+    lose = lambda waiting, number, client: {
+        job.group.number for job in scheduler.whose_places(waiting, number, client)
+    }
+    assert lose(full(("a", 1), ("a", 1), ("b", 1)), 1, "c") == {
+        1
+    }  # the latest of the client with the most
+    assert (
+        lose(full(("a", 1), ("a", 1), ("b", 1)), 1, "b") == set()
+    )  # which would then have as many
+    assert lose(full(("a", 8), ("a", 1)), 1, "a") == {
+        0
+    }  # of one client: much larger requests
+    assert lose(full(("a", 2), ("a", 1)), 1, "a") == set()
+    assert (
+        lose(full(("a", 8))[1:], 1, "b") == set()
+    )  # one of its answers is being written
