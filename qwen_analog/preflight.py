@@ -54,6 +54,7 @@ class Start:
         return self.state.get("step", 0) >= self.config.max_steps
 
 
+# %% ../chapters/18c_preflight.ipynb #e72e6205
 def prepare_start(
     config: TrainConfig,
     path: str | None,
@@ -193,6 +194,7 @@ def check_room(
         _check_disk(config, count)
 
 
+# %% ../chapters/18c_preflight.ipynb #c642c58d
 def _memory_of_batches(config: TrainConfig, context: DistributedContext) -> int:
     """Return the bytes of one machine's batches: the one in use and those ahead, each
     three numbers of 8 bytes a token, in sequences and collated.

@@ -55,15 +55,8 @@ def read_training_state(path: str | Path) -> dict[str, Any]:
     return {**state, "train_config": rename_settings(state["train_config"])}
 
 
-_NEEDED = {
-    "step",
-    "data",
-    "tokenizer",
-    "tokenizer_fingerprint",
-    "train_config",
-    "spike_watch",
-    "rank_states",
-}
+_NEEDED = {"step", "data", "train_config", "spike_watch", "rank_states", "tokenizer"}
+_NEEDED |= {"tokenizer_fingerprint"}
 
 # %% ../chapters/18b_resume.ipynb #66ce3c9a
 # settings without which the next sequences, or the next update, would be others
@@ -142,6 +135,7 @@ def restore_rng(
         torch.cuda.set_rng_state(mine["cuda"], context.device)
 
 
+# %% ../chapters/18b_resume.ipynb #7b834cb7
 def restore(
     path: str | Path,
     state: dict[str, Any],

@@ -281,6 +281,7 @@ def test_steps_that_cannot_be_skipped_are_refused():
 # --- runs of version 0.1.0
 
 OLD = ROOT / "tests" / "data" / "v0_1_0"
+THEIR_OPTIMIZER = ["--optimizer", "muon"]  # a flag of those runs
 
 
 def old_run():
@@ -297,7 +298,7 @@ def test_a_run_of_version_0_1_0_goes_on_exactly(settings_from):
     old_run()
     words = ["--resume", "plain/step_2", "--output-dir", "out"]
     if settings_from == "file":
-        words += ["--config", "train_config.json"]
+        words += ["--config", "train_config.json", *THEIR_OPTIMIZER]
     assert module.main(words) == 0
     before, now = training_state("plain/final"), training_state("out/final")
     assert same(now, before)
@@ -326,7 +327,8 @@ def test_a_sharded_run_of_version_0_1_0_goes_on_with_one_process():
 
 def test_another_sequence_length_than_in_version_0_1_0_is_refused(capsys):
     old_run()
-    words = ["--config", "train_config.json", "--output-dir", "out"]
+    words = ["--config", "train_config.json", *THEIR_OPTIMIZER]
+    words += ["--output-dir", "out"]
     words += ["--resume", "plain/step_2", "--block-size", "16"]
     assert module.main(words) == 2
     assert "trained with another sequence_length" in capsys.readouterr().err

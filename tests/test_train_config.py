@@ -248,7 +248,7 @@ def test_the_help_needs_no_torch_and_names_every_setting_once():
     assert done.returncode == 0, done.stderr
     for name in TrainConfig.model_fields:
         flag = "--" + name.replace("_", "-")
-        assert len(re.findall(rf"^ +{flag}[ ,\n]", done.stdout, re.MULTILINE)) == 1
+        assert len(re.findall(rf"^  {flag}[ ,\n]", done.stdout, re.MULTILINE)) == 1
     assert "--block-size" not in done.stdout
 
 
