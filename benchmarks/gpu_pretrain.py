@@ -38,7 +38,7 @@ from qwen_analog.plan import estimate_for, report
 from qwen_analog.tokenizer import load_tokenizer
 from qwen_analog.arguments import report_errors
 from qwen_analog.resume import config_from_arguments
-from qwen_analog.step import train_step
+from qwen_analog.step import micro_batches, train_step
 from qwen_analog.train_config import TrainConfig, add_settings
 
 RESULTS = Path(__file__).with_name("gpu_pretrain.json")
@@ -100,10 +100,10 @@ def measure(config: TrainConfig, processes: DistributedContext) -> dict:
             for block in taken:
                 block.input_ids %= model.config.vocab_size
                 block.targets %= model.config.vocab_size
+            batches = micro_batches(taken, config)
             began = time.perf_counter()
-            losses.append(
-                train_step(wrapped, optimizers, taken, config, processes)[0]
-            )  # it waits for the device
+            loss, *_ = train_step(wrapped, optimizers, batches, config, processes)
+            losses.append(loss)  # which waits for the device
             seconds.append(time.perf_counter() - began)
     return {
         "losses": losses,

@@ -325,11 +325,12 @@ class Metrics:
 class Trainer(TrainerState):
     """One run, from its next step to its last, or to a signal."""
 
+    metrics: Metrics
+
     def __init__(self, start: Start, data: RunData, context: DistributedContext):
         super().__init__(start, data, context)
         config = self.config
         self.speed = SpeedMeter(config, context, self.model)
-        self.metrics = Metrics(config, context, self.step)
         self.checkpointer = Checkpointer(
             config.output_dir,
             start.tokenizer,
@@ -349,7 +350,7 @@ class Trainer(TrainerState):
         prepare = partial(prepare_batch, self.dataset, config, context)
         self.wrapped.train()
         with (
-            closing(self.metrics),
+            closing(Metrics(config, context, self.step)) as self.metrics,
             closing(prefetch(prepare, config.max_steps - self.step)) as batches,
             stop_signals() as stopped,
             profiled(config.output_dir, context.rank, config.profile_steps) as traced,

@@ -121,6 +121,7 @@ def test_a_run_begins_with_the_weights_of_others(kind):
     assert load_model("checkpoints/final")[0].generation_config["top_k"] == 7
 
 
+@pytest.mark.slow
 def test_a_sharded_run_begins_with_the_weights_of_others():
     model = source("checkpoint")
     config = as_file(

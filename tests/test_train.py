@@ -67,6 +67,7 @@ def test_two_runs_are_equal_and_another_seed_is_not():
     )
 
 
+@pytest.mark.slow
 def test_one_process_equals_two_and_any_accumulation():
     train(settings(output_dir="one"))
     for accumulation, micro in ((2, 2), (4, 1)):
@@ -104,6 +105,7 @@ def test_one_process_equals_two_and_any_accumulation():
             )
 
 
+@pytest.mark.slow
 def test_two_processes_continue_what_one_began():
     train(settings(output_dir="one"))
     done = run(
@@ -217,6 +219,7 @@ def test_three_such_steps_stop_the_run(monkeypatch):
         train(settings(save_every=100))
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_ends(tmp_path):
     config = as_file(
         settings(max_steps=100_000, save_every=100_000, eval_every=100_000)
@@ -255,6 +258,7 @@ def test_bad_lines_are_named_or_counted(capsys):
     )
 
 
+@pytest.mark.slow
 def test_the_card_runs_inside_the_package_folder():
     config = as_file(settings(max_steps=2))
     done = run(
@@ -271,6 +275,7 @@ def test_the_card_runs_inside_the_package_folder():
     assert done.returncode == 0 and "nothing to train" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_errors_of_the_commands_are_one_line():
     for arguments in (
         ["--data", "nowhere.jsonl"],
