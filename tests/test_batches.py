@@ -74,7 +74,7 @@ def test_an_error_arrives_where_its_result_is_due(error):
 
 
 def test_a_call_that_never_ends_does_not_hold_the_program(monkeypatch):
-    """The thread is given some seconds, and is a daemon: Python does not wait for it."""
+    """The thread gets some seconds, and is a daemon: Python does not wait for it."""
     blocked, asked = threading.Event(), []
     counter = Counter()
 
