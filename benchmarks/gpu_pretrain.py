@@ -23,25 +23,23 @@ from pathlib import Path
 import torch
 
 from qwen_analog.config import QwenConfig, parameter_counts
-from qwen_analog.data import PackedDataset, tokenize_files, wiki_documents, write_jsonl
+from qwen_analog.corpora import wiki_documents
+from qwen_analog.data import PackedDataset
+from qwen_analog.jsonl import write_jsonl
+from qwen_analog.token_cache import tokenize_files
 from qwen_analog.arguments import add_ignore_memory
-from qwen_analog.memory import (
-    flops_per_token,
-    require_memory,
-    set_activation_checkpointing,
-)
-from qwen_analog.monitor import GPUS, peak_flops, peak_memory
+from qwen_analog.hardware import require_memory
+from qwen_analog.memory import flops_per_token, set_activation_checkpointing
+from qwen_analog.hardware import GPUS, peak_flops, peak_memory
 from qwen_analog.optim import build_optimizers
-from qwen_analog.parallel import DistributedContext, build_model, make_mesh
+from qwen_analog.distributed import DistributedContext
+from qwen_analog.parallel import build_model, make_mesh
 from qwen_analog.plan import estimate_for, report
 from qwen_analog.tokenizer import load_tokenizer
 from qwen_analog.arguments import report_errors
-from qwen_analog.train import (
-    TrainConfig,
-    add_settings,
-    config_from_arguments,
-    train_step,
-)
+from qwen_analog.resume import config_from_arguments
+from qwen_analog.step import micro_batches, train_step
+from qwen_analog.train_config import TrainConfig, add_settings
 
 RESULTS = Path(__file__).with_name("gpu_pretrain.json")
 DEFAULTS = dict(max_steps=30, gradient_accumulation_steps=4, compile=True)
@@ -102,10 +100,10 @@ def measure(config: TrainConfig, processes: DistributedContext) -> dict:
             for block in taken:
                 block.input_ids %= model.config.vocab_size
                 block.targets %= model.config.vocab_size
+            batches = micro_batches(taken, config)
             began = time.perf_counter()
-            losses.append(
-                train_step(wrapped, optimizers, taken, config, processes)[0]
-            )  # it waits for the device
+            loss, *_ = train_step(wrapped, optimizers, batches, config, processes)
+            losses.append(loss)  # which waits for the device
             seconds.append(time.perf_counter() - began)
     return {
         "losses": losses,

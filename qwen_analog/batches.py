@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "Dataset",
     "T",
     "prefetch",
     "Batch",
@@ -23,23 +24,17 @@ from typing import TypeVar
 
 import torch
 
-from qwen_analog.data import (
-    DataError,
-    PackedDataset,
-    StreamingDataset,
-    TokenSequence,
-    find_files,
-    held_out_dataset,
-    open_stream,
-    skipped_lines,
-    tokenize_files,
-)
-from .parallel import DistributedContext
+from .data import PackedDataset, TokenSequence, held_out_dataset
+from .jsonl import DataError, find_files
+from .streaming import SharedDataset, StreamingDataset, open_stream
+from .token_cache import skipped_lines, tokenize_files
+from .distributed import DistributedContext
 from .step import micro_batches
 from .tokenizer import Tokenizer
 from .train_config import TrainConfig
 
 # %% ../chapters/11d_batches.ipynb #44d5898c
+Dataset = PackedDataset | StreamingDataset | SharedDataset
 T = TypeVar("T")
 
 
@@ -91,9 +86,7 @@ class Batch:
 
 
 def prepare_batch(
-    dataset: PackedDataset | StreamingDataset,
-    config: TrainConfig,
-    context: DistributedContext,
+    dataset: Dataset, config: TrainConfig, context: DistributedContext
 ) -> Batch:
     """Take this process's sequences of the next step, collated."""
     count = config.micro_batch_size * config.gradient_accumulation_steps
@@ -153,7 +146,7 @@ def open_data(
     tokenizer: Tokenizer,
     context: DistributedContext,
     insist: bool = False,
-) -> tuple[PackedDataset | StreamingDataset, PackedDataset | None]:
+) -> tuple[Dataset, PackedDataset | None]:
     """Return the sequences to train on, and the held-out ones: None where
     heldout_fraction is 0, or there is one document only.
 
@@ -188,6 +181,7 @@ def _open_files(
             tokenizer,
             config.heldout_fraction,
             config.skip_bad_lines,
+            num_workers=config.num_workers,
         )
     bad, first = skipped_lines(documents)
     if bad and context.rank == 0:
@@ -198,9 +192,10 @@ def _open_files(
 
 def _open_stream(
     config: TrainConfig, tokenizer: Tokenizer, context: DistributedContext
-) -> tuple[StreamingDataset, PackedDataset | None]:
+) -> tuple[SharedDataset, PackedDataset | None]:
     stream = open_stream(config.data, config.skip_bad_lines)
-    dataset = StreamingDataset(
+    own = StreamingDataset(
         stream, tokenizer, config.sequence_length, config.seed, config.heldout_fraction
     )
+    dataset = SharedDataset(own, context)  # tokenized once a machine
     return dataset, dataset.held_out_dataset(config.eval_sequences)

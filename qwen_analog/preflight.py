@@ -16,12 +16,15 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from .batches import check_data
-from .checkpoint import CheckpointError, read_state
+from .archive import CheckpointError
+from .checkpoint import read_state
 from .config import QwenConfig, parameter_counts
 from .loading import load
-from .memory import estimate_memory, require_memory
+from .hardware import require_memory
+from .memory import estimate_memory
 from .model import QwenForCausalLM
-from .parallel import DistributedContext, make_mesh
+from .distributed import DistributedContext
+from .parallel import make_mesh
 from qwen_analog.resume import (
     check_resumable,
     settings_of_checkpoint,
@@ -51,6 +54,7 @@ class Start:
         return self.state.get("step", 0) >= self.config.max_steps
 
 
+# %% ../chapters/18c_preflight.ipynb #e72e6205
 def prepare_start(
     config: TrainConfig,
     path: str | None,
@@ -190,6 +194,7 @@ def check_room(
         _check_disk(config, count)
 
 
+# %% ../chapters/18c_preflight.ipynb #c642c58d
 def _memory_of_batches(config: TrainConfig, context: DistributedContext) -> int:
     """Return the bytes of one machine's batches: the one in use and those ahead, each
     three numbers of 8 bytes a token, in sequences and collated.
@@ -207,7 +212,7 @@ def _memory_of_training(
         config.qwen_config(),
         precision=config.precision,
         optimizer=config.optimizer,
-        recompute=config.activation_checkpointing,
+        activation_checkpointing=config.activation_checkpointing,
         batch_size=config.micro_batch_size,
         sequence_length=config.sequence_length,
         micro_batches=config.gradient_accumulation_steps,

@@ -26,11 +26,13 @@ from typing import Any
 
 import torch
 
-from .checkpoint import CheckpointError, read_state, restore_checkpoint
+from .archive import CheckpointError
+from .checkpoint import read_state
+from .restore import restore_checkpoint
 from .config import QwenConfig
 from .data import data_difference
 from .model import QwenForCausalLM
-from .parallel import DistributedContext
+from .distributed import DistributedContext
 from .run_directory import RunDirectory
 from .tokenizer import Tokenizer, check_vocab_size, load_tokenizer
 from .train_config import TrainConfig, given_settings, rename_settings
@@ -53,15 +55,8 @@ def read_training_state(path: str | Path) -> dict[str, Any]:
     return {**state, "train_config": rename_settings(state["train_config"])}
 
 
-_NEEDED = {
-    "step",
-    "data",
-    "tokenizer",
-    "tokenizer_fingerprint",
-    "train_config",
-    "spike_watch",
-    "rank_states",
-}
+_NEEDED = {"step", "data", "train_config", "spike_watch", "rank_states", "tokenizer"}
+_NEEDED |= {"tokenizer_fingerprint"}
 
 # %% ../chapters/18b_resume.ipynb #66ce3c9a
 # settings without which the next sequences, or the next update, would be others
@@ -140,6 +135,7 @@ def restore_rng(
         torch.cuda.set_rng_state(mine["cuda"], context.device)
 
 
+# %% ../chapters/18b_resume.ipynb #7b834cb7
 def restore(
     path: str | Path,
     state: dict[str, Any],

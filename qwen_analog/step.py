@@ -25,7 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .data import PackedDataset, TokenSequence, collate
 from .loss import IGNORE_INDEX, bits_per_byte
-from .parallel import DistributedContext, clip_grad_norm, gradient_sync
+from .distributed import DistributedContext
+from .parallel import clip_grad_norm, gradient_sync
 from .train_config import TrainConfig
 
 

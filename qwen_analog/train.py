@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 # %% ../chapters/19_pretraining.ipynb #ab7c6916
+import runpy
 import signal
 import sys
 from pathlib import Path
@@ -41,9 +42,7 @@ if (
 # `python train.py` inside the package folder
 if not __package__ and "__file__" in globals():
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from qwen_analog.train import main
-
-    sys.exit(main())
+    runpy.run_module("qwen_analog.train", run_name="__main__")  # and ends there
 
 # %% ../chapters/19_pretraining.ipynb #ff4b7acb
 import argparse
@@ -64,6 +63,7 @@ from contextlib import (
 from functools import partial
 from typing import Any, NamedTuple, TextIO
 
+# %% ../chapters/19_pretraining.ipynb #596154fa
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -71,21 +71,28 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from .arguments import one_line, report_errors
-from .batches import Batch, next_batch, open_data, prefetch, prepare_batch
-from .checkpoint import Checkpointer, CheckpointError, load_model
-from qwen_analog.data import DataError, PackedDataset, StreamingDataset, data_difference
+from qwen_analog.batches import (
+    Batch,
+    Dataset,
+    next_batch,
+    open_data,
+    prefetch,
+    prepare_batch,
+)
+from .archive import CheckpointError
+from .checkpoint import load_model
+from .checkpointer import Checkpointer
+from .data import PackedDataset, data_difference
+from .jsonl import DataError
 from .files import write_json
-from .generate import complete
+from .text_stream import complete
 from .memory import flops_per_token, set_activation_checkpointing
 from .model import QwenForCausalLM
-from .monitor import RunLog, peak_flops, peak_memory, plot_losses, profiled
-from qwen_analog.optim import (
-    LossSpikeDetector,
-    build_optimizers,
-    learning_rate_at,
-    set_learning_rate,
-)
-from .parallel import DistributedContext, build_model
+from .hardware import peak_flops, peak_memory
+from .monitor import LossSpikeDetector, RunLog, plot_losses, profiled
+from .optim import build_optimizers, learning_rate_at, set_learning_rate
+from .distributed import DistributedContext
+from .parallel import build_model
 from .preflight import Start, decide, prepare_start
 from .resume import compare_data, restore, rng_state, tokens_before
 from .step import evaluate, train_step
@@ -125,7 +132,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 class RunData(NamedTuple):
     """The data of a run."""
 
-    dataset: PackedDataset | StreamingDataset
+    dataset: Dataset
     held_out: PackedDataset | None
     same: bool  # as before, in a run that goes on
 
@@ -163,11 +170,7 @@ class TrainerState:
     """A run that is ready for its next step: all that a checkpoint holds."""
 
     def __init__(self, start: Start, data: RunData, context: DistributedContext):
-        self.config, self.tokenizer, self.context = (
-            start.config,
-            start.tokenizer,
-            context,
-        )
+        self.config, self.context = start.config, context
         self.dataset, self.held_out = data.dataset, data.held_out
         self.model, self.wrapped, self.optimizers = build(start, context)
         self.detector = LossSpikeDetector()
@@ -190,9 +193,7 @@ class TrainerState:
     def load_state_dict(
         self, path: str, state: dict[str, Any], same_data: bool
     ) -> None:
-        """Go on from the checkpoint at `path`, which holds `state`; in other data than
-        its own, from their beginning.
-        """
+        """Go on from the checkpoint at `path`; in other data, from their beginning."""
         if state["data"].keys() != self.dataset.state_dict().keys():
             raise CheckpointError(
                 f"{path} was trained with another kind of run: this run cannot go on"
@@ -237,6 +238,7 @@ def build(
     return model, wrapped, optimizers
 
 
+# %% ../chapters/19_pretraining.ipynb #d319a727
 @torch.no_grad()
 def copy_weights(source: nn.Module, model: nn.Module) -> None:
     """Copy the weights of `source`, of the same shape, into `model`, however it is laid
@@ -304,10 +306,10 @@ class Metrics:
         self.bar.set_postfix_str(words.format(**values))
         last = step == self.config.max_steps
         if spike or last or step % self.config.log_every == 0:
-            self.log.write(step, **values, **({"spike": True} if spike else {}))
+            self.log.log_metrics(step, **values, **({"spike": True} if spike else {}))
 
     def write_evaluation(self, step: int, values: dict[str, float]) -> None:
-        self.log.write(step, **values)
+        self.log.log_metrics(step, **values)
         if self.is_main:
             self.bar.write(
                 f"step {step:,}: held-out loss {values['heldout_loss']:.3f} nats a"
@@ -323,14 +325,15 @@ class Metrics:
 class Trainer(TrainerState):
     """One run, from its next step to its last, or to a signal."""
 
+    metrics: Metrics
+
     def __init__(self, start: Start, data: RunData, context: DistributedContext):
         super().__init__(start, data, context)
         config = self.config
         self.speed = SpeedMeter(config, context, self.model)
-        self.metrics = Metrics(config, context, self.step)
         self.checkpointer = Checkpointer(
             config.output_dir,
-            self.tokenizer,
+            start.tokenizer,
             keep_last=config.keep_last,
             keep_every=config.keep_every,
             sharded=start.mesh is not None,
@@ -347,7 +350,7 @@ class Trainer(TrainerState):
         prepare = partial(prepare_batch, self.dataset, config, context)
         self.wrapped.train()
         with (
-            closing(self.metrics),
+            closing(Metrics(config, context, self.step)) as self.metrics,
             closing(prefetch(prepare, config.max_steps - self.step)) as batches,
             stop_signals() as stopped,
             profiled(config.output_dir, context.rank, config.profile_steps) as traced,
@@ -386,10 +389,10 @@ class Trainer(TrainerState):
         self.context.step = self.step = self.step + 1
         self.tokens += self.speed.tokens_per_step
         self.position = batch.after
-        log.consume(self.step, batch.before, batch.sequences)
+        log.log_documents(self.step, batch.before, batch.sequences)
         self.metrics.bar.update()
         if self.step in config.skip_steps:
-            log.write(self.step, skipped="by skip_steps")
+            log.log_metrics(self.step, skipped="by skip_steps")
             return
         rate = schedule_learning_rate(self.optimizers, self.step, config)
         loss, grad_norm, applied = train_step(
@@ -410,7 +413,7 @@ class Trainer(TrainerState):
     def count_nonfinite(self, batch: Batch) -> None:
         """Log the text of a step that was not applied; end the run after several."""
         self.nonfinite += 1
-        self.metrics.log.write(
+        self.metrics.log.log_metrics(
             self.step,
             skipped="the loss or a gradient is not finite",
             data=batch.before,
@@ -523,6 +526,7 @@ def train_from(
     return summary
 
 
+# %% ../chapters/19_pretraining.ipynb #ff9dee5a
 def describe_run(trainer: Trainer) -> str:
     config, context, begin = trainer.config, trainer.context, trainer.step
     where = context.device.type
@@ -637,6 +641,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
 
 
+# %% ../chapters/19_pretraining.ipynb #f15fb9d3
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="qwen_analog.train", description=__doc__)
     add_arguments(parser)

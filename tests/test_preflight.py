@@ -18,16 +18,13 @@ from training import (  # noqa: F401
 
 from qwen_analog import QwenConfig, QwenForCausalLM, batches, preflight
 from qwen_analog import train as module
-from qwen_analog.checkpoint import (
-    CheckpointError,
-    claim,
-    load_checkpoint,
-    load_model,
-    save_checkpoint,
-)
-from qwen_analog.data import DataError
+from qwen_analog.archive import CheckpointError
+from qwen_analog.checkpoint import load_checkpoint, load_model, save_checkpoint
+from qwen_analog.run_directory import claim
+from qwen_analog.jsonl import DataError
 from qwen_analog.hf import save_pretrained
-from qwen_analog.tokenizer import BYTE_ORDER, TiktokenTokenizer
+from qwen_analog.bpe import BYTE_ORDER
+from qwen_analog.tokenizer import TiktokenTokenizer
 from qwen_analog.train import train
 from qwen_analog.train_config import TrainConfig
 
@@ -124,6 +121,7 @@ def test_a_run_begins_with_the_weights_of_others(kind):
     assert load_model("checkpoints/final")[0].generation_config["top_k"] == 7
 
 
+@pytest.mark.slow
 def test_a_sharded_run_begins_with_the_weights_of_others():
     model = source("checkpoint")
     config = as_file(

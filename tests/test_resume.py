@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from training import (  # noqa: F401
     MODEL,
+    ROOT,
     as_file,
+    final_weights,
     entries,
     folder,
     rewrite,
@@ -20,8 +23,10 @@ from training import (  # noqa: F401
 )
 
 from qwen_analog import train as module
-from qwen_analog.checkpoint import CheckpointError, load_checkpoint
-from qwen_analog.tokenizer import BYTE_ORDER, TiktokenTokenizer
+from qwen_analog.archive import CheckpointError
+from qwen_analog.checkpoint import load_checkpoint
+from qwen_analog.bpe import BYTE_ORDER
+from qwen_analog.tokenizer import TiktokenTokenizer
 from qwen_analog.train import train
 from qwen_analog.train_config import TrainConfig
 
@@ -271,3 +276,59 @@ def test_steps_that_cannot_be_skipped_are_refused():
     assert [
         entry["step"] for entry in entries("checkpoints") if "skipped" in entry
     ] == [3, 5]
+
+
+# --- runs of version 0.1.0
+
+OLD = ROOT / "tests" / "data" / "v0_1_0"
+THEIR_OPTIMIZER = ["--optimizer", "muon"]  # a flag of those runs
+
+
+def old_run():
+    """The data, the settings and the runs that version 0.1.0 left."""
+    shutil.copytree(OLD, ".", dirs_exist_ok=True)
+
+
+def losses_of(directory):
+    return {e["step"]: e["loss"] for e in entries(directory) if "loss" in e}
+
+
+@pytest.mark.parametrize("settings_from", ["file", "checkpoint"])
+def test_a_run_of_version_0_1_0_goes_on_exactly(settings_from):
+    old_run()
+    words = ["--resume", "plain/step_2", "--output-dir", "out"]
+    if settings_from == "file":
+        words += ["--config", "train_config.json", *THEIR_OPTIMIZER]
+    assert module.main(words) == 0
+    before, now = training_state("plain/final"), training_state("out/final")
+    assert same(now, before)
+    then = losses_of("plain")
+    assert losses_of("out") == {step: then[step] for step in (3, 4)}
+    assert load_checkpoint("out/final")["tokens"] == 4 * 2 * 32
+    assert load_checkpoint("out/final")["train_config"]["sequence_length"] == 32
+
+
+def test_a_directory_of_version_0_1_0_goes_on_by_auto():
+    old_run()
+    shutil.rmtree("plain/final")
+    assert module.main(["--resume", "auto", "--output-dir", "plain"]) == 0
+    assert losses_of("plain").keys() == {1, 2, 3, 4}
+    weights = load_file(OLD / "plain/final/model.safetensors")
+    assert same(dict(load_file("plain/final/model.safetensors")), dict(weights))
+
+
+def test_a_sharded_run_of_version_0_1_0_goes_on_with_one_process():
+    old_run()
+    words = ["--parallel", "ddp", "--micro-batch-size", "4", "--output-dir", "out"]
+    assert module.main(["--resume", "fsdp/step_2", *words]) == 0
+    expected, found = load_file("fsdp/final.safetensors"), final_weights("out")
+    assert all((found[n] - w).abs().max() < 1e-4 for n, w in expected.items())
+
+
+def test_another_sequence_length_than_in_version_0_1_0_is_refused(capsys):
+    old_run()
+    words = ["--config", "train_config.json", *THEIR_OPTIMIZER]
+    words += ["--output-dir", "out"]
+    words += ["--resume", "plain/step_2", "--block-size", "16"]
+    assert module.main(words) == 2
+    assert "trained with another sequence_length" in capsys.readouterr().err

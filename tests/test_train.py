@@ -31,9 +31,10 @@ from training import (  # noqa: F401
 
 from qwen_analog import QwenConfig, QwenForCausalLM, batches, preflight, step
 from qwen_analog import train as module
-from qwen_analog.checkpoint import latest_checkpoint, load_checkpoint, load_model
+from qwen_analog.checkpoint import load_checkpoint, load_model
+from qwen_analog.run_directory import latest_checkpoint
 from qwen_analog.cli import main as cli
-from qwen_analog.data import DataError
+from qwen_analog.jsonl import DataError
 from qwen_analog.train import train
 from qwen_analog.train_config import TrainConfig, fitted
 
@@ -66,6 +67,7 @@ def test_two_runs_are_equal_and_another_seed_is_not():
     )
 
 
+@pytest.mark.slow
 def test_one_process_equals_two_and_any_accumulation():
     train(settings(output_dir="one"))
     for accumulation, micro in ((2, 2), (4, 1)):
@@ -103,6 +105,7 @@ def test_one_process_equals_two_and_any_accumulation():
             )
 
 
+@pytest.mark.slow
 def test_two_processes_continue_what_one_began():
     train(settings(output_dir="one"))
     done = run(
@@ -216,7 +219,8 @@ def test_three_such_steps_stop_the_run(monkeypatch):
         train(settings(save_every=100))
 
 
-def test_a_signal_saves_and_ends(folder):
+@pytest.mark.slow
+def test_a_signal_saves_and_ends(tmp_path):
     config = as_file(
         settings(max_steps=100_000, save_every=100_000, eval_every=100_000)
     )
@@ -225,7 +229,7 @@ def test_a_signal_saves_and_ends(folder):
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(folder / "hf")},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hf")},
     )
     deadline = time.monotonic() + 120
     while (
@@ -254,7 +258,8 @@ def test_bad_lines_are_named_or_counted(capsys):
     )
 
 
-def test_the_card_runs_inside_the_package_folder(folder):
+@pytest.mark.slow
+def test_the_card_runs_inside_the_package_folder():
     config = as_file(settings(max_steps=2))
     done = run(
         ROOT / "qwen_analog" / "train.py", "--config", config, "--data", "corpus.jsonl"
@@ -270,6 +275,7 @@ def test_the_card_runs_inside_the_package_folder(folder):
     assert done.returncode == 0 and "nothing to train" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_errors_of_the_commands_are_one_line():
     for arguments in (
         ["--data", "nowhere.jsonl"],

@@ -1,18 +1,24 @@
 """The settings of a run: files, flags, names of older versions, and their refusals."""
 
+import argparse
+import json
+import re
+import typing
 from pathlib import Path
 
 import pytest
 from training import (  # noqa: F401
     ROOT,
     as_file,
+    run,
     folder,
     settings,
 )
 
 from qwen_analog import QwenConfig
 from qwen_analog import train as module
-from qwen_analog.train_config import TrainConfig, fitted
+from qwen_analog.config import ACTIVATION_CHECKPOINTING, PRECISIONS, STRATEGIES
+from qwen_analog.train_config import TrainConfig, add_arguments, fitted, given_settings
 
 
 @pytest.mark.parametrize(
@@ -159,3 +165,100 @@ def test_a_flag_is_refused_by_its_name(flag, value, capsys):
         assert module.main([*config, flag, value]) == 2
         said = capsys.readouterr().err
         assert flag in said and said.count("\n") == 1
+
+
+# --- names
+
+
+def test_settings_of_version_0_1_0_have_their_present_names():
+    old = {"block_size": 32, "eval_blocks": 3, "max_steps": 9}
+    config = TrainConfig.create(old)
+    assert config == TrainConfig(sequence_length=32, eval_sequences=3, max_steps=9)
+    assert config.model_fields_set == {"sequence_length", "eval_sequences", "max_steps"}
+    both = TrainConfig.create({"block_size": 32, "sequence_length": 64})
+    assert both.sequence_length == 64
+    Path("settings.json").write_text(json.dumps(old))
+    assert TrainConfig.from_file("settings.json") == config
+    assert (
+        TrainConfig.from_file("settings.json", sequence_length=8).sequence_length == 8
+    )
+    with pytest.raises(ValueError, match="sequence_length"):
+        TrainConfig.create({"block_size": 0})
+
+
+def parsed(*words):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def test_a_flag_goes_before_the_file_and_only_what_was_given_is_set():
+    Path("settings.json").write_text('{"max_steps": 9, "block_size": 32, "seed": 4}')
+    words = ["--config", "settings.json", "--block-size", "64", "--no-stream"]
+    config = given_settings(parsed(*words, "--data", "a.jsonl", "b.jsonl"))
+    given = {"max_steps": 9, "seed": 4, "sequence_length": 64, "stream": False}
+    assert config.model_dump(exclude_unset=True) == given | {
+        "data": ["a.jsonl", "b.jsonl"]
+    }
+    assert given_settings(parsed()).model_fields_set == set()
+
+
+def flag_for(name, value):
+    flag = "--" + name.replace("_", "-")
+    if isinstance(value, bool):
+        return [flag if value else flag.replace("--", "--no-")]
+    return [flag, *map(str, value if isinstance(value, list) else [value])]
+
+
+OTHER = {
+    "model": "qwen2.5-0.5b",
+    "optimizer": "muon",
+    "schedule": "wsd",
+    "precision": "fp32",
+    "activation_checkpointing": "none",
+    "parallel": "hsdp",
+    "skip_steps": [3, 4],
+}
+
+
+@pytest.mark.parametrize("name", TrainConfig.model_fields)
+def test_every_setting_has_a_flag_and_an_explanation(name):
+    field = TrainConfig.model_fields[name]
+    default = field.get_default(call_default_factory=True)
+    other = OTHER.get(name)
+    if other is None:
+        other = {bool: not default, list: ["x", "y"], str: "x"}.get(type(default))
+    if other is None:
+        other = default + 1 if isinstance(default, int) else default / 2 or 0.5
+    config = given_settings(parsed(*flag_for(name, other)))
+    assert config.model_dump(exclude_unset=True) == {name: other}
+    assert len(field.description) > 10
+
+
+def test_the_help_needs_no_torch_and_names_every_setting_once():
+    code = (
+        "import argparse, sys\n"
+        "from qwen_analog.train_config import add_arguments\n"
+        "parser = argparse.ArgumentParser()\n"
+        "add_arguments(parser)\n"
+        "print(parser.format_help())\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr
+    for name in TrainConfig.model_fields:
+        flag = "--" + name.replace("_", "-")
+        assert len(re.findall(rf"^  {flag}[ ,\n]", done.stdout, re.MULTILINE)) == 1
+    assert "--block-size" not in done.stdout
+
+
+def test_choices_are_those_of_the_modules_that_offer_them():
+    fields = TrainConfig.model_fields
+    for name, choices in (
+        ("precision", PRECISIONS),
+        ("parallel", STRATEGIES),
+        ("activation_checkpointing", ACTIVATION_CHECKPOINTING),
+    ):
+        assert typing.get_args(fields[name].annotation) == choices
+        with pytest.raises(ValueError, match=name):
+            TrainConfig.create({name: "other"})

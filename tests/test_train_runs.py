@@ -29,13 +29,14 @@ from training import (  # noqa: F401
 
 from qwen_analog import QwenConfig, QwenForCausalLM, batches
 from qwen_analog import train as module
-from qwen_analog.checkpoint import latest_checkpoint
+from qwen_analog.run_directory import latest_checkpoint
 from qwen_analog.cli import main as cli
-from qwen_analog.data import DataError
+from qwen_analog.jsonl import DataError
 from qwen_analog.monitor import documents_of_step
 from qwen_analog.train import train
 
 
+@pytest.mark.slow
 def test_sharded_runs_equal_one_process_and_continue_each_other():
     """fsdp on 2 processes, its checkpoint continued by one; one process's checkpoint
     continued by hsdp on 4.
@@ -96,7 +97,8 @@ def test_stochastic_rounding_resumes_bit_for_bit(precision, optimizer):
     assert same(training_state("resumed/final"), training_state("whole/final"))
 
 
-def test_killed_at_any_moment_it_ends_where_it_would_have(folder):  # noqa: F811
+@pytest.mark.slow
+def test_killed_at_any_moment_it_ends_where_it_would_have():
     """SIGKILL at random moments, in a save or out of it; every start goes on from the
     newest checkpoint.
     """
@@ -317,6 +319,7 @@ def test_how_a_command_ends(capsys):
             report("p", raises(mistake))
 
 
+@pytest.mark.slow
 def test_sharding_needs_processes_that_divide():
     done = run(
         "-m",

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from qwen_analog.checkpoint import load_checkpoint
-from qwen_analog.tokenizer import BYTE_ORDER, TiktokenTokenizer
+from qwen_analog.monitor import documents_of_step
+from qwen_analog.bpe import BYTE_ORDER
+from qwen_analog.tokenizer import TiktokenTokenizer
 from qwen_analog.train import train
 from qwen_analog.train_config import TrainConfig
 
