@@ -298,7 +298,7 @@ def check_one_compiled_block():
 
 
 class Worker:
-    """Trains in every layout, and tries claims; `found` and `claims` are the results."""
+    """Trains in every layout, and tries claims; `found`, `claims` are the results."""
 
     def __init__(self, processes):
         self.processes, n = processes, processes.world_size
