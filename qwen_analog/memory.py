@@ -194,6 +194,12 @@ def _cheap_results(N: int, D: int, F: int, precision: str) -> dict[str, int]:
     }
 
 
+def _check_choice(name: str, value: str | None, choices: tuple) -> None:
+    if value not in choices:
+        wanted = ", ".join(map(str, choices))
+        raise ValueError(f"{name} must be one of {wanted}, not {value!r}")
+
+
 # %% ../chapters/12_memory.ipynb #34c48b77
 _aten = torch.ops.aten
 _MATMUL = {_aten.mm.default, _aten.addmm.default}
@@ -333,12 +339,6 @@ class MemorySettings:
 # %% ../chapters/12_memory.ipynb #bd876a02
 _OPTIMIZERS = ("adamw", "adamw-bf16", "muon", None)
 _COUNTS = ("batch_size", "sequence_length", "micro_batches", "shards", "replicas")
-
-
-def _check_choice(name: str, value: str | None, choices: tuple) -> None:
-    if value not in choices:
-        wanted = ", ".join(map(str, choices))
-        raise ValueError(f"{name} must be one of {wanted}, not {value!r}")
 
 
 def _check_settings(s: MemorySettings) -> None:

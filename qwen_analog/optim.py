@@ -8,7 +8,6 @@ __all__ = [
     "parameter_groups",
     "learning_rate_at",
     "set_learning_rate",
-    "LossSpikeDetector",
     "stochastic_round_",
     "AdamWBf16",
     "build_optimizers",
@@ -16,8 +15,6 @@ __all__ = [
 
 # %% ../chapters/11_optimizer.ipynb #dbafed7a
 import math
-import statistics
-from collections import deque
 from collections.abc import Callable, Iterable
 
 import torch
@@ -91,45 +88,6 @@ def set_learning_rate(
             group["lr"] = learning_rate
 
 
-# %% ../chapters/11_optimizer.ipynb #2b046748
-class LossSpikeDetector:
-    """Says whether a step's loss stands out above the `window` losses before it.
-
-    It does when it lies more than `threshold` robust standard deviations above their
-    median. The deviation is 1.4826 times the median distance from the median (for a
-    normal distribution that is the standard deviation), and at least a thousandth of
-    the median. Medians, so that one spike does not hide the next. The first `window`
-    losses never stand out. A loss that is not finite always does, and is not
-    remembered.
-    """
-
-    def __init__(self, window: int = 64, threshold: float = 6.0):
-        if window < 2 or not threshold > 0:
-            raise ValueError(
-                f"window must be at least 2 and threshold above 0, not {window} and"
-                f" {threshold}"
-            )
-        self.threshold, self.losses = threshold, deque(maxlen=window)
-
-    def update(self, loss: float) -> bool:
-        """Judge the loss of this step by those before it, then remember it."""
-        if not math.isfinite(loss):
-            return True
-        spike = False
-        if len(self.losses) == self.losses.maxlen:
-            median = statistics.median(self.losses)
-            deviation = 1.4826 * statistics.median(abs(x - median) for x in self.losses)
-            spike = loss - median > self.threshold * max(deviation, 1e-3 * abs(median))
-        self.losses.append(loss)
-        return spike
-
-    def state_dict(self) -> dict[str, list[float]]:
-        return {"losses": list(self.losses)}
-
-    def load_state_dict(self, state_dict: dict[str, list[float]]) -> None:
-        self.losses = deque(state_dict["losses"], maxlen=self.losses.maxlen)
-
-
 # %% ../chapters/11_optimizer.ipynb #3088be7d
 def stochastic_round_(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """Round `source`, float32, to `target`, bfloat16, at random, with `source` as mean.
@@ -159,7 +117,8 @@ def _adamw_bf16(p: nn.Parameter, g: torch.Tensor, state: dict, group: dict) -> N
         state["exp_avg"] = torch.zeros_like(p, dtype=torch.bfloat16)
         state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.bfloat16)
     state["step"] += 1
-    t, (beta1, beta2), lr = state["step"].item(), group["betas"], group["lr"]
+    t, (beta1, beta2) = state["step"].item(), group["betas"]
+    lr, eps = group["lr"], group["eps"]
     tensors = p.detach(), g, state["exp_avg"], state["exp_avg_sq"]
     pieces = [_local(x).reshape(-1).split(PIECE_SIZE) for x in tensors]
     for p, g, m_bf16, v_bf16 in zip(*pieces):
@@ -167,8 +126,9 @@ def _adamw_bf16(p: nn.Parameter, g: torch.Tensor, state: dict, group: dict) -> N
         m = m_bf16.float().lerp_(g, 1 - beta1)
         v = v_bf16.float().mul_(beta2).addcmul_(g, g, value=1 - beta2)
         w.mul_(1 - lr * group["weight_decay"])
-        size = (v / (1 - beta2**t)).sqrt_().add_(group["eps"])
-        w.addcdiv_(m, size, value=-lr / (1 - beta1**t))
+        # the divisor gets no name: it would stay in memory while the rest is rounded
+        rate = -lr / (1 - beta1**t)
+        w.addcdiv_(m, (v / (1 - beta2**t)).sqrt_().add_(eps), value=rate)
         stochastic_round_(m_bf16, m)
         stochastic_round_(v_bf16, v)
         if p.dtype == torch.bfloat16:
@@ -198,7 +158,7 @@ class AdamWBf16(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable | None = None):  # type: ignore[override]
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             for p in group["params"]:

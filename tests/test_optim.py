@@ -21,10 +21,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from qwen_analog import QwenConfig, QwenForCausalLM
+from qwen_analog import QwenConfig, QwenForCausalLM, optim as module
 from qwen_analog.optim import (
     AdamWBf16,
-    LossSpikeDetector,
     build_optimizers,
     learning_rate_at,
     parameter_groups,
@@ -534,76 +533,75 @@ def test_sharded_parameters_get_the_updates_of_whole_ones(tmp_path):
     mp.spawn(_sharded, (tmp_path,), nprocs=2)
 
 
-def falling(steps, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    t = torch.arange(steps)
-    return (
-        2.5
-        + 7 * (1 + t / 20) ** -0.5
-        + 0.1 * torch.randn(steps, generator=g, dtype=torch.float64)
-    ).tolist()
-
-
-def test_the_watch_is_quiet_on_a_noisy_falling_loss_and_hears_a_jump():
-    losses, watch = falling(20_000), LossSpikeDetector()
-    alarms = sum(watch.update(loss) for loss in losses)
-    assert alarms <= 2
-    assert not watch.update(losses[-1] - 1.5)  # a step down is good news
-    assert watch.update(losses[-1] + 1.0) and watch.update(
-        losses[-1] + 1.0
-    )  # the first does not hide the second
-    for at in range(200, 1000, 97):
-        watch = LossSpikeDetector()
-        assert not any([watch.update(loss) for loss in losses[:at]])
-        assert watch.update(max(losses[at - 64 : at]) + 1.0), at
-    watch = LossSpikeDetector()
-    assert not any(watch.update(loss) for loss in losses[:63]) and not watch.update(
-        100.0
-    )  # too early to know
-
-
-def test_the_watch_gets_used_to_a_new_level():
-    watch = LossSpikeDetector(window=10)
-    heard = [watch.update(loss) for loss in [1.0] * 10 + [2.0] * 20]
-    assert heard[10:15] == [True] * 5 and not any(heard[:10] + heard[20:])
-    assert not watch.update(2.01) and watch.update(
-        2.02
-    )  # equal losses: a thousandth counts as deviation
-
-
-def test_the_watch_reports_what_is_not_finite_and_forgets_it():
-    watch, plain, losses = (
-        LossSpikeDetector(window=20),
-        LossSpikeDetector(window=20),
-        falling(100),
+def mean_of_bf16_is_the_rule(steps, copies=5000):
+    """Many copies of one weight, all gradients 1: do their means follow AdamW?"""
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.ones(copies).bfloat16())
+    optimizer = AdamWBf16([p], lr=0.001, weight_decay=0.1)
+    w = torch.ones((), dtype=torch.float64)
+    m, v = torch.zeros_like(w), torch.zeros_like(w)
+    for t in range(1, steps + 1):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        m, v = 0.9 * m + 0.1, 0.95 * v + 0.05
+        w = w * (1 - 0.001 * 0.1)
+        w -= 0.001 * (m / (1 - 0.9**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-8)
+    state = optimizer.state[p]
+    return all(
+        abs(ours.double().mean() / rule - 1) < bound
+        for ours, rule, bound in (
+            (state["exp_avg"], m, 0.001),
+            (state["exp_avg_sq"], v, 0.001),
+            (1 - p.double(), 1 - w, 0.03),
+        )
     )
-    for i, loss in enumerate(losses):
-        if i % 10 == 0:
-            assert all(
-                watch.update(bad) is True for bad in (math.nan, math.inf, -math.inf)
-            )
-        assert watch.update(loss) is plain.update(loss)
-    assert watch.state_dict() == plain.state_dict()
 
 
-def test_the_watch_resumes_exactly():
-    losses = falling(300) + [9.0, 4.0, 9.0]
-    for cut in (0, 5, 64, 200, 301):
-        watch, resumed = LossSpikeDetector(), LossSpikeDetector()
-        for loss in losses[:cut]:
-            watch.update(loss)
-        state = watch.state_dict()
-        assert all(type(value) is float for value in state["losses"])
-        resumed.load_state_dict(copy.deepcopy(state))
-        assert [watch.update(loss) for loss in losses[cut:]] == [
-            resumed.update(loss) for loss in losses[cut:]
-        ]
-        assert resumed.state_dict() == watch.state_dict()
+def nearest(which):
+    """Round m (0), v (1) or the weight (2) to nearest: they take turns."""
+    calls = []
+
+    def rounded(target, source, real=module.stochastic_round_):
+        calls.append(target)
+        if (len(calls) - 1) % 3 == which:
+            return target.copy_(source)
+        return real(target, source)
+
+    return "stochastic_round_", rounded
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"window": 1}, {"threshold": 0.0}, {"threshold": math.nan}]
-)
-def test_the_watch_refuses_senseless_settings(wrong):
-    with pytest.raises(ValueError, match=str(*wrong.values())):
-        LossSpikeDetector(**wrong)
+def update(change):
+    def changed(p, g, state, group, real=module._adamw_bf16):
+        return real(p, g, state, change(state, group))
+
+    return "_adamw_bf16", changed
+
+
+def without_bias_correction(state, group):
+    if state:
+        state["step"] = torch.tensor(1e9)
+    return group
+
+
+MUTANTS = {
+    "first average to nearest": nearest(0),
+    "second average to nearest": nearest(1),
+    "weights to nearest": nearest(2),
+    "betas swapped": update(lambda state, group: {**group, "betas": (0.95, 0.9)}),
+    "no bias correction": update(without_bias_correction),
+    "decay not scaled by lr": update(
+        lambda state, group: {**group, "weight_decay": 0.1 / 0.001}
+    ),
+    "no decay": update(lambda state, group: {**group, "weight_decay": 0.0}),
+}
+
+
+def test_the_mean_of_many_weights_follows_the_rule():
+    assert mean_of_bf16_is_the_rule(100) and mean_of_bf16_is_the_rule(5)
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_mutant_of_adamw_in_bf16_is_noticed(mutant, monkeypatch):
+    monkeypatch.setattr(module, *MUTANTS[mutant])
+    assert not (mean_of_bf16_is_the_rule(100) and mean_of_bf16_is_the_rule(5))
