@@ -120,10 +120,9 @@ class Collectives:
 
 # %% ../chapters/13a_processes.ipynb #779c2291
 class DistributedContext(Collectives):
-    """This process's place among those that torchrun started; alone, rank 0 of 1.
+    """The processes that torchrun started, connected: an error on one ends all.
 
-    An error inside `with DistributedContext()` ends all processes: it goes on where it
-    arose, and is a RankError, one line, elsewhere.
+    The error goes on where it arose, and is a RankError, one line, elsewhere.
     """
 
     def __init__(self, timeout_minutes: float = 10):
@@ -132,8 +131,7 @@ class DistributedContext(Collectives):
         self.step: int | None = None  # of the training loop, for messages
 
     def __enter__(self):
-        _join(self)
-        return self
+        return _join(self)
 
     def __exit__(self, kind, error, traceback):
         if self.watchdog is not None:
@@ -595,12 +593,12 @@ def _form_group(context: DistributedContext, store: dist.Store) -> None:
 
 
 # %% ../chapters/13a_processes.ipynb #b754bfe0
-def _join(context: DistributedContext) -> None:
+def _join(context: DistributedContext) -> DistributedContext:
     """Connect this process with the others, who hear of an error here as well."""
     end_with_torchrun()
     if context.world_size == 1:
         _take_device(context.device)
-        return
+        return context
     context.watchdog = Watchdog(context)
     try:
         store = rendezvous(context.watchdog)
@@ -609,6 +607,7 @@ def _join(context: DistributedContext) -> None:
     except BaseException as error:
         _leave(context.watchdog, error)
         raise
+    return context
 
 
 # %% ../chapters/13a_processes.ipynb #8f01b94a

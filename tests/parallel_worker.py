@@ -285,100 +285,118 @@ def check_sharded_after_forward(strategy, mesh, processes):
     assert all(map(torch.equal, *ends))
 
 
-def main(out: str) -> None:
-    found = {}
-    with DistributedContext() as processes:
-        n = processes.world_size
-        meshes = {
-            "ddp": None,
-            "fsdp": make_mesh("fsdp", n, "cpu"),
-            "hsdp": make_mesh("hsdp", n, "cpu") if n == 4 else None,
-        }
-        layouts = [
-            name for name, mesh in meshes.items() if name == "ddp" or mesh is not None
-        ]
-        if n == 4:  # two machines of two processes each, by torchrun's variables alone
-            assert meshes["hsdp"].shape == (2, 2) and meshes["hsdp"].mesh_dim_names == (
-                "replicate",
-                "shard",
-            )
-            assert meshes["hsdp"].mesh.tolist() == [[0, 1], [2, 3]]
+def check_mesh_of_machines(mesh):
+    """Two machines of two processes each, by torchrun's variables alone."""
+    assert mesh.shape == (2, 2) and mesh.mesh_dim_names == ("replicate", "shard")
+    assert mesh.mesh.tolist() == [[0, 1], [2, 3]]
 
-        def run(
-            strategy,
-            tied=True,
-            checkpointing=False,
-            precision="fp32",
-            kind="adamw",
-            accumulation=1,
-            mutant=None,
-            **options,
-        ):
-            model, call = build_model(
-                small(tied),
-                0,
-                processes.device,
-                strategy=strategy,
-                mesh=meshes[strategy],
-                precision=precision,
-                **options,
-            )
-            if checkpointing:
-                model.gradient_checkpointing_enable()
-            losses = train(
-                model, call, processes, accumulation, kind, precision, mutant
-            )
-            return (
-                losses,
-                {name: whole(p) for name, p in model.named_parameters()},
-                list(model.state_dict()),
-            )
 
-        for strategy in layouts:
-            check_messages(strategy, meshes[strategy], processes)
-            for tied, precision in ((True, "fp32"), (False, "bf16-pure")):
-                check_initial_weights(
-                    strategy, meshes[strategy], processes, tied, precision
-                )
-                found[strategy, f"tied={tied}"] = run(strategy, tied, accumulation=2)
-                if tied or n == 2:
-                    found[strategy, f"bf16 tied={tied}"] = run(
-                        strategy, tied, precision="bf16"
-                    )
-            for accumulation in (1, 4) if n == 2 else (4,):
-                found[strategy, f"accumulation {accumulation}"] = run(
-                    strategy, accumulation=accumulation
-                )
-            found[strategy, "checkpointing"] = run(strategy, checkpointing=True)
-            found[strategy, "mean of each process"] = run(
-                strategy, mutant="mean of each process"
-            )
+def check_one_compiled_block():
+    counters = torch._dynamo.utils.counters
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs == 1 and not counters["graph_break"], f"{graphs} graphs"
+
+
+class Worker:
+    """Trains in every layout, and tries claims; `found`, `claims` are the results."""
+
+    def __init__(self, processes):
+        self.processes, n = processes, processes.world_size
+        self.meshes = {"ddp": None, "fsdp": make_mesh("fsdp", n, "cpu")}
         if n == 4:
-            check_memory_of_initialisation(meshes["fsdp"], processes)
+            self.meshes["hsdp"] = make_mesh("hsdp", n, "cpu")
+        self.found, self.claims = {}, {}
+
+    def claim(self, name, check, *arguments, **options):
+        """Try `check` on all processes, and note the first one's error."""
+        try:
+            check(*arguments, **options)
+            error = None
+        except AssertionError as failed:
+            error = str(failed) or repr(failed)
+        errors = self.processes.all_gather_object(error)
+        self.claims[name] = next(filter(None, errors), None)
+
+    def train(
+        self,
+        strategy,
+        what,
+        tied=True,
+        checkpointing=False,
+        precision="fp32",
+        kind="adamw",
+        accumulation=1,
+        mutant=None,
+        **options,
+    ):
+        mesh, device = self.meshes[strategy], self.processes.device
+        options |= {"strategy": strategy, "mesh": mesh, "precision": precision}
+        model, call = build_model(small(tied), 0, device, **options)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        losses = train(
+            model, call, self.processes, accumulation, kind, precision, mutant
+        )
+        weights = {name: whole(p) for name, p in model.named_parameters()}
+        self.found[strategy, what] = losses, weights, list(model.state_dict())
+
+    def every_layout(self, strategy):
+        n, mesh = self.processes.world_size, self.meshes[strategy]
+        layout = strategy, mesh, self.processes
+        self.claim(f"messages of {strategy}", check_messages, *layout)
+        for tied, precision in ((True, "fp32"), (False, "bf16-pure")):
+            name = f"initial weights of {strategy}, {precision}"
+            self.claim(name, check_initial_weights, *layout, tied, precision)
+            self.train(strategy, f"tied={tied}", tied, accumulation=2)
+            if tied or n == 2:
+                self.train(strategy, f"bf16 tied={tied}", tied, precision="bf16")
+        for accumulation in (1, 4) if n == 2 else (4,):
+            what = f"accumulation {accumulation}"
+            self.train(strategy, what, accumulation=accumulation)
+        self.train(strategy, "checkpointing", checkpointing=True)
+        mutant = "mean of each process"
+        self.train(strategy, mutant, mutant=mutant)
+
+    def two_processes(self):
+        mesh, processes = self.meshes["fsdp"], self.processes
+        pairs = make_mesh("hsdp", 2, "cpu", 2)
+        layout = "fsdp", mesh, processes
+        options = {"kept": True, "precision": "bf16"}
+        self.claim("messages of fsdp, kept", check_messages, *layout, **options)
+        for strategy, each in (("fsdp", mesh), ("hsdp", pairs)):
+            name = f"{strategy} is sharded after a forward pass"
+            layout = strategy, each, processes
+            self.claim(name, check_sharded_after_forward, *layout)
+        options = {"reshard_after_forward": False, "prefetch": 0}
+        self.train("fsdp", "kept after forward", **options)
+        self.train("fsdp", "two ahead", prefetch=2, accumulation=2)
+        self.train("fsdp", "muon", kind="muon")
+        for strategy, mutant in (
+            ("fsdp", "clipped by its own shard"),
+            ("ddp", "never synchronised"),
+        ):
+            self.train(strategy, mutant, mutant=mutant)
+        self.train("fsdp", "compiled", checkpointing=True, compile=True)
+        self.claim("one compiled block serves all", check_one_compiled_block)
+
+    def two_machines(self):
+        mesh = self.meshes["fsdp"]
+        self.claim("machines are copies", check_mesh_of_machines, self.meshes["hsdp"])
+        name = "no process holds the whole model while it is made"
+        self.claim(name, check_memory_of_initialisation, mesh, self.processes)
+
+
+def main(out: str) -> None:
+    with DistributedContext() as processes:
+        worker = Worker(processes)
+        for strategy in worker.meshes:
+            worker.every_layout(strategy)
+        if processes.world_size == 4:
+            worker.two_machines()
         else:
-            check_messages(
-                "fsdp", meshes["fsdp"], processes, kept=True, precision="bf16"
-            )
-            check_sharded_after_forward("fsdp", meshes["fsdp"], processes)
-            check_sharded_after_forward(
-                "hsdp", make_mesh("hsdp", n, "cpu", 2), processes
-            )
-            found["fsdp", "kept after forward"] = run(
-                "fsdp", reshard_after_forward=False, prefetch=0
-            )
-            found["fsdp", "two ahead"] = run("fsdp", prefetch=2, accumulation=2)
-            found["fsdp", "muon"] = run("fsdp", kind="muon")
-            found["fsdp", "clipped by its own shard"] = run(
-                "fsdp", mutant="clipped by its own shard"
-            )
-            found["ddp", "never synchronised"] = run("ddp", mutant="never synchronised")
-            found["fsdp", "compiled"] = run("fsdp", checkpointing=True, compile=True)
-            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-            assert graphs == 1 and not torch._dynamo.utils.counters["graph_break"], (
-                f"{graphs} graphs"
-            )
+            worker.two_processes()
         if processes.rank == 0:
-            torch.save(found, out)
+            torch.save({"found": worker.found, "claims": worker.claims}, out)
 
 
 if __name__ == "__main__":

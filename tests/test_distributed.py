@@ -6,14 +6,17 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
+from qwen_analog import distributed
 from qwen_analog.distributed import DistributedContext, end_with_torchrun
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,33 +74,84 @@ FAILURES = {
 }
 
 
-def test_every_process_of_a_failed_run_ends_with_one_line(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What the processes of every scenario ended with, all run at the same time."""
+    folder = tmp_path_factory.mktemp("ranks")
+    worker = ROOT / "tests" / "ranks_worker.py"
     subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "tests" / "ranks_worker.py"),
-            str(tmp_path),
-            *FAILURES,
-        ],
-        env=environment,
+        [sys.executable, str(worker), str(folder), *FAILURES],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         check=True,
         timeout=120,
     )
-    found = json.loads((tmp_path / "found.json").read_text())
-    for name, expected in FAILURES.items():
-        assert len(found[name]) == len(expected), name
-        for rank, ((code, words), (right_code, right_words)) in enumerate(
-            zip(found[name], expected)
-        ):
-            assert code == right_code or right_code is None and code in (2, 3), (
-                f"{name}, rank {rank}: exit {code}, {words}"
-            )
-            assert (
-                words.startswith(right_words)
-                and "\n" not in words
-                and bool(words) == bool(right_words)
-            ), f"{name}, rank {rank}: {words}"
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAILURES)
+def test_every_process_of_a_failed_run_ends_with_one_line(found, name):
+    assert len(found[name]) == len(FAILURES[name])
+    for rank, (code, words) in enumerate(found[name]):
+        right_code, right_words = FAILURES[name][rank]
+        where = f"rank {rank}: exit {code}, {words}"
+        assert code == right_code or right_code is None and code in (2, 3), where
+        assert words.startswith(right_words) and "\n" not in words, where
+        assert bool(words) == bool(right_words), where
+
+
+def test_a_word_right_behind_the_greeting_is_not_lost():
+    """The first object of a fast process can come in one piece with its greeting."""
+    here, there = socket.socketpair()
+    context = DistributedContext()
+    context.world_size = 2
+    watchdog = distributed.Watchdog(context)
+    fast = distributed.Peer(there)
+    greeting = json.dumps(["hello", ["token", 1, 2]]) + "\n"
+    there.sendall((greeting + json.dumps(["object", "early"]) + "\n").encode())
+    until = time.monotonic() + 5
+    distributed._admit(watchdog, distributed.Peer(here), "token", until)
+    assert list(watchdog.connections.peers[1].objects) == ["early"]
+    fast.connection.close()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        b"",
+        b"GET / HTTP/1.1\r\n",
+        b'{"token": 1}\n',
+        b'["hello", ["wrong", 1, 2]]\n',
+        b"x" * 5000,
+    ],
+)
+def test_a_stranger_at_the_port_is_no_rank(words):
+    here, there = socket.socketpair()
+    there.sendall(words)
+    there.close()
+    watchdog = distributed.Watchdog(DistributedContext())
+    with suppress(OSError, EOFError, ValueError, TypeError):  # as `_accept_ranks` does
+        until = time.monotonic() + 5
+        distributed._admit(watchdog, distributed.Peer(here), "token", until)
+    assert not watchdog.connections.peers and watchdog.failure.text is None
+
+
+def test_the_rank_that_stands_still_is_late():
+    late = distributed.LateRanks()
+    for begun in ((5, 5), (6, 5), (6, 5), (6, 5)):
+        behind = late.update(dict(enumerate(begun)))
+    assert dict(behind) == {0: 0, 1: 3}
+    assert dict(late.update({0: 6, 1: 6})) == {0: 0, 1: 0}  # it has arrived
+    assert dict(late.update({0: 9, 1: 7})) == {0: 0, 1: 0}  # behind, but moves
+
+
+def test_alone_every_collective_is_itself():
+    context = DistributedContext()
+    with context.together(), context.local_first():
+        assert context.all_reduce_sum(3, 0.5) == [3, 0.5]
+        assert context.all_gather_object("x") == ["x"]
+        assert context.broadcast({1: Path("x")}) == {1: Path("x")}
+        context.agree({"seed": 0}, "setting")
 
 
 @pytest.mark.parametrize(

@@ -156,11 +156,12 @@ def test_an_unknown_mode_is_refused():
         lambda: flops_per_token(NARROW, 64, "some"),
         lambda: estimate_memory(NARROW, activation_checkpointing="some"),
     ):
-        with pytest.raises(
-            ValueError,
-            match="^activation_checkpointing must be one of none, selective, full, not 'some'$",
-        ):
+        with pytest.raises(ValueError) as error:
             call()
+        modes = "none, selective, full"
+        assert str(error.value) == (
+            f"activation_checkpointing must be one of {modes}, not 'some'"
+        )
 
 
 @pytest.mark.parametrize("mode", ACTIVATION_CHECKPOINTING)

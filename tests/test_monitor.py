@@ -170,7 +170,10 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 log = RunLog("run")
 try:
     for step in range(1, 1000):
-        log.log_metrics(1, loss=1.0) if step == 1 else log._board.add_scalar("loss", 1.0, step)
+        if step == 1:
+            log.log_metrics(1, loss=1.0)
+        else:
+            log._board.add_scalar("loss", 1.0, step)
 except OSError as error:
     print(error)
 log.close()

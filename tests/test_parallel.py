@@ -92,71 +92,18 @@ def finish(*agents):
         )
 
 
-def check(found):
-    """The bounds: 1e-5 and 2e-6 in float32; in bfloat16 what rounding of each process's
-    gradients leaves; mutants beyond them.
-    """
-    reference = alone()
-    torch.manual_seed(0)
-    moved = apart(
-        (*reference, None),
-        (
-            reference[0],
-            {n: p.detach() for n, p in QwenForCausalLM(small(True)).named_parameters()},
-        ),
-    )[1]
-    assert moved > 0.04 and reference[0][0] - reference[0][-1] > 0.8
-    names = list(QwenForCausalLM(small(True)).state_dict())
-    for (strategy, what), result in found.items():
-        tied = "tied=False" not in what
-        label = f"{strategy}, {what}"
-        if what in (
-            "mean of each process",
-            "clipped by its own shard",
-            "never synchronised",
-        ):
-            loss, weight = apart(result, reference)
-            assert loss > 1e-2 and weight > 5e-3, (
-                f"{label}: the mutant survives, {loss:.1e} {weight:.1e}"
-            )
-        elif what.startswith("bf16"):
-            loss, weight = apart(result, alone("bf16", tied, sharded=strategy != "ddp"))
-            assert loss < 5e-3 and weight < 5e-3, f"{label}: {loss:.1e} {weight:.1e}"
-            loss, weight = apart(result, alone("fp32", tied))
-            assert loss < 1e-2 and weight < 1.5e-2, (
-                f"{label} against float32: {loss:.1e} {weight:.1e}"
-            )
-        elif (
-            what == "muon"
-        ):  # its matrix products are in bfloat16, here over pieces of the rows
-            loss, weight = apart(result, alone(kind="muon"))
-            assert loss < 1e-3 and weight < 3e-3, f"{label}: {loss:.1e} {weight:.1e}"
-        else:
-            loss, weight = apart(result, alone(tied=tied))
-            assert loss < 1e-5 and weight < 2e-6, f"{label}: {loss:.1e} {weight:.1e}"
-            assert not tied or result[2] == names, (
-                f"{label}: the state dict has other names"
-            )
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What parallel_worker.py finds on two processes."""
+    out = tmp_path_factory.mktemp("two") / "found.pt"
+    finish(start("--standalone", "--nproc_per_node=2", WORKER, str(out)))
+    return torch.load(out)
 
 
-def test_two_processes_equal_one(tmp_path):
-    finish(
-        start(
-            "--standalone",
-            "--nproc_per_node=2",
-            str(ROOT / "tests" / "parallel_worker.py"),
-            str(tmp_path / "found.pt"),
-        )
-    )
-    found = torch.load(tmp_path / "found.pt")
-    assert {strategy for strategy, _ in found} == {"ddp", "fsdp"} and (
-        "fsdp",
-        "compiled",
-    ) in found
-    check(found)
-
-
-def test_two_machines_of_two_processes_equal_one(tmp_path):
+@pytest.fixture(scope="module")
+def two_machines(tmp_path_factory):
+    """What parallel_worker.py finds on two machines of two processes each."""
+    out = tmp_path_factory.mktemp("four") / "found.pt"
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         endpoint = f"localhost:{probe.getsockname()[1]}"
@@ -166,13 +113,130 @@ def test_two_machines_of_two_processes_equal_one(tmp_path):
         "--rdzv-backend=c10d",
         f"--rdzv-endpoint={endpoint}",
         "--rdzv-id=test",
-        str(ROOT / "tests" / "parallel_worker.py"),
-        str(tmp_path / "found.pt"),
+        WORKER,
+        str(out),
     )
     finish(start(*launch), start(*launch))
-    found = torch.load(tmp_path / "found.pt")
-    assert {strategy for strategy, _ in found} == {"ddp", "fsdp", "hsdp"}
-    check(found)
+    return torch.load(out)
+
+
+WORKER = str(ROOT / "tests" / "parallel_worker.py")
+EVERYWHERE = [
+    "tied=True",
+    "tied=False",
+    "bf16 tied=True",
+    "accumulation 4",
+    "checkpointing",
+]
+LAYOUTS = [
+    *[("two_processes", s, what) for s in ("ddp", "fsdp") for what in EVERYWHERE],
+    *[
+        ("two_processes", s, what)
+        for s in ("ddp", "fsdp")
+        for what in ("bf16 tied=False", "accumulation 1")
+    ],
+    *[
+        ("two_processes", "fsdp", what)
+        for what in ("kept after forward", "two ahead", "muon", "compiled")
+    ],
+    *[
+        ("two_machines", s, what)
+        for s in ("ddp", "fsdp", "hsdp")
+        for what in EVERYWHERE
+    ],
+]
+MUTANTS = [
+    ("two_processes", "ddp", "mean of each process"),
+    ("two_processes", "fsdp", "mean of each process"),
+    ("two_processes", "fsdp", "clipped by its own shard"),
+    ("two_processes", "ddp", "never synchronised"),
+    *[("two_machines", s, "mean of each process") for s in ("ddp", "fsdp", "hsdp")],
+]
+CLAIMS = [
+    *[
+        ("two_processes", name.format(strategy))
+        for strategy in ("ddp", "fsdp")
+        for name in (
+            "messages of {}",
+            "initial weights of {}, fp32",
+            "initial weights of {}, bf16-pure",
+        )
+    ],
+    *[
+        ("two_machines", name.format(strategy))
+        for strategy in ("ddp", "fsdp", "hsdp")
+        for name in (
+            "messages of {}",
+            "initial weights of {}, fp32",
+            "initial weights of {}, bf16-pure",
+        )
+    ],
+    ("two_processes", "messages of fsdp, kept"),
+    ("two_processes", "fsdp is sharded after a forward pass"),
+    ("two_processes", "hsdp is sharded after a forward pass"),
+    ("two_processes", "one compiled block serves all"),
+    ("two_machines", "machines are copies"),
+    ("two_machines", "no process holds the whole model while it is made"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place, claim", CLAIMS)
+def test_the_processes_find(request, place, claim):
+    claims = request.getfixturevalue(place)["claims"]
+    assert claims[claim] is None, claims[claim]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["two_processes", "two_machines"])
+def test_every_result_has_its_test(request, place):
+    results = request.getfixturevalue(place)
+    listed = {(s, what) for where, s, what in LAYOUTS + MUTANTS if where == place}
+    assert set(results["found"]) == listed
+    assert set(results["claims"]) == {name for where, name in CLAIMS if where == place}
+
+
+def test_one_process_learns():
+    """What the bounds of the next tests are small against."""
+    losses, weights = alone()
+    torch.manual_seed(0)
+    start = QwenForCausalLM(small(True)).named_parameters()
+    moved = max((weights[n] - p.detach()).abs().max().item() for n, p in start)
+    assert moved > 0.04 and losses[0] - losses[-1] > 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place, strategy, what", LAYOUTS)
+def test_many_processes_equal_one(request, place, strategy, what):
+    """The bounds: 1e-5 and 2e-6 in float32; in bfloat16 what rounding of each process's
+    gradients leaves.
+    """
+    result = request.getfixturevalue(place)["found"][strategy, what]
+    tied = "tied=False" not in what
+    if what.startswith("bf16"):
+        sharded = alone("bf16", tied, sharded=strategy != "ddp")
+        assert_close(apart(result, sharded), 5e-3, 5e-3)
+        assert_close(apart(result, alone("fp32", tied)), 1e-2, 1.5e-2)
+    elif what == "muon":  # its products are in bfloat16, here over pieces of the rows
+        assert_close(apart(result, alone(kind="muon")), 1e-3, 3e-3)
+    else:
+        assert_close(apart(result, alone(tied=tied)), 1e-5, 2e-6)
+        names = list(QwenForCausalLM(small(tied)).state_dict())
+        assert result[2] == names, "the state dict has other names"
+
+
+def assert_close(found, most_loss, most_weight):
+    loss, weight = found
+    assert loss < most_loss and weight < most_weight, f"{loss:.1e} {weight:.1e}"
+
+
+@pytest.mark.slow
+@pytest.mark.mutant
+@pytest.mark.parametrize("place, strategy, what", MUTANTS)
+def test_mutants_differ_from_one(request, place, strategy, what):
+    result = request.getfixturevalue(place)["found"][strategy, what]
+    loss, weight = apart(result, alone())
+    assert loss > 1e-2 and weight > 5e-3, f"survives, {loss:.1e} {weight:.1e}"
 
 
 def test_the_data_are_unequal():
