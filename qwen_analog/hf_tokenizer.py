@@ -35,6 +35,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from .arguments import MissingExtraError, need
 from .bpe import clean_text
@@ -266,14 +267,14 @@ def without_warnings() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def load_fast_tokenizer(name: str, local_files_only: bool):
+def load_fast_tokenizer(name: str, local_files_only: bool) -> Any:
     """Return what `transformers.AutoTokenizer` loads; ValueError where it cannot, or
     finds no fast tokenizer."""
     from transformers import AutoTokenizer
 
     try:
         with without_warnings():
-            tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer: Any = AutoTokenizer.from_pretrained(
                 name, local_files_only=local_files_only, trust_remote_code=False
             )
             fast = tokenizer.is_fast
