@@ -304,9 +304,8 @@ def decode_string(line: bytearray, start: int, end: int) -> list[str]:
         stop = place.end() if place else end
         parts.append(parse_json(b'"%b"' % line[at:stop]))
         highest = max(parts[-1])
-        width = max(
-            width, 1 if highest < "\x80" else 2 if highest < "\U00010000" else 4
-        )
+        needed = 1 if highest < "\x80" else 2 if highest < "\U00010000" else 4
+        width = max(width, needed)
         at = stop
     size = width * sum(map(len, parts))
     if size > 2 * LINE_LIMIT:

@@ -340,7 +340,7 @@ class StreamingDataset:
         held_out: bool = False,
         buffer_size: int = 10_000,
     ):
-        """Take, of a stream from `open_stream`, the held-out documents, or the others."""
+        """Take the held-out documents of a stream from `open_stream`, or the others."""
         self.sequence_length = whole_number("sequence_length", sequence_length, 1)
         seed = whole_number("seed", seed, 0)
         buffer_size = whole_number("buffer_size", buffer_size, 0)
