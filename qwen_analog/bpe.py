@@ -66,8 +66,7 @@ class MergeableWords:
             for pair in zip(word, word[1:]):
                 self.counts[pair] += frequency
                 self.where[pair].add(w)
-        self.heap = [(-n, pair) for pair, n in self.counts.items()]
-        heapq.heapify(self.heap)
+        self.heap = sorted((-n, pair) for pair, n in self.counts.items())
 
     def most_frequent(self) -> tuple[int, int] | None:
         """Return the most frequent pair, the smallest of several, None of none."""
@@ -75,7 +74,7 @@ class MergeableWords:
             n, pair = heapq.heappop(self.heap)
             if self.counts[pair] == -n:
                 return pair
-            if self.counts[pair] > 0:  # it fell after this entry was made
+            if self.counts[pair] > 0:  # it has fallen
                 heapq.heappush(self.heap, (-self.counts[pair], pair))
         return None
 
@@ -83,8 +82,8 @@ class MergeableWords:
         """Replace `pair` by `new` in every word that holds it."""
         created = set()
         for w in self.where.pop(pair):
-            before, after = self.words[w], merge_pair(self.words[w], pair, new)
-            self.words[w] = after
+            before = self.words[w]
+            self.words[w] = after = merge_pair(before, pair, new)
             for old in zip(before, before[1:]):
                 self.counts[old] -= self.frequency[w]
             for now in zip(after, after[1:]):

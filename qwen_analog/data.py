@@ -77,15 +77,13 @@ def collate(sequences: Sequence[TokenSequence]) -> dict[str, torch.Tensor]:
     }
 
 
-# %% ../chapters/02_data.ipynb #0fbf9a10
+# %% ../chapters/02_data.ipynb #185405d8
 class ShuffledRows:
     """The rows of the documents to train on, in a new random order each epoch."""
 
     def __init__(self, rows: np.ndarray, lengths: np.ndarray, seed: int):
-        # four bytes a document for each of these: there may be many millions
-        self.rows = rows.astype(np.int32)  # [documents]
-        self.lengths = lengths.astype(np.int32)  # tokens, [documents]
-        self.seed = seed
+        """Take the rows and the tokens of each, [documents] both."""
+        self.rows, self.lengths, self.seed = rows, lengths, seed
         self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -134,9 +132,9 @@ class PackedDataset:
         if there are none."""
         self.sequence_length = whole_number("sequence_length", sequence_length, 1)
         self.documents = documents.with_format("arrow")
-        rows, lengths, self.bytes_per_epoch = select_documents(documents, held_out)
+        self.rows, lengths, self.bytes_per_epoch = select_documents(documents, held_out)
         self.tokens_per_epoch = lengths.sum(dtype=int).item()
-        self.shuffled = ShuffledRows(rows, lengths, whole_number("seed", seed, 0))
+        self.shuffled = ShuffledRows(self.rows, lengths, whole_number("seed", seed, 0))
         self.position = 0
 
     def __getitem__(self, k: int) -> TokenSequence:
@@ -198,7 +196,9 @@ def select_documents(
             f"no document {'held out' if held_out else 'to train on'}: give more"
             " data or another heldout_fraction"
         )
-    return np.flatnonzero(chosen), tokens[chosen], sizes[chosen].sum().item()
+    # four bytes a document for each of these: there may be many millions
+    rows, lengths = np.flatnonzero(chosen), tokens[chosen]
+    return rows.astype(np.int32), lengths.astype(np.int32), sizes[chosen].sum().item()
 
 
 def held_out_dataset(

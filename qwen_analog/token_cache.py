@@ -243,8 +243,7 @@ class TokenCache:
         return None
 
     def make(self, key: str, parts: Iterable[tuple[bytes, list[tuple]]]) -> Path:
-        """Write a new file; DataError where there is no document in it, or the files
-        changed meanwhile."""
+        """Write a new file; DataError for no document, or files that changed."""
         names = ", ".join(map(str, self.files))
         self.directory.mkdir(parents=True, exist_ok=True)
         delete_old_partials(self.directory)
