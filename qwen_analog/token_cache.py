@@ -18,7 +18,7 @@ __all__ = [
     "write_ids",
     "write_rows",
     "read_tokens",
-    "TokenCache",
+    "TokenFileCache",
     "write_token_file",
     "delete_old_partials",
     "file_digest",
@@ -216,8 +216,8 @@ def read_tokens(path: Path, heldout_fraction: float) -> "pyarrow.Table":
     return rows.add_column(0, "input_ids", input_ids)
 
 
-# %% ../chapters/01e_token_cache.ipynb #9e9fb700
-class TokenCache:
+# %% ../chapters/01e_token_cache.ipynb #1d771b32
+class TokenFileCache:
     """A directory of token files for `files`, each named by what it was made from and
     by its own SHA-256."""
 
@@ -411,7 +411,7 @@ def tokenize_files(
     held_out_threshold(heldout_fraction)
     workers = count_workers(files, num_workers)
     datasets = need("datasets")
-    cache = TokenCache(cache_dir or datasets.config.HF_DATASETS_CACHE, files)
+    cache = TokenFileCache(cache_dir or datasets.config.HF_DATASETS_CACHE, files)
     try:
         key = cache.key(tokenizer, skip_bad_lines)
         path = cache.find(key)
