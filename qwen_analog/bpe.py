@@ -40,7 +40,7 @@ BYTE_ORDER = [bytes([b]) for b in _printable + _others]
 
 
 def merge_pair(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
-    """Return `ids` with every occurrence of `pair`, from the left, replaced by `new`."""
+    """Return `ids` with each occurrence of `pair`, from the left, replaced by `new`."""
     merged, i = [], 0
     while i < len(ids):
         if i + 1 < len(ids) and (ids[i], ids[i + 1]) == pair:
@@ -52,32 +52,29 @@ def merge_pair(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
     return merged
 
 
-# %% ../chapters/01_bpe.ipynb #4684650c
+# %% ../chapters/01_bpe.ipynb #937b5f93
 class MergeableWords:
     """Words as lists of ids, how often each occurs, and where each pair of ids is."""
 
     def __init__(self, words: Iterable[tuple[list[int], int]]):
-        self.words: list[list[int]] = []
-        self.frequency: list[int] = []
+        words = list(words)
+        self.words = [word for word, _ in words]
+        self.frequency = [frequency for _, frequency in words]
         self.counts: Counter[tuple[int, int]] = Counter()  # of each pair
         self.where: dict[tuple[int, int], set[int]] = defaultdict(set)  # its words
         for w, (word, frequency) in enumerate(words):
-            self.words.append(word)
-            self.frequency.append(frequency)
             for pair in zip(word, word[1:]):
                 self.counts[pair] += frequency
                 self.where[pair].add(w)
-        self.heap = [(-n, pair) for pair, n in self.counts.items()]
-        heapq.heapify(self.heap)
+        self.heap = sorted((-n, pair) for pair, n in self.counts.items())
 
     def most_frequent(self) -> tuple[int, int] | None:
-        """Return the most frequent pair, the smallest of several; None if there is none."""
+        """Return the most frequent pair, the smallest of several, None of none."""
         while self.heap:
             n, pair = heapq.heappop(self.heap)
             if self.counts[pair] == -n:
                 return pair
-            # counts of old pairs only fall: this entry is outdated
-            if self.counts[pair] > 0:
+            if self.counts[pair] > 0:  # it has fallen
                 heapq.heappush(self.heap, (-self.counts[pair], pair))
         return None
 
@@ -85,8 +82,8 @@ class MergeableWords:
         """Replace `pair` by `new` in every word that holds it."""
         created = set()
         for w in self.where.pop(pair):
-            before, after = self.words[w], merge_pair(self.words[w], pair, new)
-            self.words[w] = after
+            before = self.words[w]
+            self.words[w] = after = merge_pair(before, pair, new)
             for old in zip(before, before[1:]):
                 self.counts[old] -= self.frequency[w]
             for now in zip(after, after[1:]):
@@ -150,6 +147,7 @@ def text_pieces(text: str, limit: int = 1 << 18) -> Iterator[str]:
         yield text[start:] if start else text
 
 
+# %% ../chapters/01_bpe.ipynb #d4128edd
 def keep_most_common(pieces: Counter[str], characters: int) -> Counter[str]:
     """Return the most common of `pieces` that have `characters` characters in all."""
     kept, size = Counter(), 0

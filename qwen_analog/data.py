@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -77,15 +77,13 @@ def collate(sequences: Sequence[TokenSequence]) -> dict[str, torch.Tensor]:
     }
 
 
-# %% ../chapters/02_data.ipynb #0fbf9a10
+# %% ../chapters/02_data.ipynb #185405d8
 class ShuffledRows:
     """The rows of the documents to train on, in a new random order each epoch."""
 
     def __init__(self, rows: np.ndarray, lengths: np.ndarray, seed: int):
-        # four bytes a document for each of these: there may be many millions
-        self.rows = rows.astype(np.int32)  # [documents]
-        self.lengths = lengths.astype(np.int32)  # tokens, [documents]
-        self.seed = seed
+        """Take the rows and the tokens of each, [documents] both."""
+        self.rows, self.lengths, self.seed = rows, lengths, seed
         self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -134,15 +132,15 @@ class PackedDataset:
         if there are none."""
         self.sequence_length = whole_number("sequence_length", sequence_length, 1)
         self.documents = documents.with_format("arrow")
-        rows, lengths, self.bytes_per_epoch = select_documents(documents, held_out)
+        self.rows, lengths, self.bytes_per_epoch = select_documents(documents, held_out)
         self.tokens_per_epoch = lengths.sum(dtype=int).item()
-        self.shuffled = ShuffledRows(rows, lengths, whole_number("seed", seed, 0))
+        self.shuffled = ShuffledRows(self.rows, lengths, whole_number("seed", seed, 0))
         self.position = 0
 
     def __getitem__(self, k: int) -> TokenSequence:
-        start = divmod(k * self.sequence_length, self.tokens_per_epoch)
-        pieces = []
-        for row, place in self.shuffled.runs(*start, self.sequence_length + 1):
+        epoch, offset = divmod(k * self.sequence_length, self.tokens_per_epoch)
+        pieces, tokens = [], self.sequence_length + 1
+        for row, place in self.shuffled.runs(epoch, offset, tokens):
             document = self.documents[row]
             # a view: nothing else of the document is read
             ids = document["input_ids"][0].values[place].to_numpy()
@@ -190,7 +188,7 @@ def select_documents(
     """Return the rows of the documents with the given `held_out`, their tokens,
     [documents] each, and their bytes in all. DataError if there are none."""
     names = ["num_tokens", "num_bytes", "held_out"]
-    table = documents.select_columns(names).with_format("arrow")[:]
+    table: Any = documents.select_columns(names).with_format("arrow")[:]
     tokens, sizes, sides = (table[name].to_numpy() for name in names)
     chosen = (sides == held_out) & (tokens > 0)
     if not chosen.any():
@@ -198,7 +196,9 @@ def select_documents(
             f"no document {'held out' if held_out else 'to train on'}: give more"
             " data or another heldout_fraction"
         )
-    return np.flatnonzero(chosen), tokens[chosen], sizes[chosen].sum().item()
+    # four bytes a document for each of these: there may be many millions
+    rows, lengths = np.flatnonzero(chosen), tokens[chosen]
+    return rows.astype(np.int32), lengths.astype(np.int32), sizes[chosen].sum().item()
 
 
 def held_out_dataset(
@@ -206,7 +206,7 @@ def held_out_dataset(
 ) -> PackedDataset | None:
     """Return the held-out ones of `documents`, None where there are none, as of a
     single document."""
-    table = documents.select_columns(["held_out"]).with_format("arrow")[:]
+    table: Any = documents.select_columns(["held_out"]).with_format("arrow")[:]
     if not table["held_out"].to_numpy().any():
         return None
     return PackedDataset(documents, sequence_length, held_out=True)
@@ -249,6 +249,7 @@ class FileFingerprint:
         }
 
 
+# %% ../chapters/02_data.ipynb #dc3f5a2e
 def fingerprint(documents: "datasets.Dataset") -> dict:
     """Say what identifies tokenized documents: each file's name, its documents, their
     bytes and the SHA-256 of their tokens, in order.
@@ -257,7 +258,8 @@ def fingerprint(documents: "datasets.Dataset") -> dict:
     """
     files: list[FileFingerprint] = []
     held_out = hashlib.sha256()
-    for batch in documents.with_format("arrow").iter(1_000):
+    tables: Any = documents.with_format("arrow")
+    for batch in tables.iter(1_000):
         tokens, sizes = batch["num_tokens"].to_numpy(), batch["num_bytes"].to_numpy()
         held_out.update(batch["held_out"].to_numpy().tobytes())
         for name, rows in runs_of_files(batch["source"]):
@@ -283,7 +285,7 @@ def runs_of_files(sources) -> Iterator[tuple[str, slice]]:
             start = end
 
 
-# %% ../chapters/02_data.ipynb #dfa5b445
+# %% ../chapters/02_data.ipynb #5ee9ff78
 def data_difference(before: dict, now: dict) -> str | None:
     """Say what differs between the data of two runs, by their data's `fingerprint`, as
     a phrase for an error line; None if nothing does."""

@@ -14,8 +14,8 @@ __all__ = [
     "read_json_object",
     "check_directory",
     "is_id",
-    "check_vocabulary",
-    "check_added_tokens",
+    "check_vocab_field",
+    "check_added_field",
     "without_warnings",
     "load_fast_tokenizer",
     "hub_answers",
@@ -35,6 +35,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from .arguments import MissingExtraError, need
 from .bpe import clean_text
@@ -207,16 +208,16 @@ def check_directory(directory: Path) -> dict[str, int]:
     model = values.get("model")
     if not isinstance(model, dict):
         raise ValueError(f'{path}: "model" must be an object')
-    check_vocabulary(path, model.get("vocab"))
-    return check_added_tokens(path, values.get("added_tokens") or [])
+    check_vocab_field(path, model.get("vocab"))
+    return check_added_field(path, values.get("added_tokens") or [])
 
 
 def is_id(value: object) -> bool:
     return type(value) is int and 0 <= value < MOST_IDS
 
 
-# %% ../chapters/01c_hf_tokenizer.ipynb #4294a6a4
-def check_vocabulary(path: Path, vocab: object) -> None:
+# %% ../chapters/01c_hf_tokenizer.ipynb #1d588602
+def check_vocab_field(path: Path, vocab: object) -> None:
     """Refuse (ValueError) a "model.vocab" that is no list and no token -> id."""
     if isinstance(vocab, list):
         return
@@ -232,7 +233,7 @@ def check_vocabulary(path: Path, vocab: object) -> None:
         raise ValueError(f'{path}: two tokens of "model.vocab" have the same id')
 
 
-def check_added_tokens(path: Path, added: object) -> dict[str, int]:
+def check_added_field(path: Path, added: object) -> dict[str, int]:
     """Return token -> id of "added_tokens"; ValueError for what is no such list."""
     if not isinstance(added, list):
         raise ValueError(f'{path}: "added_tokens" must be a list')
@@ -266,14 +267,14 @@ def without_warnings() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def load_fast_tokenizer(name: str, local_files_only: bool):
+def load_fast_tokenizer(name: str, local_files_only: bool) -> Any:
     """Return what `transformers.AutoTokenizer` loads; ValueError where it cannot, or
     finds no fast tokenizer."""
     from transformers import AutoTokenizer
 
     try:
         with without_warnings():
-            tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer: Any = AutoTokenizer.from_pretrained(
                 name, local_files_only=local_files_only, trust_remote_code=False
             )
             fast = tokenizer.is_fast

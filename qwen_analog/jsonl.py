@@ -46,6 +46,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .arguments import need
 from .files import flush_to_disk, make_directory
@@ -69,7 +70,7 @@ def naming(path: str | Path, done: str) -> Iterator[None]:
         raise DataError(f"{path} cannot be {done}: {error.strerror or error}") from None
 
 
-def whole_number(name: str, value: object, least: int) -> int:
+def whole_number(name: str, value: Any, least: int) -> int:
     """Return `value` as an int; ValueError for what is none, or is too small."""
     with suppress(TypeError):
         if not isinstance(value, bool) and operator.index(value) >= least:
@@ -133,6 +134,7 @@ def parse_json(line: bytes | bytearray) -> object:
         raise ValueError(f"not JSON ({error})") from None
 
 
+# %% ../chapters/01d_jsonl.ipynb #ca47aae2
 def text_and_key(record: object) -> tuple[str, str]:
     """Return the text of a record and what the held-out split is drawn by: its title
     where there is one, else the text. ValueError saying what is wrong with it."""
@@ -163,7 +165,7 @@ def refuse_surrogates(name: str, value: str) -> None:
         ) from None
 
 
-# %% ../chapters/01d_jsonl.ipynb #7c4fb853
+# %% ../chapters/01d_jsonl.ipynb #2b18e370
 @dataclass
 class Document:
     """One line of a JSONL file. A line that was skipped has `error` set and no text."""
@@ -189,8 +191,11 @@ class Line:
         try:
             if content is None:
                 raise ValueError(f"longer than {LINE_LIMIT:,} bytes")
-            parse = parse_long if isinstance(content, bytearray) else parse_json
-            return Document(*text_and_key(parse(content)), source)
+            if isinstance(content, bytearray):
+                record = parse_long(content)
+            else:
+                record = parse_json(content)
+            return Document(*text_and_key(record), source)
         except ValueError as error:
             if skip_bad_lines:
                 return Document("", "", source, str(error))
@@ -200,7 +205,7 @@ class Line:
             ) from None
 
 
-# %% ../chapters/01d_jsonl.ipynb #e32a3967
+# %% ../chapters/01d_jsonl.ipynb #2bfefbd8
 def read_lines(files: Iterable[str]) -> Iterator[Line]:
     """Read the lines of JSONL files, in order.
 
@@ -239,7 +244,7 @@ def read_jsonl(
         yield line.document(skip_bad_lines)
 
 
-# %% ../chapters/01d_jsonl.ipynb #683d2f06
+# %% ../chapters/01d_jsonl.ipynb #7416565e
 LINE_LIMIT = 200_000_000  # bytes; a longer line is a bad one
 
 
@@ -276,7 +281,7 @@ def refuse_what_is_no_file(path: str | Path) -> None:
         raise OSError("it is no regular file")
 
 
-# %% ../chapters/01d_jsonl.ipynb #5ad15d0b
+# %% ../chapters/01d_jsonl.ipynb #7c91f7dd
 LONG_STRING = 1 << 16  # bytes of a string that is taken out of a long line
 REST_LIMIT = 8_000_000  # bytes of a long line beside such strings
 STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
@@ -299,9 +304,8 @@ def decode_string(line: bytearray, start: int, end: int) -> list[str]:
         stop = place.end() if place else end
         parts.append(parse_json(b'"%b"' % line[at:stop]))
         highest = max(parts[-1])
-        width = max(
-            width, 1 if highest < "\x80" else 2 if highest < "\U00010000" else 4
-        )
+        needed = 1 if highest < "\x80" else 2 if highest < "\U00010000" else 4
+        width = max(width, needed)
         at = stop
     size = width * sum(map(len, parts))
     if size > 2 * LINE_LIMIT:
@@ -312,7 +316,7 @@ def decode_string(line: bytearray, start: int, end: int) -> list[str]:
     return parts
 
 
-# %% ../chapters/01d_jsonl.ipynb #3cce8705
+# %% ../chapters/01d_jsonl.ipynb #47e037af
 def parse_long(line: bytearray) -> object:
     """Parse a line of megabytes as `parse_json` does, its long strings one by one: what
     else JSON builds may be many times its text.
@@ -335,6 +339,7 @@ def parse_long(line: bytearray) -> object:
     return record
 
 
+# %% ../chapters/01d_jsonl.ipynb #cc329c66
 def take_long_strings_out(
     line: bytearray,
 ) -> tuple[bytearray, dict[str, tuple[int, int]]]:
@@ -358,7 +363,7 @@ def take_long_strings_out(
     return skeleton, spans
 
 
-# %% ../chapters/01d_jsonl.ipynb #095c6f44
+# %% ../chapters/01d_jsonl.ipynb #f745dd22
 def find_files(paths: Sequence[str | Path]) -> list[str]:
     """Return the files that files, directories (searched for .jsonl, .jsonl.gz,
     .jsonl.zst) and globs name, sorted within each. DataError if none.
@@ -369,7 +374,7 @@ def find_files(paths: Sequence[str | Path]) -> list[str]:
     if not paths:
         raise DataError("no data: name files, directories or patterns")
     found = {}
-    for path in map(os.fspath, paths):
+    for path in map(str, paths):
         if os.path.isdir(path):
             matches = files_below(path)
         elif os.path.isfile(path):
@@ -386,7 +391,7 @@ def find_files(paths: Sequence[str | Path]) -> list[str]:
     return list(found.values())
 
 
-# %% ../chapters/01d_jsonl.ipynb #8d203fa8
+# %% ../chapters/01d_jsonl.ipynb #5221fe07
 def files_below(directory: str) -> list[str]:
     """Return the JSONL files of a directory, sorted; nothing hidden.
 

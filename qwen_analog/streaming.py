@@ -83,6 +83,7 @@ def open_stream(
     return open_hub(names[0], skip_bad_lines)
 
 
+# %% ../chapters/02b_streaming.ipynb #1390c9a2
 def open_files(
     files: Sequence[str], skip_bad_lines: bool
 ) -> "datasets.IterableDataset":
@@ -112,7 +113,7 @@ def sample_file(path: str, size: int = 1 << 20) -> dict:
     return {"name": Path(path).name, "bytes": length, "sha256": digest}
 
 
-# %% ../chapters/02b_streaming.ipynb #b008f788
+# %% ../chapters/02b_streaming.ipynb #87d6bcd8
 def open_hub(name: str, skip_bad_lines: bool) -> "datasets.IterableDataset":
     """Open a hub data set, or a directory that is laid out as one, as a stream."""
     datasets = need("datasets")
@@ -153,7 +154,7 @@ def hub_row(record: dict, index: int, name: str, skip_bad_lines: bool) -> dict:
         ) from None
 
 
-# %% ../chapters/02b_streaming.ipynb #4f78e7eb
+# %% ../chapters/02b_streaming.ipynb #10d50224
 BUFFER_CHARACTERS = 1 << 26  # of text in the shuffle buffer, however few documents
 
 
@@ -189,7 +190,7 @@ def readable(stream: "datasets.IterableDataset") -> Iterator[dict]:
         ) from None
 
 
-# %% ../chapters/02b_streaming.ipynb #f0938d23
+# %% ../chapters/02b_streaming.ipynb #77274dc8
 class HeldOutSide:
     """Whether a document is held out: by hash, but for at most one hash that
     `exception` names."""
@@ -204,7 +205,7 @@ class HeldOutSide:
         return (number < self.threshold) != (number == self.exception)
 
 
-# %% ../chapters/02b_streaming.ipynb #e85955b1
+# %% ../chapters/02b_streaming.ipynb #3a0c77d0
 @dataclass
 class TokenRun:
     """Tokens in a row of one document."""
@@ -216,6 +217,7 @@ class TokenRun:
     source: str
 
 
+# %% ../chapters/02b_streaming.ipynb #d5996b03
 @dataclass(frozen=True)
 class StreamReader:
     """What is read of a stream: the held-out documents, or the others, in which order,
@@ -256,7 +258,7 @@ class StreamReader:
             epoch, skip = epoch + 1, 0
 
 
-# %% ../chapters/02b_streaming.ipynb #36243497
+# %% ../chapters/02b_streaming.ipynb #cd8457a2
 class TokenWindow:
     """The next tokens of a stream, and the place where they begin."""
 
@@ -303,6 +305,7 @@ class TokenWindow:
         first.ids = first.ids[tokens:]
 
 
+# %% ../chapters/02b_streaming.ipynb #d8ab3518
 def join_runs(runs: Iterable[TokenRun], tokens: int) -> list[tuple[np.ndarray, str]]:
     """Return the first `tokens` of `runs`, those of one document together, each
     document with its source."""
@@ -317,7 +320,7 @@ def join_runs(runs: Iterable[TokenRun], tokens: int) -> list[tuple[np.ndarray, s
     return pieces
 
 
-# %% ../chapters/02b_streaming.ipynb #528266f2
+# %% ../chapters/02b_streaming.ipynb #bf4c52a4
 class StreamingDataset:
     """The same kind of sequences from a stream that is never held whole.
 
@@ -337,7 +340,7 @@ class StreamingDataset:
         held_out: bool = False,
         buffer_size: int = 10_000,
     ):
-        """Take, of a stream from `open_stream`, the held-out documents, or the others."""
+        """Take the held-out documents of a stream from `open_stream`, or the others."""
         self.sequence_length = whole_number("sequence_length", sequence_length, 1)
         seed = whole_number("seed", seed, 0)
         buffer_size = whole_number("buffer_size", buffer_size, 0)
@@ -392,7 +395,7 @@ class StreamingDataset:
         self.window = TokenWindow(self.reader, **place)
 
 
-# %% ../chapters/02b_streaming.ipynb #1b51b9ef
+# %% ../chapters/02b_streaming.ipynb #8ce6808a
 @dataclass
 class HeldOutDocument:
     """A held-out document of a stream, tokenized."""
@@ -409,6 +412,7 @@ def tokenize_held_out(document: dict, tokenizer: Tokenizer) -> HeldOutDocument:
     return HeldOutDocument(number, ids, utf8_size(text), document["source"])
 
 
+# %% ../chapters/02b_streaming.ipynb #b1191657
 def find_held_out(reader: StreamReader, tokens: int) -> list[HeldOutDocument]:
     """Return the first held-out documents, with more than `tokens` tokens in all where
     the stream has them.
@@ -439,6 +443,7 @@ def find_held_out(reader: StreamReader, tokens: int) -> list[HeldOutDocument]:
     return found
 
 
+# %% ../chapters/02b_streaming.ipynb #a7a5b85a
 def pack_held_out(
     found: Sequence[HeldOutDocument], sequence_length: int
 ) -> PackedDataset | None:
@@ -461,7 +466,7 @@ def pack_held_out(
     return PackedDataset(rows, sequence_length, held_out=True)
 
 
-# %% ../chapters/02b_streaming.ipynb #e33d33d5
+# %% ../chapters/02b_streaming.ipynb #ba08abca
 class Context(Protocol):
     """What is asked of a `DistributedContext`."""
 
@@ -472,6 +477,7 @@ class Context(Protocol):
     def meet(self, value: Any, conclude: Callable[[list], Any]) -> Any: ...
 
 
+# %% ../chapters/02b_streaming.ipynb #abf20cd4
 class MachineGroup:
     """The processes of one machine, the first of which works for all of them."""
 
@@ -485,7 +491,7 @@ class MachineGroup:
         ]
         self.ranks = machines[firsts.index(own)]
         self.is_first = context.local_rank == 0
-        self.group = None
+        self.group: Any = None
         if context.world_size > 1:
             # who waits here waits for data, for as long as reading it takes; a process
             # that is lost is noticed elsewhere
@@ -505,7 +511,7 @@ class MachineGroup:
             except Exception as error:
                 problem = error
                 parts = [(None, str(error) or type(error).__name__)] * len(self.ranks)
-        received = [None]
+        received: list[Any] = [None]
         dist.scatter_object_list(received, parts, self.ranks[0], self.group)
         part, failure = received[0]
         if failure:
@@ -513,7 +519,7 @@ class MachineGroup:
         return part
 
 
-# %% ../chapters/02b_streaming.ipynb #9bd5ec05
+# %% ../chapters/02b_streaming.ipynb #75f878b4
 class SharedDataset:
     """A StreamingDataset that the first process of each machine reads and tokenizes for
     all of that machine.

@@ -18,7 +18,7 @@ __all__ = [
     "write_ids",
     "write_rows",
     "read_tokens",
-    "TokenCache",
+    "TokenFileCache",
     "write_token_file",
     "delete_old_partials",
     "file_digest",
@@ -50,10 +50,10 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from functools import partial
-from itertools import islice
+from itertools import count, islice, repeat
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -145,18 +145,18 @@ def utf8_size(text: str) -> int:
 
 def tokenize_lines(
     lines: Iterable[Line], tokenizer: Tokenizer, skip_bad_lines: bool
-) -> Iterator[tuple[bytes, tuple | None]]:
+) -> Iterator[tuple[bytes, list[tuple]]]:
     """Yield the ids of each line's document, int32 in runs, and after the last of them
     the document's row of the table."""
     for line in lines:
         document, tokens = line.document(skip_bad_lines), 0
         for ids in () if document.error else token_ids(document.text, tokenizer):
             tokens += len(ids)
-            yield ids.tobytes(), None
+            yield ids.tobytes(), []
         size, key = utf8_size(document.text), hash_key(document.key)
         row = tokens, size, document.source, document.error, key
         del document  # before the next, which may be as large
-        yield b"", row
+        yield b"", [row]
 
 
 # %% ../chapters/01e_token_cache.ipynb #4fb22b7f
@@ -175,13 +175,12 @@ def table_schema() -> "pyarrow.Schema":
 
 
 def write_ids(
-    parts: Iterable[tuple[bytes, tuple | None]], file: io.BufferedIOBase
+    parts: Iterable[tuple[bytes, list[tuple]]], file: io.BufferedIOBase
 ) -> Iterator[tuple]:
     """Write the ids of all documents into `file`; yield their rows."""
-    for ids, row in parts:
+    for ids, rows in parts:
         file.write(ids)
-        if row is not None:
-            yield row
+        yield from rows
 
 
 def write_rows(rows: Iterator[tuple], table: io.BufferedIOBase) -> None:
@@ -217,8 +216,8 @@ def read_tokens(path: Path, heldout_fraction: float) -> "pyarrow.Table":
     return rows.add_column(0, "input_ids", input_ids)
 
 
-# %% ../chapters/01e_token_cache.ipynb #9e9fb700
-class TokenCache:
+# %% ../chapters/01e_token_cache.ipynb #1d771b32
+class TokenFileCache:
     """A directory of token files for `files`, each named by what it was made from and
     by its own SHA-256."""
 
@@ -229,26 +228,22 @@ class TokenCache:
 
     def key(self, tokenizer: Tokenizer, skip_bad_lines: bool) -> str:
         """Name the content of the files, and how it is tokenized."""
-        content = []
-        for path in map(os.fspath, self.files):
-            with naming(path, "read"):
-                content.append((path, file_digest(path)))
+        content = [(os.fspath(path), file_digest(path)) for path in self.files]
         made_from = repr((1, content, tokenizer.fingerprint, skip_bad_lines))
         return hashlib.sha256(made_from.encode()).hexdigest()[:32]
 
     def find(self, key: str) -> Path | None:
         """Return the whole file with this key. One that is damaged is deleted."""
         for path in self.directory.glob(f"{key}-*.tokens"):
-            with suppress(OSError):
+            with suppress(OSError, DataError):
                 if file_digest(path) == path.stem.partition("-")[2]:
                     return path
                 print(f"{path} is damaged and is made again", file=sys.stderr)
                 path.unlink()
         return None
 
-    def make(self, key: str, parts: Iterable[tuple[bytes, tuple | None]]) -> Path:
-        """Write a new file; DataError where there is no document in it, or the files
-        changed meanwhile."""
+    def make(self, key: str, parts: Iterable[tuple[bytes, list[tuple]]]) -> Path:
+        """Write a new file; DataError for no document, or files that changed."""
         names = ", ".join(map(str, self.files))
         self.directory.mkdir(parents=True, exist_ok=True)
         delete_old_partials(self.directory)
@@ -264,8 +259,8 @@ class TokenCache:
             partial.unlink(missing_ok=True)
 
 
-# %% ../chapters/01e_token_cache.ipynb #0bfcfe2c
-def write_token_file(parts: Iterable[tuple[bytes, tuple | None]], path: Path) -> int:
+# %% ../chapters/01e_token_cache.ipynb #00446c89
+def write_token_file(parts: Iterable[tuple[bytes, list[tuple]]], path: Path) -> int:
     """Write all ids, then the table, then the number of ids, which is returned."""
     with open(path, "xb") as file, tempfile.TemporaryFile(dir=path.parent) as table:
         write_rows(write_ids(parts, file), table)
@@ -286,12 +281,12 @@ def delete_old_partials(directory: Path) -> None:
 
 def file_digest(path: str | Path) -> str:
     """Return the SHA-256 of a file, in hex."""
-    with open(path, "rb") as file:
+    with naming(path, "read"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_times(files: Sequence[str]) -> list[tuple[int, int]]:
-    """Return when each file was changed, and its size. DataError for what is no file."""
+    """Return when each file was changed, and its size; DataError for no file."""
     found = []
     for path in files:
         with naming(path, "read"):
@@ -318,16 +313,17 @@ def count_workers(files: Sequence[str], num_workers: int) -> int:
     return max(1, min(len(os.sched_getaffinity(0)), size // WORKER_BYTES))
 
 
-def batches_of(lines: Iterable[Line]) -> Iterator[tuple[list[Line], int]]:
-    """Yield the lines in batches of BATCH_BYTES or one line, and each batch's size."""
+def batches_of(lines: Iterable[Line]) -> Iterator[list[Line]]:
+    """Yield the lines in batches of one file and BATCH_BYTES, or one line."""
     batch, size = [], 0
     for line in lines:
+        if batch and (size >= BATCH_BYTES or line.name != batch[0].name):
+            yield batch
+            batch, size = [], 0
         batch.append(line)
         size += len(line.content or b"")
-        if size >= BATCH_BYTES:
-            yield batch, size
-            batch, size = [], 0
-    yield batch, size
+    if batch:
+        yield batch
 
 
 # %% ../chapters/01e_token_cache.ipynb #8f94f84c
@@ -343,16 +339,21 @@ def start_worker(tokenizer: Tokenizer, skip_bad_lines: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the other, and so this
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def tokenize_batch(lines: list[Line]) -> list[tuple[bytes, tuple | None]]:
-    return list(_tokenize(lines))
+def tokenize_batch(
+    name: str, first: int, contents: list[bytes | bytearray | None]
+) -> tuple[bytes, list[tuple]]:
+    """In a worker process, tokenize lines of a file from number `first` on."""
+    parts = list(_tokenize(map(Line, repeat(name), count(first), contents)))
+    return b"".join(ids for ids, _ in parts), [row for _, rows in parts for row in rows]
 
 
+# %% ../chapters/01e_token_cache.ipynb #6792b3b9
 def tokenize_on_cores(
     lines: Iterable[Line], tokenizer: Tokenizer, skip_bad_lines: bool, workers: int
-) -> Iterator[tuple[bytes, tuple | None]]:
+) -> Iterator[tuple[bytes, list[tuple]]]:
     """Do as `tokenize_lines`, in order, with several processes where `workers` is more
     than 1; DataError where one of them is killed."""
     if workers == 1:
@@ -365,15 +366,20 @@ def tokenize_on_cores(
     pending: deque[tuple[Future, int]] = deque()
     try:
         ahead = 0  # bytes of the lines that are being tokenized
-        for batch, size in batches_of(lines):
-            pending.append((executor.submit(tokenize_batch, batch), size))
+        for batch in batches_of(lines):
+            contents = [line.content for line in batch]
+            size = sum(len(content or b"") for content in contents)
+            future = executor.submit(
+                tokenize_batch, batch[0].name, batch[0].number, contents
+            )
+            pending.append((future, size))
             ahead += size
             while ahead > 2 * workers * BATCH_BYTES:
                 future, size = pending.popleft()
-                yield from future.result()
+                yield future.result()
                 ahead -= size
         while pending:
-            yield from pending.popleft()[0].result()
+            yield pending.popleft()[0].result()
     except BrokenProcessPool:
         raise DataError(
             "a process that tokenized was killed, perhaps because the memory is full:"
@@ -383,7 +389,7 @@ def tokenize_on_cores(
         executor.shutdown(wait=False, cancel_futures=True)
 
 
-# %% ../chapters/01e_token_cache.ipynb #dbafe54e
+# %% ../chapters/01e_token_cache.ipynb #bfd7cd1d
 def tokenize_files(
     files: Sequence[str],
     tokenizer: Tokenizer,
@@ -405,7 +411,7 @@ def tokenize_files(
     held_out_threshold(heldout_fraction)
     workers = count_workers(files, num_workers)
     datasets = need("datasets")
-    cache = TokenCache(cache_dir or datasets.config.HF_DATASETS_CACHE, files)
+    cache = TokenFileCache(cache_dir or datasets.config.HF_DATASETS_CACHE, files)
     try:
         key = cache.key(tokenizer, skip_bad_lines)
         path = cache.find(key)
@@ -425,9 +431,10 @@ def tokenize_files(
     return datasets.Dataset(table, fingerprint=name)
 
 
-# %% ../chapters/01e_token_cache.ipynb #ff5599ef
+# %% ../chapters/01e_token_cache.ipynb #42d57534
 def skipped_lines(documents: "datasets.Dataset") -> tuple[int, str]:
     """Return how many bad lines were skipped, and where the first is, "file:line"."""
-    table = documents.select_columns(["num_tokens", "source"]).with_format("arrow")[:]
+    columns = documents.select_columns(["num_tokens", "source"])
+    table: Any = columns.with_format("arrow")[:]
     bad = np.flatnonzero(table["num_tokens"].to_numpy() == 0)
     return len(bad), table["source"][bad[0].item()].as_py() if len(bad) else ""

@@ -109,6 +109,7 @@ QWEN_SPECIAL_TOKENS = (
 )
 
 
+# %% ../chapters/01b_tokenizer.ipynb #2c65de96
 def split_at(names: Iterable[str], text: str) -> list[str]:
     """Cut `text` so that each occurrence of one of `names` is a part of its own."""
     return regex.split("(" + "|".join(map(regex.escape, names)) + ")", text)
@@ -134,7 +135,7 @@ def sha256_of(*parts: bytes) -> str:
     return digest.hexdigest()
 
 
-# %% ../chapters/01b_tokenizer.ipynb #38c2622f
+# %% ../chapters/01b_tokenizer.ipynb #3244479e
 class TiktokenTokenizer(Tokenizer):
     """Byte-level BPE run by tiktoken.
 
@@ -148,10 +149,12 @@ class TiktokenTokenizer(Tokenizer):
         ranks: dict[bytes, int] | None = None,
         encoding: tiktoken.Encoding | None = None,
     ):
-        if (ranks is None) == (encoding is None):
-            raise ValueError("give either ranks or an encoding")
         self.normalize = ranks is not None
-        self.encoding = qwen_encoding(ranks) if encoding is None else encoding
+        if ranks is not None and encoding is None:
+            encoding = qwen_encoding(ranks)
+        elif ranks is not None or encoding is None:
+            raise ValueError("give either ranks or an encoding")
+        self.encoding = encoding
         self.ranks: dict[bytes, int] = self.encoding._mergeable_ranks
         self.vocab_size = self.encoding.n_vocab
         self.eos_token_id = self.encoding.eot_token
@@ -167,11 +170,11 @@ class TiktokenTokenizer(Tokenizer):
             parts = split_at(QWEN_SPECIAL_TOKENS, text) if special else [text]
             parts = [unicodedata.normalize("NFC", part) for part in parts]
         ids = []
-        for part in (short for part in parts for short in cut_blanks(part)):
+        for short in (short for part in parts for short in cut_blanks(part)):
             if special:
-                ids += self.encoding.encode(part, allowed_special="all")
+                ids += self.encoding.encode(short, allowed_special="all")
             else:
-                ids += self.encoding.encode_ordinary(part)
+                ids += self.encoding.encode_ordinary(short)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -192,7 +195,7 @@ class TiktokenTokenizer(Tokenizer):
         return sha256_of(*parts, *sorted(self.ranks, key=self.ranks.__getitem__))
 
 
-# %% ../chapters/01b_tokenizer.ipynb #6318b3b8
+# %% ../chapters/01b_tokenizer.ipynb #587f124b
 def qwen_encoding(ranks: dict[bytes, int]) -> tiktoken.Encoding:
     """Return tiktoken's encoder for `ranks`, with Qwen's pattern and special tokens."""
     specials = {name: len(ranks) + i for i, name in enumerate(QWEN_SPECIAL_TOKENS)}
@@ -219,7 +222,7 @@ def read_file(path: Path) -> bytes:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
 
 
-# %% ../chapters/01b_tokenizer.ipynb #d28510b1
+# %% ../chapters/01b_tokenizer.ipynb #ff8c8dc2
 def write_ranks(ranks: dict[bytes, int], path: Path) -> None:
     """Write ranks in tiktoken's text format: a line a token, its bytes in base64, a
     space, its rank."""
@@ -256,7 +259,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-# %% ../chapters/01b_tokenizer.ipynb #71ead1f7
+# %% ../chapters/01b_tokenizer.ipynb #053f44d7
 DEFAULT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 
 
@@ -298,7 +301,7 @@ def chat_text(
     return text + "<|im_start|>assistant\n" * add_generation_prompt
 
 
-# %% ../chapters/01b_tokenizer.ipynb #5960d5f1
+# %% ../chapters/01b_tokenizer.ipynb #84a2f5fe
 def encode_chat(
     tokenizer: Tokenizer,
     messages: Sequence[dict[str, str]],
@@ -324,7 +327,7 @@ def encode_chat(
     return ids
 
 
-# %% ../chapters/01b_tokenizer.ipynb #52a8dc20
+# %% ../chapters/01b_tokenizer.ipynb #fc167d0b
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model file.
 
@@ -377,7 +380,7 @@ class SentencePieceTokenizer(Tokenizer):
         return sha256_of(self.model.serialized_model_proto())
 
 
-# %% ../chapters/01b_tokenizer.ipynb #a2926345
+# %% ../chapters/01b_tokenizer.ipynb #7d2d0fb7
 def load_tokenizer(spec: str, directory: str | Path = ".") -> Tokenizer:
     """Load the tokenizer that a `train_config.json` names.
 
@@ -410,6 +413,7 @@ def load_tokenizer(spec: str, directory: str | Path = ".") -> Tokenizer:
     return TiktokenTokenizer.from_file(path)
 
 
+# %% ../chapters/01b_tokenizer.ipynb #917fd29b
 def named_encoding(name: str) -> tiktoken.Encoding:
     """Return one of tiktoken's own encodings; ValueError where it cannot be had."""
     try:
@@ -417,12 +421,12 @@ def named_encoding(name: str) -> tiktoken.Encoding:
     except OSError as error:
         raise ValueError(
             f"tokenizer 'tiktoken:{name}': tiktoken downloads this vocabulary at its"
-            f" first use and could not ({type(error).__name__}); without a network, name"
-            " a file"
+            f" first use and could not ({type(error).__name__}); without a network,"
+            " name a file"
         ) from error
 
 
-# %% ../chapters/01b_tokenizer.ipynb #e1e69fbd
+# %% ../chapters/01b_tokenizer.ipynb #9963c64f
 def check_vocab_size(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Refuse (ValueError) a model whose `vocab_size` does not fit the tokenizer: too
     small, or 512 and more rows that no token uses.

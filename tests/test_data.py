@@ -4,6 +4,7 @@ the data are still the same."""
 import json
 import math
 import os
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -11,7 +12,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from text_helpers import END, FIELDS, TOKENIZER, make, same, texts, tokenized, write
+from text_helpers import (
+    END,
+    FIELDS,
+    TOKENIZER,
+    check_sequences,
+    make,
+    same,
+    texts,
+    tokenized,
+    write,
+    write_random_texts,
+)
 
 from qwen_analog import data
 from qwen_analog.data import PackedDataset, collate, data_difference
@@ -320,3 +332,131 @@ def test_a_huge_document_is_not_read_whole_for_each_sequence():
         max(len(ids) for ids in [run.ids for run in streamed.window.runs]) < 2_000_001
         and streamed.window.runs[0].ids.base is not None
     )
+
+
+# mutants: each a function of the module with one mistake
+
+
+def make_packed(path, held_out=False):
+    rows = tokenize_files([path], TOKENIZER, 0.3, cache_dir=f"cache of {os.getpid()}")
+    return PackedDataset(rows, 16, 3, held_out)
+
+
+def test_packed_sequences_pass_the_check():
+    write_random_texts()
+    check_sequences(make_packed)
+
+
+plain_pack, plain_runs = data.pack, data.ShuffledRows.runs
+
+
+def targets_are_inputs(pieces):
+    sequence = plain_pack(pieces)
+    return replace(sequence, targets=sequence.input_ids)
+
+
+def document_ids_of_targets(pieces):
+    counts = [len(ids) for ids, _ in pieces]
+    numbers = torch.from_numpy(np.repeat(np.arange(len(pieces)), counts))
+    return replace(plain_pack(pieces), document_ids=numbers[1:])
+
+
+def no_end_token(text, tokenizer):
+    yield np.array(tokenizer.encode(text), np.int32)
+
+
+def end_token_closes(text, tokenizer):
+    yield np.array([*tokenizer.encode(text), tokenizer.eos_token_id], np.int32)
+
+
+def remainder_is_dropped(self, k):
+    whole = self.tokens_per_epoch // self.sequence_length
+    epoch, offset = k // whole, k % whole * self.sequence_length
+    runs = self.shuffled.runs(epoch, offset, self.sequence_length + 1)
+    rows = ((self.documents[row], place) for row, place in runs)
+    pieces = [
+        (row["input_ids"][0].values[place].to_numpy(), row["source"][0].as_py())
+        for row, place in rows
+    ]
+    return plain_pack(pieces)
+
+
+def a_token_too_far_apart(self, epoch, offset, tokens):
+    epoch, offset = divmod(
+        epoch * self.lengths.sum().item() + offset + offset // 16,
+        self.lengths.sum().item(),
+    )
+    return plain_runs(self, epoch, offset, tokens)
+
+
+def from_the_start_of_each_document(self, epoch, offset, tokens):
+    for row, place in plain_runs(self, epoch, offset, tokens):
+        yield row, slice(0, place.stop - place.start)
+
+
+def same_order_each_epoch(self, epoch):
+    order = np.random.default_rng((self.seed, 0)).permutation(len(self.rows))
+    return order, np.cumsum(self.lengths[order], dtype=np.int64)
+
+
+def drawn_with_replacement(self, epoch):
+    rng = np.random.default_rng((self.seed, epoch))
+    order = rng.integers(len(self.rows), size=len(self.rows))
+    return order, np.cumsum(self.lengths[order], dtype=np.int64)
+
+
+def held_out_by_position(documents, held_out):
+    tokens = np.array(documents["num_tokens"][:])
+    sizes = np.array(documents["num_bytes"][:])
+    chosen = (np.arange(len(tokens)) >= 0.7 * len(tokens)) == held_out
+    return np.flatnonzero(chosen), tokens[chosen], sizes[chosen].sum().item()
+
+
+def ranks_overlap(self, count, rank=0, world_size=1):
+    first, self.position = self.position, self.position + count * world_size
+    return [self[first + i + rank] for i in range(count)]
+
+
+def every_rank_takes_the_same(self, count, rank=0, world_size=1):
+    first, self.position = self.position, self.position + count * world_size
+    return [self[first + i * world_size] for i in range(count)]
+
+
+def own_sequences_are_counted(self, count, rank=0, world_size=1):
+    first, self.position = self.position, self.position + count
+    return [self[first + i * world_size + rank] for i in range(count)]
+
+
+def search_left(ends, offset, side):
+    return np.sum(ends < offset)
+
+
+MUTANTS = [
+    ("data.pack", targets_are_inputs),
+    ("data.pack", document_ids_of_targets),
+    ("token_cache.token_ids", no_end_token),
+    ("token_cache.token_ids", end_token_closes),
+    ("data.PackedDataset.__getitem__", remainder_is_dropped),
+    ("data.ShuffledRows.runs", a_token_too_far_apart),
+    ("data.np.searchsorted", search_left),
+    ("data.ShuffledRows.runs", from_the_start_of_each_document),
+    ("data.ShuffledRows.order", same_order_each_epoch),
+    ("data.ShuffledRows.order", drawn_with_replacement),
+    ("data.select_documents", held_out_by_position),
+    ("data.PackedDataset.take", ranks_overlap),
+    ("data.PackedDataset.take", every_rank_takes_the_same),
+    ("data.PackedDataset.take", own_sequences_are_counted),
+]
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize(
+    "place, broken", MUTANTS, ids=lambda m: getattr(m, "__name__", "")
+)
+def test_a_mistake_is_found(place, broken, monkeypatch):
+    write_random_texts()
+    monkeypatch.setattr(f"qwen_analog.{place}", broken)
+    with pytest.raises(
+        (AssertionError, IndexError, RuntimeError, DataError, ValueError)
+    ):
+        check_sequences(make_packed)

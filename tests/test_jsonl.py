@@ -100,7 +100,7 @@ def test_bad_line(kind, suffix):
         assert [bool(row["error"]) for row in rows] == [False, False, True, False]
     rows = tokenized(path, skip_bad_lines=True)
     assert rows[2]["num_tokens"] == rows[2]["num_bytes"] == 0
-    assert len(PackedDataset(rows, 4).shuffled.rows) == 3
+    assert len(PackedDataset(rows, 4).rows) == 3
 
 
 def test_lines_that_are_good():

@@ -5,7 +5,10 @@ import gc
 import json
 import math
 import os
+import subprocess
+import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -20,11 +23,13 @@ from text_helpers import (
     RANKS,
     TOKENIZER,
     Counting,
+    check_sequences,
     lines,
     same,
     texts,
     tokenized,
     write,
+    write_random_texts,
 )
 
 from qwen_analog import streaming
@@ -333,3 +338,145 @@ def test_an_abandoned_stream_is_closed_at_once():
         assert alive() is None
     finally:
         gc.enable()
+
+
+# one reader for all processes of a machine
+
+
+def found_by(scenario, machines):
+    """What each process found in a scenario of `shared_worker.py`."""
+    worker = Path(__file__).with_name("shared_worker.py")
+    run = subprocess.run(
+        [sys.executable, str(worker), scenario, machines],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(Path(streaming.__file__).parents[1])},
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def together(ranks):
+    """The sequences of all ranks in the order of the stream."""
+    steps = zip(*(found["taken"] for found in ranks))
+    return [s for step in steps for group in zip(*step) for s in group]
+
+
+@pytest.fixture
+def documents():
+    write("a.jsonl", *texts([5, 1, 9, 3, 7, 2, 8, 4, 6] * 12))
+
+
+@pytest.mark.parametrize("machines, readers", [("2", [0]), ("3", [0]), ("2,1", [0, 2])])
+def test_processes_share_the_tokenizing_of_one(machines, readers, documents):
+    (alone,), ranks = found_by("steps", "1"), found_by("steps", machines)
+    assert together(ranks) == together([alone])
+    assert all(found["state"] == alone["state"] for found in ranks)
+    for rank, found in enumerate(ranks):
+        assert found["encoded"] == (alone["encoded"] if rank in readers else 0)
+    assert alone["encoded"] > 20
+
+
+@pytest.mark.parametrize("before, after", [("1", "2"), ("2", "1"), ("2", "2,1")])
+def test_a_run_goes_on_with_other_processes(before, after, documents):
+    state = found_by("steps", before)[0]["state"]
+    Path("state.json").write_text(json.dumps(state))
+    ranks = found_by("resumed", after)
+    assert all(found["began"] == state for found in ranks)
+    expected = StreamingDataset(
+        open_stream(["a.jsonl"]), TOKENIZER, 16, 3, buffer_size=7
+    ).take(48)[24:]
+    assert [s[0] for s in together(ranks)] == [s.input_ids.tolist() for s in expected]
+
+
+@pytest.mark.parametrize("scenario", ["held_out", "few"])
+def test_processes_hold_the_same_documents_out(scenario, documents):
+    write("few.jsonl", {"text": "one document"}, {"text": "another"})
+    (alone,), ranks = found_by(scenario, "1"), found_by(scenario, "2")
+    assert together(ranks) == together([alone])
+    assert all(found["held out"] == alone["held out"] for found in ranks)
+
+
+def test_sequences_are_shared_in_a_thread_of_their_own(documents):
+    (alone,), ranks = found_by("steps", "1"), found_by("in_a_thread", "2")
+    assert together(ranks) == together([alone])
+    assert [found["sums"] for found in ranks] == [[1.0], [1.0]]
+
+
+def test_an_error_of_the_reader_is_everybodys():
+    write("broken.jsonl", *texts([3] * 40), b"{")
+    ranks = found_by("broken", "2")
+    assert ranks[0] == ranks[1]
+    assert ranks[0]["words"][0].startswith("broken.jsonl, line 41: not JSON")
+
+
+def test_a_place_that_is_not_there_is_refused_everywhere(documents):
+    ranks = found_by("nowhere", "2")
+    assert ranks[0] == ranks[1]
+    assert "the place to resume from is not in it" in ranks[0]["words"]
+
+
+# mutants: each a function of the module with one mistake
+
+
+def make_streamed(path, held_out=False):
+    stream = open_stream([path])
+    return StreamingDataset(stream, TOKENIZER, 16, 3, 0.3, held_out, buffer_size=20)
+
+
+def test_streamed_sequences_pass_the_check():
+    write_random_texts()
+    check_sequences(make_streamed)
+
+
+plain_drop, plain_runs = streaming.TokenWindow.drop, StreamReader.runs
+plain_documents = StreamReader.documents
+
+
+def the_state_forgets_the_token(self):
+    epoch, document, _ = self.window.place
+    return {"epoch": epoch, "document": document, "offset": 0}
+
+
+def documents_counted_from_the_resumption(self, epoch, skip):
+    for run in plain_runs(self, epoch, skip):
+        yield replace(run, document=run.document - skip * (run.epoch == epoch))
+
+
+def same_order_each_epoch(self, epoch):
+    return plain_documents(self, 0)
+
+
+def held_out_let_in(self, key):
+    return False
+
+
+def a_token_lost_between_sequences(self, tokens):
+    plain_drop(self, tokens + (tokens == 16))
+
+
+def ranks_take_runs(self, count, rank=0, world_size=1):
+    sequences = self.take_pieces(count * world_size)
+    return list(map(streaming.pack, sequences[rank * count : (rank + 1) * count]))
+
+
+MUTANTS = [
+    ("StreamingDataset.state_dict", the_state_forgets_the_token),
+    ("StreamReader.runs", documents_counted_from_the_resumption),
+    ("StreamReader.documents", same_order_each_epoch),
+    ("HeldOutSide.__call__", held_out_let_in),
+    ("TokenWindow.drop", a_token_lost_between_sequences),
+    ("StreamingDataset.take", ranks_take_runs),
+]
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize(
+    "place, broken", MUTANTS, ids=lambda m: getattr(m, "__name__", "")
+)
+def test_a_mistake_is_found(place, broken, monkeypatch):
+    write_random_texts()
+    monkeypatch.setattr(f"qwen_analog.streaming.{place}", broken)
+    with pytest.raises((AssertionError, DataError)):
+        check_sequences(make_streamed)

@@ -20,7 +20,7 @@ from text_helpers import END, RANKS, TOKENIZER, Counting, lines, texts, tokenize
 
 from qwen_analog import token_cache
 from qwen_analog.data import PackedDataset, held_out_dataset
-from qwen_analog.jsonl import DataError, read_lines
+from qwen_analog.jsonl import DataError, read_lines, write_jsonl
 from qwen_analog.streaming import StreamingDataset, open_stream
 from qwen_analog.token_cache import (
     held_out_mask,
@@ -274,10 +274,7 @@ def test_few_documents_train_without_a_word_about_the_fraction(count, fraction):
         )
     ]
     sources = {s for b in held_out.epoch() for s in b.sources}
-    assert (
-        sources == set(expected)
-        and len(training.shuffled.rows) == count - len(expected) > 0
-    )
+    assert sources == set(expected) and len(training.rows) == count - len(expected) > 0
     streamed = StreamingDataset(
         open_stream(["few.jsonl"]),
         TOKENIZER,
@@ -345,3 +342,186 @@ def test_no_document():
         )
         == 1
     )
+
+
+# by several processes
+
+
+def token_file(workers, files=("a.jsonl",), tokenizer=TOKENIZER, **options):
+    """Tokenize into a cache of its own; return its one file's name and bytes."""
+    where = Path(f"by {workers} {tokenizer.vocab_size} {options}")
+    rows = tokenize_files(
+        files, tokenizer, cache_dir=where, num_workers=workers, **options
+    )
+    (path,) = where.rglob("*.*")
+    return path.name, path.read_bytes(), rows["source"][:]
+
+
+def many(count=300, size=40):
+    rng = np.random.default_rng(0)
+    return [
+        {"title": f"{i}", "text": f"{i}: " + "word é 中 " * int(rng.integers(1, size))}
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    monkeypatch.setattr(token_cache, "BATCH_BYTES", 2_000)
+
+
+@pytest.mark.parametrize("workers", [2, 3, 7])
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
+def test_the_same_bytes_whatever_the_number_of_processes(
+    workers, suffix, small_batches
+):
+    for name, documents in (("a", many()), ("b", many(50, 4)), ("c", [])):
+        write_jsonl(documents, f"d/{name}.{suffix}")
+    write_jsonl([{"text": "long " * 400_000}, {"text": "after"}], f"d/d.{suffix}")
+    files = [f"d/{name}.{suffix}" for name in "abcd"]
+    assert token_file(1, files) == token_file(workers, files)
+
+
+@pytest.mark.parametrize("kind", ["ours", "hf", "sentencepiece", "named"])
+def test_every_kind_of_tokenizer_works_in_processes(kinds, kind, small_batches):
+    write("a.jsonl", *many())
+    assert token_file(1, tokenizer=kinds[kind]) == token_file(2, tokenizer=kinds[kind])
+
+
+@pytest.mark.parametrize("bad", [0, 3, 150, 298])
+def test_a_bad_line_is_named_by_any_process(bad, small_batches):
+    documents = many()
+    write("a.jsonl", *documents[:bad], b"{", *documents[bad:], b"", {"text": 1})
+    with pytest.raises(DataError) as one:
+        token_file(1)
+    with pytest.raises(DataError) as two:
+        token_file(2)
+    assert str(one.value) == str(two.value)
+    assert str(two.value).startswith(f"a.jsonl, line {bad + 1}: not JSON")
+    assert not list(Path().rglob("*.tokens")) + list(Path().rglob("*.partial"))
+    skipped = token_file(2, skip_bad_lines=True)
+    assert skipped == token_file(1, skip_bad_lines=True) and len(skipped[2]) == 303
+
+
+def test_a_file_that_breaks_off_is_refused(small_batches):
+    write_jsonl(many(), "a.jsonl.gz")
+    Path("a.jsonl.gz").write_bytes(Path("a.jsonl.gz").read_bytes()[:-9])
+    with pytest.raises(DataError, match="a.jsonl.gz cannot be read"):
+        token_file(2, ["a.jsonl.gz"])
+
+
+class Killed(TiktokenTokenizer):
+    def encode(self, text, special=False):
+        if text.startswith("150:"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode(text, special)
+
+
+def test_a_killed_process_is_one_line_and_leaves_nothing(small_batches):
+    write("a.jsonl", *many())
+    with pytest.raises(DataError, match="^a process that tokenized was killed[^\n]*$"):
+        token_file(2, tokenizer=Killed(RANKS))
+    assert not list(Path().rglob("*.tokens")) + list(Path().rglob("*.partial"))
+
+
+def test_what_a_tokenizer_refuses_is_raised(small_batches):
+    class Refusing(TiktokenTokenizer):
+        def encode(self, text, special=False):
+            raise ValueError("the tokenizer cannot encode this")
+
+    write("a.jsonl", *many())
+    with pytest.raises(ValueError, match="^the tokenizer cannot encode this$"):
+        token_file(2, tokenizer=Refusing(RANKS))
+
+
+SLOW = """
+import os, sys, time
+from qwen_analog import token_cache
+from qwen_analog.arguments import report_errors
+from qwen_analog.bpe import BYTE_ORDER
+from qwen_analog.tokenizer import TiktokenTokenizer
+
+class Slow(TiktokenTokenizer):
+    def encode(self, text, special=False):
+        with open(f"worker {os.getpid()}", "w"):
+            time.sleep(0.02)
+        return super().encode(text, special)
+
+token_cache.BATCH_BYTES = 2_000
+tokenizer = Slow({token: rank for rank, token in enumerate(BYTE_ORDER)})
+sys.exit(report_errors("test", lambda: token_cache.tokenize_files(
+    ["a.jsonl"], tokenizer, cache_dir="cache", num_workers=2)))
+"""
+
+
+def tokenizing_slowly():
+    """A process that tokenizes with two others, and the ids of these."""
+    write("a.jsonl", *many(3_000))
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(token_cache.__file__).parents[1])},
+        start_new_session=True,
+    )
+    until = time.monotonic() + 60
+    while len(workers := list(Path().glob("worker *"))) < 2:
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.02)
+    return process, [int(path.name.split()[1]) for path in workers]
+
+
+def wait_for_the_end(pids):
+    until = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < until, "a process is left over"
+        time.sleep(0.02)
+
+
+def test_ctrl_c_ends_all_processes_with_one_line():
+    process, workers = tokenizing_slowly()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert process.wait(30) == 130
+    assert process.stderr.read() == "test: interrupted\n"
+    wait_for_the_end(workers)
+    assert not list(Path("cache").rglob("*.*"))
+
+
+def test_workers_end_with_the_process_that_started_them():
+    process, workers = tokenizing_slowly()
+    process.kill()
+    process.wait(30)
+    wait_for_the_end(workers)
+
+
+def test_lines_on_their_way_are_bounded(monkeypatch):
+    monkeypatch.setattr(token_cache, "BATCH_BYTES", 1_000)
+    write("a.jsonl", *({"text": "word " * 100} for _ in range(200)))
+    read = []
+
+    def counted():
+        for line in read_lines(["a.jsonl"]):
+            read.append(len(line.content))
+            yield line
+
+    done = 0
+    for _, rows in token_cache.tokenize_on_cores(counted(), TOKENIZER, False, 2):
+        done += len(rows)
+        assert sum(read[done:]) <= (2 * 2 + 3) * 1_000
+    assert done == 200
+
+
+def test_as_many_processes_as_pay(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(4))
+    write("a.jsonl", {"text": "a" * 90})
+    for worker_bytes, expected in ((1 << 24, 1), (101, 1), (50, 2), (10, 4)):
+        monkeypatch.setattr(token_cache, "WORKER_BYTES", worker_bytes)
+        assert token_cache.count_workers(["a.jsonl"], 0) == expected
+    assert token_cache.count_workers(["a.jsonl"], 9) == 9
+
+
+@pytest.mark.parametrize("value", [math.nan, -1, 1.5, "3", None, True])
+def test_numbers_of_processes_that_are_none(value):
+    write("a.jsonl", {"text": "a"})
+    with pytest.raises(ValueError, match="num_workers must be a whole number"):
+        token_file(value)

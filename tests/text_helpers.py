@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -11,9 +12,9 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from pydoc_data.topics import topics
 from qwen_analog.bpe import BYTE_ORDER, QWEN_PATTERN
 from qwen_analog.data import PackedDataset
-from qwen_analog.jsonl import write_jsonl
+from qwen_analog.jsonl import read_jsonl, write_jsonl
 from qwen_analog.streaming import StreamingDataset, open_stream
-from qwen_analog.token_cache import tokenize_files
+from qwen_analog.token_cache import is_held_out, tokenize_files
 from qwen_analog.tokenizer import TiktokenTokenizer, load_tokenizer
 
 CORPUS = [topics[key] for key in sorted(topics)][:12] + [
@@ -124,3 +125,80 @@ def refusal(spec, directory="."):
         load_tokenizer(spec, directory)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def split_at_ends(tokens):
+    """[n] -> the documents in it, as tuples."""
+    starts = (tokens == END).nonzero().flatten()
+    return [tuple(piece.tolist()) for piece in tokens.tensor_split(starts)[1:]]
+
+
+def write_random_texts():
+    rng = np.random.default_rng(1)
+    lengths = rng.integers(1, 60, size=80)
+    documents = [
+        {"text": "".join(chr(97 + i) for i in rng.integers(26, size=n))}
+        for n in lengths
+    ]
+    write_jsonl(documents[:40], "small.jsonl")
+    write_jsonl(documents, "grown.jsonl")
+
+
+def check_epochs(make):
+    """Every token is an input once an epoch, targets follow, numbers fit."""
+    documents = read_jsonl(["small.jsonl"])
+    training = [
+        (END, *TOKENIZER.encode(d.text))
+        for d in documents
+        if not is_held_out(d.key, 0.3)
+    ]
+    length = sum(map(len, training))
+    sequences = make("small.jsonl").take(3 * length // 16)
+    inputs = torch.cat([sequence.input_ids for sequence in sequences])
+    targets = torch.cat([sequence.targets for sequence in sequences])
+    assert torch.equal(targets[:-1], inputs[1:]), "a target is not the next input"
+    for sequence in sequences:
+        starts = sequence.input_ids == END
+        starts[0] = True
+        assert torch.equal(sequence.document_ids, starts.cumsum(0) - 1), "a number"
+    first = split_at_ends(inputs[:length])
+    second = split_at_ends(inputs[length : 2 * length])
+    assert sorted(first) == sorted(second) == sorted(training), "not every token once"
+    assert first != second, "two epochs have the same order"
+    return sequences
+
+
+def check_held_out(make):
+    """The held-out documents are those of the hash, also when the data have grown."""
+    for path in ("small.jsonl", "grown.jsonl"):
+        sequences = make(path, held_out=True).take(150)
+        found = {source for sequence in sequences for source in sequence.sources}
+        documents = read_jsonl([path])
+        assert found == {d.source for d in documents if is_held_out(d.key, 0.3)}
+
+
+def check_position(make, sequences):
+    """Two ranks share the sequences of one, and a run resumes after any seven."""
+    one, two = make("small.jsonl"), [make("small.jsonl"), make("small.jsonl")]
+    one.take(5)
+    for part in two:
+        part.load_state_dict(one.state_dict())
+    parts = zip(*(part.take(6, rank, 2) for rank, part in enumerate(two)))
+    shared = [sequence for pair in parts for sequence in pair] + two[0].take(4)
+    assert same(shared, sequences[5:21]), "two ranks do not share the sequences of one"
+    state, resumed = None, []
+    while len(resumed) < len(sequences):
+        part = make("small.jsonl")
+        if state:
+            part.load_state_dict(json.loads(state))
+        resumed += part.take(7)
+        state = json.dumps(part.state_dict())
+    assert same(sequences, resumed[: len(sequences)]), "a resumed run sees others"
+
+
+def check_sequences(make):
+    """What must hold of `make(path, held_out)`: sequences of 16 tokens, 30% of the
+    documents held out."""
+    sequences = check_epochs(make)
+    check_held_out(make)
+    check_position(make, sequences)
