@@ -34,7 +34,8 @@ from qwen_analog.hardware import GPUS, peak_flops, peak_memory
 from qwen_analog.optim import build_optimizers
 from qwen_analog.distributed import DistributedContext
 from qwen_analog.parallel import build_model, make_mesh
-from qwen_analog.plan import estimate_for, report
+from qwen_analog.plan import report
+from qwen_analog.simulation import estimate_for
 from qwen_analog.tokenizer import load_tokenizer
 from qwen_analog.arguments import report_errors
 from qwen_analog.resume import config_from_arguments

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import regex
 
-from qwen_analog.tokenizer import QWEN_PATTERN
+from qwen_analog.bpe import QWEN_PATTERN
 
 HERE = Path(__file__).resolve().parent
 plt.style.use(HERE / "book.mplstyle")

@@ -64,12 +64,15 @@ def _is_the_program() -> bool:
     return module or os.path.basename(sys.argv[0] if sys.argv else "") == "qwen-analog"
 
 
-def _end_quietly(*_) -> None:
-    os._exit(130)
+class _EndQuietly:
+    """Ctrl-C while libraries are imported, which takes seconds: the program ends."""
+
+    quiet = True
+
+    def __call__(self, *_) -> None:
+        os._exit(130)
 
 
-# libraries take seconds to import, and Ctrl-C meanwhile would show where in them it came
 if _is_the_program() and threading.current_thread() is threading.main_thread():
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        _end_quietly.quiet = True
-        signal.signal(signal.SIGINT, _end_quietly)
+        signal.signal(signal.SIGINT, _EndQuietly())

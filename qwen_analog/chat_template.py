@@ -26,7 +26,8 @@ from typing import Any
 from .arguments import need, one_line
 from .config import shown
 from .model import QwenForCausalLM
-from .tokenizer import HFTokenizer, Tokenizer, encode_chat
+from .hf_tokenizer import HFTokenizer
+from .tokenizer import Tokenizer, encode_chat
 
 
 # %% ../chapters/16d_chat_template.ipynb #c9ef13e7

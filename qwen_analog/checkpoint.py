@@ -24,7 +24,7 @@ __all__ = [
     "state_file",
     "without_tensors",
     "read_state",
-    "read_config",
+    "checkpoint_config",
     "load_model",
     "tensor_shapes",
     "misfit",
@@ -378,7 +378,7 @@ def read_state(path: str | Path) -> dict:
     return without_tensors(read_pt(state_file(Path(path)), check=False, mmap=True))
 
 
-def read_config(path: str | Path) -> QwenConfig:
+def checkpoint_config(path: str | Path) -> QwenConfig:
     """Return the configuration of a checkpoint's model; no weight is read. Raises
     CheckpointError.
     """

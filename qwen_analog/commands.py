@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = [
     "SAMPLING",
-    "sampling_options",
+    "given_sampling",
     "generate",
+    "sample",
+    "search",
     "answer_length",
     "require_room",
     "require_new",
@@ -17,6 +19,7 @@ __all__ = [
     "beginnings",
     "trace",
     "add_generate_arguments",
+    "add_beam_arguments",
     "add_sampling_arguments",
     "add_export_arguments",
     "add_import_arguments",
@@ -33,61 +36,101 @@ from pathlib import Path
 import torch
 
 from .arguments import add_ignore_memory, add_model, default_model, number, whole
-from .chat import open_model as load
 from .checkpoint import consolidate as join_shards, save_checkpoint
-from .data import read_jsonl
-from .generate import complete, sampling_defaults
+from .generate import sampling_defaults, stop_ids
+from .hardware import require_memory
 from .hf import save_pretrained
-from .memory import estimate_memory, require_memory
+from .jsonl import read_jsonl
+from .loading import load
+from .memory import estimate_memory
 from .model import QwenForCausalLM
 from .monitor import documents_of_step
+from .text_stream import TextStream, complete
+from .tokenizer import Tokenizer
 
 # %% ../chapters/20d_texts_and_weights.ipynb #297a02e4
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
-def sampling_options(model: QwenForCausalLM, arguments: argparse.Namespace) -> dict:
-    """Return how to sample: the flags that were given over the model's own settings."""
-    given = {name: getattr(arguments, name) for name in SAMPLING}
-    given = {name: value for name, value in given.items() if value is not None}
-    return {"temperature": 0.7, **sampling_defaults(model), **given}
+def given_sampling(arguments: argparse.Namespace) -> dict[str, float]:
+    """Return the sampling flags that were given."""
+    values = {name: getattr(arguments, name) for name in SAMPLING}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def generate(arguments: argparse.Namespace) -> None:
     """Continue prompts with a model."""
     check_memory = not arguments.ignore_memory
-    model, tokenizer = load(arguments.model, check_memory=check_memory)
+    source = arguments.model or default_model()
+    model, tokenizer = load(source, check_memory=check_memory)
     longest = max(len(tokenizer.encode(prompt)) + 1 for prompt in arguments.prompt)
-    count = answer_length(model, longest, arguments)
+    count = answer_length(source, model, longest, arguments.max_new_tokens)
     require_room(model, longest + count, check_memory)
-    options = {
-        "max_new_tokens": count,
-        "stop": arguments.stop,
-        "seed": arguments.seed,
-        **sampling_options(model, arguments),
-    }
+    write = search if arguments.num_beams > 1 else sample
     for prompt in arguments.prompt:
-        print(complete(model, tokenizer, prompt, **options), flush=True)
+        print(write(model, tokenizer, prompt, count, arguments), flush=True)
+
+
+def sample(
+    model: QwenForCausalLM,
+    tokenizer: Tokenizer,
+    prompt: str,
+    count: int,
+    arguments: argparse.Namespace,
+) -> str:
+    """Return a prompt and up to `count` tokens that are drawn one by one."""
+    options = {"temperature": 0.7, **sampling_defaults(model)}
+    options |= {"seed": arguments.seed, **given_sampling(arguments)}
+    stop = arguments.stop
+    return complete(
+        model, tokenizer, prompt, max_new_tokens=count, stop=stop, **options
+    )
+
+
+# %% ../chapters/20d_texts_and_weights.ipynb #871df9aa
+def search(
+    model: QwenForCausalLM,
+    tokenizer: Tokenizer,
+    prompt: str,
+    count: int,
+    arguments: argparse.Namespace,
+) -> str:
+    """Return a prompt and the likeliest continuation that beams find."""
+    start = [tokenizer.eos_token_id, *tokenizer.encode(prompt)]
+    ends = stop_ids(model, tokenizer)
+    if arguments.seed is not None:
+        raise ValueError("--num-beams draws nothing: leave out --seed")
+    row = model.generate(
+        torch.tensor([start], device=model.lm_head.weight.device),
+        count,
+        num_beams=arguments.num_beams,
+        length_penalty=arguments.length_penalty,
+        eos_token_id=ends,
+        valid_vocab_size=tokenizer.vocab_size,
+        **given_sampling(arguments),
+    )[0]
+    text = TextStream(tokenizer, arguments.stop, start)
+    new = [token for token in row[len(start) :].tolist() if token not in ends]
+    return prompt + "".join(map(text.push, new)) + text.finish()
 
 
 # %% ../chapters/20d_texts_and_weights.ipynb #b7f0af97
 def answer_length(
-    model: QwenForCausalLM, longest: int, arguments: argparse.Namespace
+    source: str, model: QwenForCausalLM, longest: int, wanted: int | None
 ) -> int:
     """Return how many tokens to write after a prompt of `longest` tokens.
 
-    Without a flag, 100 or as many as there is room for. Raises ValueError where
-    --max-new-tokens asks for more than the model has positions.
+    Where none are `wanted`, 100 or as many as there is room for. Raises ValueError
+    where more are wanted than the model has positions.
     """
     limit = model.config.max_position_embeddings
     room = limit - longest
-    wanted = arguments.max_new_tokens
     count = max(1, min(100, room)) if wanted is None else wanted
     if count > room:
         raise ValueError(
             f"a prompt of {longest:,} tokens leaves {max(room, 0):,} of"
-            f" {arguments.model}'s {limit:,} positions: choose a smaller"
-            " --max-new-tokens or a shorter prompt"
+            f" {source}'s {limit:,} positions: choose a smaller --max-new-tokens or"
+            " a shorter prompt"
         )
     return count
 
@@ -121,7 +164,7 @@ def export(arguments: argparse.Namespace) -> None:
     """Write a model in Hugging Face's layout: safetensors, config.json, tokenizer."""
     source, directory = source_and_directory(arguments)
     require_new(directory)
-    model, tokenizer = load(source, check_memory=not arguments.ignore_memory)
+    model, tokenizer = load(source, "cpu", check_memory=not arguments.ignore_memory)
     dtype = getattr(torch, arguments.dtype)
     print(save_pretrained(model, tokenizer, directory, dtype=dtype))
 
@@ -129,7 +172,8 @@ def export(arguments: argparse.Namespace) -> None:
 def import_(arguments: argparse.Namespace) -> None:
     """Make a checkpoint of a Hugging Face directory, a hub name or a .gguf file."""
     require_new(arguments.directory)
-    model, tokenizer = load(arguments.source, check_memory=not arguments.ignore_memory)
+    check_memory = not arguments.ignore_memory
+    model, tokenizer = load(arguments.source, "cpu", check_memory=check_memory)
     print(save_checkpoint(arguments.directory, model, tokenizer, safetensors=True))
 
 
@@ -196,7 +240,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `qwen-analog generate`."""
     add = parser.add_argument
     add("prompt", nargs="+", help="text to continue")
-    add_model(parser, "--checkpoint", default=default_model())
+    add_model(parser, "--checkpoint")
     add(
         "--max-new-tokens",
         type=whole(0),
@@ -217,7 +261,26 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         help="the same seed writes the same text",
     )
     add_sampling_arguments(parser)
+    add_beam_arguments(parser)
     add_ignore_memory(parser)
+
+
+def add_beam_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of beam search."""
+    parser.add_argument(
+        "--num-beams",
+        type=whole(1),
+        default=1,
+        metavar="N",
+        help="above 1: search for the likeliest text with so many beams, draw nothing",
+    )
+    parser.add_argument(
+        "--length-penalty",
+        type=number(-10, 10),
+        default=1.0,
+        metavar="A",
+        help="of beams: above 0 favours long texts (default: %(default)s)",
+    )
 
 
 # %% ../chapters/20d_texts_and_weights.ipynb #0ae25e08

@@ -34,7 +34,8 @@ from itertools import count
 import torch
 
 from .arguments import one_line
-from .generate import TextStream, pad_left, sampling_defaults, stop_ids
+from .generate import pad_left, sampling_defaults, stop_ids
+from .text_stream import TextStream
 from .kv_cache import KVCache
 from .model import QwenForCausalLM
 from .sampling import check_ids, check_whole, new_generator, sample

@@ -28,20 +28,14 @@ import torch
 from .arguments import add_ignore_memory, number, whole
 from .checkpoint import read_state
 from .config import QwenConfig
-from qwen_analog.data import (
-    Document,
-    find_files,
-    held_out_mask,
-    is_held_out,
-    read_jsonl,
-)
+from .jsonl import Document, find_files, read_jsonl
+from .token_cache import held_out_mask, is_held_out
 from .loading import load
-from .memory import require_memory
+from .hardware import require_memory
 from .model import QwenForCausalLM
-from qwen_analog.scoring import (
+from .scoring import (
     TOKENS_AT_ONCE,
     Evaluation,
-    evaluation_of,
     minimal_pair_accuracy,
     summary,
     token_nll,

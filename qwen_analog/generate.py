@@ -31,13 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .kv_cache import KVCache
 from .model import QwenForCausalLM
-from qwen_analog.sampling import (
-    SamplingParams,
-    check_ids,
-    check_whole,
-    new_generator,
-    sample,
-)
+from .sampling import SamplingParams, check_ids, check_whole, new_generator, sample
 from .tokenizer import Tokenizer
 
 

@@ -27,9 +27,9 @@ from .files import write_json
 from .gguf_file import GGUFFile, GGUFTensor, read_gguf
 from .model import QwenForCausalLM
 from .rope import interleaved_to_half
-from .tokenizer import HFTokenizer
+from .hf_tokenizer import HFTokenizer
 from .tokenizer_json import byte_level_bpe
-from qwen_analog.weights import (
+from .weights import (
     assemble,
     check_tensors,
     check_vocabulary,

@@ -39,7 +39,7 @@ from typing import Any
 
 from .arguments import MissingExtraError, need
 from .bpe import clean_text
-from qwen_analog.tokenizer import (
+from .tokenizer import (
     QWEN_SPECIAL_TOKENS,
     TiktokenTokenizer,
     Tokenizer,

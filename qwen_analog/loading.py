@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import load_model, newest_whole
-from .checkpoint import read_config as checkpoint_config
+from .checkpoint import load_model
+from .run_directory import newest_whole
+from .checkpoint import checkpoint_config
 from .config import QwenConfig, parameter_counts, shown
 from .gguf import gguf_config, load_gguf, smollm2_path
 from .gguf_file import read_gguf
 from .hf import is_hub_name, load_pretrained, read_hf_config
-from .memory import require_memory
+from .hardware import require_memory
 from .model import QwenForCausalLM
 from .tokenizer import Tokenizer
 

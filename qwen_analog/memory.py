@@ -27,7 +27,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from qwen_analog.config import (
+from .config import (
     ACTIVATION_CHECKPOINTING,
     PRECISIONS,
     STRATEGIES,

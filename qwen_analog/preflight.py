@@ -25,7 +25,7 @@ from .memory import estimate_memory
 from .model import QwenForCausalLM
 from .distributed import DistributedContext
 from .parallel import make_mesh
-from qwen_analog.resume import (
+from .resume import (
     check_resumable,
     settings_of_checkpoint,
     settings_on_top,

@@ -24,16 +24,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .arguments import number, whole
-from .data import (
-    find_files,
-    held_out_mask,
-    read_jsonl,
-    stdlib_documents,
-    wiki_documents,
-    write_jsonl,
-)
+from .bpe import text_pieces, train_bpe
+from .corpora import stdlib_documents, wiki_documents
 from .evaluate import held_out_lines, texts_of
-from .tokenizer import QWEN_SPECIAL_TOKENS, TiktokenTokenizer, text_pieces, train_bpe
+from .jsonl import find_files, read_jsonl, write_jsonl
+from .token_cache import held_out_mask
+from .tokenizer import QWEN_SPECIAL_TOKENS, TiktokenTokenizer
 
 
 # %% ../chapters/20c_prepare.ipynb #091b4ee1

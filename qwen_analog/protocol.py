@@ -34,10 +34,11 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .engine import MAX_STOP_LENGTH, MAX_STOPS, Engine, check_stop
-from .hf import chat_ids
+from .chat_template import chat_ids
 from .sampling import SamplingParams
 from .scheduler import Delta, Request, TokenLogprob
-from .tokenizer import BYTE_ORDER, TiktokenTokenizer, Tokenizer
+from .bpe import BYTE_ORDER
+from .tokenizer import TiktokenTokenizer, Tokenizer
 
 
 # %% ../chapters/17d_protocol.ipynb #ac4b215c

@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import torch
 
-from .generate import TextStream
+from .text_stream import TextStream
 from .sampling import SamplingParams
 
 

@@ -140,14 +140,11 @@ def _listen(host: str, port: int) -> socket.socket:
 # %% ../chapters/17f_serve.ipynb #057f3565
 def _build_engine(arguments: argparse.Namespace, source: str) -> "AsyncEngine":
     """Open the model, and make room for its cache."""
-    import torch
-
-    from qwen_analog.chat import open_model
     from qwen_analog.engine import AsyncEngine
-    from qwen_analog.memory import require_memory
+    from qwen_analog.hardware import require_memory
+    from qwen_analog.loading import load
 
-    model, tokenizer = open_model(source, check_memory=not arguments.ignore_memory)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = load(source, check_memory=not arguments.ignore_memory)
     config, weight = model.config, model.lm_head.weight
     context = min(arguments.max_context, config.max_position_embeddings)
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .data import TokenSequence
-from qwen_analog.memory import (
+from .memory import (
     MemoryEstimate,
     StorageTracker,
     estimate_memory,

@@ -45,7 +45,7 @@ import torch.distributed as dist
 from .arguments import need
 from .data import PackedDataset, TokenSequence, checked_position, pack
 from .hf_tokenizer import hub_answers
-from qwen_analog.jsonl import (
+from .jsonl import (
     DataError,
     Document,
     find_files,
@@ -474,7 +474,7 @@ class Context(Protocol):
     local_rank: int
     world_size: int
 
-    def meet(self, value: Any, conclude: Callable[[list], Any]) -> Any: ...
+    def all_gather_object(self, value: Any) -> list: ...
 
 
 # %% ../chapters/02b_streaming.ipynb #abf20cd4
@@ -484,7 +484,7 @@ class MachineGroup:
     def __init__(self, context: Context):
         """Form the groups of all machines: every process calls it."""
         own = context.rank - context.local_rank
-        firsts = context.meet(own, lambda each: sorted(set(each)))
+        firsts = sorted(set(context.all_gather_object(own)))
         machines = [
             list(range(first, end))
             for first, end in zip(firsts, [*firsts[1:], context.world_size])

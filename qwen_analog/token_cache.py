@@ -59,7 +59,7 @@ import numpy as np
 
 from .arguments import need
 from .bpe import text_pieces
-from qwen_analog.jsonl import (
+from .jsonl import (
     DataError,
     Line,
     naming,

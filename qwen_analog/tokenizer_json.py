@@ -18,15 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .files import write_json
-from qwen_analog.tokenizer import (
-    BYTE_ORDER,
-    DEFAULT_SYSTEM,
-    QWEN_PATTERN,
-    QWEN_SPECIAL_TOKENS,
-    HFTokenizer,
-    TiktokenTokenizer,
-    Tokenizer,
-)
+from .bpe import BYTE_ORDER, QWEN_PATTERN
+from .hf_tokenizer import HFTokenizer
+from .tokenizer import DEFAULT_SYSTEM, QWEN_SPECIAL_TOKENS, TiktokenTokenizer, Tokenizer
 
 if TYPE_CHECKING:
     import tokenizers

@@ -71,14 +71,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from .arguments import one_line, report_errors
-from qwen_analog.batches import (
-    Batch,
-    Dataset,
-    next_batch,
-    open_data,
-    prefetch,
-    prepare_batch,
-)
+from .batches import Batch, Dataset, next_batch, open_data, prefetch, prepare_batch
 from .archive import CheckpointError
 from .checkpoint import load_model
 from .checkpointer import Checkpointer

@@ -16,7 +16,8 @@ from qwen_analog.config import QwenConfig
 from qwen_analog.model import QwenForCausalLM
 from qwen_analog.optim import build_optimizers
 from qwen_analog.shards import sha256, write_manifest
-from qwen_analog.tokenizer import BYTE_ORDER, TiktokenTokenizer
+from qwen_analog.bpe import BYTE_ORDER
+from qwen_analog.tokenizer import TiktokenTokenizer
 
 CONFIG = QwenConfig(
     vocab_size=278,

@@ -16,7 +16,7 @@ def here(tmp_path, monkeypatch):
     """An empty directory with a checkpoint "c", and documents "d.jsonl"."""
     from helpers import BYTES, small_model
     from qwen_analog.checkpoint import save_checkpoint
-    from qwen_analog.data import write_jsonl
+    from qwen_analog.jsonl import write_jsonl
 
     monkeypatch.chdir(tmp_path)
     save_checkpoint("c", small_model(), BYTES)

@@ -6,7 +6,8 @@ from book import scramble_
 from qwen_analog.cli import main
 from qwen_analog.config import QwenConfig
 from qwen_analog.model import QwenForCausalLM
-from qwen_analog.tokenizer import BYTE_ORDER, TiktokenTokenizer
+from qwen_analog.bpe import BYTE_ORDER
+from qwen_analog.tokenizer import TiktokenTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 BYTES = TiktokenTokenizer({token: rank for rank, token in enumerate(BYTE_ORDER)})

@@ -23,7 +23,8 @@ from qwen_analog.generate import generate
 from qwen_analog.sampling import SamplingParams
 from qwen_analog.scheduler import Request
 from qwen_analog.server import build_app, build_server
-from qwen_analog.tokenizer import BYTE_ORDER, TiktokenTokenizer
+from qwen_analog.bpe import BYTE_ORDER
+from qwen_analog.tokenizer import TiktokenTokenizer
 
 
 TOKENIZER = TiktokenTokenizer({token: rank for rank, token in enumerate(BYTE_ORDER)})

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from qwen_analog.bpe import BYTE_ORDER
 from qwen_analog.jsonl import DataError
-from qwen_analog.parallel import DistributedContext
+from qwen_analog.distributed import DistributedContext
 from qwen_analog.streaming import SharedDataset, StreamingDataset, open_stream
 from qwen_analog.tokenizer import TiktokenTokenizer
 

@@ -18,12 +18,13 @@ from qwen_analog.chat import Chat, add_arguments, run
 from qwen_analog.chat_template import chat_ids
 from qwen_analog.checkpoint import save_checkpoint
 from qwen_analog.config import QwenConfig
-from qwen_analog.generate import stream
+from qwen_analog.text_stream import stream
 from qwen_analog.hf import save_pretrained
 from qwen_analog.loading import load
 from qwen_analog.model import QwenForCausalLM
 from qwen_analog.sampling import SamplingParams
-from qwen_analog.tokenizer import TiktokenTokenizer, train_bpe
+from qwen_analog.bpe import train_bpe
+from qwen_analog.tokenizer import TiktokenTokenizer
 
 
 TOKENIZER = TiktokenTokenizer(

@@ -10,7 +10,8 @@ from weights_helpers import MESSAGES, TOKENIZER, one_line, small
 from qwen_analog import chat_template
 from qwen_analog.chat_template import chat_ids, has_chat_format
 from qwen_analog.hf import save_pretrained
-from qwen_analog.tokenizer import HFTokenizer, chat_text, encode_chat
+from qwen_analog.hf_tokenizer import HFTokenizer
+from qwen_analog.tokenizer import chat_text, encode_chat
 from qwen_analog.tokenizer_json import QWEN_CHAT_TEMPLATE
 
 

@@ -29,7 +29,7 @@ from qwen_analog.checkpoint import (
     consolidate,
     load_checkpoint,
     load_model,
-    read_config,
+    checkpoint_config,
     read_state,
     save_checkpoint,
 )
@@ -138,7 +138,7 @@ def test_a_configuration_beyond_the_weights_is_refused_before_memory_is_taken(
     changed("bad", lambda state: state["config"].update(config))
     one_line("bad", lambda: load_model("bad"))
     save_checkpoint("good", trained[0], TOKENIZER)
-    assert read_config("good") == CONFIG
+    assert checkpoint_config("good") == CONFIG
 
 
 @pytest.mark.parametrize("options", [PLAIN, SHARDED])

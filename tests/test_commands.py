@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from helpers import BYTES, SMALL, refused, small_model
-from qwen_analog import commands, memory
+from qwen_analog import commands, hardware
 from qwen_analog.cli import main
 from qwen_analog.hf import save_pretrained
 from qwen_analog.model import QwenForCausalLM
@@ -18,7 +18,7 @@ def model():
 
 
 def test_what_does_not_fit_is_refused_and_can_be_overruled(here, monkeypatch, capsys):
-    monkeypatch.setattr(memory, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(hardware, "available_memory", lambda device: 1000)
     for command in (
         ["generate", "x", "--model", "c", "--max-new-tokens", "9"],
         ["eval", "--model", "c", "--data", "d.jsonl"],
@@ -33,7 +33,7 @@ def test_what_does_not_fit_is_refused_and_can_be_overruled(here, monkeypatch, ca
 def test_a_long_answer_is_counted(here, monkeypatch, capsys):
     left = sum(p.nbytes for p in QwenForCausalLM(SMALL).parameters()) * 3
     monkeypatch.setattr(
-        memory,
+        hardware,
         "available_memory",
         lambda device: left if len(asked.append(1) or asked) == 1 else 1000,
     )

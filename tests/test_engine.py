@@ -31,7 +31,8 @@ from qwen_analog import scheduler
 from qwen_analog.engine import AsyncEngine, Engine, ModelRunner, RowCache
 from qwen_analog.scheduler import Delta, QueueFull, Scheduler
 from qwen_analog import QwenConfig, QwenForCausalLM
-from qwen_analog.tokenizer import BYTE_ORDER, QWEN_SPECIAL_TOKENS, TiktokenTokenizer
+from qwen_analog.bpe import BYTE_ORDER
+from qwen_analog.tokenizer import QWEN_SPECIAL_TOKENS, TiktokenTokenizer
 
 
 def check_rows(cache_class):

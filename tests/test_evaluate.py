@@ -12,7 +12,8 @@ from test_scoring import BYTES, CONFIG, MODEL, ids_of
 from qwen_analog import evaluate as module, scoring
 from qwen_analog.baselines import NGram, xz_bits_per_byte
 from qwen_analog.checkpoint import save_checkpoint
-from qwen_analog.data import held_out_mask, is_held_out, write_jsonl
+from qwen_analog.jsonl import write_jsonl
+from qwen_analog.token_cache import held_out_mask, is_held_out
 from qwen_analog.evaluate import add_arguments, run
 from qwen_analog.hf import save_pretrained
 from qwen_analog.model import QwenForCausalLM
@@ -333,7 +334,7 @@ def test_one_model_that_fails_does_not_take_the_others_figures(tmp_path, capsys)
 
 def test_figures_that_cannot_be_written_are_refused_first(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        module, "open_model", lambda *a, **o: pytest.fail("a model is opened")
+        module, "load", lambda *a, **o: pytest.fail("a model is opened")
     )
     (tmp_path / "file").touch()
     for name in ("", "file/e.json", "file/x/e.json"):

@@ -13,7 +13,8 @@ from qwen_analog.checkpoint import hf_config
 from qwen_analog.generate import generate
 from qwen_analog.lm_eval_adapter import lm_eval_model
 from qwen_analog.scoring import document_nll, token_nll
-from qwen_analog.tokenizer import TiktokenTokenizer, train_bpe
+from qwen_analog.bpe import train_bpe
+from qwen_analog.tokenizer import TiktokenTokenizer
 
 
 class Request:

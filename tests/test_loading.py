@@ -14,7 +14,8 @@ import torch
 from weights_helpers import IDS, TOKENIZER, small, write_gguf
 
 from qwen_analog import loading, memory as memory_module
-from qwen_analog.checkpoint import CheckpointError, save_checkpoint
+from qwen_analog.archive import CheckpointError
+from qwen_analog.checkpoint import save_checkpoint
 from qwen_analog.hf import save_pretrained
 from qwen_analog.loading import load, open_source, read_config
 from qwen_analog.model import QwenForCausalLM

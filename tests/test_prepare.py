@@ -9,7 +9,8 @@ import pytest
 from helpers import BYTES, refused, small_model
 from qwen_analog import prepare
 from qwen_analog.cli import main
-from qwen_analog.data import held_out_mask, write_jsonl
+from qwen_analog.jsonl import write_jsonl
+from qwen_analog.token_cache import held_out_mask
 from qwen_analog.tokenizer import TiktokenTokenizer, load_tokenizer
 
 

@@ -24,7 +24,7 @@ from serving_helpers import (
 )
 
 from qwen_analog import protocol
-from qwen_analog.chat import open_model
+from qwen_analog.loading import load
 from qwen_analog import QwenForCausalLM
 from qwen_analog.engine import AsyncEngine
 from qwen_analog.sampling import SamplingParams
@@ -779,7 +779,7 @@ def test_logprobs_are_those_of_the_text():
 def test_bytes_of_tokens(tmp_path):
     text = "a \u00e9\u6f22 \U0001f600"
     save_pretrained(MODEL, TOKENIZER, tmp_path / "model")
-    for tokenizer in (TOKENIZER, open_model(str(tmp_path / "model"))[1]):
+    for tokenizer in (TOKENIZER, load(str(tmp_path / "model"))[1]):
         ids = tokenizer.encode(text)
         assert (
             b"".join(protocol.token_bytes(tokenizer, i) for i in ids) == text.encode()

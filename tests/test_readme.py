@@ -20,9 +20,10 @@ import torch
 
 from qwen_analog import QwenConfig, QwenForCausalLM
 from qwen_analog.checkpoint import save_checkpoint
-from qwen_analog.data import stdlib_documents
+from qwen_analog.corpora import stdlib_documents
 from qwen_analog.hf import save_pretrained
-from qwen_analog.tokenizer import BYTE_ORDER, TiktokenTokenizer
+from qwen_analog.bpe import BYTE_ORDER
+from qwen_analog.tokenizer import TiktokenTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ("README.md", "README.ru.md")

@@ -29,7 +29,8 @@ from qwen_analog.scoring import (
     token_nll,
     wilson,
 )
-from qwen_analog.tokenizer import BYTE_ORDER, TiktokenTokenizer, train_bpe
+from qwen_analog.bpe import BYTE_ORDER, train_bpe
+from qwen_analog.tokenizer import TiktokenTokenizer
 
 BYTES = TiktokenTokenizer({token: rank for rank, token in enumerate(BYTE_ORDER)})
 BPE = TiktokenTokenizer(

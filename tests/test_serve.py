@@ -12,9 +12,9 @@ import torch
 import uvicorn
 from serving_helpers import MODEL, TOKENIZER, serving
 
-from qwen_analog import chat, memory, serve, server
+from qwen_analog import hardware, loading, serve, server
 from qwen_analog.arguments import report_errors
-from qwen_analog.chat import open_model
+from qwen_analog.loading import load
 from qwen_analog.cli import Parser
 from qwen_analog.checkpoint import save_checkpoint
 from qwen_analog.engine import AsyncEngine
@@ -99,7 +99,7 @@ def test_a_signal_ends_the_command(checkpoint, number):
 def test_sources(checkpoint, name):
     if name == "hf-layout":
         save_pretrained(MODEL, TOKENIZER, checkpoint.parent / name)
-    model, tokenizer = open_model(str(checkpoint.parent / name))
+    model, tokenizer = load(str(checkpoint.parent / name))
     ids = torch.tensor([tokenizer.encode("same")])
     assert torch.equal(model(ids), MODEL(ids)) and tokenizer.encode(
         "same"
@@ -109,7 +109,7 @@ def test_sources(checkpoint, name):
 @pytest.mark.parametrize("source", ["nowhere", "nowhere.gguf", "owner/no-such-model"])
 def test_sources_that_are_not_there(source):
     with pytest.raises((ValueError, OSError)) as error:
-        open_model(source)
+        load(source)
     assert source in str(error.value) and "\n" not in str(error.value)
 
 
@@ -219,9 +219,9 @@ def test_the_key_from_the_environment(monkeypatch, checkpoint, capsys):
 
 def test_a_cache_that_does_not_fit(checkpoint, monkeypatch):
     parser = new_parser()
-    monkeypatch.setattr(memory, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(hardware, "available_memory", lambda device: 1000)
     monkeypatch.setattr(
-        chat, "open_model", lambda source, check_memory: (MODEL, TOKENIZER)
+        loading, "load", lambda source, check_memory: (MODEL, TOKENIZER)
     )
     with pytest.raises(
         ValueError, match="--max-batch or --max-context, or pass --ignore-memory"

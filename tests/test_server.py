@@ -42,11 +42,12 @@ from serving_helpers import (
 )
 
 from qwen_analog import protocol, server
-from qwen_analog.chat import open_model
+from qwen_analog.loading import load
 from qwen_analog.engine import AsyncEngine
 from qwen_analog.hf import save_pretrained
 from qwen_analog.server import build_app, build_server
-from qwen_analog.tokenizer import BYTE_ORDER, TiktokenTokenizer
+from qwen_analog.bpe import BYTE_ORDER
+from qwen_analog.tokenizer import TiktokenTokenizer
 
 
 def test_sixteen_clients():
@@ -236,7 +237,7 @@ def test_a_model_without_control_tokens():
 
 def test_a_template_and_end_tokens_of_its_own(tmp_path):
     save_pretrained(MODEL, TOKENIZER, tmp_path / "model")
-    model, tokenizer = open_model(str(tmp_path / "model"))
+    model, tokenizer = load(str(tmp_path / "model"))
     tokenizer.tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}"
     )

@@ -24,12 +24,9 @@ from qwen_analog.text_stream import (
     complete_many,
     stream,
 )
-from qwen_analog.tokenizer import (
-    BYTE_ORDER,
-    HFTokenizer,
-    SentencePieceTokenizer,
-    TiktokenTokenizer,
-)
+from qwen_analog.bpe import BYTE_ORDER
+from qwen_analog.hf_tokenizer import HFTokenizer
+from qwen_analog.tokenizer import SentencePieceTokenizer, TiktokenTokenizer
 
 BYTES = TiktokenTokenizer({token: rank for rank, token in enumerate(BYTE_ORDER)})
 TEXTS = [

@@ -15,7 +15,7 @@ from qwen_analog.checkpoint import (
     consolidate,
     load_checkpoint,
     load_model,
-    read_config,
+    checkpoint_config,
     read_state,
     snapshot,
 )
@@ -38,7 +38,7 @@ def folder(tmp_path, monkeypatch):
 
 def restored(path, kind):
     """A model and optimizers that are filled from a checkpoint, and the rest."""
-    model = QwenForCausalLM(read_config(path))
+    model = QwenForCausalLM(checkpoint_config(path))
     optimizers = build_optimizers(model, 1e-2, kind=kind)
     return model, optimizers, restore_checkpoint(path, model, optimizers)
 

@@ -98,7 +98,7 @@ def core(wheel, tmp_path_factory):
 def folder(tmp_path_factory):
     """Documents, settings and a model."""
     from qwen_analog.checkpoint import save_checkpoint
-    from qwen_analog.data import write_jsonl
+    from qwen_analog.jsonl import write_jsonl
 
     folder = tmp_path_factory.mktemp("work")
     save_checkpoint(folder / "model", small_model(), BYTES)

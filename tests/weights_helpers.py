@@ -17,7 +17,8 @@ from qwen_analog.config import QwenConfig
 from qwen_analog.gguf import load_gguf
 from qwen_analog.gguf_file import read_gguf
 from qwen_analog.model import QwenForCausalLM
-from qwen_analog.tokenizer import TiktokenTokenizer, train_bpe
+from qwen_analog.bpe import train_bpe
+from qwen_analog.tokenizer import TiktokenTokenizer
 from qwen_analog.tokenizer_json import QWEN_CHAT_TEMPLATE, to_fast
 
 
