@@ -471,9 +471,17 @@ def tokenizing_slowly():
     return process, [int(path.name.split()[1]) for path in workers]
 
 
+def is_running(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"  # ended, and nobody has asked for its exit code
+
+
 def wait_for_the_end(pids):
     until = time.monotonic() + 20
-    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+    while any(map(is_running, pids)):
         assert time.monotonic() < until, "a process is left over"
         time.sleep(0.02)
 
