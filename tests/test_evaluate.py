@@ -333,7 +333,7 @@ def test_one_model_that_fails_does_not_take_the_others_figures(tmp_path, capsys)
 
 def test_figures_that_cannot_be_written_are_refused_first(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        module, "open_model", lambda *a, **o: pytest.fail("a model is opened")
+        module, "load", lambda *a, **o: pytest.fail("a model is opened")
     )
     (tmp_path / "file").touch()
     for name in ("", "file/e.json", "file/x/e.json"):
