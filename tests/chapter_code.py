@@ -13,7 +13,7 @@ def from_chapter(pattern: str, beginning: str, names: dict) -> dict:
     (cell,) = (
         cell.source
         for cell in nbformat.read(path, 4).cells
-        if cell.cell_type == "code" and f"\n{beginning}(" in f"\n{cell.source}"
+        if cell.cell_type == "code" and f"\n{beginning}" in f"\n{cell.source}"
     )
     space = {"__name__": "chapter", **names}
     exec(compile(cell, path.name, "exec"), space)

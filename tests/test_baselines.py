@@ -113,7 +113,7 @@ def test_higher_orders_help_and_stop_helping():
         (lambda: NGram(9, 0), "order of at least 1"),
         (lambda: NGram(9).fit([[0, 9]]), "ids must lie from 0 to 8"),
         (lambda: NGram(9).fit([[0], [0]]), "no tokens"),
-        (lambda: NGram(9).fit(random_text(0)).nats([0, 12]), "ids must lie"),
+        (lambda: NGram(9).fit(random_text(0)).nll([0, 12]), "ids must lie"),
     ],
 )
 def test_impossible_ngrams(call, message):

@@ -244,7 +244,7 @@ def test_standard_error_covers_and_equals_the_bootstrap():
     one = samples[0]
     rows = rng.integers(60, size=(2000, 60))
     bootstrap = [
-        Evaluation(one.nats[r], one.tokens[r], one.bytes[r]).bits_per_byte for r in rows
+        Evaluation(one.nll[r], one.tokens[r], one.bytes[r]).bits_per_byte for r in rows
     ]
     assert 0.9 < one.standard_error / np.std(bootstrap) < 1.12
     assert math.isnan(
@@ -258,7 +258,7 @@ def test_paired_difference():
     for _ in range(300):
         a = draw_documents(rng, 60)
         b = Evaluation(
-            a.nats - a.bytes * rng.normal(0.02, 0.05, 60) * math.log(2),
+            a.nll - a.bytes * rng.normal(0.02, 0.05, 60) * math.log(2),
             a.tokens,
             a.bytes,
         )
