@@ -489,3 +489,12 @@ def run(arguments: argparse.Namespace) -> None:
         )
     for line in _typed_lines():
         _print(answer(line))
+
+
+# %% ../chapters/16b_chat.ipynb #251dd2fe
+from typing import TYPE_CHECKING
+
+if not TYPE_CHECKING:
+    from qwen_analog._renamed import moved
+
+    __getattr__ = moved(__name__)

@@ -570,3 +570,12 @@ def check_whole(path: Path) -> None:
     state = read_pt(file, *needs, mmap=True)
     if "tokenizer" in state:
         load_own_tokenizer(state, path, file)
+
+
+# %% ../chapters/14_checkpoints.ipynb #81cce097
+from typing import TYPE_CHECKING
+
+if not TYPE_CHECKING:
+    from qwen_analog._renamed import moved
+
+    __getattr__ = moved(__name__)

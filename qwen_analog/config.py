@@ -375,6 +375,14 @@ def check_generation_config(values: Mapping, vocab_size: int, where) -> dict:
     return GenerationDefaults.from_dict(values, vocab_size, where).to_dict()
 
 
+# %% ../chapters/08_config.ipynb #aa484743
+from typing import TYPE_CHECKING
+
+if not TYPE_CHECKING:
+    from qwen_analog._renamed import moved
+
+    __getattr__ = moved(__name__)
+
 # %% ../chapters/11c_settings.ipynb #896c4016
 from typing import Literal, get_args
 

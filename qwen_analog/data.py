@@ -321,3 +321,12 @@ def content_difference(before: list[dict], now: list[dict]) -> str | None:
         if old != new:
             return f"{new['name']}: other text, or the same in another order"
     return None
+
+
+# %% ../chapters/02_data.ipynb #0212e1f7
+from typing import TYPE_CHECKING
+
+if not TYPE_CHECKING:
+    from qwen_analog._renamed import moved
+
+    __getattr__ = moved(__name__)

@@ -533,3 +533,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text in _SWITCHES.items():
         parser.add_argument(name, action="store_true", help=text)
     add_ignore_memory(parser)
+
+
+# %% ../chapters/17d_evaluate.ipynb #61a0baea
+from typing import TYPE_CHECKING
+
+if not TYPE_CHECKING:
+    from qwen_analog._renamed import moved
+
+    __getattr__ = moved(__name__)

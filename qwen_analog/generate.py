@@ -453,3 +453,12 @@ def sampling_defaults(model: QwenForCausalLM) -> dict[str, Any]:
         greedy = {"temperature": 0, "repetition_penalty": penalty}
         return {name: value for name, value in greedy.items() if value is not None}
     return {"temperature": 1.0, **settings} if own.do_sample else settings
+
+
+# %% ../chapters/15_generation.ipynb #145456b8
+from typing import TYPE_CHECKING
+
+if not TYPE_CHECKING:
+    from qwen_analog._renamed import moved
+
+    __getattr__ = moved(__name__)

@@ -386,3 +386,12 @@ def _write_weights(
     # the library makes files that only their owner may read
     for path in directory.rglob("*"):
         shutil.copymode(directory / "config.json", path)
+
+
+# %% ../chapters/16f_hugging_face.ipynb #bd35f14a
+from typing import TYPE_CHECKING
+
+if not TYPE_CHECKING:
+    from qwen_analog._renamed import moved
+
+    __getattr__ = moved(__name__)

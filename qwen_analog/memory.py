@@ -545,3 +545,12 @@ def _backward_moments(s: MemorySettings, w: _WeightBytes, a: _ActivationBytes) -
             "communication": w.root_gathered + w.root_reduced,
         },
     }
+
+
+# %% ../chapters/12_memory.ipynb #c23ab527
+from typing import TYPE_CHECKING
+
+if not TYPE_CHECKING:
+    from qwen_analog._renamed import moved
+
+    __getattr__ = moved(__name__)

@@ -365,3 +365,12 @@ class QwenForCausalLM(GenerationMixin, CheckpointMixin):
         return linear_cross_entropy(
             hidden, self.lm_head.weight, targets, reduction, z_loss=z_loss
         )
+
+
+# %% ../chapters/09_model.ipynb #dcfb3cb7
+from typing import TYPE_CHECKING
+
+if not TYPE_CHECKING:
+    from qwen_analog._renamed import moved
+
+    __getattr__ = moved(__name__)

@@ -350,3 +350,12 @@ def _curve(metrics: str | Path, name: str) -> list[tuple[float, float]]:
 
 def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and abs(value) < 1e15  # nan is not
+
+
+# %% ../chapters/18_watching.ipynb #40c3566c
+from typing import TYPE_CHECKING
+
+if not TYPE_CHECKING:
+    from qwen_analog._renamed import moved
+
+    __getattr__ = moved(__name__)

@@ -215,3 +215,12 @@ def build_optimizers(
     )
     groups = _groups(rest, weight_decay)
     return [muon, torch.optim.AdamW(groups, fused=True, **options)]
+
+
+# %% ../chapters/11_optimizer.ipynb #26766a38
+from typing import TYPE_CHECKING
+
+if not TYPE_CHECKING:
+    from qwen_analog._renamed import moved
+
+    __getattr__ = moved(__name__)

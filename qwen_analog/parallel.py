@@ -243,3 +243,12 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> float:
     """Scale the gradients of all shards down to `max_norm`; return their norm."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+# %% ../chapters/13_many_gpus.ipynb #d776a0a5
+from typing import TYPE_CHECKING
+
+if not TYPE_CHECKING:
+    from qwen_analog._renamed import moved
+
+    __getattr__ = moved(__name__)

@@ -266,3 +266,12 @@ def _check(config: TrainConfig) -> None:
             f"micro_batch_size {config.micro_batch_size} is more than a plan simulates:"
             f" at most {MOST_SEQUENCES:,} sequences at once"
         )
+
+
+# %% ../chapters/19b_plan.ipynb #32495c8d
+from typing import TYPE_CHECKING
+
+if not TYPE_CHECKING:
+    from qwen_analog._renamed import moved
+
+    __getattr__ = moved(__name__)

@@ -200,3 +200,12 @@ def _own_hosts(host: str, address: str) -> set[str]:
         # every address of this machine, as a proxy may show it too
         hosts |= {"address", socket.gethostname().lower()}
     return hosts
+
+
+# %% ../chapters/17f_serve.ipynb #62e81060
+from typing import TYPE_CHECKING
+
+if not TYPE_CHECKING:
+    from qwen_analog._renamed import moved
+
+    __getattr__ = moved(__name__)

@@ -442,3 +442,12 @@ def check_vocab_size(tokenizer: Tokenizer, vocab_size: int) -> None:
             f"vocab_size {vocab_size} leaves {vocab_size - tokenizer.vocab_size} rows"
             f" that no token uses: the tokenizer needs {tokenizer.vocab_size}"
         )
+
+
+# %% ../chapters/01b_tokenizer.ipynb #16921340
+from typing import TYPE_CHECKING
+
+if not TYPE_CHECKING:
+    from qwen_analog._renamed import moved
+
+    __getattr__ = moved(__name__)

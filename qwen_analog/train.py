@@ -645,3 +645,11 @@ def main(argv: list[str] | None = None) -> int:
 # %% ../chapters/19_pretraining.ipynb #7f27bd0c
 if __name__ == "__main__" and "__file__" in globals():
     sys.exit(main())
+
+# %% ../chapters/19_pretraining.ipynb #95be9c78
+from typing import TYPE_CHECKING
+
+if not TYPE_CHECKING:
+    from qwen_analog._renamed import moved
+
+    __getattr__ = moved(__name__)

@@ -124,7 +124,8 @@ MODULES = {
     for path in sorted((ROOT / "qwen_analog").glob("[a-z]*.py"))
 }
 FLOORS = [
-    "config norm rope mlp bpe loss optim hardware files arguments archive distributed",
+    "config norm rope mask mlp bpe loss optim hardware files arguments archive "
+    "distributed",
     "kv_cache attention tokenizer sampling jsonl shards train_config baselines",
     "hf_tokenizer token_cache data corpora model",
     "generate memory parallel monitor streaming weights checkpoint tokenizer_json "

@@ -116,9 +116,7 @@ def test_every_command_ends_an_error_in_one_line(
     def fails(*_, **__):
         raise error
 
-    lives = cli.COMMANDS[command[0]]
-    module = importlib.import_module(f"qwen_analog.{lives.module}")
-    monkeypatch.setattr(module, lives.run, fails)
+    monkeypatch.setattr(f"qwen_analog.{cli.COMMANDS[command[0]].run}", fails)
     assert main(command) == code
     err = capsys.readouterr().err
     assert said in err and err.count("\n") <= 1
