@@ -1,4 +1,4 @@
-"""Draw a 2 x 2 mesh of processes on two machines: writes 13_mesh.svg beside this file."""
+"""Draw a 2 x 2 mesh of processes on two machines into 13_mesh.svg."""
 
 from pathlib import Path
 

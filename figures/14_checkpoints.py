@@ -1,4 +1,4 @@
-"""Draw two ways of saving on a time axis: writes 14_checkpoints.svg beside this file."""
+"""Draw two ways of saving on a time axis into 14_checkpoints.svg."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Draw the way from logits to a drawn token: writes 15_generation.svg beside this file."""
+"""Draw the way from logits to a drawn token into 15_generation.svg."""
 
 from pathlib import Path
 

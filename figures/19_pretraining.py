@@ -1,4 +1,4 @@
-"""Draw one optimizer step on two processes: writes 19_pretraining.svg beside this file."""
+"""Draw one optimizer step on two processes into 19_pretraining.svg."""
 
 from pathlib import Path
 

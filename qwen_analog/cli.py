@@ -165,3 +165,11 @@ def _terminal(quiet) -> Iterator[None]:
 # %% ../chapters/20_commands.ipynb #5f7da553
 if __name__ == "__main__" and "__file__" in globals():
     sys.exit(main())
+
+# %% ../chapters/20_commands.ipynb #f3763386
+from typing import TYPE_CHECKING
+
+if not TYPE_CHECKING:
+    from qwen_analog._renamed import moved
+
+    __getattr__ = moved(__name__)

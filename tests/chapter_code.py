@@ -8,7 +8,7 @@ CHAPTERS = Path(__file__).resolve().parents[1] / "chapters"
 
 
 def from_chapter(pattern: str, beginning: str, names: dict) -> dict:
-    """Run the cell of a chapter that holds `beginning`, with `names`; return its names."""
+    """Run a chapter's cell that holds `beginning`, with `names`; return its names."""
     (path,) = CHAPTERS.glob(pattern)
     (cell,) = (
         cell.source

@@ -1,4 +1,4 @@
-"""What several test files share: a small model, its tokenizer, and a refused command."""
+"""What several test files share: a model, its tokenizer, a refused command."""
 
 from pathlib import Path
 

@@ -1,6 +1,6 @@
 """What `test_streaming.py` runs to see processes share a stream.
 
-`shared_worker.py SCENARIO MACHINES` forks one process a number of MACHINES, "2,1" for two
+`shared_worker.py SCENARIO MACHINES` forks a process a number of MACHINES, "2,1" for two
 on the first machine and one on the second, and prints what each found, as a JSON list.
 """
 

@@ -22,7 +22,8 @@ def model():
 def test_a_vocabulary_of_one_s_own_text(here, capsys):
     assert (
         main(
-            "tokenizer --data d.jsonl --vocab-size 290 --output v/w --heldout-fraction 0.2".split()
+            "tokenizer --data d.jsonl --vocab-size 290 --output v/w"
+            " --heldout-fraction 0.2".split()
         )
         == 0
     )
@@ -88,7 +89,8 @@ def test_a_vocabulary_learns_from_an_even_sample_of_much_text(
     )
     assert (
         main(
-            "tokenizer --data d.jsonl --vocab-size 300 --output v --heldout-fraction 0".split()
+            "tokenizer --data d.jsonl --vocab-size 300 --output v"
+            " --heldout-fraction 0".split()
         )
         == 0
     )

@@ -12,7 +12,8 @@ def connect(self, address):
         "localhost",
     ):
         raise OSError(
-            f"the book runs without a network, and something tried to reach {address[0]}"
+            "the book runs without a network, and something tried to reach"
+            f" {address[0]}"
         )
     return _connect(self, address)
 
