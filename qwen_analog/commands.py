@@ -265,6 +265,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add_ignore_memory(parser)
 
 
+# %% ../chapters/20d_texts_and_weights.ipynb #e5ca1bbd
 def add_beam_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of beam search."""
     parser.add_argument(

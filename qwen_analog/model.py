@@ -26,7 +26,7 @@ if not __package__ and "__file__" in globals():
     __package__ = "qwen_analog"
 
 # %% ../chapters/09_model.ipynb #f3c32479
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
