@@ -289,6 +289,13 @@ class GenerationMixin(PreTrainedModel):
         assert isinstance(self, QwenForCausalLM)
         return generate(self, input_ids, max_new_tokens, **options)
 
+    def stream(self, tokenizer, prompt, **options) -> Iterator[str]:
+        """Yield the text after `prompt`; see `qwen_analog.text_stream.stream`."""
+        from qwen_analog.text_stream import stream
+
+        assert isinstance(self, QwenForCausalLM)
+        return stream(self, tokenizer, prompt, **options)
+
 
 # %% ../chapters/09_model.ipynb #07b7a98b
 class CheckpointMixin(PreTrainedModel):

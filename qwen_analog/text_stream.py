@@ -285,10 +285,6 @@ def stream(
     return (piece for (piece,) in texts if piece)
 
 
-# model.py stands on a lower floor: `model.stream(tokenizer, prompt)` is made here
-QwenForCausalLM.stream = stream
-
-
 # %% ../chapters/15a_text_stream.ipynb #f74856da
 def complete(
     model: QwenForCausalLM,
