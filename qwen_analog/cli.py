@@ -166,7 +166,7 @@ def _terminal(quiet) -> Iterator[None]:
 if __name__ == "__main__" and "__file__" in globals():
     sys.exit(main())
 
-# %% ../chapters/20_commands.ipynb #f3763386
+# %% ../chapters/20_commands.ipynb #48b23884
 from typing import TYPE_CHECKING
 
 if not TYPE_CHECKING:
