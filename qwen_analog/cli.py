@@ -111,7 +111,8 @@ def main(argv: list[str] | None = None) -> int:
             find(arguments.run)(arguments)
 
     # imported before Ctrl-C is an exception, which libraries do not expect meanwhile
-    if words and words[0] in COMMANDS and not {"-h", "--help"} & set(words):
+    asks = {"-h", "--help"} & {*words}
+    if quiet and not asks and words and words[0] in COMMANDS:
         with suppress(ImportError):
             find(COMMANDS[words[0]].run)
     code = report_errors("qwen-analog", action)
@@ -166,7 +167,7 @@ def _terminal(quiet) -> Iterator[None]:
 if __name__ == "__main__" and "__file__" in globals():
     sys.exit(main())
 
-# %% ../chapters/20_commands.ipynb #48b23884
+# %% ../chapters/20_commands.ipynb #771e25ac
 from typing import TYPE_CHECKING
 
 if not TYPE_CHECKING:
