@@ -96,10 +96,10 @@ class RowCache(KVCache):
         """
         end = max(self.lengths[rows]) + T
         if end > self.max_length:
-            held = (
-                f"a row of the cache holds {self.max_length} tokens; {end} are needed"
+            raise ValueError(
+                f"a row of the cache holds {self.max_length} tokens; {end} are needed:"
+                " make it with a larger max_length"
             )
-            raise ValueError(f"{held}: make it with a larger max_length")
         positions = torch.tensor(self.lengths[rows])[:, None] + torch.arange(T)
         self.present = RowPass(rows, positions.to(self.keys.device), end)
         return self.present.positions, self.present.mask()
@@ -363,38 +363,30 @@ class Engine(EngineCore):
         self.max_context = min(max_context, model.config.max_position_embeddings)
         self._numbers = count()
         cache = new_row_cache(model, max_batch, self.max_context)
-        super().__init__(
-            ModelRunner(model, cache, tokenizer.vocab_size),
-            Scheduler(max_batch, max_queue, cache.free),
-            {*stop_ids(model, tokenizer), *_turn_end(tokenizer)},
-            prefill_chunk,
-        )
+        runner = ModelRunner(model, cache, tokenizer.vocab_size)
+        scheduler = Scheduler(max_batch, max_queue, cache.free)
+        ends = {*stop_ids(model, tokenizer), *_turn_end(tokenizer)}
+        super().__init__(runner, scheduler, ends, prefill_chunk)
 
     def add_request(
         self, *requests: Request, deliver: Callable[[Delta], None], client: str = ""
     ) -> list[SequenceState]:
         """Let the `requests` of `client` wait for rows, all or none.
 
-        `deliver` is called with each delta, in the thread that takes the steps. Raises
+        `deliver` is called with each delta, in the thread that takes the steps. Mark a
+        sequence `cancelled`, and its row is free before the next step. Raises
         ValueError for a request that cannot be fulfilled, and QueueFull.
         """
         for request in requests:
             self.check(request)
         group = Group(client, len(requests), deliver)
-        sequences = [self._new_sequence(r, i, group) for i, r in enumerate(requests)]
+        sequences = [self._prepare(r, i, group) for i, r in enumerate(requests)]
         for other in self.scheduler.add(sequences):
             reason = "the queue is full, and others wait for less; try again later"
             _send(other, reason, "error", 429)
         return sequences
 
-    def abort(self, *sequences: SequenceState) -> None:
-        """Free the rows of `sequences` before the next step: nobody reads on."""
-        for sequence in sequences:
-            sequence.cancelled = True
-
-    def _new_sequence(
-        self, request: Request, index: int, group: Group
-    ) -> SequenceState:
+    def _prepare(self, request: Request, index: int, group: Group) -> SequenceState:
         text = TextStream(self.tokenizer, request.stop, request.prompt)
         generator = new_generator(self.runner.cache.keys.device, request.params.seed)
         number = next(self._numbers)
@@ -493,13 +485,10 @@ class AsyncEngine(Engine):
     _thread: threading.Thread | None = None
 
     def stream(self, *requests: Request, client: str = "") -> DeltaStream:
-        """Add requests, inside an event loop, and return the stream of their deltas.
-
-        Raises what `add_request` does.
-        """
+        """Do as `add_request`, inside an event loop; return the deltas as a stream."""
         stream = DeltaStream()
-        options = {"deliver": stream.deliver, "client": client}
-        stream.sequences = self.add_request(*requests, **options)
+        deliver = stream.deliver
+        stream.sequences = self.add_request(*requests, deliver=deliver, client=client)
         return stream
 
     @property
