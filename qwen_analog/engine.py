@@ -10,6 +10,7 @@ __all__ = [
     "MAX_UNREAD",
     "RowPass",
     "RowCache",
+    "new_row_cache",
     "ModelRunner",
     "draw",
     "Step",
@@ -71,9 +72,7 @@ class RowCache(KVCache):
     """A `KVCache` whose rows hold different numbers of tokens.
 
     `begin` chooses the rows of a forward pass, `update` (called by the attention
-    layers) writes behind each row's own tokens, and `advance` counts what was written.
-    A row that takes part without being advanced leaves nothing behind: its next token
-    goes to the same place.
+    layers) writes behind each row's own tokens, and `advance` counts what is to stay.
     """
 
     def __init__(self, num_layers: int, num_rows: int, *shape, **options):
@@ -101,19 +100,17 @@ class RowCache(KVCache):
                 f"a row of the cache holds {self.max_length} tokens; {end} are needed:"
                 " make it with a larger max_length"
             )
-        device = self.keys.device
-        lengths = torch.tensor(self.lengths[rows], device=device)
-        positions = lengths[:, None] + torch.arange(T, device=device)  # [n, T]
-        self.present = RowPass(rows, positions, end)
-        return positions, self.present.mask()
+        positions = torch.tensor(self.lengths[rows])[:, None] + torch.arange(T)
+        self.present = RowPass(rows, positions.to(self.keys.device), end)
+        return self.present.positions, self.present.mask()
 
     def update(
         self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write `keys`, `values` [n, K, T, h]; return all of the rows, [n, K, S, h]."""
         assert self.present is not None
-        held_keys = self.present.write(self.keys[layer_idx], keys)
-        return held_keys, self.present.write(self.values[layer_idx], values)
+        write = self.present.write
+        return write(self.keys[layer_idx], keys), write(self.values[layer_idx], values)
 
     def advance(self, row: int, T: int) -> None:
         """Count the T tokens that the last pass wrote into `row`."""
@@ -126,24 +123,20 @@ class RowCache(KVCache):
         self.lengths[row] = 0
 
 
+# %% ../chapters/17c_batching.ipynb #5e1c7d02
+def new_row_cache(model: QwenForCausalLM, num_rows: int, max_context: int) -> RowCache:
+    """Make an empty `RowCache` of a model's shape, dtype and device."""
+    c, weight = model.config, model.lm_head.weight
+    shape = c.num_hidden_layers, num_rows, c.num_key_value_heads, c.head_dim
+    return RowCache(*shape, max_context, weight.dtype, weight.device)
+
+
 # %% ../chapters/17c_batching.ipynb #83fdfa03
 class ModelRunner:
     """Runs a model over the rows of a `RowCache`."""
 
-    def __init__(
-        self, model: QwenForCausalLM, num_rows: int, max_context: int, vocab_size: int
-    ):
-        config, weight = model.config, model.lm_head.weight
-        self.model, self.vocab_size = model.eval(), vocab_size
-        self.cache = RowCache(
-            config.num_hidden_layers,
-            num_rows,
-            config.num_key_value_heads,
-            config.head_dim,
-            max_context,
-            weight.dtype,
-            weight.device,
-        )
+    def __init__(self, model: QwenForCausalLM, cache: RowCache, vocab_size: int):
+        self.model, self.cache, self.vocab_size = model.eval(), cache, vocab_size
 
     def forward(self, first_row: int, ids: Sequence[Sequence[int]]) -> torch.Tensor:
         """Return the logits [n, V] float32 after `ids` [n, T], for n rows in a run."""
@@ -219,6 +212,7 @@ class Step:
 
 
 # %% ../chapters/17c_batching.ipynb #2d855121
+@dataclass(eq=False)
 class EngineCore:
     """Repeats the step of continuous batching: admit, read, write."""
 
@@ -243,28 +237,29 @@ class EngineCore:
                 self.runner.read(sequence, size)
                 done.read.append((sequence.row, sequence.number, size))
         writing = [s for s in self.scheduler.running if not s.unread]
-        for sequence, drawn in self._write(writing):
+        for sequence, drawn in _write(self.runner, self.scheduler, writing):
             done.wrote.append((sequence.row, sequence.number))
             with _failing(self.scheduler, sequence):
                 self.runner.advance(sequence, 1)
                 _append(self.scheduler, sequence, drawn, self.stop_ids)
         return done
 
-    def _write(
-        self, sequences: list[SequenceState]
-    ) -> list[tuple[SequenceState, TokenLogprob]]:
-        """Draw the next token of each; when that fails, try each by itself."""
-        if len(sequences) > 1:
-            with contextlib.suppress(Exception):
-                return list(zip(sequences, self.runner.write(sequences)))
-        found: list[tuple[SequenceState, TokenLogprob]] = []
-        for sequence in sequences:
-            with _failing(self.scheduler, sequence):
-                found += zip([sequence], self.runner.write([sequence]))
-        return found
-
 
 # %% ../chapters/17c_batching.ipynb #a6d1b9c6
+def _write(
+    runner: ModelRunner, scheduler: Scheduler, sequences: list[SequenceState]
+) -> list[tuple[SequenceState, TokenLogprob]]:
+    """Draw the next token of each; when that fails, try each by itself."""
+    if len(sequences) > 1:
+        with contextlib.suppress(Exception):
+            return list(zip(sequences, runner.write(sequences)))
+    found: list[tuple[SequenceState, TokenLogprob]] = []
+    for sequence in sequences:
+        with _failing(scheduler, sequence):
+            found += zip([sequence], runner.write([sequence]))
+    return found
+
+
 def _append(
     scheduler: Scheduler,
     sequence: SequenceState,
@@ -324,6 +319,12 @@ def _finish(
     _send(sequence, text, reason)
 
 
+def _abandon(scheduler: Scheduler, reason: str, status: int) -> None:
+    """End everything that runs or waits with an error."""
+    for sequence in scheduler.drain():
+        _send(sequence, reason, "error", status)
+
+
 @contextlib.contextmanager
 def _failing(scheduler: Scheduler, sequence: SequenceState) -> Iterator[None]:
     """End the request of `sequence` with the error that is raised inside."""
@@ -358,43 +359,34 @@ class Engine(EngineCore):
         check_whole("max_context", max_context, 1)
         check_whole("max_queue", max_queue, 1)
         check_whole("prefill_chunk", prefill_chunk, 1)
-        self.tokenizer, self.prefill_chunk = tokenizer, prefill_chunk
+        self.tokenizer, self.defaults = tokenizer, sampling_defaults(model)
         self.max_context = min(max_context, model.config.max_position_embeddings)
-        vocab_size = tokenizer.vocab_size
-        self.runner = ModelRunner(model, max_batch, self.max_context, vocab_size)
-        self.scheduler = Scheduler(max_batch, max_queue, self.runner.cache.free)
-        self.stop_ids = {*stop_ids(model, tokenizer), *_turn_end(tokenizer)}
-        self.defaults = sampling_defaults(model)
         self._numbers = count()
+        cache = new_row_cache(model, max_batch, self.max_context)
+        runner = ModelRunner(model, cache, tokenizer.vocab_size)
+        scheduler = Scheduler(max_batch, max_queue, cache.free)
+        ends = {*stop_ids(model, tokenizer), *_turn_end(tokenizer)}
+        super().__init__(runner, scheduler, ends, prefill_chunk)
 
     def add_request(
         self, *requests: Request, deliver: Callable[[Delta], None], client: str = ""
     ) -> list[SequenceState]:
         """Let the `requests` of `client` wait for rows, all or none.
 
-        `deliver` is called with each delta, in the thread that takes the steps. Raises
+        `deliver` is called with each delta, in the thread that takes the steps. Mark a
+        sequence `cancelled`, and its row is free before the next step. Raises
         ValueError for a request that cannot be fulfilled, and QueueFull.
         """
         for request in requests:
             self.check(request)
         group = Group(client, len(requests), deliver)
-        sequences = [
-            self._new_sequence(request, index, group)
-            for index, request in enumerate(requests)
-        ]
+        sequences = [self._prepare(r, i, group) for i, r in enumerate(requests)]
         for other in self.scheduler.add(sequences):
             reason = "the queue is full, and others wait for less; try again later"
             _send(other, reason, "error", 429)
         return sequences
 
-    def abort(self, *sequences: SequenceState) -> None:
-        """Free the rows of `sequences` before the next step: nobody reads on."""
-        for sequence in sequences:
-            sequence.cancelled = True
-
-    def _new_sequence(
-        self, request: Request, index: int, group: Group
-    ) -> SequenceState:
+    def _prepare(self, request: Request, index: int, group: Group) -> SequenceState:
         text = TextStream(self.tokenizer, request.stop, request.prompt)
         generator = new_generator(self.runner.cache.keys.device, request.params.seed)
         number = next(self._numbers)
@@ -426,6 +418,7 @@ def check_request(request: Request, vocab_size: int, max_context: int) -> None:
 
 # %% ../chapters/17c_batching.ipynb #7c4ecabb
 MAX_STOPS, MAX_STOP_LENGTH = 16, 1000  # stop strings of a request, and their characters
+MAX_UNREAD = 4096  # deltas that may wait for their client
 
 
 def check_stop(stop: Sequence[str]) -> None:
@@ -445,14 +438,12 @@ def _turn_end(tokenizer: Tokenizer) -> list[int]:
 
 
 # %% ../chapters/17c_batching.ipynb #768ba964
-MAX_UNREAD = 4096  # deltas that may wait for their client
-
-
 class DeltaStream:
     """The deltas of requests that were added together: `async for delta in stream`."""
 
     def __init__(self):
         self.sequences: list[SequenceState] = []
+        self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Delta] = asyncio.Queue()
         self._ended = 0
 
@@ -465,6 +456,11 @@ class DeltaStream:
         delta = await self._queue.get()
         self._ended += delta.finish_reason is not None
         return delta
+
+    def deliver(self, delta: Delta) -> None:
+        """Take a delta from another thread into the event loop of the stream."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads
+            self._loop.call_soon_threadsafe(self.put, delta)
 
     def put(self, delta: Delta) -> None:
         """Add a delta, inside the event loop; beyond `MAX_UNREAD` of them, end."""
@@ -489,16 +485,9 @@ class AsyncEngine(Engine):
     _thread: threading.Thread | None = None
 
     def stream(self, *requests: Request, client: str = "") -> DeltaStream:
-        """Add requests, inside an event loop, and return the stream of their deltas.
-
-        Raises what `add_request` does.
-        """
-        loop, stream = asyncio.get_running_loop(), DeltaStream()
-
-        def deliver(delta: Delta) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads
-                loop.call_soon_threadsafe(stream.put, delta)
-
+        """Do as `add_request`, inside an event loop; return the deltas as a stream."""
+        stream = DeltaStream()
+        deliver = stream.deliver
         stream.sequences = self.add_request(*requests, deliver=deliver, client=client)
         return stream
 
@@ -527,10 +516,5 @@ class AsyncEngine(Engine):
                 self.step()
             except Exception as error:  # nobody's in particular: all fail
                 log.error("a step failed: %s", describe(error))
-                self._abandon(describe(error), 500)
-        self._abandon("the server is shutting down", 503)
-
-    def _abandon(self, reason: str, status: int) -> None:
-        """End everything that runs or waits with an error."""
-        for sequence in self.scheduler.drain():
-            _send(sequence, reason, "error", status)
+                _abandon(self.scheduler, describe(error), 500)
+        _abandon(self.scheduler, "the server is shutting down", 503)

@@ -4,7 +4,10 @@
 
 # %% auto #0
 __all__ = [
+    "Sequences",
+    "Change",
     "TURN",
+    "OnFree",
     "Request",
     "TokenLogprob",
     "Delta",
@@ -12,6 +15,7 @@ __all__ = [
     "SequenceState",
     "next_for_a_row",
     "next_turn",
+    "who_changes",
     "share_budget",
     "QueueFull",
     "EngineClosed",
@@ -120,6 +124,10 @@ class SequenceState:
 
 
 # %% ../chapters/17b_scheduling.ipynb #8e6376bc
+Sequences = Sequence[SequenceState]
+Change = tuple[SequenceState, SequenceState | None]  # who gets a row, and who loses one
+
+
 class _Rows(NamedTuple):
     """How many rows a sequence's client and its group hold."""
 
@@ -127,16 +135,14 @@ class _Rows(NamedTuple):
     group: int
 
 
-def _rows_held(holders: Sequence[SequenceState]) -> Callable[[SequenceState], _Rows]:
+def _rows_held(holders: Sequences) -> Callable[[SequenceState], _Rows]:
     """Return a function that says what a sequence's client and group hold."""
     clients = Counter(s.group.client for s in holders)
     groups = Counter(s.group for s in holders)
     return lambda s: _Rows(clients[s.group.client], groups[s.group])
 
 
-def next_for_a_row(
-    waiting: Sequence[SequenceState], holders: Sequence[SequenceState]
-) -> tuple[SequenceState, SequenceState | None]:
+def next_for_a_row(waiting: Sequences, holders: Sequences) -> Change:
     """Return who gets the next row, and who gives one up where none is free, or None.
 
     The next is of the client with the fewest rows, and among its groups of the one with
@@ -161,9 +167,7 @@ def next_for_a_row(
 TURN = 64  # tokens after which a row may go to a request that has had none
 
 
-def next_turn(
-    waiting: Sequence[SequenceState], holders: Sequence[SequenceState]
-) -> tuple[SequenceState, SequenceState] | None:
+def next_turn(waiting: Sequences, holders: Sequences) -> Change | None:
     """Return who begins, and who interrupts its answer for it; None where nobody does.
 
     All rows are taken, and nobody holds too many. The first request that never had a
@@ -179,10 +183,23 @@ def next_turn(
     return (first, max(served, key=lambda s: s.turn)) if served else None
 
 
+def who_changes(
+    waiting: Sequences, holders: Sequences, num_rows: int, most_interrupted: int
+) -> Change:
+    """Return who gets a row, and who loses one for it, or None.
+
+    No turn ends while `most_interrupted` answers wait to go on.
+    """
+    chosen, loser = next_for_a_row(waiting, holders)
+    if len(holders) < num_rows:
+        return chosen, None
+    if loser is None and sum(s.started for s in waiting) < most_interrupted:
+        return next_turn(waiting, holders) or (chosen, None)
+    return chosen, loser
+
+
 # %% ../chapters/17b_scheduling.ipynb #13b97e0f
-def share_budget(
-    sequences: Sequence[SequenceState], budget: int
-) -> list[tuple[SequenceState, int]]:
+def share_budget(sequences: Sequences, budget: int) -> list[tuple[SequenceState, int]]:
     """Return how many tokens each of `sequences` reads in a step that reads `budget`.
 
     Half is for the first to come that has something to read, and the rest for the
@@ -218,7 +235,7 @@ class RequestQueue:
         self.closed = False
         self.changed = threading.Condition()
 
-    def add(self, sequences: Sequence[SequenceState]) -> list[SequenceState]:
+    def add(self, sequences: Sequences) -> list[SequenceState]:
         """Let the sequences of a group wait; return those that lose their places to it.
 
         Raises QueueFull.
@@ -241,7 +258,7 @@ class RequestQueue:
 
 # %% ../chapters/17b_scheduling.ipynb #5dbf80d5
 def _make_places(
-    waiting: Sequence[SequenceState], group: Sequence[SequenceState], max_queue: int
+    waiting: Sequences, group: Sequences, max_queue: int
 ) -> list[SequenceState]:
     """Return who leaves the queue so that `group` has places; raise QueueFull."""
     fresh = [s for s in waiting if not (s.cancelled or s.started)]
@@ -257,9 +274,7 @@ def _make_places(
     return displaced
 
 
-def whose_places(
-    waiting: Sequence[SequenceState], number: int, client: str
-) -> list[SequenceState]:
+def whose_places(waiting: Sequences, number: int, client: str) -> list[SequenceState]:
     """Return who gives its places to `number` more requests of `client`: one group.
 
     That is the latest group of the client with the most places, if these are more than
@@ -281,10 +296,13 @@ def whose_places(
 
 
 # %% ../chapters/17b_scheduling.ipynb #c4f7283b
+OnFree = Callable[[int], None]
+
+
 class RowTable:
     """Who sits in which row; `on_free` is called with each row that becomes free."""
 
-    def __init__(self, num_rows: int, on_free: Callable[[int], None]):
+    def __init__(self, num_rows: int, on_free: OnFree | None):
         self.rows: list[SequenceState | None] = [None] * num_rows
         self._on_free = on_free
 
@@ -299,11 +317,13 @@ class RowTable:
         sequence.started = True
         self.rows[sequence.row] = sequence
 
-    def release(self, sequence: SequenceState) -> None:
-        """Take the row from a sequence."""
-        row, sequence.row, sequence.cached = sequence.row, -1, 0
-        self.rows[row] = None
-        self._on_free(row)
+    def release(self, *sequences: SequenceState) -> None:
+        """Take their rows from `sequences`."""
+        for sequence in sequences:
+            row, sequence.row, sequence.cached = sequence.row, -1, 0
+            self.rows[row] = None
+            if self._on_free:
+                self._on_free(row)
 
 
 # %% ../chapters/17b_scheduling.ipynb #b07dc767
@@ -313,24 +333,18 @@ class Scheduler(RowTable, RequestQueue):
     One thread calls `schedule` and `release`; any thread may call the rest.
     """
 
-    def __init__(
-        self,
-        num_rows: int,
-        max_queue: int,
-        on_free: Callable[[int], None] = lambda row: None,
-    ):
+    def __init__(self, num_rows: int, max_queue: int, on_free: OnFree | None = None):
         RowTable.__init__(self, num_rows, on_free)
         RequestQueue.__init__(self, max_queue)
 
     def schedule(self) -> None:
         """Give rows to those who wait, and take them from who has left or has most."""
-        for sequence in self.running:
-            if sequence.cancelled:
-                self.release(sequence)
+        self.release(*(s for s in self.running if s.cancelled))
         with self.changed:
             self.waiting = [s for s in self.waiting if not s.cancelled]
             while self.waiting:
-                chosen, loser = self._next()
+                limits = len(self.rows), self.max_queue
+                chosen, loser = who_changes(self.waiting, self.running, *limits)
                 if loser is not None:
                     self.release(loser)
                     self.waiting.append(loser)
@@ -338,16 +352,6 @@ class Scheduler(RowTable, RequestQueue):
                     break
                 self.waiting.remove(chosen)
                 self.place(chosen)
-
-    def _next(self) -> tuple[SequenceState, SequenceState | None]:
-        """Return who gets a row, and who loses one for it."""
-        chosen, loser = next_for_a_row(self.waiting, self.running)
-        if None in self.rows:
-            return chosen, None
-        interrupted = sum(s.started for s in self.waiting)
-        if loser is None and interrupted < self.max_queue:
-            return next_turn(self.waiting, self.running) or (chosen, None)
-        return chosen, loser
 
     def wait(self) -> bool:
         """Wait for something to do; return False where `close` was called."""
@@ -358,8 +362,7 @@ class Scheduler(RowTable, RequestQueue):
     def drain(self) -> list[SequenceState]:
         """Take out and return everything that runs or waits."""
         running = self.running
-        for sequence in running:
-            self.release(sequence)
+        self.release(*running)
         with self.changed:
             waiting, self.waiting = self.waiting, []
         return [*running, *waiting]

@@ -443,7 +443,10 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             try:
-                self._check(Headers(scope=scope), scope["path"])
+                headers = Headers(scope=scope)
+                _check_headers(headers, self._hosts)
+                if self._key is not None and scope["path"] != "/health":
+                    _check_authorization(headers.getlist("authorization"), self._key)
             except ApiError as error:
                 await _read_to_the_end(receive)
                 await _error_response(error)(scope, receive, send)
@@ -451,29 +454,28 @@ class Gate:
         with contextlib.suppress(asyncio.CancelledError):  # the server ends
             await self._app(scope, receive, send)
 
-    def _check(self, headers: Headers, path: str) -> None:
-        """Raise ApiError for a request that may not come in."""
-        allow = "allow the name with --allowed-host"
-        hosts = headers.getlist("host")
-        if len(hosts) != 1 or not self._serves(host_name(hosts[0])):
-            host = ascii(hosts[0] if hosts else "")[:80]
-            raise ApiError(f"this server is not {host}: {allow}", 421)
-        for origin in headers.getlist("origin"):  # whose page a browser shows
-            if not self._serves(host_name(origin.partition("://")[2])):
-                pages = f"pages of {ascii(origin)[:80]}"
-                raise ApiError(f"{pages} may not use this server: {allow}", 403)
-        if "content-length" in headers and "transfer-encoding" in headers:
-            # a proxy may have believed the other one
-            raise ApiError("a body has either Content-Length or Transfer-Encoding", 400)
-        if self._key is not None and path != "/health":
-            _check_authorization(headers.getlist("authorization"), self._key)
 
-    def _serves(self, host: str | None) -> bool:
-        if "*" in self._hosts:
-            return True
-        if host is None:
-            return False
-        return host in self._hosts or ("address" in self._hosts and is_address(host))
+# %% ../chapters/17e_server.ipynb #6a90d4f3
+def _check_headers(headers: Headers, served: Collection[str]) -> None:
+    """Raise ApiError for a host or an origin not `served`, or two ends of a body."""
+    allow = "allow the name with --allowed-host"
+    hosts = headers.getlist("host")
+    if len(hosts) != 1 or not _among(served, host_name(hosts[0])):
+        host = ascii(hosts[0] if hosts else "")[:80]
+        raise ApiError(f"this server is not {host}: {allow}", 421)
+    for origin in headers.getlist("origin"):  # whose page a browser shows
+        if not _among(served, host_name(origin.partition("://")[2])):
+            pages = f"pages of {ascii(origin)[:80]}"
+            raise ApiError(f"{pages} may not use this server: {allow}", 403)
+    if "content-length" in headers and "transfer-encoding" in headers:
+        # a proxy may have believed the other one
+        raise ApiError("a body has either Content-Length or Transfer-Encoding", 400)
+
+
+def _among(served: Collection[str], host: str | None) -> bool:
+    if "*" in served or host is None:
+        return "*" in served
+    return host in served or ("address" in served and is_address(host))
 
 
 # %% ../chapters/17e_server.ipynb #ecdf5ef4
@@ -505,6 +507,12 @@ def _plain_response(error: ApiError) -> bytes:
         "Connection: close",
     ]
     return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def _cancel(*timers: asyncio.TimerHandle | None) -> None:
+    for timer in timers:
+        if timer is not None:
+            timer.cancel()
 
 
 # %% ../chapters/17e_server.ipynb #2eeb39f2
@@ -564,7 +572,7 @@ class TimedConnection(ApiConnection):
     _reading_timer: asyncio.TimerHandle | None = None
 
     def expect_request(self) -> None:
-        self._stop_timers()
+        _cancel(self._request_timer, self._reading_timer)
         self.since = self.loop.time()
         self._request_timer = self.loop.call_later(self.request_seconds, self._late)
 
@@ -572,11 +580,6 @@ class TimedConnection(ApiConnection):
         if self.waits:
             seconds = f"{self.request_seconds:g} seconds"
             self.dismiss(ApiError(f"the request was not complete after {seconds}", 408))
-
-    def _stop_timers(self) -> None:
-        for timer in (self._request_timer, self._reading_timer):
-            if timer is not None:
-                timer.cancel()
 
     def on_response_complete(self) -> None:
         self.expect_request()
@@ -588,12 +591,11 @@ class TimedConnection(ApiConnection):
         super().pause_writing()
 
     def resume_writing(self) -> None:
-        if self._reading_timer is not None:
-            self._reading_timer.cancel()
+        _cancel(self._reading_timer)
         super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timers()
+        _cancel(self._request_timer, self._reading_timer)
         super().connection_lost(exc)
 
 

@@ -701,15 +701,15 @@ def faulty_draw(monkeypatch):
 
 
 def faulty_text(monkeypatch):
-    new_sequence = Engine._new_sequence
+    prepare = Engine._prepare
 
     def fails(self, request, index, group):
-        made = new_sequence(self, request, index, group)
+        made = prepare(self, request, index, group)
         if request.params.seed == 13:
             made.text.push = made.text.finish = lambda *_: 1 / 0
         return made
 
-    monkeypatch.setattr(Engine, "_new_sequence", fails)
+    monkeypatch.setattr(Engine, "_prepare", fails)
 
 
 def faulty_logprobs(monkeypatch):
