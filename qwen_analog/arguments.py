@@ -111,7 +111,7 @@ def add_ignore_memory(parser: argparse.ArgumentParser) -> None:
 EXTRAS = {
     "train": "datasets matplotlib pyarrow pydantic tensorboard zstandard",
     "hf": "gguf huggingface_hub jinja2 sentencepiece tokenizers transformers",
-    "serve": "starlette uvicorn",
+    "serve": "h11 pydantic starlette uvicorn",
     "eval": "lm_eval",
 }
 

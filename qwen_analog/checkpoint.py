@@ -31,7 +31,7 @@ __all__ = [
     "load_own_tokenizer",
     "write_consolidated",
     "consolidate",
-    "check_whole",
+    "verify_checkpoint",
 ]
 
 # %% ../chapters/14_checkpoints.ipynb #0a8efbc1
@@ -556,7 +556,7 @@ def consolidate(path: str | Path) -> Path:
     return path / "checkpoint.pt"
 
 
-def check_whole(path: Path) -> None:
+def verify_checkpoint(path: Path) -> None:
     """Read a checkpoint's directory against its checksums.
 
     Raises CheckpointError; OSError where the disk cannot read it.

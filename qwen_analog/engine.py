@@ -15,7 +15,7 @@ __all__ = [
     "draw",
     "Step",
     "EngineCore",
-    "describe",
+    "describe_error",
     "Engine",
     "check_request",
     "check_stop",
@@ -286,7 +286,7 @@ def _append(
 log = logging.getLogger("uvicorn.error")  # the server's own: a line an event
 
 
-def describe(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Return what an error says, with its name unless it is a ValueError."""
     text = one_line(error)
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
@@ -306,7 +306,7 @@ def _send(
         sequence.group.deliver(delta)
     except Exception as error:
         sequence.cancelled = True
-        number, why = sequence.number, describe(error)
+        number, why = sequence.number, describe_error(error)
         log.error("request %d: its text cannot be delivered: %s", number, why)
 
 
@@ -331,7 +331,7 @@ def _failing(scheduler: Scheduler, sequence: SequenceState) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        why = describe(error)
+        why = describe_error(error)
         log.error("request %d failed: %s", sequence.number, why)
         _finish(scheduler, sequence, why, "error")
 
@@ -515,6 +515,6 @@ class AsyncEngine(Engine):
             try:
                 self.step()
             except Exception as error:  # nobody's in particular: all fail
-                log.error("a step failed: %s", describe(error))
-                _abandon(self.scheduler, describe(error), 500)
+                log.error("a step failed: %s", describe_error(error))
+                _abandon(self.scheduler, describe_error(error), 500)
         _abandon(self.scheduler, "the server is shutting down", 503)

@@ -10,7 +10,7 @@ __all__ = [
     "next_logits",
     "prefill",
     "decode_one_token",
-    "Step",
+    "DecodeStep",
     "own_stop_ids",
     "stop_ids",
     "decode_steps",
@@ -133,7 +133,7 @@ def decode_one_token(
 
 
 # %% ../chapters/15_generation.ipynb #918aacb2
-class Step(NamedTuple):
+class DecodeStep(NamedTuple):
     """What one step has written: the id of each row, whether the row has ended with it
     or before, and the log-probability of each id, [B], if it was asked for.
     """
@@ -156,7 +156,7 @@ def _decode(
     copies: int = 1,
     use_cache: bool = True,
     return_logprobs: bool = False,
-) -> Iterator[Step]:
+) -> Iterator[DecodeStep]:
     """Continue the rows of `prompt` [B, T] as `decode_steps` says."""
     device, (B, T) = model.lm_head.weight.device, prompt.shape
     generator = None if params.seed is None else new_generator(device, params.seed)
@@ -172,7 +172,7 @@ def _decode(
         ids = [stop_ids[0] if done else i for i, done in zip(drawn, ended)]
         logprobs = _logprobs(logits, new, ended) if return_logprobs else None
         ended = [done or i in stop_ids for i, done in zip(ids, ended)]
-        yield Step(ids, ended, logprobs)
+        yield DecodeStep(ids, ended, logprobs)
         if all(ended) or not left:
             return
         tokens = torch.cat((tokens, new[:, None]), dim=1)
@@ -226,7 +226,7 @@ def decode_steps(
     use_cache: bool = True,
     return_logprobs: bool = False,
     **sampling: Any,
-) -> Iterator[Step]:
+) -> Iterator[DecodeStep]:
     """Check `generate`'s arguments at once; return an iterator over its steps.
 
     `copies` is its `num_return_sequences`, `sampling` the fields of `SamplingParams`.
@@ -295,7 +295,7 @@ def generate(
 
 # %% ../chapters/15_generation.ipynb #bb7c2e82
 def _join(
-    prompts: torch.Tensor, steps: list[Step], return_logprobs: bool
+    prompts: torch.Tensor, steps: list[DecodeStep], return_logprobs: bool
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Put the ids of the steps behind the prompts [B, T]."""
     ids = torch.tensor([step.ids for step in steps], dtype=torch.int64)  # [n, B]

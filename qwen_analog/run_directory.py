@@ -27,7 +27,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from .archive import CheckpointError, reason
-from .checkpoint import begin, check_whole
+from .checkpoint import begin, verify_checkpoint
 from .files import make_directory
 from .shards import is_sharded
 
@@ -177,7 +177,7 @@ def _first_whole(paths: Iterable[Path]) -> tuple[Path | None, str, str]:
 def _problem(path: Path) -> str | None:
     """Say why a checkpoint is not whole; None where it is."""
     try:
-        check_whole(path)
+        verify_checkpoint(path)
     except (CheckpointError, OSError) as error:
         return reason(error)
     return None

@@ -54,7 +54,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from .engine import AsyncEngine, DeltaStream, describe, log
+from .engine import AsyncEngine, DeltaStream, describe_error, log
 from .protocol import AnyBody, ApiError, ChoiceWriter, ReplyWriter
 from .protocol import make_requests, parse_body, token_bytes
 from .scheduler import Delta, EngineClosed, QueueFull, Request
@@ -222,7 +222,9 @@ def _api_error(error: Exception, scope: Scope) -> ApiError:
     last = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{Path(last.filename).name}:{last.lineno}"
     path = ascii(scope["path"])[1:-1][:200]
-    log.error("%s %s failed: %s (%s)", scope["method"], path, describe(error), place)
+    log.error(
+        "%s %s failed: %s (%s)", scope["method"], path, describe_error(error), place
+    )
     return ApiError("the server failed", 500)
 
 

@@ -24,7 +24,7 @@ from typing import Any, Optional
 import torch
 
 from .config import shown
-from .generate import Step, decode_steps, pad_left, stop_ids
+from .generate import DecodeStep, decode_steps, pad_left, stop_ids
 from .model import QwenForCausalLM
 from .tokenizer import Tokenizer
 
@@ -252,7 +252,9 @@ def _texts(
     return _write(steps, streams)
 
 
-def _write(steps: Iterator[Step], streams: list[TextStream]) -> Iterator[list[str]]:
+def _write(
+    steps: Iterator[DecodeStep], streams: list[TextStream]
+) -> Iterator[list[str]]:
     """Yield the text that each row gains with each step, and in the end the rest."""
     for step in steps:
         rows = list(zip(streams, step.ids, step.ended))

@@ -124,9 +124,9 @@ MODULES = {
     for path in sorted((ROOT / "qwen_analog").glob("[a-z]*.py"))
 }
 FLOORS = [
-    "config norm rope mask mlp bpe loss optim hardware files arguments archive "
-    "distributed",
-    "kv_cache attention tokenizer sampling jsonl shards train_config baselines",
+    "config norm rope mask kv_cache mlp bpe loss optim hardware files arguments "
+    "archive distributed",
+    "attention tokenizer sampling jsonl shards train_config baselines",
     "hf_tokenizer token_cache data corpora model",
     "generate memory parallel monitor streaming weights checkpoint tokenizer_json "
     "chat_template",

@@ -18,7 +18,7 @@ from qwen_analog.loss import linear_cross_entropy
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNTS = {
-    "card": 3_199_240_192,
+    "analog-3b": 3_199_240_192,
     "analog-2.5b": 2_557_446_144,
     "qwen2.5-0.5b": 494_032_768,
     "qwen2.5-1.5b": 1_543_714_304,
@@ -50,7 +50,9 @@ def test_parameter_counts(name):
 
 
 def test_default_config_is_the_card():
-    assert QwenConfig() == QwenConfig.from_preset("card") and set(COUNTS) < set(PRESETS)
+    assert QwenConfig() == QwenConfig.from_preset("analog-3b")
+    assert QwenConfig() == QwenConfig.from_preset("card")
+    assert set(COUNTS) < set(PRESETS)
 
 
 NONSENSE = [

@@ -104,4 +104,4 @@ def test_every_image_of_every_chapter_is_served(lab):
                         broken.append(f"{name}: {source} is {kind}")
                 except urllib.error.HTTPError as error:
                     broken.append(f"{name}: {source}: {error.code}")
-    assert not broken and fetched >= len(names) - 2, (broken, fetched)
+    assert not broken and fetched >= 25, (broken, fetched)

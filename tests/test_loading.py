@@ -13,7 +13,7 @@ import pytest
 import torch
 from weights_helpers import IDS, TOKENIZER, small, write_gguf
 
-from qwen_analog import loading, memory as memory_module
+from qwen_analog import hardware, loading
 from qwen_analog.archive import CheckpointError
 from qwen_analog.checkpoint import save_checkpoint
 from qwen_analog.hf import save_pretrained
@@ -199,9 +199,7 @@ def reads(monkeypatch):
 
 def room(monkeypatch, **left):
     monkeypatch.setattr(
-        memory_module,
-        "available_memory",
-        lambda device: left[torch.device(device).type],
+        hardware, "available_memory", lambda device: left[torch.device(device).type]
     )
 
 

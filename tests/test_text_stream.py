@@ -11,7 +11,8 @@ import sentencepiece
 import torch
 from book import scramble_
 from hypothesis import given, settings, strategies as st
-from test_tokenizer import CORPUS, kinds, qwen  # noqa: F401  fixtures
+from text_fixtures import kinds, qwen  # noqa: F401
+from text_helpers import CORPUS
 from tokenizers import Tokenizer as Raw, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 

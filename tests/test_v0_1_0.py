@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from qwen_analog.checkpoint import (
-    check_whole,
+    verify_checkpoint,
     consolidate,
     load_checkpoint,
     load_model,
@@ -51,7 +51,7 @@ def test_model_and_tokenizer_load(path):
     assert weights.keys() == model.state_dict().keys()
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, weights[name])
-    check_whole(Path(path))
+    verify_checkpoint(Path(path))
 
 
 def test_the_final_weights_are_those_of_its_safetensors():

@@ -128,7 +128,7 @@ plan --config settings.json
 train --config settings.json
 torchrun train --config settings.json --output-dir sharded --parallel fsdp
 trace 2
-consolidate sharded/step_2
+consolidate sharded/final
 generate document --model checkpoints/final --max-new-tokens 3
 eval --model checkpoints/final --data d.jsonl --heldout-fraction 0.1
 export exported --model checkpoints/final
