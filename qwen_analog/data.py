@@ -9,6 +9,8 @@ __all__ = [
     "collate",
     "ShuffledRows",
     "PackedDataset",
+    "read_run",
+    "ignore_from",
     "select_documents",
     "held_out_dataset",
     "checked_position",
@@ -27,6 +29,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -112,13 +115,11 @@ class ShuffledRows:
 
 # %% ../chapters/02_data.ipynb #bdb83a25
 class PackedDataset:
-    """Documents in a new random order each epoch, one after the other, cut into
-    sequences of `sequence_length` tokens.
+    """Documents in a new random order each epoch, joined and cut into sequences.
 
     Sequence k is a pure function of (documents, seed, k), so the position of a run is
     one number, `position`, the sequences taken by all ranks together. Every token of an
-    epoch is an input once; no remainder is dropped, the next epoch goes on in the same
-    sequence.
+    epoch is an input once: the next epoch goes on in the same sequence.
     """
 
     def __init__(
@@ -128,8 +129,7 @@ class PackedDataset:
         seed: int = 0,
         held_out: bool = False,
     ):
-        """Take the documents of `tokenize_files` with the given `held_out`; DataError
-        if there are none."""
+        """Take those of `tokenize_files` with this `held_out`; DataError for none."""
         self.sequence_length = whole_number("sequence_length", sequence_length, 1)
         self.documents = documents.with_format("arrow")
         self.rows, lengths, self.bytes_per_epoch = select_documents(documents, held_out)
@@ -139,13 +139,8 @@ class PackedDataset:
 
     def __getitem__(self, k: int) -> TokenSequence:
         epoch, offset = divmod(k * self.sequence_length, self.tokens_per_epoch)
-        pieces, tokens = [], self.sequence_length + 1
-        for row, place in self.shuffled.runs(epoch, offset, tokens):
-            document = self.documents[row]
-            # a view: nothing else of the document is read
-            ids = document["input_ids"][0].values[place].to_numpy()
-            pieces.append((ids, document["source"][0].as_py()))
-        return pack(pieces)
+        runs = self.shuffled.runs(epoch, offset, self.sequence_length + 1)
+        return pack([read_run(self.documents, row, place) for row, place in runs])
 
     def take(
         self, count: int, rank: int = 0, world_size: int = 1
@@ -160,17 +155,13 @@ class PackedDataset:
         """Yield the sequences of the first epoch, at most `limit`; what reaches into
         the second has IGNORE_INDEX as target."""
         whole = -(-self.tokens_per_epoch // self.sequence_length)
-        for k in range(whole if limit is None else min(limit, whole)):
-            sequence = self[k]
+        for k in islice(range(whole), limit):
             last = self.tokens_per_epoch - 1 - k * self.sequence_length
-            beyond = torch.arange(self.sequence_length) >= last
-            targets = sequence.targets.masked_fill(beyond, IGNORE_INDEX)
-            yield replace(sequence, targets=targets)
+            yield ignore_from(self[k], last)
 
     @cached_property
     def fingerprint(self) -> dict:
-        """What identifies all of `documents`, as JSON values; two of them are compared
-        by `data_difference`. Reads every token."""
+        """What identifies all of `documents`, as JSON values. Reads every token."""
         return fingerprint(self.documents)
 
     def state_dict(self) -> dict:
@@ -179,6 +170,22 @@ class PackedDataset:
     def load_state_dict(self, state: dict) -> None:
         """Go to a position that `state_dict` gave; DataError for another state."""
         self.position = checked_position(state, "position")["position"]
+
+
+# %% ../chapters/02_data.ipynb #7f1b9c04
+def read_run(documents, row: int, place: slice) -> tuple[np.ndarray, str]:
+    """Return the tokens at a place in a document, and its source."""
+    document = documents[row]
+    # a view: nothing else of the document is read
+    ids = document["input_ids"][0].values[place].to_numpy()
+    return ids, document["source"][0].as_py()
+
+
+def ignore_from(sequence: TokenSequence, start: int) -> TokenSequence:
+    """Replace the targets from `start` on by IGNORE_INDEX."""
+    targets = sequence.targets.clone()
+    targets[start:] = IGNORE_INDEX
+    return replace(sequence, targets=targets)
 
 
 # %% ../chapters/02_data.ipynb #269fa5f3

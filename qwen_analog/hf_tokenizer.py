@@ -8,6 +8,8 @@ __all__ = [
     "QWEN_SHA256",
     "QWEN_INSTALL",
     "HFTokenizer",
+    "load_checked",
+    "backend_ids",
     "make_deterministic",
     "check_loaded",
     "unique_keys",
@@ -51,20 +53,13 @@ from .tokenizer import (
 
 # %% ../chapters/01c_hf_tokenizer.ipynb #4cc45240
 class HFTokenizer(Tokenizer):
-    """Any fast tokenizer that `transformers.AutoTokenizer` loads, from a directory or
-    by its name on the hub."""
+    """Any fast tokenizer of `transformers`, from a directory or by its hub name."""
 
     def __init__(self, name: str | Path, local_files_only: bool = False):
-        need("transformers")
-        # texts come one by one; else the library warns at each fork
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        folder = Path(name) if os.path.isdir(name) else cached_folder(str(name))
-        added = check_directory(folder) if folder else {}
-        self.tokenizer = load_fast_tokenizer(str(name), local_files_only)
+        self.tokenizer, added = load_checked(str(name), local_files_only)
         self.backend = self.tokenizer.backend_tokenizer
-        self.lock = threading.Lock()
+        self.lock = threading.Lock()  # what is special is the backend's state
         vocabulary = self.tokenizer.get_vocab()
-        make_deterministic(self.backend, vocabulary)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self.eos_token_id = vocabulary.get("<|endoftext|>", self.tokenizer.eos_token_id)
         check_loaded(self, name, added)
@@ -72,25 +67,12 @@ class HFTokenizer(Tokenizer):
         self._fingerprint = sha256_of(self.backend.to_str().encode())
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        # what is special is the library's state, and others may encode meanwhile
         with self.lock:
-            self.backend.encode_special_tokens = not special
-            self.backend.no_truncation()
-            self.backend.no_padding()
-            try:
-                encoded = self.backend.encode(
-                    clean_text(text), add_special_tokens=False
-                )
-            except Exception as error:  # no token for what it does not know
-                raise ValueError(
-                    f"the tokenizer cannot encode {text!r:.40}: {error}"
-                ) from None
-            return encoded.ids
+            return backend_ids(self.backend, text, special)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(
-            checked_ids(self, ids), clean_up_tokenization_spaces=False
-        )
+        ids = checked_ids(self, ids)
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     def save(self, directory: str | Path) -> str:
         # in a folder of its own: beside a model's config.json, transformers would
@@ -112,8 +94,31 @@ class HFTokenizer(Tokenizer):
         return self._fingerprint
 
 
+# %% ../chapters/01c_hf_tokenizer.ipynb #4b7f20ce
+def load_checked(name: str, local_files_only: bool) -> tuple[Any, dict[str, int]]:
+    """Return the tokenizer of files that were checked, and the tokens that they add."""
+    need("transformers")
+    # texts come one by one; else the library warns at each fork
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    folder = Path(name) if os.path.isdir(name) else cached_folder(name)
+    added = check_directory(folder) if folder else {}
+    tokenizer = load_fast_tokenizer(name, local_files_only)
+    make_deterministic(tokenizer.backend_tokenizer)
+    return tokenizer, added
+
+
+def backend_ids(backend, text: str, special: bool) -> list[int]:
+    backend.encode_special_tokens = not special
+    backend.no_truncation()
+    backend.no_padding()
+    try:
+        return backend.encode(clean_text(text), add_special_tokens=False).ids
+    except Exception as error:  # no token for what it does not know
+        raise ValueError(f"the tokenizer cannot encode {text!r:.40}: {error}") from None
+
+
 # %% ../chapters/01c_hf_tokenizer.ipynb #0af33984
-def make_deterministic(backend, vocabulary: dict[str, int]) -> None:
+def make_deterministic(backend) -> None:
     """Drop what a file may store of its author's use, and mark all control tokens.
 
     A file may leave merges out at random, and may list control tokens, such as
@@ -123,15 +128,12 @@ def make_deterministic(backend, vocabulary: dict[str, int]) -> None:
 
     if getattr(backend.model, "dropout", None):
         backend.model.dropout = None
-    names = [name for name in QWEN_SPECIAL_TOKENS if name in vocabulary]
-    backend.add_special_tokens(
-        [AddedToken(name, normalized=False, special=True) for name in names]
-    )
+    known = [t for t in QWEN_SPECIAL_TOKENS if backend.token_to_id(t) is not None]
+    tokens = [AddedToken(t, normalized=False, special=True) for t in known]
+    backend.add_special_tokens(tokens)
 
 
-def check_loaded(
-    tokenizer: HFTokenizer, name: str | Path, added: dict[str, int]
-) -> None:
+def check_loaded(tokenizer: HFTokenizer, name: str | Path, added: dict) -> None:
     """Refuse (ValueError) a tokenizer that lost `added` tokens, or cannot encode."""
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer {name} has no end-of-text token")
@@ -193,14 +195,10 @@ def check_directory(directory: Path) -> dict[str, int]:
     for path in directory.iterdir():
         if path.exists() and not path.is_file() and not path.is_dir():
             raise ValueError(f"{path} is no regular file")
-    for name in (
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "config.json",
-    ):
-        if (directory / name).exists():
-            read_json_object(directory / name)
+    for name in ("tokenizer_config", "special_tokens_map", "added_tokens", "config"):
+        path = directory / f"{name}.json"
+        if path.exists():
+            read_json_object(path)
     path = directory / "tokenizer.json"
     if not path.exists():
         return {}

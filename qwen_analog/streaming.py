@@ -15,9 +15,11 @@ __all__ = [
     "readable",
     "HeldOutSide",
     "TokenRun",
+    "find_place",
     "StreamReader",
     "TokenWindow",
     "join_runs",
+    "stream_fingerprint",
     "StreamingDataset",
     "HeldOutDocument",
     "tokenize_held_out",
@@ -33,9 +35,9 @@ import hashlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -127,10 +129,8 @@ def open_hub(name: str, skip_bad_lines: bool) -> "datasets.IterableDataset":
     try:
         stream = datasets.load_dataset(name, split="train", streaming=True)
     except Exception as error:
-        raise DataError(
-            f"the data set {name} cannot be opened:"
-            f" {' '.join(str(error).split())[:500]}"
-        ) from None
+        reason = " ".join(str(error).split())[:500]
+        raise DataError(f"the data set {name} cannot be opened: {reason}") from None
     arguments = dict(name=name, skip_bad_lines=skip_bad_lines)
     stream = stream.map(hub_row, with_indices=True, fn_kwargs=arguments)
     stream = stream.select_columns([field.name for field in fields(Document)])
@@ -184,10 +184,8 @@ def readable(stream: "datasets.IterableDataset") -> Iterator[dict]:
     except ours:
         raise
     except Exception as error:  # of the many libraries that read the formats of the hub
-        raise DataError(
-            f"the stream cannot be read: {' '.join(str(error).split())[:500]}"
-            f" ({type(error).__name__})"
-        ) from None
+        reason, kind = " ".join(str(error).split())[:500], type(error).__name__
+        raise DataError(f"the stream cannot be read: {reason} ({kind})") from None
 
 
 # %% ../chapters/02b_streaming.ipynb #77274dc8
@@ -196,6 +194,7 @@ class HeldOutSide:
     `exception` names."""
 
     def __init__(self, fraction: float):
+        self.fraction = fraction
         self.threshold = held_out_threshold(fraction)
         self.divides = 0 < fraction < 1
         self.exception: int | None = None
@@ -215,6 +214,22 @@ class TokenRun:
     offset: int  # the first token's place in the document
     ids: np.ndarray
     source: str
+
+    def after(self, tokens: int) -> "TokenRun":
+        """Return the run without its first `tokens`."""
+        return replace(self, offset=self.offset + tokens, ids=self.ids[tokens:])
+
+
+def find_place(
+    runs: Iterator[TokenRun], epoch: int, document: int, offset: int
+) -> TokenRun:
+    """Return the run that holds a place, from there on; DataError where none does."""
+    for run in runs:
+        if (run.epoch, run.document) != (epoch, document):
+            break
+        if offset < run.offset + len(run.ids):
+            return run.after(offset - run.offset)
+    raise DataError("the stream has changed: the place to resume from is not in it")
 
 
 # %% ../chapters/02b_streaming.ipynb #d5996b03
@@ -269,16 +284,8 @@ class TokenWindow:
         # a generator that held this object would be closed by the garbage collector,
         # at any moment and in any thread
         self.reader = reader.runs(epoch, document)
-        if not document and not offset:  # the start of an epoch
-            return
-        run = next(self.reader)
-        while (run.epoch, run.document) == (epoch, document):
-            if offset < run.offset + len(run.ids):
-                self.runs.append(run)
-                self.drop(offset - run.offset)
-                return
-            run = next(self.reader)
-        raise DataError("the stream has changed: the place to resume from is not in it")
+        if document or offset:  # not the start of an epoch
+            self.runs.append(find_place(self.reader, epoch, document, offset))
 
     @property
     def place(self) -> tuple[int, int, int]:
@@ -296,13 +303,17 @@ class TokenWindow:
             missing -= len(self.runs[-1].ids)
         return join_runs(self.runs, tokens)
 
+    def take(self, tokens: int) -> list[tuple[np.ndarray, str]]:
+        """Return the next `tokens` and the one after them, which stays."""
+        pieces = self.read(tokens + 1)
+        self.drop(tokens)
+        return pieces
+
     def drop(self, tokens: int) -> None:
         """Let go of the first `tokens`, of more that are here."""
         while tokens >= len(self.runs[0].ids):
             tokens -= len(self.runs.popleft().ids)
-        first = self.runs[0]
-        first.offset += tokens
-        first.ids = first.ids[tokens:]
+        self.runs[0] = self.runs[0].after(tokens)
 
 
 # %% ../chapters/02b_streaming.ipynb #d8ab3518
@@ -320,14 +331,21 @@ def join_runs(runs: Iterable[TokenRun], tokens: int) -> list[tuple[np.ndarray, s
     return pieces
 
 
+def stream_fingerprint(reader: StreamReader) -> dict:
+    return {
+        "files": getattr(reader.stream, "files", []),
+        "heldout_fraction": reader.side.fraction,
+        "shuffled": reader.buffer_size,
+    }
+
+
 # %% ../chapters/02b_streaming.ipynb #bf4c52a4
 class StreamingDataset:
     """The same kind of sequences from a stream that is never held whole.
 
     Documents are shuffled within a buffer of `buffer_size` (0: not at all), or of
     BUFFER_CHARACTERS where these are reached first. A run resumes by reading the stream
-    again up to its position, without tokenizing, so that it sees what an uninterrupted
-    run would have seen.
+    again up to its position, without tokenizing.
     """
 
     def __init__(
@@ -344,18 +362,13 @@ class StreamingDataset:
         self.sequence_length = whole_number("sequence_length", sequence_length, 1)
         seed = whole_number("seed", seed, 0)
         buffer_size = whole_number("buffer_size", buffer_size, 0)
-        self.heldout_fraction, side = heldout_fraction, HeldOutSide(heldout_fraction)
+        side = HeldOutSide(heldout_fraction)
         self.reader = StreamReader(stream, tokenizer, seed, side, held_out, buffer_size)
         self.window = TokenWindow(self.reader, 0, 0, 0)
 
     def take_pieces(self, count: int) -> list[list[tuple[np.ndarray, str]]]:
         """Return the next `count` sequences as `pack` takes them."""
-        sequences = []
-        for _ in range(count):
-            sequences.append(self.window.read(self.sequence_length + 1))
-            # the last token is the next sequence's first input
-            self.window.drop(self.sequence_length)
-        return sequences
+        return [self.window.take(self.sequence_length) for _ in range(count)]
 
     def take(
         self, count: int, rank: int = 0, world_size: int = 1
@@ -365,28 +378,19 @@ class StreamingDataset:
         return list(map(pack, self.take_pieces(count * world_size)[rank::world_size]))
 
     def held_out_dataset(self, count: int) -> PackedDataset | None:
-        """Return the stream's first held-out documents, enough for `count` sequences
-        where it has them; None where nothing is held out.
-
-        Call it before the first sequence is taken: in a short stream it decides which
-        documents are trained on.
-        """
+        """Return the first held-out documents, enough for `count` sequences if there
+        are; None where nothing is held out. Call it before the first sequence is taken:
+        in a short stream it decides which documents are trained on."""
         found = find_held_out(self.reader, count * self.sequence_length)
         return pack_held_out(found, self.sequence_length)
 
     @property
     def fingerprint(self) -> dict:
-        """What identifies the stream without reading it, as JSON values; two of them
-        are compared by `data_difference`."""
-        return {
-            "files": getattr(self.reader.stream, "files", []),
-            "heldout_fraction": self.heldout_fraction,
-            "shuffled": self.reader.buffer_size,
-        }
+        """What identifies the stream without reading it, as JSON values."""
+        return stream_fingerprint(self.reader)
 
     def state_dict(self) -> dict[str, int]:
-        """Say where the next sequence begins: epoch, document of the epoch, token of
-        the document."""
+        """Return the epoch, document and token at which the next sequence begins."""
         return dict(zip(("epoch", "document", "offset"), self.window.place))
 
     def load_state_dict(self, state: dict) -> None:
@@ -484,12 +488,9 @@ class MachineGroup:
     def __init__(self, context: Context):
         """Form the groups of all machines: every process calls it."""
         own = context.rank - context.local_rank
-        firsts = sorted(set(context.all_gather_object(own)))
-        machines = [
-            list(range(first, end))
-            for first, end in zip(firsts, [*firsts[1:], context.world_size])
-        ]
-        self.ranks = machines[firsts.index(own)]
+        bounds = [*sorted(set(context.all_gather_object(own))), context.world_size]
+        machines = [list(range(a, b)) for a, b in pairwise(bounds)]
+        self.ranks = machines[bounds.index(own)]
         self.is_first = context.local_rank == 0
         self.group: Any = None
         if context.world_size > 1:
@@ -518,11 +519,14 @@ class MachineGroup:
             raise problem or DataError(failure)
         return part
 
+    def share(self, work: Callable[[], Any]) -> Any:
+        """Call `work` in the first process and return in each what it returns there."""
+        return self.scatter(lambda: [work()] * len(self.ranks))
+
 
 # %% ../chapters/02b_streaming.ipynb #75f878b4
 class SharedDataset:
-    """A StreamingDataset that the first process of each machine reads and tokenizes for
-    all of that machine.
+    """A StreamingDataset that the first process of a machine reads for all of them.
 
     Every process calls the same methods in the same order, in one thread.
     """
@@ -534,8 +538,7 @@ class SharedDataset:
     def take(
         self, count: int, rank: int = 0, world_size: int = 1
     ) -> list[TokenSequence]:
-        """Return this rank's `count` sequences of the next `count * world_size`; the
-        position moves on for all."""
+        """Do as `StreamingDataset.take`, for all processes."""
 
         def read() -> list:
             sequences = self.dataset.take_pieces(count * world_size)
@@ -547,26 +550,17 @@ class SharedDataset:
 
     def held_out_dataset(self, count: int) -> PackedDataset | None:
         """Do as `StreamingDataset.held_out_dataset`, for all processes."""
-
-        def find() -> list:
-            tokens = count * self.dataset.sequence_length
-            return [find_held_out(self.dataset.reader, tokens)] * len(
-                self.machine.ranks
-            )
-
-        return pack_held_out(self.machine.scatter(find), self.dataset.sequence_length)
+        reader, length = self.dataset.reader, self.dataset.sequence_length
+        found = self.machine.share(lambda: find_held_out(reader, count * length))
+        return pack_held_out(found, length)
 
     def state_dict(self) -> dict[str, int]:
         return dict(self.state)
 
     def load_state_dict(self, state: dict) -> None:
         """Go to a place that `state_dict` gave; DataError where there is none such."""
-
-        def go() -> list:
-            self.dataset.load_state_dict(state)
-            return [self.dataset.state_dict()] * len(self.machine.ranks)
-
-        self.state = self.machine.scatter(go)
+        self.machine.share(lambda: self.dataset.load_state_dict(state))
+        self.state = checked_position(state, "epoch", "document", "offset")
 
     @property
     def fingerprint(self) -> dict:

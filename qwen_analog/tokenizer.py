@@ -12,14 +12,18 @@ __all__ = [
     "sha256_of",
     "TiktokenTokenizer",
     "qwen_encoding",
+    "to_nfc",
+    "encode_text",
     "cut_blanks",
     "read_file",
+    "encoding_fingerprint",
     "write_ranks",
     "read_ranks",
     "conversation_turns",
     "chat_text",
     "encode_chat",
     "SentencePieceTokenizer",
+    "load_sentencepiece",
     "load_tokenizer",
     "named_encoding",
     "check_vocab_size",
@@ -35,9 +39,11 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import regex
 import tiktoken
+from tiktoken import Encoding
 
 from .arguments import need
 from .bpe import BYTE_ORDER, QWEN_PATTERN, clean_text
@@ -139,22 +145,17 @@ def sha256_of(*parts: bytes) -> str:
 class TiktokenTokenizer(Tokenizer):
     """Byte-level BPE run by tiktoken.
 
-    From `ranks` (token bytes -> rank) with Qwen's pattern, NFC normalisation and
-    special tokens after the last rank; or from one of tiktoken's named encodings such
-    as `cl100k_base`, which has its own.
+    From `ranks` (token bytes -> rank) with Qwen's pattern, special tokens and NFC; or
+    from one of tiktoken's named encodings such as `cl100k_base`, which has its own.
     """
 
     def __init__(
-        self,
-        ranks: dict[bytes, int] | None = None,
-        encoding: tiktoken.Encoding | None = None,
+        self, ranks: dict[bytes, int] | None = None, encoding: Encoding | None = None
     ):
-        self.normalize = ranks is not None
-        if ranks is not None and encoding is None:
-            encoding = qwen_encoding(ranks)
-        elif ranks is not None or encoding is None:
+        if (ranks is None) == (encoding is None):
             raise ValueError("give either ranks or an encoding")
-        self.encoding = encoding
+        self.normalize = encoding is None
+        self.encoding = encoding or qwen_encoding(ranks or {})
         self.ranks: dict[bytes, int] = self.encoding._mergeable_ranks
         self.vocab_size = self.encoding.n_vocab
         self.eos_token_id = self.encoding.eot_token
@@ -165,17 +166,8 @@ class TiktokenTokenizer(Tokenizer):
         return cls(read_ranks(Path(path)))
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        parts = [text]
-        if self.normalize:
-            parts = split_at(QWEN_SPECIAL_TOKENS, text) if special else [text]
-            parts = [unicodedata.normalize("NFC", part) for part in parts]
-        ids = []
-        for short in (short for part in parts for short in cut_blanks(part)):
-            if special:
-                ids += self.encoding.encode(short, allowed_special="all")
-            else:
-                ids += self.encoding.encode_ordinary(short)
-        return ids
+        text = to_nfc(text, special) if self.normalize else text
+        return encode_text(self.encoding, text, special)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.encoding.decode(checked_ids(self, ids))
@@ -188,20 +180,32 @@ class TiktokenTokenizer(Tokenizer):
 
     @cached_property
     def fingerprint(self) -> str:
-        parts = [self.encoding._pat_str.encode()]
-        if not self.normalize:
-            specials = sorted(self.encoding._special_tokens.items())
-            parts.append(repr(specials).encode())
-        return sha256_of(*parts, *sorted(self.ranks, key=self.ranks.__getitem__))
+        return encoding_fingerprint(self.encoding, specials=not self.normalize)
 
 
 # %% ../chapters/01b_tokenizer.ipynb #587f124b
-def qwen_encoding(ranks: dict[bytes, int]) -> tiktoken.Encoding:
+def qwen_encoding(ranks: dict[bytes, int]) -> Encoding:
     """Return tiktoken's encoder for `ranks`, with Qwen's pattern and special tokens."""
     specials = {name: len(ranks) + i for i, name in enumerate(QWEN_SPECIAL_TOKENS)}
-    return tiktoken.Encoding(
+    return Encoding(
         "qwen", pat_str=QWEN_PATTERN, mergeable_ranks=ranks, special_tokens=specials
     )
+
+
+def to_nfc(text: str, special: bool) -> str:
+    """Return `text` in NFC; with `special`, control tokens stay what they are."""
+    parts = split_at(QWEN_SPECIAL_TOKENS, text) if special else [text]
+    return "".join(unicodedata.normalize("NFC", part) for part in parts)
+
+
+def encode_text(encoding: Encoding, text: str, special: bool) -> list[int]:
+    ids = []
+    for part in cut_blanks(text):
+        if special:
+            ids += encoding.encode(part, allowed_special="all")
+        else:
+            ids += encoding.encode_ordinary(part)
+    return ids
 
 
 def cut_blanks(text: str, limit: int = 400_000) -> list[str]:
@@ -212,6 +216,7 @@ def cut_blanks(text: str, limit: int = 400_000) -> list[str]:
     return [text[start:end] for start, end in zip([0, *cuts], [*cuts, None])]
 
 
+# %% ../chapters/01b_tokenizer.ipynb #5d0e6c21
 def read_file(path: Path) -> bytes:
     """Return the bytes of a regular file; ValueError for what is none."""
     if not path.is_file():
@@ -220,6 +225,15 @@ def read_file(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def encoding_fingerprint(encoding: Encoding, specials: bool) -> str:
+    """Return the SHA-256 of pattern and tokens, and of the special tokens if asked."""
+    parts = [encoding._pat_str.encode()]
+    if specials:
+        parts.append(repr(sorted(encoding._special_tokens.items())).encode())
+    ranks = encoding._mergeable_ranks
+    return sha256_of(*parts, *sorted(ranks, key=ranks.__getitem__))
 
 
 # %% ../chapters/01b_tokenizer.ipynb #ff8c8dc2
@@ -329,23 +343,13 @@ def encode_chat(
 
 # %% ../chapters/01b_tokenizer.ipynb #fc167d0b
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model file.
-
-    Its `</s>` serves as the end of text, its control symbols as control tokens. Text
-    comes back unchanged from models trained with byte_fallback and without
-    normalisation, and U+2581 as a space from any.
-    """
+    """A SentencePiece model file. Text comes back unchanged from models trained with
+    byte_fallback and without normalisation, and U+2581 as a space from any."""
 
     def __init__(self, path: str | Path):
-        sentencepiece = need("sentencepiece")
-        try:
-            self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError):
-            raise ValueError(f"{path} is not a SentencePiece model") from None
+        self.model = load_sentencepiece(path)
         self.vocab_size = self.model.vocab_size()
         self.eos_token_id = self.model.eos_id()
-        if self.eos_token_id < 0:
-            raise ValueError(f"{path}: the model has no </s>; train it with eos_id set")
         ids = filter(self.model.is_control, range(self.vocab_size))
         self.controls = {self.model.id_to_piece(i): i for i in ids}
 
@@ -355,10 +359,8 @@ class SentencePieceTokenizer(Tokenizer):
             return self.model.encode(text)
         ids = []
         for part in split_at(self.controls, text):
-            if part in self.controls:
-                ids.append(self.controls[part])
-            else:
-                ids += self.model.encode(part)
+            control = self.controls.get(part)
+            ids += self.model.encode(part) if control is None else [control]
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -378,6 +380,19 @@ class SentencePieceTokenizer(Tokenizer):
     @property
     def fingerprint(self) -> str:
         return sha256_of(self.model.serialized_model_proto())
+
+
+# %% ../chapters/01b_tokenizer.ipynb #6ac1f3b8
+def load_sentencepiece(path: str | Path) -> Any:
+    """Load a model file; ValueError where it is none, or has no end of text."""
+    sentencepiece = need("sentencepiece")
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError):
+        raise ValueError(f"{path} is not a SentencePiece model") from None
+    if model.eos_id() < 0:
+        raise ValueError(f"{path}: the model has no </s>; train it with eos_id set")
+    return model
 
 
 # %% ../chapters/01b_tokenizer.ipynb #7d2d0fb7
@@ -414,7 +429,7 @@ def load_tokenizer(spec: str, directory: str | Path = ".") -> Tokenizer:
 
 
 # %% ../chapters/01b_tokenizer.ipynb #917fd29b
-def named_encoding(name: str) -> tiktoken.Encoding:
+def named_encoding(name: str) -> Encoding:
     """Return one of tiktoken's own encodings; ValueError where it cannot be had."""
     try:
         return tiktoken.get_encoding(name)
@@ -429,8 +444,7 @@ def named_encoding(name: str) -> tiktoken.Encoding:
 # %% ../chapters/01b_tokenizer.ipynb #9963c64f
 def check_vocab_size(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Refuse (ValueError) a model whose `vocab_size` does not fit the tokenizer: too
-    small, or 512 and more rows that no token uses.
-    """
+    small, or 512 and more rows that no token uses."""
     if vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f"vocab_size {vocab_size} is too small: the tokenizer's ids go up to"

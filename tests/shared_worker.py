@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import threading
+import traceback
 from pathlib import Path
 
 from qwen_analog.bpe import BYTE_ORDER
@@ -90,13 +91,11 @@ def in_a_thread(context):
 
 
 def broken(context):
-    shared, words = opened(context, "broken.jsonl"), []
-    for _ in range(2):
-        try:
-            take(shared, context, 600)
-        except DataError as error:
-            words.append(str(error))
-    return {"words": words}
+    shared = opened(context, "broken.jsonl")
+    try:
+        take(shared, context, 600)
+    except DataError as error:
+        return {"words": str(error)}
 
 
 def nowhere(context):
@@ -125,6 +124,8 @@ def fork(work, rank, place):
             found = work(context)
         Path(f"rank {rank}.json").write_text(json.dumps(found))
         code = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(code)
 
