@@ -29,13 +29,16 @@ from qwen_analog.jsonl import write_jsonl
 from qwen_analog.token_cache import tokenize_files
 from qwen_analog.arguments import add_ignore_memory
 from qwen_analog.hardware import require_memory
-from qwen_analog.memory import flops_per_token, set_activation_checkpointing
+from qwen_analog.memory import (
+    estimate_for,
+    flops_per_token,
+    set_activation_checkpointing,
+)
 from qwen_analog.hardware import GPUS, peak_flops, peak_memory
 from qwen_analog.optim import build_optimizers
 from qwen_analog.distributed import DistributedContext
 from qwen_analog.parallel import build_model, make_mesh
 from qwen_analog.plan import report
-from qwen_analog.simulation import estimate_for
 from qwen_analog.tokenizer import load_tokenizer
 from qwen_analog.arguments import report_errors
 from qwen_analog.resume import config_from_arguments

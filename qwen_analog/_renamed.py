@@ -114,7 +114,7 @@ MOVED = {
     "parallel.end_with_torchrun": "distributed.end_with_torchrun",
     "plan.Simulation": "simulation.Simulation",
     "plan.Traffic": "simulation.Traffic",
-    "plan.ledger_of": "simulation.estimate_for",
+    "plan.ledger_of": "memory.estimate_for",
     "plan.simulate": "simulation.simulate",
     "serve.Answer": "engine.DeltaStream",
     "serve.ApiError": "protocol.ApiError",

@@ -49,20 +49,9 @@ class _InTurn:
             pending.result()
 
 
-@dataclass(frozen=True)
-class _Contents:
-    """What one save writes: nothing of it changes when training goes on."""
-
-    state: dict
-    full: dict[str, torch.Tensor]  # gathered, on rank 0
-    write_shards: Callable[[], object] | None
-    final: bool
-
-
 # %% ../chapters/14f_checkpointer.ipynb #593a4fc7
 class Checkpointer:
-    """Writes the checkpoints of one run into `output_dir`: atomic, pruned, plain or
-    sharded, at once or in the background.
+    """Writes a run's checkpoints: atomic, pruned, plain or sharded, at once or later.
 
     Every rank makes one, with the same arguments. `keep_last` checkpoints stay, and
     with `keep_every` > 0 each step it divides.
@@ -79,12 +68,10 @@ class Checkpointer:
         asynchronous: bool = False,
     ):
         check_keep(keep_last, keep_every)
-        self.directory, self.tokenizer = RunDirectory(output_dir), tokenizer
-        self.keep_last, self.keep_every, self.sharded = keep_last, keep_every, sharded
-        self.background = asynchronous
+        keep = keep_last, keep_every
+        self.writer = _Writer(RunDirectory(output_dir), tokenizer, keep)
+        self.sharded, self.background = sharded, asynchronous
         self.saves = _InTurn(asynchronous)
-        self.group = _own_group()
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
 
     def save(
         self,
@@ -98,55 +85,78 @@ class Checkpointer:
         """Write `output_dir`/`name` ("step_N" or "final"); every rank calls it, after
         its optimizers' step.
 
-        Plain: rank 0 gathers every tensor and writes checkpoint.pt. Sharded: each rank
-        writes what it holds into sharded/, rank 0 the rest into state.pt; with `final`
-        rank 0 also gathers the weights into checkpoint.pt and model.safetensors.
         `state` goes in as it is, the `rank_state` of all ranks as the list
         `rank_states`. In the background the tensors are copied first; `final` returns
         when all is on the disk. Raises CheckpointError where `name` exists and is
         whole, OSError on a full disk, on every rank.
         """
         self.wait()
-        partial = on_all_ranks(
-            lambda: _prepare(self.directory, name, self.rank), self.group
-        )[0]
+        writer = self.writer
+        partial = writer.prepare(name)
         tensors, rest = snapshot(model, optimizers)
-        rank_states = on_all_ranks(lambda: rank_state, self.group)
+        rank_states = on_all_ranks(lambda: rank_state, writer.group)
         state = copy.deepcopy({**state, **rest, "rank_states": rank_states})
-        gathered, write_shards = tensors, None
+        write_shards = None
         if self.sharded:
+            write_shards = save_shards(tensors, partial, writer.group, self.background)
             weights = {n: t for n, t in tensors.items() if n.startswith("weights/")}
-            gathered = weights if final else {}
-            write_shards = save_shards(tensors, partial, self.group, self.background)
-        full = gather_tensors(gathered, self.rank == 0, copies=self.background)
+            tensors = weights if final else {}
+        full = gather_tensors(tensors, writer.rank == 0, copies=self.background)
         contents = _Contents(state, full, write_shards, final)
-        self.saves.run(lambda: self._write(name, partial, contents, model))
+        self.saves.run(lambda: writer.write(name, partial, contents, model))
         if final:
             self.wait()
 
     def wait(self) -> None:
-        """Return when a background save is complete and has its name; raise what went
-        wrong with it.
-        """
+        """Return when a background save has its name; raise what went wrong in it."""
         self.saves.wait()
 
-    def _write(
-        self, name: str, partial: Path, saved: _Contents, model: QwenForCausalLM
+
+# %% ../chapters/14f_checkpointer.ipynb #5e0c14f2
+@dataclass(frozen=True)
+class _Contents:
+    """What one save writes: nothing of it changes when training goes on."""
+
+    state: dict
+    full: dict[str, torch.Tensor]  # gathered, on rank 0
+    write_shards: Callable[[], object] | None
+    final: bool
+
+
+# %% ../chapters/14f_checkpointer.ipynb #5e0c14f3
+@dataclass
+class _Writer:
+    """Puts checkpoints on the disk, each rank its part."""
+
+    directory: RunDirectory
+    tokenizer: Tokenizer
+    keep: tuple[int, int]  # how many, and every how many steps
+
+    def __post_init__(self):
+        self.group = _own_group()
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+
+    def prepare(self, name: str) -> Path:
+        """Return a new partial directory, when all ranks' logs are on the disk."""
+        own = self.directory, name, self.rank
+        return on_all_ranks(lambda: _prepare(*own), self.group)[0]
+
+    def write(
+        self, name: str, partial: Path, contents: _Contents, model: QwenForCausalLM
     ) -> None:
         """Write on every rank; nothing is seen of it until the last step."""
         try:
-            if saved.write_shards:
-                saved.write_shards()
+            if contents.write_shards:
+                contents.write_shards()
             sums = on_all_ranks(lambda: _shard_sums(partial, self.rank), self.group)
 
-            def write_rest() -> None:
-                described = saved.state | describe(partial, model, self.tokenizer)
-                _write_files(partial, saved, described, sums)
+            def finish() -> None:
+                described = describe(partial, model, self.tokenizer)
+                _write_files(partial, contents, contents.state | described, sums)
                 commit_partial(partial, self.directory.path / name)
-                step = step_number(Path(name))
-                self.directory.prune(self.keep_last, self.keep_every, step)
+                self.directory.prune(*self.keep, step_number(Path(name)))
 
-            on_all_ranks(lambda: self.rank == 0 and write_rest(), self.group)
+            on_all_ranks(lambda: self.rank == 0 and finish(), self.group)
         except Exception as error:
             if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)

@@ -11,6 +11,7 @@ __all__ = [
     "MemoryEstimate",
     "MemorySettings",
     "estimate_memory",
+    "estimate_for",
 ]
 
 # %% ../chapters/12_memory.ipynb #ce30871d
@@ -554,3 +555,36 @@ if not TYPE_CHECKING:
     from qwen_analog._renamed import moved
 
     __getattr__ = moved(__name__)
+
+# %% ../chapters/19a_simulation.ipynb #p1900013
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qwen_analog.train_config import TrainConfig
+
+
+def estimate_for(
+    config: "TrainConfig", world_size: int = 1, gpus_per_node: int = 8
+) -> MemoryEstimate:
+    """Return `estimate_memory` for these settings: arithmetic, no step is run.
+
+    `gpus_per_node` is the default `shard_size` of hsdp.
+    """
+    shards = {
+        "ddp": 1,
+        "fsdp": world_size,
+        "hsdp": min(config.shard_size or gpus_per_node, world_size),
+    }[config.parallel]
+    return estimate_memory(
+        config.qwen_config(),
+        precision=config.precision,
+        optimizer=config.optimizer,
+        activation_checkpointing=config.activation_checkpointing,
+        batch_size=config.micro_batch_size,
+        sequence_length=config.sequence_length,
+        micro_batches=config.gradient_accumulation_steps,
+        strategy=config.parallel,
+        shards=shards,
+        replicas=world_size // shards,
+        document_masks=config.isolate_documents,
+    )

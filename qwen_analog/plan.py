@@ -24,8 +24,8 @@ from itertools import product
 from .arguments import number, whole
 from .config import ACTIVATION_CHECKPOINTING
 from .hardware import GPUS, Gpu
-from .memory import flops_per_token
-from .simulation import estimate_for, simulate
+from .memory import estimate_for, flops_per_token
+from .simulation import simulate
 from .train_config import TrainConfig, add_settings, given_settings
 
 # %% ../chapters/19b_plan.ipynb #p1900018

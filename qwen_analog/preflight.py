@@ -21,7 +21,7 @@ from .checkpoint import read_state
 from .config import QwenConfig, parameter_counts
 from .loading import load
 from .hardware import require_memory
-from .memory import estimate_memory
+from .memory import estimate_for
 from .model import QwenForCausalLM
 from .distributed import DistributedContext
 from .parallel import make_mesh
@@ -83,7 +83,7 @@ def prepare_start(
     )
     with context.together():
         if not ignore_memory and not start.finished:
-            check_room(config, context, start.mesh)
+            check_room(config, context)
     return start
 
 
@@ -163,17 +163,16 @@ def check_fit(config: TrainConfig, tokenizer: Tokenizer) -> None:
 
 
 # %% ../chapters/18c_preflight.ipynb #040bb147
-def check_room(
-    config: TrainConfig, context: DistributedContext, mesh: DeviceMesh | None
-) -> None:
+def check_room(config: TrainConfig, context: DistributedContext) -> None:
     """Raise ValueError, of one line, where the run's memory or its checkpoints will not
     fit.
     """
     count = sum(parameter_counts(config.qwen_config()).values())
-    needed = _memory_of_training(config, context, 1 if mesh is None else mesh.size(-1))
+    machine = context.local_world_size
+    needed = 1.05 * estimate_for(config, context.world_size, machine).total
     batches = _memory_of_batches(config, context)
     if context.device.type == "cpu":
-        needed = needed * context.local_world_size + batches  # all share this memory
+        needed = needed * machine + batches  # all share this memory
     require_memory(
         needed,
         context.device,
@@ -202,26 +201,6 @@ def _memory_of_batches(config: TrainConfig, context: DistributedContext) -> int:
     sequences = config.micro_batch_size * config.gradient_accumulation_steps
     tokens = config.sequence_length * sequences * context.local_world_size
     return 3 * 2 * 24 * tokens
-
-
-def _memory_of_training(
-    config: TrainConfig, context: DistributedContext, shards: int
-) -> float:
-    """Return the bytes that one process needs for model, optimizer and activations."""
-    estimate = estimate_memory(
-        config.qwen_config(),
-        precision=config.precision,
-        optimizer=config.optimizer,
-        activation_checkpointing=config.activation_checkpointing,
-        batch_size=config.micro_batch_size,
-        sequence_length=config.sequence_length,
-        micro_batches=config.gradient_accumulation_steps,
-        strategy=config.parallel,
-        shards=shards,
-        replicas=context.world_size // shards,
-        document_masks=config.isolate_documents,
-    )
-    return 1.05 * estimate.total
 
 
 # %% ../chapters/18c_preflight.ipynb #5aa9975b

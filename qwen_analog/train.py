@@ -11,16 +11,15 @@ __all__ = [
     "TrainerState",
     "build",
     "copy_weights",
-    "SpeedMeter",
-    "Metrics",
+    "Saver",
+    "batch_or_save",
     "Trainer",
     "schedule_learning_rate",
+    "nonfinite_error",
     "train",
     "train_from",
     "describe_run",
     "summarize",
-    "finish",
-    "write_samples",
     "run",
     "main",
 ]
@@ -48,7 +47,6 @@ if not __package__ and "__file__" in globals():
 import argparse
 import math
 import os
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -68,25 +66,22 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from tqdm import tqdm
 
-from .arguments import one_line, report_errors
+from .arguments import report_errors
 from .batches import Batch, Dataset, next_batch, open_data, prefetch, prepare_batch
 from .archive import CheckpointError
-from .checkpoint import load_model
 from .checkpointer import Checkpointer
 from .data import PackedDataset, data_difference
 from .jsonl import DataError
-from .files import write_json
-from .text_stream import complete
-from .memory import flops_per_token, set_activation_checkpointing
+from .memory import set_activation_checkpointing
 from .model import QwenForCausalLM
-from .hardware import peak_flops, peak_memory
-from .monitor import LossSpikeDetector, RunLog, plot_losses, profiled
+from .hardware import peak_memory
+from .monitor import LossSpikeDetector, profiled
 from .optim import build_optimizers, learning_rate_at, set_learning_rate
 from .distributed import DistributedContext
 from .parallel import build_model
 from .preflight import Start, decide, prepare_start
+from .progress import Metrics, finish, tokens_per_step, write_samples
 from .resume import compare_data, restore, rng_state, tokens_before
 from .step import evaluate, train_step
 from .train_config import TrainConfig, add_arguments, given_settings
@@ -248,70 +243,49 @@ def copy_weights(source: nn.Module, model: nn.Module) -> None:
         target.copy_(whole)
 
 
-# %% ../chapters/19_pretraining.ipynb #2a5cf2a4
-class SpeedMeter:
-    """Tokens a second, and how much of the devices' peak they need (MFU)."""
+# %% ../chapters/19_pretraining.ipynb #19c0de02
+class Saver:
+    """Writes the checkpoints of one run, none of them twice."""
 
-    def __init__(
-        self, config: TrainConfig, context: DistributedContext, model: QwenForCausalLM
-    ):
-        micro_batches = config.gradient_accumulation_steps * context.world_size
-        sequences = config.micro_batch_size * micro_batches
-        self.tokens_per_step = config.sequence_length * sequences
-        dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
-        peak = config.peak_tflops * 1e12 or peak_flops(context.device, dtype)
-        flops = flops_per_token(model.config, config.sequence_length)
-        self.mfu_of_speed = flops / (peak * context.world_size)
-        self.speeds: list[float] = []
-
-    def measure(self, seconds: float) -> dict[str, float]:
-        """Note a step that took so many seconds."""
-        self.speeds.append(self.tokens_per_step / seconds)
-        return self._described(self.speeds[-1])
-
-    def median(self) -> dict[str, float]:
-        return self._described(statistics.median(self.speeds) if self.speeds else 0.0)
-
-    def _described(self, speed: float) -> dict[str, float]:
-        return {"tokens_per_second": speed, "mfu": self.mfu_of_speed * speed}
-
-
-# %% ../chapters/19_pretraining.ipynb #c7e202a9
-class Metrics:
-    """What a run writes and shows while it runs: metrics.jsonl and a bar."""
-
-    def __init__(self, config: TrainConfig, context: DistributedContext, start: int):
-        self.config, self.is_main = config, context.rank == 0
-        self.log = RunLog(
-            config.output_dir, context.rank, context.world_size, config.tensorboard
-        )
-        self.bar = tqdm(
-            total=config.max_steps,
-            initial=start,
-            unit="step",
-            disable=not self.is_main,
-            dynamic_ncols=True,
+    def __init__(self, start: Start, step: int):
+        config = start.config
+        self.saved_step = step
+        self.checkpointer = Checkpointer(
+            config.output_dir,
+            start.tokenizer,
+            keep_last=config.keep_last,
+            keep_every=config.keep_every,
+            sharded=start.mesh is not None,
+            asynchronous=config.async_checkpoints,
         )
 
-    def write_step(self, step: int, values: dict[str, float], spike: bool) -> None:
-        """Show a step; write it where it is its turn, or its loss a spike."""
-        words = "loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s, MFU {mfu:.0%}"
-        self.bar.set_postfix_str(words.format(**values))
-        last = step == self.config.max_steps
-        if spike or last or step % self.config.log_every == 0:
-            self.log.log_metrics(step, **values, **({"spike": True} if spike else {}))
+    def save(self, run: TrainerState) -> None:
+        """Write a checkpoint of this step, unless it is on the disk."""
+        if run.step == self.saved_step:
+            return
+        final = run.step == run.config.max_steps
+        name = "final" if final else f"step_{run.step}"
+        rank_state = {"rng": rng_state(run.context.device)}
+        contents = run.model, run.optimizers, run.state_dict(), rank_state
+        self.checkpointer.save(name, *contents, final=final)
+        self.saved_step = run.step
 
-    def write_evaluation(self, step: int, values: dict[str, float]) -> None:
-        self.log.log_metrics(step, **values)
-        if self.is_main:
-            self.bar.write(
-                f"step {step:,}: held-out loss {values['heldout_loss']:.3f} nats a"
-                f" token, {values['heldout_bits_per_byte']:.3f} bits per byte"
-            )
+    def wait(self) -> None:
+        self.checkpointer.wait()
 
-    def close(self) -> None:
-        self.bar.close()
-        self.log.close()
+
+# %% ../chapters/19_pretraining.ipynb #19c0de03
+def batch_or_save(batches: Iterator[Batch], run: TrainerState, saver: Saver) -> Batch:
+    """Wait for the next batch; where it cannot be read, save the steps before."""
+    try:
+        return next_batch(batches, run.context)
+    except DataError as error:
+        saver.save(run)
+        saver.wait()
+        raise DataError(
+            f"{error}; the {run.step:,} steps before are saved: mend the data, then"
+            " --resume auto"
+        ) from None
 
 
 # %% ../chapters/19_pretraining.ipynb #3ea40357
@@ -322,20 +296,7 @@ class Trainer(TrainerState):
 
     def __init__(self, start: Start, data: RunData, context: DistributedContext):
         super().__init__(start, data, context)
-        config = self.config
-        self.speed = SpeedMeter(config, context, self.model)
-        self.checkpointer = Checkpointer(
-            config.output_dir,
-            start.tokenizer,
-            keep_last=config.keep_last,
-            keep_every=config.keep_every,
-            sharded=start.mesh is not None,
-            asynchronous=config.async_checkpoints,
-        )
-        self.saved_step = self.step
-        self.loss: float | None = None  # the last that was applied
-        self.evaluation: dict[str, float] = {}
-        self.spikes = self.nonfinite = 0
+        self.saver = Saver(start, self.step)
 
     def run(self) -> None:
         """Train to the last step, or until a signal."""
@@ -343,7 +304,7 @@ class Trainer(TrainerState):
         prepare = partial(prepare_batch, self.dataset, config, context)
         self.wrapped.train()
         with (
-            closing(Metrics(config, context, self.step)) as self.metrics,
+            closing(Metrics(config, context, self.model, self.step)) as self.metrics,
             closing(prefetch(prepare, config.max_steps - self.step)) as batches,
             stop_signals() as stopped,
             profiled(config.output_dir, context.rank, config.profile_steps) as traced,
@@ -351,91 +312,47 @@ class Trainer(TrainerState):
             stop = False
             while self.step < config.max_steps and not stop:
                 began = time.perf_counter()
-                batch = self.next_batch(batches)
+                batch = batch_or_save(batches, self, self.saver)
                 self.take_step(batch, began)
                 traced()
                 if self.held_out and self.is_due(config.eval_every):
-                    self.evaluate(self.held_out)
+                    scores = evaluate(self.wrapped, self.held_out, config, context)
+                    self.metrics.write_evaluation(self.step, scores)
                 (stop,) = context.all_reduce_sum(stopped())
                 if stop or self.is_due(config.save_every):
-                    self.save()
-            self.checkpointer.wait()
+                    self.saver.save(self)
+            self.saver.wait()
 
     def is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.max_steps
 
-    def next_batch(self, batches: Iterator[Batch]) -> Batch:
-        """Wait for the next batch; where it cannot be read, save the steps before."""
-        try:
-            return next_batch(batches, self.context)
-        except DataError as error:
-            self.save()
-            self.checkpointer.wait()
-            raise DataError(
-                f"{error}; the {self.step:,} steps before are saved: mend the data,"
-                " then --resume auto"
-            ) from None
-
     def take_step(self, batch: Batch, began: float) -> None:
         """Learn from a batch, for which the loop has waited since `began`."""
-        config, log, waited = self.config, self.metrics.log, time.perf_counter() - began
+        config, metrics, waited = self.config, self.metrics, time.perf_counter() - began
         self.context.step = self.step = self.step + 1
-        self.tokens += self.speed.tokens_per_step
+        self.tokens += tokens_per_step(config, self.context.world_size)
         self.position = batch.after
-        log.log_documents(self.step, batch.before, batch.sequences)
-        self.metrics.bar.update()
+        metrics.log.log_documents(self.step, batch.before, batch.sequences)
+        metrics.bar.update()
         if self.step in config.skip_steps:
-            log.log_metrics(self.step, skipped="by skip_steps")
+            metrics.log.log_metrics(self.step, skipped="by skip_steps")
             return
         rate = schedule_learning_rate(self.optimizers, self.step, config)
         loss, grad_norm, applied = train_step(
             self.wrapped, self.optimizers, batch.micro_batches, config, self.context
         )
-        speed = self.speed.measure(time.perf_counter() - began)
+        speed = metrics.speed.measure(time.perf_counter() - began)
         spike = self.detector.update(loss)
-        self.spikes += spike
-        if not applied:
-            self.count_nonfinite(batch)
+        metrics.spikes += spike
+        if applied:
+            values = {"tokens": self.tokens, "learning_rate": rate, "loss": loss}
+            values |= {"grad_norm": grad_norm, **speed, "data_wait": waited}
+            metrics.write_step(self.step, values, spike)
             return
-        self.loss, self.nonfinite = loss, 0
-        values = {"tokens": self.tokens, "learning_rate": rate, "loss": loss}
-        values |= {"grad_norm": grad_norm, **speed, "data_wait": waited}
-        values["memory_gib"] = peak_memory(self.context.device) / 2**30
-        self.metrics.write_step(self.step, values, spike)
-
-    def count_nonfinite(self, batch: Batch) -> None:
-        """Log the text of a step that was not applied; end the run after several."""
-        self.nonfinite += 1
-        self.metrics.log.log_metrics(
-            self.step,
-            skipped="the loss or a gradient is not finite",
-            data=batch.before,
-            sources=sorted({name for s in batch.sequences for name in s.sources}),
-        )
-        if self.nonfinite == self.config.max_nonfinite_steps:
-            self.checkpointer.wait()
-            raise ValueError(
-                f"step {self.step}: the loss or a gradient was not finite"
-                f" {self.nonfinite} times in a row; nothing was saved since the last"
-                f" checkpoint in {self.config.output_dir}: resume from it with a lower"
-                " learning rate, or with --skip-steps"
-            )
-
-    def evaluate(self, held_out: PackedDataset) -> None:
-        scores = evaluate(self.wrapped, held_out, self.config, self.context)
-        self.evaluation = {f"heldout_{name}": value for name, value in scores.items()}
-        self.metrics.write_evaluation(self.step, self.evaluation)
-
-    def save(self) -> None:
-        """Write a checkpoint of this step, unless it is on the disk."""
-        if self.step == self.saved_step:
-            return
-        final = self.step == self.config.max_steps
-        name = "final" if final else f"step_{self.step}"
-        rank_state = {"rng": rng_state(self.context.device)}
-        contents = self.model, self.optimizers, self.state_dict(), rank_state
-        self.checkpointer.save(name, *contents, final=final)
-        self.saved_step = self.step
+        metrics.write_nonfinite(self.step, batch)
+        if metrics.nonfinite == config.max_nonfinite_steps:
+            self.saver.wait()
+            raise nonfinite_error(self.step, config)
 
 
 # %% ../chapters/19_pretraining.ipynb #e622c6c4
@@ -453,6 +370,15 @@ def schedule_learning_rate(
     )
     set_learning_rate(optimizers, rate)
     return rate
+
+
+def nonfinite_error(step: int, config: TrainConfig) -> ValueError:
+    return ValueError(
+        f"step {step}: the loss or a gradient was not finite"
+        f" {config.max_nonfinite_steps} times in a row; nothing was saved since the"
+        f" last checkpoint in {config.output_dir}: resume from it with a lower"
+        " learning rate, or with --skip-steps"
+    )
 
 
 # %% ../chapters/19_pretraining.ipynb #f839b394
@@ -522,80 +448,24 @@ def train_from(
 # %% ../chapters/19_pretraining.ipynb #ff9dee5a
 def describe_run(trainer: Trainer) -> str:
     config, context, begin = trainer.config, trainer.context, trainer.step
+    tokens = tokens_per_step(config, context.world_size)
     where = context.device.type
     if context.world_size > 1:
         where += f" x {context.world_size} processes, {config.parallel}"
     return (
         f"{trainer.model.count_parameters():,} parameters on {where},"
-        f" {config.precision}; {trainer.speed.tokens_per_step:,} tokens a step,"
+        f" {config.precision}; {tokens:,} tokens a step,"
         f" {config.max_steps:,} steps" + (f", from step {begin:,}" if begin else "")
     )
 
 
 def summarize(trainer: Trainer) -> dict[str, Any]:
     """Return the numbers of a run, with None for those that are not finite."""
+    metrics = trainer.metrics
     values: dict[str, Any] = {"step": trainer.step, "tokens": trainer.tokens}
-    if trainer.loss is not None:
-        values["loss"] = trainer.loss
-    values |= {**trainer.evaluation, "spikes": trainer.spikes, **trainer.speed.median()}
+    values |= {**metrics.last, "spikes": metrics.spikes, **metrics.speed.median()}
     values["peak_memory_gib"] = peak_memory(trainer.context.device) / 2**30
     return {n: v if math.isfinite(v) else None for n, v in values.items()}
-
-
-# %% ../chapters/19_pretraining.ipynb #ad200c00
-def finish(config: TrainConfig, summary: dict[str, Any]) -> None:
-    """Write the files and print the lines of a run's end."""
-    output = Path(config.output_dir)
-    metrics, picture = output / "metrics.jsonl", output / "loss.png"
-    _try_to_write(
-        output / "summary.json", lambda: write_json(summary, output / "summary.json")
-    )
-    if metrics.exists():
-        _try_to_write(picture, lambda: plot_losses(metrics, picture))
-    numbers = {name: value for name, value in summary.items() if value is not None}
-    print(
-        ", ".join(
-            f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:,.4g}"
-            for name, value in numbers.items()
-        )
-    )
-    if summary["step"] >= config.max_steps:
-        print(f"the model is in {output / 'final'}")
-    else:
-        print(f"stopped after step {summary['step']:,}; continue with --resume auto")
-
-
-def _try_to_write(name: str | Path, write: Callable[[], object]) -> None:
-    """Call `write`; where it fails, a line says so and the run goes on."""
-    try:
-        write()
-    except Exception as error:
-        print(
-            f"warning: {name} could not be written: {one_line(error)}", file=sys.stderr
-        )
-
-
-def write_samples(config: TrainConfig) -> None:
-    """Print what the finished model makes of `sample_prompts`."""
-    if config.sample_prompts:
-        what = "the continuation of sample_prompts"
-        _try_to_write(what, lambda: _print_samples(config))
-
-
-# %% ../chapters/19_pretraining.ipynb #cf581a94
-def _print_samples(config: TrainConfig) -> None:
-    model, tokenizer = load_model(Path(config.output_dir) / "final")
-    for prompt in config.sample_prompts:
-        text = complete(
-            model,
-            tokenizer,
-            prompt,
-            max_new_tokens=config.sample_tokens,
-            temperature=0.7,
-            top_p=0.95,
-            seed=config.seed,
-        )
-        print("\n" + text)
 
 
 # %% ../chapters/19_pretraining.ipynb #1494aa00

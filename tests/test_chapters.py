@@ -132,7 +132,7 @@ FLOORS = [
     "chat_template",
     "scoring restore text_stream step search run_directory gguf_file hf",
     "gguf checkpointer batches resume lm_eval_adapter scheduler simulation",
-    "loading engine",
+    "loading engine progress",
     "preflight chat evaluate plan protocol",
     "train server",
     "serve commands prepare",

@@ -10,9 +10,8 @@ import pytest
 from qwen_analog import plan as module
 from qwen_analog.cli import main as cli
 from qwen_analog.hardware import GPUS
-from qwen_analog.memory import flops_per_token
+from qwen_analog.memory import estimate_for, flops_per_token
 from qwen_analog.plan import add_arguments, cheapest_fit, fits, report, run
-from qwen_analog.simulation import estimate_for
 from qwen_analog.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]

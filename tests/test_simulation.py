@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from qwen_analog import QwenForCausalLM, simulation as module
-from qwen_analog.memory import flops_per_token
-from qwen_analog.simulation import estimate_for, simulate
+from qwen_analog.memory import estimate_for, flops_per_token
+from qwen_analog.simulation import simulate
 from qwen_analog.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -29,7 +29,7 @@ from training import (  # noqa: F401
     write_corpus,
 )
 
-from qwen_analog import QwenConfig, QwenForCausalLM, batches, preflight, step
+from qwen_analog import QwenConfig, QwenForCausalLM, batches, preflight, progress, step
 from qwen_analog import train as module
 from qwen_analog.checkpoint import load_checkpoint, load_model
 from qwen_analog.run_directory import latest_checkpoint
@@ -490,7 +490,7 @@ def test_samples_that_fail_do_not_fail_a_run(monkeypatch, capsys):
     def broken(*_, **__):
         raise RuntimeError("no such text")
 
-    monkeypatch.setattr(module, "complete", broken)
+    monkeypatch.setattr(progress, "complete", broken)
     assert (
         module.main(
             [

@@ -32,6 +32,7 @@ from qwen_analog import train as module
 from qwen_analog.run_directory import latest_checkpoint
 from qwen_analog.cli import main as cli
 from qwen_analog.jsonl import DataError
+from qwen_analog.memory import flops_per_token
 from qwen_analog.monitor import documents_of_step
 from qwen_analog.train import train
 
@@ -235,7 +236,7 @@ def test_metrics_tensorboard_profile_and_summary():
         "mfu",
         "memory_gib",
     } <= entry.keys()
-    flops = module.flops_per_token(QwenConfig(**MODEL), 32)
+    flops = flops_per_token(QwenConfig(**MODEL), 32)
     assert entry["mfu"] == pytest.approx(flops * entry["tokens_per_second"] / 0.5e12)
     events = EventAccumulator("checkpoints/tensorboard").Reload()
     assert {e.step: e.value for e in events.Scalars("loss")} == pytest.approx(
