@@ -190,7 +190,8 @@ model, tokenizer = qwen_analog.load("model")
 ids = torch.tensor([tokenizer.encode("document")])
 again = qwen_analog.QwenForCausalLM.from_pretrained("model")
 assert torch.equal(model(ids), again(ids))
-print(tokenizer.decode(model.generate(ids, max_new_tokens=3)[0].tolist()))
+new = model.generate(ids, 3, valid_vocab_size=tokenizer.vocab_size)
+print(tokenizer.decode(new[0].tolist()))
 """
     run(core / "python", "-c", code, cwd=folder, env=environ(folder))
 
