@@ -128,6 +128,7 @@ def test_what_is_no_mistake_of_the_user_keeps_its_stack_trace(monkeypatch, here)
         main(["generate", "x", "--model", "c"])
 
 
+@pytest.mark.slow
 def test_an_interrupt_that_a_callback_swallows_comes_again(monkeypatch, here, capsys):
     class Dies:
         def __del__(self):

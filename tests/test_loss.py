@@ -377,6 +377,7 @@ def _two_ranks(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_unequal_documents_on_two_ranks(tmp_path):
     mp.spawn(_two_ranks, (tmp_path,), nprocs=2)
 

@@ -529,6 +529,7 @@ def _sharded(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_sharded_parameters_get_the_updates_of_whole_ones(tmp_path):
     mp.spawn(_sharded, (tmp_path,), nprocs=2)
 

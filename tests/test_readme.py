@@ -185,6 +185,7 @@ def run(command: str, path: Path, port: int) -> tuple[int, str]:
         return code, said.read()
 
 
+@pytest.mark.slow
 def test_the_commands_run_as_printed(home):
     # one after the other: a reader trains before generating
     for command in RUN:

@@ -171,6 +171,7 @@ def pair_distribution(model, **options):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 5}])
 def test_speculation_keeps_the_distribution(options):
     model, draft = (

@@ -52,6 +52,7 @@ def checkpoint(tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_command(checkpoint, number):
     command = [

@@ -120,6 +120,7 @@ def test_operations_are_counted(changes):
     )
 
 
+@pytest.mark.slow
 def test_what_is_sent_grows_with_micro_batches_only_where_it_is_sent_with_each():
     one, four = (
         simulate(
@@ -209,6 +210,7 @@ def test_a_plan_is_what_is_known_without_it():
     assert not differs()
 
 
+@pytest.mark.slow
 @pytest.mark.mutant
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_mutant_plan_is_noticed(mutant, monkeypatch):
@@ -216,6 +218,7 @@ def test_a_mutant_plan_is_noticed(mutant, monkeypatch):
     assert differs()
 
 
+@pytest.mark.slow
 def test_more_processes_hold_less_each():
     sizes = [total(simulate(settings(parallel="fsdp"), n)) for n in (2, 8, 64)]
     assert sizes == sorted(sizes, reverse=True)

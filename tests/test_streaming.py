@@ -368,6 +368,7 @@ def documents():
     write("a.jsonl", *texts([5, 1, 9, 3, 7, 2, 8, 4, 6] * 12))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("machines, readers", [("2", [0]), ("3", [0]), ("2,1", [0, 2])])
 def test_processes_share_the_tokenizing_of_one(machines, readers, documents):
     (alone,), ranks = found_by("steps", "1"), found_by("steps", machines)
@@ -378,6 +379,7 @@ def test_processes_share_the_tokenizing_of_one(machines, readers, documents):
     assert alone["encoded"] > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before, after", [("1", "2"), ("2", "1"), ("2", "2,1")])
 def test_a_run_goes_on_with_other_processes(before, after, documents):
     state = found_by("steps", before)[0]["state"]
@@ -390,6 +392,7 @@ def test_a_run_goes_on_with_other_processes(before, after, documents):
     assert [s[0] for s in together(ranks)] == [s.input_ids.tolist() for s in expected]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", ["held_out", "few"])
 def test_processes_hold_the_same_documents_out(scenario, documents):
     write("few.jsonl", {"text": "one document"}, {"text": "another"})
@@ -398,12 +401,14 @@ def test_processes_hold_the_same_documents_out(scenario, documents):
     assert all(found["held out"] == alone["held out"] for found in ranks)
 
 
+@pytest.mark.slow
 def test_sequences_are_shared_in_a_thread_of_their_own(documents):
     (alone,), ranks = found_by("steps", "1"), found_by("in_a_thread", "2")
     assert together(ranks) == together([alone])
     assert [found["sums"] for found in ranks] == [[1.0], [1.0]]
 
 
+@pytest.mark.slow
 def test_an_error_of_the_reader_is_everybodys():
     write("broken.jsonl", *texts([3] * 40), b"{")
     ranks = found_by("broken", "2")

