@@ -44,11 +44,8 @@ hooks: .venv/installed
 	$(BIN)/pip install -q pre-commit
 	$(BIN)/pre-commit install
 
-# nbdev leaves an import of several lines absolute, and formats nothing
 export: .venv/installed
 	$(BIN)/nbdev-export
-	sed -i.bak 's/^from qwen_analog\./from ./' qwen_analog/[a-z]*.py && rm -f qwen_analog/*.bak
-	$(BIN)/ruff format -q qwen_analog
 
 # run every chapter and keep its outputs, without times, which would change at each run;
 # `make execute CHAPTERS=04_rope.ipynb` runs one
