@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import reprlib
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib import resources
@@ -216,8 +217,8 @@ def parameter_counts(config: QwenConfig) -> dict[str, int]:
 class DictView(Mapping):
     """A read-only mapping of what `to_dict` returns, also to compare with a dict."""
 
-    def to_dict(self) -> dict:
-        raise NotImplementedError
+    @abstractmethod
+    def to_dict(self) -> dict: ...
 
     def __getitem__(self, name: str):
         return self.to_dict()[name]
