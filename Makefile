@@ -48,8 +48,8 @@ export: .venv/installed
 	$(BIN)/nbdev-export
 
 # run every chapter and keep its outputs, without times, which would change at each run;
-# `make execute CHAPTERS=04_rope.ipynb` runs one
-CHAPTERS ?= [0-9]*.ipynb
+# `make execute CHAPTERS=05_rope.ipynb` runs one
+CHAPTERS ?= [0-9AB]*.ipynb
 execute: .venv/installed
 	cd chapters && export PYTHONWARNINGS='ignore:IProgress not found' && for nb in $(CHAPTERS); do ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False --coalesce-streams $$nb || exit 1; done
 

@@ -15,7 +15,7 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-CHAPTERS = sorted((ROOT / "chapters").glob("[0-9][0-9]*.ipynb"))
+CHAPTERS = sorted((ROOT / "chapters").glob("[0-9AB]*.ipynb"))
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
@@ -70,6 +70,16 @@ def test_figures_exist(path):
             assert (ROOT / "figures" / name).is_file() and (
                 ROOT / "figures" / name
             ).with_suffix(".py").is_file(), name
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_prose_names_chapters_and_links_them(path):
+    for cell in nbformat.read(path, 4).cells:
+        assert not re.search(r"\bchapters? \d", cell.source, re.IGNORECASE), cell.source
+        if cell.cell_type == "markdown":
+            for target in re.findall(r"\]\(([^)#]+)[^)]*\)", cell.source):
+                if "://" not in target:
+                    assert (path.parent / target).exists(), target
 
 
 def test_export_round_trip(tmp_path):

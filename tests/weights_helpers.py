@@ -22,11 +22,11 @@ from qwen_analog.tokenizer import TiktokenTokenizer
 from qwen_analog.tokenizer_json import QWEN_CHAT_TEMPLATE, to_fast
 
 
-CHAPTER = Path(__file__).resolve().parents[1] / "chapters" / "16_real_weights.ipynb"
+CHAPTER = Path(__file__).resolve().parents[1] / "chapters" / "18_real_weights.ipynb"
 
 
 def of_the_chapter(*names):
-    """Functions that chapter 16 defines, and does not export."""
+    """Functions that the chapter on real weights defines, and does not export."""
     scope = dict(torch=torch, Iterable=Iterable, NamedTuple=NamedTuple)
     for cell in json.loads(CHAPTER.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])

@@ -1,0 +1,169 @@
+"""Draw the map of the model and the book: writes map.svg beside this file."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.patches import FancyBboxPatch
+
+HERE = Path(__file__).resolve().parent
+plt.style.use(HERE / "book.mplstyle")
+MODEL, PART, SIDE = "#0b63a5", "#a9c9e4", "#e9edf0"
+
+figure, ax = plt.subplots(figsize=(9.5, 8.2))
+ax.set(xlim=(0, 12), ylim=(0, 12.4))
+ax.axis("off")
+
+
+def box(x, y, text, chapter="", width=3.4, height=0.7, face=PART, ink="black"):
+    ax.add_patch(
+        FancyBboxPatch(
+            (x, y),
+            width,
+            height,
+            boxstyle="round,pad=0.02,rounding_size=0.1",
+            facecolor=face,
+            edgecolor="none",
+        )
+    )
+    ax.text(
+        x + width / 2 - (0.25 if chapter else 0),
+        y + height / 2,
+        text,
+        ha="center",
+        va="center",
+        fontsize=9.5,
+        color=ink,
+    )
+    if chapter:
+        ax.text(
+            x + width - 0.12,
+            y + height / 2,
+            chapter,
+            ha="right",
+            va="center",
+            fontsize=9,
+            color=ink,
+            fontweight="bold",
+        )
+
+
+def arrow(*points, style="-|>"):
+    for a, b in zip(points, points[1:]):
+        last = b == points[-1]
+        ax.annotate(
+            "",
+            b,
+            a,
+            arrowprops={
+                "arrowstyle": style if last else "-",
+                "color": "#5f6b73",
+                "linewidth": 1.3,
+                "shrinkA": 0,
+                "shrinkB": 0,
+            },
+        )
+
+
+x = 4.3
+centre = x + 1.7
+rows = [
+    (0.2, "text", "", "white"),
+    (1.2, "tokenizer", "1", PART),
+    (2.2, "token embedding", "9", PART),
+    (3.75, "RMSNorm", "3", PART),
+    (4.75, "attention", "5, 6", PART),
+    (6.55, "RMSNorm", "3", PART),
+    (7.55, "SwiGLU", "7", PART),
+    (9.6, "RMSNorm", "3", PART),
+    (10.6, "language-model head", "9", PART),
+    (11.6, "logits", "", "white"),
+]
+ax.add_patch(
+    FancyBboxPatch(
+        (3.35, 3.35),
+        5.3,
+        5.75,
+        boxstyle="round,pad=0.02,rounding_size=0.15",
+        facecolor="none",
+        edgecolor=MODEL,
+        linewidth=1.5,
+    )
+)
+ax.text(
+    8.5,
+    8.75,
+    "block, L times   9",
+    ha="right",
+    va="center",
+    fontsize=9.5,
+    color=MODEL,
+    fontweight="bold",
+)
+for y, text, chapter, face in rows:
+    box(x, y, text, chapter, face=face)
+for low, high in (
+    (0.9, 1.18),
+    (1.9, 2.18),
+    (2.9, 3.73),
+    (4.45, 4.73),
+    (7.25, 7.53),
+    (8.95, 9.58),
+    (10.3, 10.58),
+    (11.3, 11.58),
+):
+    arrow((centre, low), (centre, high))
+for bottom, top in ((3.15, 5.95), (6.25, 8.72)):
+    ax.text(
+        centre,
+        top,
+        "+",
+        ha="center",
+        va="center",
+        fontsize=12,
+        bbox={
+            "boxstyle": "circle,pad=0.15",
+            "facecolor": "white",
+            "edgecolor": "#5f6b73",
+        },
+    )
+    arrow((centre, bottom), (3.75, bottom), (3.75, top), (centre - 0.25, top))
+    arrow((centre, top - (0.5 if top < 6 else 0.47)), (centre, top - 0.22))
+arrow((centre, 6.2), (centre, 6.53))
+box(8.95, 4.35, "RoPE", "4", 2.6)
+box(8.95, 5.2, "KV cache", "6", 2.6)
+arrow((8.93, 4.7), (7.75, 5.0))
+arrow((8.93, 5.55), (7.75, 5.25))
+box(8.95, 6.9, "configuration", "8", 2.6, face=SIDE)
+arrow((8.93, 7.25), (8.7, 7.25))
+ax.text(
+    1.6, 12.05, "training", ha="center", va="center", fontsize=11, fontweight="bold"
+)
+ax.text(10.25, 12.05, "use", ha="center", va="center", fontsize=11, fontweight="bold")
+for y, text, chapter in (
+    (1.2, "data", "2"),
+    (10.6, "loss", "10"),
+    (9.4, "optimizer", "11"),
+    (8.2, "memory, GPUs", "12, 13"),
+    (7.0, "checkpoints", "14"),
+    (5.8, "watching", "18"),
+    (4.6, "pretraining", "19"),
+):
+    box(0.3, y, text, chapter, 2.6, face=SIDE)
+for y, text, chapter in (
+    (10.6, "generation", "15"),
+    (9.6, "real weights", "16"),
+    (8.6, "evaluation", "17"),
+    (3.1, "commands", "20"),
+):
+    box(8.95, y, text, chapter, 2.6, face=SIDE)
+arrow((4.28, 1.55), (2.95, 1.55))
+arrow((4.28, 10.95), (2.95, 10.95))
+arrow((7.72, 10.95), (8.93, 10.95))
+for y in (10.58, 9.38, 8.18, 6.98, 5.78):
+    arrow((1.6, y), (1.6, y - 0.46))
+for y in (10.58, 9.58):
+    arrow((10.25, y), (10.25, y - 0.26))
+figure.savefig(HERE / "map.svg", metadata={"Date": None})
