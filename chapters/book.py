@@ -40,6 +40,92 @@ def scramble_(module: nn.Module, seed: int = 0) -> nn.Module:
     return module
 
 
+def _run(
+    part: Callable, inputs: tuple[torch.Tensor, ...], upstream: torch.Tensor | None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return a part's output and the gradients of its inputs and parameters."""
+    leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    output = part(*leaves)
+    output = output[0] if isinstance(output, tuple) else output
+    named = {f"input {i}": x for i, x in enumerate(leaves) if x.requires_grad}
+    if isinstance(part, nn.Module):
+        named |= dict(part.named_parameters())
+    upstream = torch.ones_like(output) if upstream is None else upstream.to(output)
+    gradients = torch.autograd.grad(
+        output, list(named.values()), upstream, allow_unused=True
+    )
+    return output.detach(), {
+        name: g for name, g in zip(named, gradients) if g is not None
+    }
+
+
+def compare(
+    ours: Callable,
+    reference: Callable,
+    *inputs: torch.Tensor,
+    upstream: torch.Tensor | None = None,
+) -> None:
+    """Compare a part with a reference: outputs and all gradients, in three dtypes.
+
+    Both are modules with the same (scrambled) weights, or functions of `inputs`; where
+    both are modules the gradients of parameters of the same name are compared too. The
+    largest difference must stay below 1e-5 in float64 and 1e-4 in float32; in bfloat16
+    the outputs must be equal to the bit. `upstream` is the gradient that arrives at the
+    output, ones by default. Raises AssertionError that names what differs.
+    """
+    parts = [ours, reference]
+    modules = [part for part in parts if isinstance(part, nn.Module)]
+    before = [{n: p.detach().clone() for n, p in m.named_parameters()} for m in modules]
+    for dtype, bound in ((torch.float64, 1e-5), (torch.float32, 1e-4)):
+        for module in modules:
+            module.to(dtype)
+        cast = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
+        (out, grads), (out_r, grads_r) = (_run(p, tuple(cast), upstream) for p in parts)
+        names = [name for name in grads_r if name in grads]
+        apart = {"output": (out - out_r).abs().max().item()} | {
+            f"gradient of {name}": (grads[name] - grads_r[name]).abs().max().item()
+            for name in names
+        }
+        worst = max(apart, key=apart.get)
+        print(
+            f"{str(dtype)[6:]:8}  output {apart['output']:.1e}  largest of all"
+            f" {apart[worst]:.1e} ({worst})"
+        )
+        assert apart[worst] < bound, f"{worst} differs by {apart[worst]:.1e}"
+    for module in modules:
+        module.bfloat16()
+    cast = [x.bfloat16() if x.is_floating_point() else x for x in inputs]
+    with torch.no_grad():
+        outputs = [part(*cast) for part in parts]
+        outputs = [o[0] if isinstance(o, tuple) else o for o in outputs]
+        assert torch.equal(*outputs), "bfloat16 outputs differ"
+        print("bfloat16  equal to the bit")
+        for module, values in zip(modules, before):
+            module.to(next(iter(values.values())).dtype)
+            for name, p in module.named_parameters():
+                p.copy_(values[name])
+
+
+def heatmap(
+    axes: plt.Axes,
+    weights: torch.Tensor,
+    rows: list[str],
+    columns: list[str],
+    numbers: bool = False,
+) -> None:
+    """Draw weights [rows, columns] between 0 and 1 as darkness, with words beside."""
+    axes.imshow(weights.detach().float(), cmap="Blues", vmin=0, vmax=1, aspect="equal")
+    axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.grid(False)
+    if numbers:
+        for i, row in enumerate(weights.tolist()):
+            for j, weight in enumerate(row):
+                color = "white" if weight > 0.6 else "black"
+                text = f"{weight:.2f}"
+                axes.text(j, i, text, ha="center", va="center", color=color, size=8)
+
+
 def attempt(check: Callable, answer: Callable) -> None:
     """Run an exercise's check on a reader's answer and say in one line how it went."""
     try:
