@@ -17,7 +17,7 @@ ax.set(xlim=(0, 12), ylim=(0, 12.4))
 ax.axis("off")
 
 
-def box(x, y, text, chapter="", width=3.4, height=0.7, face=PART, ink="black"):
+def box(x, y, text, width=3.4, height=0.7, face=PART, ink="black"):
     ax.add_patch(
         FancyBboxPatch(
             (x, y),
@@ -29,7 +29,7 @@ def box(x, y, text, chapter="", width=3.4, height=0.7, face=PART, ink="black"):
         )
     )
     ax.text(
-        x + width / 2 - (0.25 if chapter else 0),
+        x + width / 2,
         y + height / 2,
         text,
         ha="center",
@@ -37,17 +37,6 @@ def box(x, y, text, chapter="", width=3.4, height=0.7, face=PART, ink="black"):
         fontsize=9.5,
         color=ink,
     )
-    if chapter:
-        ax.text(
-            x + width - 0.12,
-            y + height / 2,
-            chapter,
-            ha="right",
-            va="center",
-            fontsize=9,
-            color=ink,
-            fontweight="bold",
-        )
 
 
 def arrow(*points, style="-|>"):
@@ -70,16 +59,16 @@ def arrow(*points, style="-|>"):
 x = 4.3
 centre = x + 1.7
 rows = [
-    (0.2, "text", "", "white"),
-    (1.2, "tokenizer", "1", PART),
-    (2.2, "token embedding", "9", PART),
-    (3.75, "RMSNorm", "3", PART),
-    (4.75, "attention", "5, 6", PART),
-    (6.55, "RMSNorm", "3", PART),
-    (7.55, "SwiGLU", "7", PART),
-    (9.6, "RMSNorm", "3", PART),
-    (10.6, "language-model head", "9", PART),
-    (11.6, "logits", "", "white"),
+    (0.2, "text", "white"),
+    (1.2, "tokenizer", PART),
+    (2.2, "token embedding", PART),
+    (3.75, "RMSNorm", PART),
+    (4.75, "attention", PART),
+    (6.55, "RMSNorm", PART),
+    (7.55, "SwiGLU", PART),
+    (9.6, "RMSNorm", PART),
+    (10.6, "language-model head", PART),
+    (11.6, "logits", "white"),
 ]
 ax.add_patch(
     FancyBboxPatch(
@@ -95,15 +84,15 @@ ax.add_patch(
 ax.text(
     8.5,
     8.75,
-    "block, L times   9",
+    "block, L times",
     ha="right",
     va="center",
     fontsize=9.5,
     color=MODEL,
     fontweight="bold",
 )
-for y, text, chapter, face in rows:
-    box(x, y, text, chapter, face=face)
+for y, text, face in rows:
+    box(x, y, text, face=face)
 for low, high in (
     (0.9, 1.18),
     (1.9, 2.18),
@@ -132,38 +121,39 @@ for bottom, top in ((3.15, 5.95), (6.25, 8.72)):
     arrow((centre, bottom), (3.75, bottom), (3.75, top), (centre - 0.25, top))
     arrow((centre, top - (0.5 if top < 6 else 0.47)), (centre, top - 0.22))
 arrow((centre, 6.2), (centre, 6.53))
-box(8.95, 4.35, "RoPE", "4", 2.6)
-box(8.95, 5.2, "KV cache", "6", 2.6)
+box(8.95, 4.35, "RoPE", 2.6)
+box(8.95, 5.2, "KV cache", 2.6)
 arrow((8.93, 4.7), (7.75, 5.0))
 arrow((8.93, 5.55), (7.75, 5.25))
-box(8.95, 6.9, "configuration", "8", 2.6, face=SIDE)
-arrow((8.93, 7.25), (8.7, 7.25))
+box(8.95, 6.4, "configuration", 2.6, face=SIDE)
+arrow((8.93, 6.75), (8.7, 6.75))
 ax.text(
     1.6, 12.05, "training", ha="center", va="center", fontsize=11, fontweight="bold"
 )
 ax.text(10.25, 12.05, "use", ha="center", va="center", fontsize=11, fontweight="bold")
-for y, text, chapter in (
-    (1.2, "data", "2"),
-    (10.6, "loss", "10"),
-    (9.4, "optimizer", "11"),
-    (8.2, "memory, GPUs", "12, 13"),
-    (7.0, "checkpoints", "14"),
-    (5.8, "watching", "18"),
-    (4.6, "pretraining", "19"),
+for y, text in (
+    (1.2, "data"),
+    (10.6, "loss"),
+    (9.4, "optimizer"),
+    (8.2, "memory, GPUs"),
+    (7.0, "checkpoints"),
+    (5.8, "watching"),
+    (4.6, "pretraining"),
 ):
-    box(0.3, y, text, chapter, 2.6, face=SIDE)
-for y, text, chapter in (
-    (10.6, "generation", "15"),
-    (9.6, "real weights", "16"),
-    (8.6, "evaluation", "17"),
-    (3.1, "commands", "20"),
+    box(0.3, y, text, 2.6, face=SIDE)
+for y, text in (
+    (10.6, "sampling, generation"),
+    (9.6, "real weights"),
+    (8.6, "conversation"),
+    (7.6, "evaluation"),
+    (3.1, "serving"),
 ):
-    box(8.95, y, text, chapter, 2.6, face=SIDE)
+    box(8.95, y, text, 2.6, face=SIDE)
 arrow((4.28, 1.55), (2.95, 1.55))
 arrow((4.28, 10.95), (2.95, 10.95))
 arrow((7.72, 10.95), (8.93, 10.95))
 for y in (10.58, 9.38, 8.18, 6.98, 5.78):
     arrow((1.6, y), (1.6, y - 0.46))
-for y in (10.58, 9.58):
+for y in (10.58, 9.58, 8.58):
     arrow((10.25, y), (10.25, y - 0.26))
 figure.savefig(HERE / "map.svg", metadata={"Date": None})
