@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BUFFER_CHARACTERS', 'open_stream', 'open_files', 'document_rows', 'sample_file', 'open_hub', 'hub_row',
-           'shuffle_in_buffer', 'readable', 'HeldOutSide', 'TokenRun', 'find_place', 'StreamReader', 'TokenWindow',
-           'join_runs', 'stream_fingerprint', 'StreamingDataset', 'HeldOutDocument', 'tokenize_held_out',
-           'find_held_out', 'pack_held_out', 'Context', 'MachineGroup', 'SharedDataset']
+           'shuffle_in_buffer', 'readable', 'HeldOutSide', 'TokenRun', 'find_place', 'StreamReader', 'RunReader',
+           'TokenWindow', 'join_runs', 'stream_fingerprint', 'StreamPieces', 'StreamingDataset', 'HeldOutDocument',
+           'tokenize_held_out', 'find_held_out', 'pack_held_out', 'Context', 'MachineGroup', 'SharedDataset']
 
 # %% ../chapters/B06_streaming.ipynb #2bb4dbce
 import hashlib
@@ -243,6 +243,31 @@ class StreamReader:
                 raise DataError(f"no document {side} in the stream")
             epoch, skip = epoch + 1, 0
 
+# %% ../chapters/B06_streaming.ipynb #a91c27de
+class RunReader:
+    """The runs of a stream, one by one; what reading raised once it raises again.
+
+    A generator that has raised is over, and would only say that nothing comes. (One
+    that held the window would be closed by the garbage collector, at any moment and in
+    any thread.)
+    """
+
+    def __init__(self, runs: Iterator[TokenRun]):
+        self.runs = runs
+        self.failure: Exception | None = None
+
+    def __iter__(self) -> "RunReader":
+        return self
+
+    def __next__(self) -> TokenRun:
+        if self.failure is not None:
+            raise self.failure
+        try:
+            return next(self.runs)
+        except Exception as error:
+            self.failure = error
+            raise
+
 # %% ../chapters/B06_streaming.ipynb #cd8457a2
 class TokenWindow:
     """The next tokens of a stream, and the place where they begin."""
@@ -251,9 +276,7 @@ class TokenWindow:
         """Begin at a place; DataError where the stream has no such place."""
         self.start = epoch, document, offset
         self.runs: deque[TokenRun] = deque()
-        # a generator that held this object would be closed by the garbage collector,
-        # at any moment and in any thread
-        self.reader = reader.runs(epoch, document)
+        self.reader = RunReader(reader.runs(epoch, document))
         if document or offset:  # not the start of an epoch
             self.runs.append(find_place(self.reader, epoch, document, offset))
 
@@ -308,13 +331,9 @@ def stream_fingerprint(reader: StreamReader) -> dict:
     }
 
 # %% ../chapters/B06_streaming.ipynb #bf4c52a4
-class StreamingDataset:
-    """The same kind of sequences from a stream that is never held whole.
-
-    Documents are shuffled within a buffer of `buffer_size` (0: not at all), or of
-    BUFFER_CHARACTERS where these are reached first. A run resumes by reading the stream
-    again up to its position, without tokenizing.
-    """
+class StreamPieces:
+    """The tokens of a stream, in pieces for one sequence each, from a place that can be
+    saved. A run resumes by reading up to its place again, without tokenizing."""
 
     def __init__(
         self,
@@ -338,6 +357,24 @@ class StreamingDataset:
         """Return the next `count` sequences as `pack` takes them."""
         return [self.window.take(self.sequence_length) for _ in range(count)]
 
+    def state_dict(self) -> dict[str, int]:
+        """Return the epoch, document and token at which the next sequence begins."""
+        return dict(zip(("epoch", "document", "offset"), self.window.place))
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go to a place that `state_dict` gave; DataError where there is none such."""
+        place = checked_position(state, "epoch", "document", "offset")
+        self.window = TokenWindow(self.reader, **place)
+
+# %% ../chapters/B06_streaming.ipynb #c3f0d816
+class StreamingDataset(StreamPieces):
+    """The same kind of sequences as of `PackedDataset`, from a stream that is never
+    held whole.
+
+    Documents are shuffled within a buffer of `buffer_size` (0: not at all), or of
+    BUFFER_CHARACTERS where these are reached first.
+    """
+
     def take(
         self, count: int, rank: int = 0, world_size: int = 1
     ) -> list[TokenSequence]:
@@ -356,15 +393,6 @@ class StreamingDataset:
     def fingerprint(self) -> dict:
         """What identifies the stream without reading it, as JSON values."""
         return stream_fingerprint(self.reader)
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the epoch, document and token at which the next sequence begins."""
-        return dict(zip(("epoch", "document", "offset"), self.window.place))
-
-    def load_state_dict(self, state: dict) -> None:
-        """Go to a place that `state_dict` gave; DataError where there is none such."""
-        place = checked_position(state, "epoch", "document", "offset")
-        self.window = TokenWindow(self.reader, **place)
 
 # %% ../chapters/B06_streaming.ipynb #8ce6808a
 @dataclass
@@ -457,8 +485,7 @@ class MachineGroup:
         self.is_first = context.local_rank == 0
         self.group: Any = None
         if context.world_size > 1:
-            # who waits here waits for data, for as long as reading it takes; a process
-            # that is lost is noticed elsewhere
+            # reading may take long; a process that is lost is noticed elsewhere
             self.group, _ = dist.new_subgroups_by_enumeration(
                 machines, timeout=timedelta(days=30), backend="gloo"
             )
@@ -489,9 +516,7 @@ class MachineGroup:
 # %% ../chapters/B06_streaming.ipynb #75f878b4
 class SharedDataset:
     """A StreamingDataset that the first process of a machine reads for all of them.
-
-    Every process calls the same methods in the same order, in one thread.
-    """
+    Every process calls the same methods in the same order, in one thread."""
 
     def __init__(self, dataset: StreamingDataset, context: Context):
         self.dataset, self.machine = dataset, MachineGroup(context)

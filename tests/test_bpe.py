@@ -7,12 +7,21 @@ from collections import Counter
 
 import pytest
 import regex
+import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from text_helpers import CORPUS, reference_bpe, reference_ranks
 
 from qwen_analog import bpe
-from qwen_analog.bpe import BYTE_ORDER, QWEN_PATTERN, text_pieces, train_bpe
+from qwen_analog.bpe import (
+    BYTE_ORDER,
+    QWEN_PATTERN,
+    decode,
+    encode,
+    encode_piece,
+    text_pieces,
+    train_bpe,
+)
 from qwen_analog.tokenizer import TiktokenTokenizer
 
 examples = settings(max_examples=60, deadline=None)
@@ -143,3 +152,189 @@ def test_vocabulary_sizes_that_are_none(size):
         ValueError, match="vocab_size must be a whole number of at least 256"
     ):
         train_bpe(["text"], size)
+
+
+# encoding
+
+FEW = CORPUS[:2] + CORPUS[-1:]
+RANKS_400 = train_bpe(CORPUS, 400)
+
+
+def check_encoder():
+    library = tiktoken.Encoding(
+        "ours", pat_str=QWEN_PATTERN, mergeable_ranks=RANKS_400, special_tokens={}
+    )
+    for text in [text[:2000] for text in FEW] + ["cafe\u0301 O'Donnell, O'The"]:
+        normal = unicodedata.normalize("NFC", text)
+        ids = bpe.encode(text, RANKS_400)
+        assert ids == library.encode_ordinary(normal)
+        assert bpe.decode(ids, RANKS_400) == normal
+        assert bpe.decode(ids[1:], RANKS_400) == library.decode(ids[1:])
+    cut = list("naïve".encode())[2:]  # begins inside a character
+    halves = [RANKS_400[bytes([b])] for b in cut[1:]]
+    assert bpe.decode(halves, RANKS_400) == library.decode(halves)
+    assert "\ufffd" in bpe.decode(halves, RANKS_400)
+
+
+def test_the_encoder_has_the_ids_of_tiktoken():
+    check_encoder()
+    assert encode("", RANKS_400) == [] and decode([], RANKS_400) == ""
+    assert encode_piece(b"", RANKS_400) == []
+
+
+@examples
+@given(st.text(max_size=40))
+def test_any_text_comes_back(text):
+    ids = encode(text, RANKS_400)
+    assert decode(ids, RANKS_400) == unicodedata.normalize("NFC", text)
+
+
+# mutants: each a part of the trainer or the encoder with one mistake
+
+HARD = [
+    *[text[:3000] for text in CORPUS[:3]],
+    unicodedata.normalize("NFD", "L'été à Orléans, où naît la rivière. " * 9),
+    *["in 1999 and 1999"] * 40,
+]
+
+
+def check_trainer():
+    assert bpe.train_bpe(HARD, 330) == reference_ranks(HARD, 330)
+
+
+def best(self, key):
+    counts = {pair: n for pair, n in self.counts.items() if n > 0}
+    return min(counts, key=key(counts)) if counts else None
+
+
+def ties_to_the_larger_ids(self):
+    return best(self, lambda n: lambda pair: (-n[pair], -pair[0], -pair[1]))
+
+
+def ties_to_the_pair_met_first(self):
+    return best(self, lambda n: lambda pair: -n[pair])
+
+
+def the_rarest_pair(self):
+    return best(self, lambda n: lambda pair: (n[pair], pair))
+
+
+def fallen_pairs_are_lost(self):
+    while self.heap:
+        n, pair = bpe.heapq.heappop(self.heap)
+        if self.counts[pair] == -n:
+            return pair
+
+
+def old_counts_are_believed(self):
+    while self.heap:
+        _, pair = bpe.heapq.heappop(self.heap)
+        if self.counts[pair] > 0:
+            return pair
+
+
+def words_that_are_made_are_not_noted(self, w):
+    for pair in zip(self.words[w], self.words[w][1:]):
+        self.pairs.counts[pair] += self.frequency[w]
+        if max(pair) < 256:
+            self.where[pair].add(w)
+
+
+plain_words = bpe.count_words
+
+
+def each_word_counts_once(texts, pattern):
+    return [(ids, 1) for ids, _ in plain_words(texts, pattern)]
+
+
+def merges_cross_words(text, pattern=QWEN_PATTERN):
+    return [unicodedata.normalize("NFC", text)]
+
+
+def no_nfc(text, pattern=QWEN_PATTERN):
+    return regex.findall(pattern, text)
+
+
+def digits_stay_together(text, pattern=QWEN_PATTERN):
+    pattern = pattern.replace(r"|\p{N}|", r"|\p{N}+|")
+    return regex.findall(pattern, unicodedata.normalize("NFC", text))
+
+
+TRAINERS = [
+    ("PairCounts.most_frequent", ties_to_the_larger_ids),
+    ("PairCounts.most_frequent", ties_to_the_pair_met_first),
+    ("PairCounts.most_frequent", the_rarest_pair),
+    ("PairCounts.most_frequent", fallen_pairs_are_lost),
+    ("PairCounts.most_frequent", old_counts_are_believed),
+    ("MergeableWords.add_pairs", words_that_are_made_are_not_noted),
+    ("BYTE_ORDER", [bytes([b]) for b in range(256)]),
+    ("count_words", each_word_counts_once),
+    ("split_text", merges_cross_words),
+    ("split_text", no_nfc),
+    ("split_text", digits_stay_together),
+]
+
+
+def test_the_trainer_passes_its_check():
+    check_trainer()
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize(
+    "place, broken", TRAINERS, ids=lambda m: getattr(m, "__name__", "")
+)
+def test_a_mistake_of_the_trainer_is_found(place, broken, monkeypatch):
+    monkeypatch.setattr(f"qwen_analog.bpe.{place}", broken)
+    with pytest.raises((AssertionError, KeyError)):
+        check_trainer()
+
+
+def longest_first(piece, ranks):
+    ids = []
+    while piece:
+        end = next(end for end in range(len(piece), 0, -1) if piece[:end] in ranks)
+        ids.append(ranks[piece[:end]])
+        piece = piece[end:]
+    return ids
+
+
+def highest_rank_first(parts, ranks):
+    joins = [a + b for a, b in zip(parts, parts[1:])]
+    places = [i for i, join in enumerate(joins) if join in ranks]
+    return max(places, key=lambda i: ranks[joins[i]], default=None)
+
+
+def first_from_the_left(parts, ranks):
+    joins = [a + b for a, b in zip(parts, parts[1:])]
+    return next((i for i, join in enumerate(joins) if join in ranks), None)
+
+
+def decodes_token_by_token(ids, ranks):
+    token_of = {rank: token for token, rank in ranks.items()}
+    return "".join(token_of[i].decode(errors="replace") for i in ids)
+
+
+def decode_ignores_errors(ids, ranks):
+    token_of = {rank: token for token, rank in ranks.items()}
+    return b"".join(token_of[i] for i in ids).decode(errors="ignore")
+
+
+ENCODERS = [
+    ("encode_piece", longest_first),
+    ("lowest_join", highest_rank_first),
+    ("lowest_join", first_from_the_left),
+    ("split_text", no_nfc),
+    ("split_text", merges_cross_words),
+    ("decode", decodes_token_by_token),
+    ("decode", decode_ignores_errors),
+]
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize(
+    "place, broken", ENCODERS, ids=lambda m: getattr(m, "__name__", "")
+)
+def test_a_mistake_of_the_encoder_is_found(place, broken, monkeypatch):
+    monkeypatch.setattr(f"qwen_analog.bpe.{place}", broken)
+    with pytest.raises(AssertionError):
+        check_encoder()

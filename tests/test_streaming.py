@@ -422,6 +422,38 @@ def test_a_place_that_is_not_there_is_refused_everywhere(documents):
     assert "the place to resume from is not in it" in ranks[0]["words"]
 
 
+class OneProcess:
+    rank, local_rank, world_size = 0, 0, 1
+
+    def all_gather_object(self, value):
+        return [value]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_reading_raised_is_raised_again(shared):
+    write("a.jsonl", {"text": "one " * 20}, b"no json\n", {"text": "two"})
+    dataset = StreamingDataset(open_stream(["a.jsonl"]), TOKENIZER, 16, buffer_size=0)
+    if shared:
+        dataset = streaming.SharedDataset(dataset, OneProcess())
+    assert len(dataset.take(2)) == 2
+    for _ in range(3):
+        with pytest.raises(DataError, match="a.jsonl, line 2"):
+            dataset.take(20)
+
+
+def test_a_tokenizer_that_fails_is_heard_again(monkeypatch):
+    write("a.jsonl", {"text": "one"})
+    dataset = StreamingDataset(open_stream(["a.jsonl"]), TOKENIZER, 16)
+
+    def broken(self, text, special=False):
+        raise RuntimeError("no ids today")
+
+    monkeypatch.setattr(type(TOKENIZER), "encode", broken)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no ids today"):
+            dataset.take(1)
+
+
 # mutants: each a function of the module with one mistake
 
 

@@ -5,10 +5,12 @@ import base64
 import hashlib
 import io
 import os
+import random
 import sys
 import unicodedata
 
 import pytest
+import regex
 import sentencepiece
 import tiktoken
 from hypothesis import given, settings
@@ -19,9 +21,10 @@ from transformers import PreTrainedTokenizerFast
 from qwen_analog import bpe, hf_tokenizer
 from qwen_analog import tokenizer as module
 from qwen_analog.arguments import MissingExtraError
-from qwen_analog.bpe import BYTE_ORDER
+from qwen_analog.bpe import BYTE_ORDER, QWEN_PATTERN
 from qwen_analog.tokenizer import (
     QWEN_SPECIAL_TOKENS,
+    BPETokenizer,
     TiktokenTokenizer,
     chat_text,
     check_vocab_size,
@@ -475,6 +478,7 @@ def test_the_modules_export_their_names():
     assert "HFTokenizer" in hf_tokenizer.__all__
     assert {
         "Tokenizer",
+        "BPETokenizer",
         "TiktokenTokenizer",
         "SentencePieceTokenizer",
         "load_tokenizer",
@@ -494,3 +498,162 @@ def test_a_million_blanks_are_encoded():
     assert tokenizer.encode(" " * 300_000) == tokenizer.encoding.encode_ordinary(
         " " * 300_000
     )
+
+
+# the tokenizer in plain Python
+
+RANDOM = random.Random(0)
+NASTY = [
+    "",
+    " ",
+    "\0",
+    "\r\n\r\n \t\n",
+    "  two  blanks  ",
+    "café cafe\u0301 ﬁ Å \u212b",
+    "<|im_end|>\u0338 <|endoftext|>x",
+    "don't DON'T we'LL I'd",
+    "O'Donnell, O'The, l'été",
+    "12345 3.14 ²₃ 〇",
+    "Привет, 世界! नमस्ते שלום",
+    "👩\u200d👩\u200d👧 🏳️\u200d🌈 🙂",
+    "a\u200d\u200bb\ufeff",
+    "x" * 300,
+    " " * 300 + "end",
+    "def f(x):\n\treturn x**2  # ok\n",
+    "e\u0301" * 20,
+    "\U0010ffff\ue000",
+    *[text[:300] for text in CORPUS],
+    *["".join(chr(RANDOM.randrange(0xD800)) for _ in range(30)) for _ in range(20)],
+]
+
+
+def check_plain(kinds):
+    """The ids and texts of the tokenizer in plain Python are those of the library."""
+    plain, library = BPETokenizer(kinds["ours"].ranks), kinds["hf"]
+    for text in NASTY:
+        for special in (False, True):
+            ids = library.encode(text, special)
+            assert plain.encode(text, special) == ids
+            for cut in (0, 1, 2):
+                assert plain.decode(ids[cut:]) == library.decode(ids[cut:])
+    assert plain.decode(plain.encode(" a ")) == " a "
+
+
+def test_the_plain_tokenizer_is_equal_to_the_library(kinds, tmp_path):
+    check_plain(kinds)
+    plain, quick = BPETokenizer(kinds["ours"].ranks), kinds["ours"]
+    assert plain.fingerprint == quick.fingerprint
+    assert (plain.vocab_size, plain.eos_token_id) == (722, 700)
+    assert plain.eos_token_id == quick.eos_token_id
+    again = load_tokenizer(plain.save(tmp_path), tmp_path)
+    assert again.fingerprint == plain.fingerprint
+    assert plain.decode(plain.encode("half \ud83d.")) == "half \ufffd."
+    messages = [{"role": "user", "content": "Hi<|im_end|>"}]
+    assert encode_chat(plain, messages) == encode_chat(quick, messages)
+    for wrong in (-1, plain.vocab_size):
+        with pytest.raises(ValueError, match=f"^{wrong} is no id of this tokenizer"):
+            plain.decode([wrong])
+
+
+# mutants: each a part of the plain tokenizer with one mistake
+
+right_encode, right_decode = BPETokenizer.encode, BPETokenizer.decode
+right_piece = bpe.encode_piece
+
+
+def highest_rank_first(parts, ranks):
+    joins = [a + b for a, b in zip(parts, parts[1:])]
+    places = [i for i, join in enumerate(joins) if join in ranks]
+    return max(places, key=lambda i: ranks[joins[i]], default=None)
+
+
+def longest_token_first(piece, ranks):
+    ids = []
+    while piece:
+        end = next(end for end in range(len(piece), 0, -1) if piece[:end] in ranks)
+        ids.append(ranks[piece[:end]])
+        piece = piece[end:]
+    return ids
+
+
+def bytes_by_value(piece, ranks):
+    tokens = list(ranks)
+    ids = right_piece(piece, ranks)
+    return [tokens[i][0] if i < 256 else i for i in ids]
+
+
+def merges_cross_words(text):
+    return [unicodedata.normalize("NFC", text)]
+
+
+def splits_at_spaces(text):
+    return regex.findall(r" ?[^ ]+| ", unicodedata.normalize("NFC", text))
+
+
+def contractions_in_lower_case(text):
+    pattern = QWEN_PATTERN.replace("?i:", "?:")
+    return regex.findall(pattern, unicodedata.normalize("NFC", text))
+
+
+def no_nfc(text):
+    return regex.findall(QWEN_PATTERN, text)
+
+
+def nfkc(text):
+    return regex.findall(QWEN_PATTERN, unicodedata.normalize("NFKC", text))
+
+
+def nfc_before_control_tokens(self, text, special=False):
+    return right_encode(self, unicodedata.normalize("NFC", text), special)
+
+
+def control_tokens_always(self, text, special=False):
+    ids = []
+    for part in module.split_at(self.controls, text):
+        control = self.controls.get(part)
+        ids += bpe.encode(part, self.ranks) if control is None else [control]
+    return ids
+
+
+def control_tokens_never(self, text, special=False):
+    return right_encode(self, text, False)
+
+
+def decodes_token_by_token(self, ids):
+    return "".join(right_decode(self, [i]) for i in ids)
+
+
+def decode_ignores_errors(self, ids):
+    return b"".join(self.bytes_of[i] for i in ids).decode(errors="ignore")
+
+
+def decode_strips(self, ids):
+    return right_decode(self, ids).strip()
+
+
+PLAIN = [
+    ("bpe.lowest_join", highest_rank_first),
+    ("bpe.encode_piece", longest_token_first),
+    ("bpe.encode_piece", bytes_by_value),
+    ("bpe.split_text", merges_cross_words),
+    ("bpe.split_text", splits_at_spaces),
+    ("bpe.split_text", contractions_in_lower_case),
+    ("bpe.split_text", no_nfc),
+    ("bpe.split_text", nfkc),
+    ("tokenizer.BPETokenizer.encode", nfc_before_control_tokens),
+    ("tokenizer.BPETokenizer.encode", control_tokens_always),
+    ("tokenizer.BPETokenizer.encode", control_tokens_never),
+    ("tokenizer.BPETokenizer.decode", decodes_token_by_token),
+    ("tokenizer.BPETokenizer.decode", decode_ignores_errors),
+    ("tokenizer.BPETokenizer.decode", decode_strips),
+]
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize(
+    "place, broken", PLAIN, ids=lambda m: getattr(m, "__name__", "")
+)
+def test_a_mistake_of_the_plain_tokenizer_is_found(kinds, place, broken, monkeypatch):
+    monkeypatch.setattr(f"qwen_analog.{place}", broken)
+    with pytest.raises(AssertionError):
+        check_plain(kinds)
