@@ -46,7 +46,7 @@ def document_positions(document_ids: torch.Tensor) -> torch.Tensor:
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     return index - (index * starts).cummax(dim=1).values
 
-# %% ../chapters/08_gqa.ipynb #f196fcef
+# %% ../chapters/08_gqa.ipynb #e48472ef
 def grouped_query_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -69,7 +69,7 @@ def grouped_query_attention(
         q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True
     )
 
-# %% ../chapters/08_gqa.ipynb #03fe99d4
+# %% ../chapters/08_gqa.ipynb #f8ba5d9d
 class HeadProjections(nn.Module):
     """The matrices of H query heads and K key/value heads, each of `head_dim` numbers.
 
@@ -104,7 +104,7 @@ class HeadProjections(nn.Module):
         B, T, _ = y.shape
         return y.view(B, T, -1, self.head_dim).transpose(1, 2)
 
-# %% ../chapters/08_gqa.ipynb #1100219a
+# %% ../chapters/08_gqa.ipynb #6d3b7edd
 class GQAttention(HeadProjections):
     """Causal attention in which H / K query heads share a key/value head.
 
