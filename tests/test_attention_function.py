@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from chapter_code import from_chapter
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.models.qwen2.modeling_qwen2 import eager_attention_forward
 
 from qwen_analog import attention
@@ -167,3 +169,41 @@ def test_whole_sequences_alone_would_let_a_mutant_through(mutant):
     q = torch.randn(B, H, 7, h)
     right = attention.grouped_query_attention(q, q, q)
     assert torch.allclose(MUTANTS[mutant](q, q, q), right, atol=1e-5)
+
+
+class Created(TorchDispatchMode):
+    """Adds up the bytes of new tensors that PyTorch's operations return (a kernel's
+    private scratch space is not seen).
+    """
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        known = {t.untyped_storage().data_ptr() for t in inputs}
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor):
+                storage = t.untyped_storage()
+                self.nbytes += storage.nbytes() * (storage.data_ptr() not in known)
+        return out
+
+
+def repeated(q, k, v, mask=None):
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_shared_heads_are_not_copied_on_a_cpu(masked):
+    q, (k, v) = torch.randn(1, 16, 1, 128), torch.randn(2, 1, 2, 1024, 128)
+    mask = torch.ones(1, 1024, dtype=torch.bool) if masked else None
+    made = {}
+    for attend in (attention.grouped_query_attention, repeated):
+        with Created() as count:
+            out = attend(q, k, v, mask)
+        assert torch.allclose(out, repeated(q, k, v), atol=1e-5)
+        made[attend] = count.nbytes
+    assert made[repeated] > 8 * (k.nbytes + v.nbytes)
+    assert made[attention.grouped_query_attention] < k.nbytes / 8
