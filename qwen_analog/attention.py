@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['causal_mask', 'document_mask', 'document_positions', 'grouped_query_attention', 'HeadProjections', 'GQAttention']
 
-# %% ../chapters/06_attention.ipynb #ddf68f97
+# %% ../chapters/06_attention.ipynb #57173edd
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -13,7 +13,7 @@ from torch import nn
 from .kv_cache import KVCache
 from .rope import apply_rotary
 
-# %% ../chapters/06_attention.ipynb #05e37c83
+# %% ../chapters/06_attention.ipynb #e74cf804
 def causal_mask(
     query_length: int,
     key_length: int | None = None,
@@ -31,13 +31,13 @@ def causal_mask(
     ones = torch.ones(query_length, key_length, dtype=torch.bool, device=device)
     return ones.tril(diagonal=key_length - query_length)
 
-# %% ../chapters/06_attention.ipynb #2af0cf2c
+# %% ../chapters/06_attention.ipynb #d8349cbf
 def document_mask(document_ids: torch.Tensor) -> torch.Tensor:
     """`document_ids` [B, T] -> [B, 1, T, T] bool: causal, and within one document."""
     same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
     return same & causal_mask(document_ids.shape[1], device=document_ids.device)
 
-
+# %% ../chapters/06_attention.ipynb #67e7425f
 def document_positions(document_ids: torch.Tensor) -> torch.Tensor:
     """`document_ids` [B, T] -> [B, T] int64: positions from 0 in each document."""
     B, T = document_ids.shape
@@ -46,7 +46,7 @@ def document_positions(document_ids: torch.Tensor) -> torch.Tensor:
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     return index - (index * starts).cummax(dim=1).values
 
-# %% ../chapters/08_gqa.ipynb #f196fcef
+# %% ../chapters/08_gqa.ipynb #e48472ef
 def grouped_query_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -69,7 +69,7 @@ def grouped_query_attention(
         q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True
     )
 
-# %% ../chapters/08_gqa.ipynb #03fe99d4
+# %% ../chapters/08_gqa.ipynb #f8ba5d9d
 class HeadProjections(nn.Module):
     """The matrices of H query heads and K key/value heads, each of `head_dim` numbers.
 
@@ -104,7 +104,7 @@ class HeadProjections(nn.Module):
         B, T, _ = y.shape
         return y.view(B, T, -1, self.head_dim).transpose(1, 2)
 
-# %% ../chapters/08_gqa.ipynb #1100219a
+# %% ../chapters/08_gqa.ipynb #6d3b7edd
 class GQAttention(HeadProjections):
     """Causal attention in which H / K query heads share a key/value head.
 

@@ -4,9 +4,12 @@ values either way.
 
 import pytest
 import torch
+from book import scramble_
 from hypothesis import given, settings, strategies as st
 
-from qwen_analog import KVCache, QwenConfig, QwenForCausalLM
+from qwen_analog import KVCache, QwenConfig, QwenForCausalLM, attention
+from qwen_analog.attention import GQAttention
+from qwen_analog.rope import RotaryEmbedding, apply_rotary
 
 
 def fill(cache, pieces, layers=2):
@@ -135,3 +138,136 @@ def test_a_model_writes_the_same_with_either():
     with torch.no_grad():
         for piece in ids.split([1, 15, 1, 20, 13], dim=1):
             assert torch.equal(model(piece, cache=growing), model(piece, cache=fixed))
+
+
+# A layer with a cache, in pieces, beside one pass, and wrong uses of a cache.
+
+WAYS = ([8], [1] * 8, [3, 5], [5, 1, 2], [1, 7])
+
+
+@pytest.fixture(scope="module")
+def one_pass():
+    layer = scramble_(GQAttention(32, 4, 4)).double()
+    dice = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 8, 32, generator=dice, dtype=torch.float64)
+    cos, sin = RotaryEmbedding(8, 1e4)(torch.arange(8)[None], x.dtype)
+    with torch.no_grad():
+        return layer, x, layer(x, cos, sin)
+
+
+def first_difference(one_pass, start=lambda length: length):
+    """Return the first way of cutting whose outputs differ from one pass."""
+    layer, x, whole = one_pass
+    rope = RotaryEmbedding(8, 1e4)
+    for way in WAYS:
+        cache, out = KVCache(1, 2, 4, 8, max_length=8, dtype=x.dtype), []
+        for piece in x.split(way, dim=1):
+            begin = start(out_length(out))
+            positions = torch.arange(begin, begin + piece.shape[1])[None]
+            cos, sin = rope(positions, x.dtype)
+            with torch.no_grad():
+                out.append(layer(piece, cos, sin, cache=cache))
+        gap = (torch.cat(out, dim=1) - whole).abs().max().item()
+        if not gap < 1e-9:
+            return f"cut into {way}: outputs differ by {gap:.1e}"
+    return None
+
+
+def out_length(out):
+    return sum(piece.shape[1] for piece in out)
+
+
+def test_any_pieces_give_the_outputs_of_one_pass(one_pass):
+    assert first_difference(one_pass) is None
+
+
+real_update = KVCache.update
+
+
+def overwrite_first(cache, layer_idx, k, v):
+    cache.crop(0)
+    return real_update(cache, layer_idx, k, v)
+
+
+def one_short(cache, layer_idx, k, v):
+    cache.crop(max(0, cache.length - 1))
+    return real_update(cache, layer_idx, k, v)
+
+
+def values_late(cache, layer_idx, k, v):
+    k, v = real_update(cache, layer_idx, k, v)
+    return k, v.roll(1, dims=2)
+
+
+def only_last_piece(cache, layer_idx, k, v):
+    real_update(cache, layer_idx, k, v)
+    return k, v
+
+
+def kept_before_rotation(cache, layer_idx, k, v):
+    positions = torch.arange(cache.length, cache.length + k.shape[2])[None]
+    cos, sin = RotaryEmbedding(8, 1e4)(positions, k.dtype)
+    raw, v = real_update(cache, layer_idx, apply_rotary(k, cos, -sin), v)
+    return torch.cat((raw[:, :, : -k.shape[2]], k), dim=2), v
+
+
+def top_left(T, S, device=None):
+    return torch.ones(T, S, dtype=torch.bool).tril()
+
+
+def no_mask(T, S, device=None):
+    return torch.ones(T, S, dtype=torch.bool)
+
+
+MUTANTS = {
+    "mask aligned top-left": (attention, "causal_mask", top_left),
+    "no mask": (attention, "causal_mask", no_mask),
+    "keys kept before rotation": (KVCache, "update", kept_before_rotation),
+    "writes at the start again": (KVCache, "update", overwrite_first),
+    "overwrites the last token": (KVCache, "update", one_short),
+    "values shifted against keys": (KVCache, "update", values_late),
+    "returns only the new tokens": (KVCache, "update", only_last_piece),
+}
+POSITIONS = {
+    "positions restart at each piece": lambda length: 0,
+    "positions one too far": lambda length: length + (length > 0),
+}
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize("mutant", [*MUTANTS, *POSITIONS])
+def test_a_mutant_is_noticed(mutant, one_pass, monkeypatch):
+    if mutant in POSITIONS:
+        assert first_difference(one_pass, POSITIONS[mutant]) is not None
+        return
+    monkeypatch.setattr(*MUTANTS[mutant])
+    assert first_difference(one_pass) is not None
+
+
+def test_every_way_to_cut_eight_tokens_with_documents():
+    """All cuts of a packed row through grouped heads, each piece with its rows of the
+    mask.
+    """
+    layer = scramble_(GQAttention(48, 4, 2)).double()
+    ids = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2], [0] * 8])
+    mask = attention.document_mask(ids)
+    positions = attention.document_positions(ids)
+    cos, sin = RotaryEmbedding(12, 1e4)(positions, torch.float64)
+    dice = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 8, 48, generator=dice, dtype=torch.float64)
+
+    def cuts(n):
+        later = [[k, *rest] for k in range(1, n) for rest in cuts(n - k)]
+        return [[n], *later]
+
+    with torch.no_grad():
+        whole = layer(x, cos, sin, mask)
+        assert len(cuts(8)) == 2**7
+        for way in cuts(8):
+            cache, out = KVCache(1, 2, 2, 12, max_length=8, dtype=x.dtype), []
+            for n in way:
+                new = slice(cache.length, cache.length + n)
+                seen = mask[..., new, : new.stop]
+                tables = cos[:, new], sin[:, new]
+                out.append(layer(x[:, new], *tables, seen, cache))
+            assert torch.allclose(torch.cat(out, dim=1), whole, atol=1e-12)
