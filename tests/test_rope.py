@@ -215,7 +215,24 @@ def interleaved(x):
     return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
 
 
+def slower_by_half(self, device=None, real=RotaryEmbedding.inverse_frequencies):
+    return real(self, device).sqrt()
+
+
+def doubled_in_place(cos, sin):
+    """Each angle twice in a row, as interleaved pairs want it."""
+    half = cos.shape[-1] // 2
+    return tuple(t[..., :half].repeat_interleave(2, dim=-1) for t in (cos, sin))
+
+
 ROTATIONS = {
+    "theta ** (-i / h)": (RotaryEmbedding, "inverse_frequencies", slower_by_half),
+    "tables for interleaved pairs": tables(change=doubled_in_place),
+    "a sign on the wrong half": (
+        rope,
+        "rotate_half",
+        lambda x, real=rope.rotate_half: -real(x),
+    ),
     "interleaved pairs": (rope, "rotate_half", interleaved),
     "theta 10,000": tables(theta=1e4),
     "positions from 1": tables(shift=1),
