@@ -3,13 +3,25 @@ keep and refuse.
 """
 
 import copy
+import inspect
 import json
 import pickle
+import random
+from collections import Counter
 
 import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qwen_analog import config as module
-from qwen_analog.config import PRESETS, GenerationDefaults, QwenConfig
+from qwen_analog.config import (
+    PRESETS,
+    GenerationDefaults,
+    ModelShape,
+    QwenConfig,
+    parameter_counts,
+)
+from qwen_analog.model import QwenForCausalLM
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 WRONG = [
@@ -101,6 +113,14 @@ def lazy_head_dim(config):
     return config.head_dim or config.hidden_size // config.num_attention_heads
 
 
+def hopeful(config, real=module._check_fields):
+    """Refuse a theta that is too small, instead of asking for one that is right."""
+    theta = config.rope_theta
+    if isinstance(theta, float) and theta <= 1:
+        raise ValueError(f"rope_theta must be above 1, not {theta}")
+    real(ModelShape(**{**vars(config), "rope_theta": 1e6, "head_dim": 2}))
+
+
 MUTANTS = {
     "counts may be booleans": whole(lambda v, least, most: v is True),
     "counts may be zero": whole(lambda v, least, most: v == 0 and least == 1),
@@ -126,6 +146,7 @@ MUTANTS = {
     "heads are not checked": ("_checked_head_dim", lazy_head_dim),
     "stretching is not checked": ("_check_rope_scaling", lambda given: None),
     "names are not checked": ("_check_names", lambda values, known: None),
+    "theta is asked for what is wrong": ("_check_fields", hopeful),
 }
 
 
@@ -178,3 +199,103 @@ def test_settings_are_attributes_and_read_like_a_dict():
 def test_end_ids_in_every_form(ends):
     defaults = GenerationDefaults.from_dict({"eos_token_id": ends}, 10, "g.json")
     assert defaults.eos_token_id == (5,) and defaults == {"eos_token_id": [5]}
+
+
+PARTS = {
+    "embed_tokens": "embedding",
+    "self_attn": "attention",
+    "mlp": "mlp",
+    "norm": "norms",
+    "lm_head": "lm_head",
+}
+
+
+def count_modules(make, config):
+    """Weights by part of the model `make(config)`; a shared matrix counts once."""
+    with torch.device("meta"):
+        model = make(config)
+    counts = Counter(dict.fromkeys(PARTS.values(), 0))
+    for name, p in model.named_parameters():
+        counts[next(PARTS[word] for word in PARTS if word in name)] += p.numel()
+    return dict(counts)
+
+
+def odd_shapes():
+    """Shapes that nobody would train: no biases, a head_dim of its own, random ones."""
+    draw = random.Random(0)
+    yield "no biases", QwenConfig.from_preset("tiny", attention_bias=False)
+    yield "own head_dim", QwenConfig.from_preset("tiny", head_dim=20)
+    for i in range(40):
+        kv_heads = draw.randint(1, 4)
+        yield (
+            f"random {i}",
+            QwenConfig(
+                vocab_size=draw.randint(1, 500),
+                hidden_size=draw.randint(1, 90),
+                num_hidden_layers=draw.randint(1, 5),
+                num_attention_heads=kv_heads * draw.randint(1, 4),
+                num_key_value_heads=kv_heads,
+                head_dim=2 * draw.randint(1, 20),
+                intermediate_size=draw.randint(1, 99),
+                tie_word_embeddings=draw.random() < 0.5,
+                attention_bias=draw.random() < 0.5,
+            ),
+        )
+
+
+@pytest.fixture(scope="module")
+def counted():
+    """(shape, weights by part of the real modules) of presets and odd shapes."""
+    presets = [(name, QwenConfig.from_preset(name)) for name in PRESETS]
+    shapes = dict(presets + list(odd_shapes()))
+    return {n: (c, count_modules(QwenForCausalLM, c)) for n, c in shapes.items()}
+
+
+def first_difference(ledger, counted):
+    for name, (config, real) in counted.items():
+        for part, count in ledger(config).items():
+            if count != real[part]:
+                return f"{name}, {part}: {count:,}, not {real[part]:,}"
+    return None
+
+
+def hugging_face(config):
+    values = config.to_dict()
+    del values["attention_bias"]  # always true there
+    return Qwen2ForCausalLM(Qwen2Config(**values))
+
+
+def test_the_ledger_counts_what_the_modules_hold(counted):
+    assert first_difference(parameter_counts, counted) is None
+    assert len(counted) == len(PRESETS) + 42
+    for name in PRESETS:
+        config, real = counted[name]
+        assert count_modules(hugging_face, config) == real, name
+
+
+WRONG_COUNTS = {
+    "forgets the bias of q": ("q + 2 * kv if", "2 * kv if"),
+    "forgets the bias of v": ("q + 2 * kv if", "q + kv if"),
+    "a bias on o too": ("+ q * D)", "+ q * D + D)"),
+    "K = H": ("config.num_key_value_heads *", "config.num_attention_heads *"),
+    "keys and values share a matrix": ("2 * D * kv", "D * kv"),
+    "an MLP of two matrices": ("L * 3 * D * F", "L * 2 * D * F"),
+    "forgets the final norm": ("(2 * L + 1) * D", "2 * L * D"),
+    "one norm a layer": ("(2 * L + 1)", "(L + 1)"),
+    "counts a tied head": ("0 if config.tie_word_embeddings else V * D", "V * D"),
+    "forgets an untied head": ("0 if config.tie_word_embeddings else V * D", "0"),
+    "biases always": (" if config.attention_bias else 0", ""),
+    "o is D x D": ("+ q * D)", "+ D * D)"),
+    "h = D / H": ("config.num_attention_heads * config.head_dim", "D"),
+}
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize("mutant", WRONG_COUNTS)
+def test_a_wrong_ledger_is_noticed(mutant, counted):
+    old, new = WRONG_COUNTS[mutant]
+    source = inspect.getsource(parameter_counts)
+    assert source.count(old) == 1
+    space = dict(vars(module))
+    exec(source.replace(old, new), space)
+    assert first_difference(space["parameter_counts"], counted) is not None

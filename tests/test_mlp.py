@@ -61,6 +61,8 @@ MUTANTS = {
     "sum": lambda m, x: m.down_proj(F.silu(m.gate_proj(x)) + m.up_proj(x)),
     "late": lambda m, x: m.down_proj(F.silu(m.gate_proj(x) * m.up_proj(x))),
     "residual": lambda m, x: x + m.down_proj(F.silu(m.gate_proj(x)) * m.up_proj(x)),
+    "both": lambda m, x: m.down_proj(F.silu(m.gate_proj(x)) * F.silu(m.up_proj(x))),
+    "twice": lambda m, x: m.down_proj(F.silu(F.silu(m.gate_proj(x))) * m.up_proj(x)),
     "bias": lambda m, x: m.down_proj(F.silu(m.gate_proj(x)) * (m.up_proj(x) + 0.5)),
 }
 

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import qwen_analog
 from qwen_analog import QwenConfig, QwenForCausalLM
+from qwen_analog.attention import document_positions
 
 TINY = QwenConfig.from_preset("tiny")
 
@@ -272,3 +273,57 @@ def test_layers_are_made_of_parts_and_read_no_config():
         for name in QwenForCausalLM(TINY).state_dict()
         if name.startswith("model.layers.1.")
     ]
+
+
+def run_in_pieces(model, ids, positions=None):
+    """Logits of `ids` [B, 12] from a cache filled in two pieces of 6."""
+    cache = model.new_cache(len(ids), 12)
+    first = model(ids[:, :6], cache=cache)
+    return torch.cat(
+        (first, model(ids[:, 6:], position_ids=positions, cache=cache)), dim=1
+    )
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize("shift", [0, 1, -6])
+def test_new_positions_beside_a_cache_are_noticed(shift):
+    model = scramble_(QwenForCausalLM(TINY)).double().eval()
+    ids = torch.randint(512, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = model(ids)
+        got = run_in_pieces(model, ids, torch.arange(6, 12)[None] + shift)
+    gap = (got - whole).abs().max() / whole.abs().max()
+    assert gap > 0.01 if shift else gap < 1e-9
+
+
+@pytest.mark.mutant
+def test_packed_documents_that_leak_are_noticed():
+    model = scramble_(QwenForCausalLM(TINY)).double().eval()
+    ids = torch.randint(512, (1, 12), generator=torch.Generator().manual_seed(0))
+    documents = torch.tensor([[0] * 5 + [1] * 7])
+    with torch.no_grad():
+        alone = torch.cat((model(ids[:, :5]), model(ids[:, 5:])), dim=1)
+        assert torch.allclose(model(ids, document_ids=documents), alone)
+        got = model(ids, position_ids=document_positions(documents))  # and no mask
+    apart = (got - alone).abs().amax(-1)[0]
+    assert apart[:5].max() < 1e-9 and apart[5:].max() > 0.01
+
+
+def test_the_first_block_runs_twice_with_recomputation():
+    model = QwenForCausalLM(TINY).train()
+    ids = torch.randint(512, (2, 9), generator=torch.Generator().manual_seed(0))
+    calls = []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda m, a: calls.append(1))
+    for switch, expected in (("disable", 1), ("enable", 3)):
+        getattr(model, f"gradient_checkpointing_{switch}")()
+        model(ids[:, :-1], targets=ids[:, 1:]).backward()
+        assert len(calls) == expected
+
+
+@pytest.mark.mutant
+def test_without_its_guard_the_file_cannot_be_imported_inside_its_folder():
+    source = (Path(qwen_analog.__file__).parent / "model.py").read_text()
+    assert "if not __package__" in source
+    broken = source.replace("if not __package__", "if False")
+    with pytest.raises(ImportError):
+        exec(broken, {"__name__": "model", "__package__": ""})

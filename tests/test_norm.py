@@ -91,7 +91,19 @@ def detached_statistics(self, x):
     return self.weight * (x.float() * torch.rsqrt(square + self.eps)).to(x.dtype)
 
 
+def mean_of_sizes(self, x):
+    size = x.float().abs().mean(-1, keepdim=True) + self.eps
+    return self.weight * (x.float() / size).to(x.dtype)
+
+
+def one_size_for_all_tokens(self, x):
+    size = torch.rsqrt(x.float().pow(2).mean() + self.eps)
+    return self.weight * (x.float() * size).to(x.dtype)
+
+
 MUTANTS = [
+    mean_of_sizes,
+    one_size_for_all_tokens,
     no_weight,
     one_plus_weight,
     layer_norm,

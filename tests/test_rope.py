@@ -5,7 +5,10 @@ import math
 import pytest
 import torch
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+from transformers.models.qwen2.modeling_qwen2 import (
+    Qwen2RotaryEmbedding,
+    apply_rotary_pos_emb,
+)
 
 from qwen_analog import rope
 from qwen_analog.rope import RotaryEmbedding, YarnRotaryEmbedding, apply_rotary
@@ -154,3 +157,96 @@ def test_an_odd_head_is_refused_and_bfloat16_spoils_nothing():
     cast = RotaryEmbedding(64).to(torch.bfloat16)
     assert torch.equal(cast(p)[0], RotaryEmbedding(64)(p)[0])
     assert not list(cast.state_dict())
+
+
+def rotation_agrees():
+    """Whether queries, keys and their gradients are Hugging Face's, bit for bit."""
+    theirs = reference(64, 32768, {"rope_type": "default", "rope_theta": 1e6})
+    p = torch.cat((torch.arange(6), torch.arange(20000, 20006)))[None]
+    for dtype in (torch.float32, torch.bfloat16):
+        g = torch.Generator().manual_seed(4)
+        q = torch.randn(1, 4, 12, 64, generator=g).to(dtype).requires_grad_()
+        k = torch.randn(1, 2, 12, 64, generator=g).to(dtype).requires_grad_()
+        tables = RotaryEmbedding(64, 1e6)(p, dtype)
+        results = []
+        for y in (
+            apply_rotary_pos_emb(q, k, *theirs(q, p)),
+            [rope.apply_rotary(x, *tables) for x in (q, k)],
+        ):
+            loss = sum(x.float().pow(2).sum() + x.float().sum() for x in y)
+            results.append([*y, *torch.autograd.grad(loss, (q, k))])
+        if not all(map(torch.equal, *results)):
+            return False
+    return True
+
+
+def test_rotated_queries_and_keys_are_the_reference():
+    assert rotation_agrees()
+
+
+def tables(theta=None, shift=0, positions=None, change=None):
+    """`RotaryEmbedding.forward` with one mistake."""
+    real = RotaryEmbedding.forward
+
+    def forward(self, position_ids, dtype=torch.float32):
+        if theta:
+            self.theta = theta
+        ids = position_ids + shift
+        ids = positions(ids) if positions else ids
+        cos, sin = real(self, ids, dtype)
+        return change(cos, sin) if change else (cos, sin)
+
+    return RotaryEmbedding, "forward", forward
+
+
+def keys_not_rotated(x, cos, sin, real=apply_rotary):
+    return x if x.shape[1] == 2 else real(x, cos, sin)
+
+
+def rotated_in_float32(x, cos, sin, real=apply_rotary):
+    return real(x.float(), cos.float(), sin.float()).to(x.dtype)
+
+
+def coarse(self, device=None, real=RotaryEmbedding.inverse_frequencies):
+    return real(self, device).bfloat16().float()
+
+
+def interleaved(x):
+    return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+
+
+def slower_by_half(self, device=None, real=RotaryEmbedding.inverse_frequencies):
+    return real(self, device).sqrt()
+
+
+def doubled_in_place(cos, sin):
+    """Each angle twice in a row, as interleaved pairs want it."""
+    half = cos.shape[-1] // 2
+    return tuple(t[..., :half].repeat_interleave(2, dim=-1) for t in (cos, sin))
+
+
+ROTATIONS = {
+    "theta ** (-i / h)": (RotaryEmbedding, "inverse_frequencies", slower_by_half),
+    "tables for interleaved pairs": tables(change=doubled_in_place),
+    "a sign on the wrong half": (
+        rope,
+        "rotate_half",
+        lambda x, real=rope.rotate_half: -real(x),
+    ),
+    "interleaved pairs": (rope, "rotate_half", interleaved),
+    "theta 10,000": tables(theta=1e4),
+    "positions from 1": tables(shift=1),
+    "bfloat16 frequencies": (RotaryEmbedding, "inverse_frequencies", coarse),
+    "bfloat16 positions": tables(positions=lambda p: p.bfloat16()),
+    "turned the other way": tables(change=lambda c, s: (c, -s)),
+    "keys not rotated": (rope, "apply_rotary", keys_not_rotated),
+    "sine and cosine swapped": tables(change=lambda c, s: (s, c)),
+    "rotated in float32": (rope, "apply_rotary", rotated_in_float32),
+}
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize("mutant", ROTATIONS)
+def test_a_wrong_rotation_is_noticed(mutant, monkeypatch):
+    monkeypatch.setattr(*ROTATIONS[mutant])
+    assert not rotation_agrees()
