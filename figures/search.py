@@ -1,4 +1,4 @@
-"""Draw three steps of a beam search with two beams: writes search.svg beside this
+"""Draw a beam search with two beams on a tree of words: writes search.svg beside this
 file.
 """
 
@@ -9,119 +9,68 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "chapters")]
-from book import scramble_  # noqa: E402
-
-from qwen_analog import QwenConfig, QwenForCausalLM  # noqa: E402
-
+plt.style.use(HERE / "book.mplstyle")
 blue, red, grey, green = "#0b63a5", "#d1495b", "#9aa3aa", "#2a9d60"
-model = scramble_(
-    QwenForCausalLM(
-        QwenConfig(
-            vocab_size=5,
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            intermediate_size=24,
-            max_position_embeddings=32,
-            rope_theta=1e4,
-            tie_word_embeddings=False,
-        )
-    ),
-    66,
-)
-with torch.no_grad():
-    model.lm_head.weight *= 0.7
+tree = {
+    "I": {"am": 0.5, "like": 0.3, "saw": 0.2},
+    "I am": {"late": 0.4, "here": 0.3, "tired": 0.3},
+    "I like": {"tea": 0.6, "rain": 0.4},
+    "I saw": {"you": 0.9, "her": 0.1},
+    "I am late": {"again": 0.5, "today": 0.5},
+    "I like tea": {"hot": 0.7, "cold": 0.3},
+    "I saw you": {"leave": 0.9, "there": 0.1},
+}
+heights = {
+    "I": 0,
+    "I am": 2.4,
+    "I like": 0,
+    "I saw": -2.4,
+    "I am late": 2.7,
+    "I am here": 1.9,
+    "I am tired": 1.3,
+    "I like tea": 0.2,
+    "I like rain": -0.6,
+    "I saw you": -2.1,
+    "I saw her": -2.9,
+    "I am late again": 3.0,
+    "I am late today": 2.3,
+    "I like tea hot": 0.5,
+    "I like tea cold": -0.2,
+    "I saw you leave": -1.8,
+    "I saw you there": -2.5,
+}
+greedy = {"I am", "I am late", "I am late again"}
+kept = {"I am", "I like", "I am late", "I like tea", "I like tea hot"}
+kept |= {"I am late again"}
+best = {"I saw", "I saw you", "I saw you leave"}
 
-
-@torch.no_grad()
-def after(tokens):
-    return model(torch.tensor([[0, *tokens]]))[0, -1].softmax(-1).tolist()
-
-
-best, greedy = (1, 2, 0), (0, 0, 0)
-kept, places = [((), 1.0)], {(): (0, 2.0)}
-figure, ax = plt.subplots(figsize=(9.5, 4.6))
-ax.plot(0, 2.0, "o", color="black")
-ax.text(-0.06, 2.0, "prompt", ha="right", va="center", fontsize=9)
-for step in range(1, 4):
-    grown = [
-        ((*tokens, v), p * q) for tokens, p in kept for v, q in enumerate(after(tokens))
-    ]
-    if step > 1:  # the best continuation's path, which the beams left at the first step
-        tokens = best[:step]
-        p = 1.0
-        for i in range(step):
-            p *= after(best[:i])[best[i]]
-        grown.append((tokens, p))
-    order = sorted(grown, key=lambda item: (places[item[0][:-1]][1], item[0]))
-    gap = 4 / (len(order) - 1)
-    kept = sorted(
-        (item for item in grown if step == 1 or item[0] != best[:step]),
-        key=lambda item: -item[1],
-    )[:2]
-    for i, (tokens, p) in enumerate(order):
-        x, y = step, i * gap
-        places[tokens] = x, y
-        x0, y0 = places[tokens[:-1]]
-        on, optimum = (tokens, p) in kept, tokens == best[:step]
-        color = blue if on else green if optimum else grey
-        ax.plot(
-            [x0 + 0.4 * (x0 > 0), x],
-            [y0, y],
-            color=color,
-            linewidth=2 if on or optimum else 0.8,
-            linestyle="--" if optimum else "-",
-            zorder=1,
-        )
-        if tokens == greedy[:step]:
-            ax.plot(
-                x,
-                y,
-                "o",
-                markersize=13,
-                markerfacecolor="none",
-                markeredgecolor=red,
-                markeredgewidth=1.5,
-            )
-        ax.plot(x, y, "o", color=color, zorder=2)
-        ax.text(
-            x + 0.07,
-            y,
-            f"{''.join('ABCDE'[v] for v in tokens)}  {p:.3f}",
-            va="center",
-            fontsize=9,
-            color=color if on or optimum else "#555c61",
-            fontweight="bold" if on or optimum else "normal",
-        )
-ax.plot([], [], "-o", color=blue, label="kept by two beams")
-ax.plot(
-    [],
-    [],
-    "o",
-    markersize=11,
-    markerfacecolor="none",
-    markeredgecolor=red,
-    label="greedy",
-)
-ax.plot([], [], "--o", color=green, label="the most probable")
-ax.legend(loc="lower center", bbox_to_anchor=(0.5, -0.17), ncols=3)
-ax.set(
-    xlim=(-0.35, 3.6),
-    ylim=(4.3, -0.3),
-    xticks=[1, 2, 3],
-    xticklabels=["first token", "second", "third"],
-    yticks=[],
-)
-ax.xaxis.tick_top()
-ax.tick_params(length=0)
-ax.grid(False)
-for side in ax.spines.values():
-    side.set_visible(False)
+figure, ax = plt.subplots(figsize=(9.5, 4.4))
+products = {"I": 1.0}
+ax.text(0, 0, "I", ha="center", va="center", fontweight="bold")
+for start, nexts in tree.items():
+    for word, share in nexts.items():
+        text = f"{start} {word}"
+        products[text] = products[start] * share
+        step = text.count(" ")
+        x0, y0, x, y = step - 1, heights[start], step, heights[text]
+        color = blue if text in kept else green if text in best else grey
+        ends = [x0 + (0.5 if step > 1 else 0.06), x - 0.04]
+        style = "--" if text in best else "-"
+        ax.plot(ends, [y0, y], style, color=color, linewidth=2 if color != grey else 1)
+        label = f"{word} {products[text]:.3g}"
+        weight = "normal" if color == grey else "bold"
+        ax.text(x, y, label, va="center", color=color, fontsize=10, fontweight=weight)
+        if text in greedy:
+            ax.plot(x - 0.04, y, "o", color=red, markersize=5)
+notes = [(3.0, "greedy decoding", red), (0.5, "two beams", blue)]
+for y, note, color in [*notes, (-1.8, "the most probable", green)]:
+    ax.text(3.62, y, note, va="center", color=color, fontsize=10)
+for x, title in ((1, "first word"), (2, "second"), (3, "third")):
+    ax.text(x, 3.7, title, fontsize=10)
+ax.set(xlim=(-0.1, 4.4), ylim=(-3.3, 4))
+ax.axis("off")
 figure.savefig(HERE / "search.svg", metadata={"Date": None})
 if len(sys.argv) > 1:
     figure.savefig(sys.argv[1])

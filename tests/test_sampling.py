@@ -17,6 +17,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from qwen_analog import sampling
 from qwen_analog.sampling import (
     LogitsError,
     SamplingParams,
@@ -417,3 +418,45 @@ def test_a_generator_without_a_seed_is_new():
     assert not torch.equal(*states)
     seeded = [new_generator("cpu", 2**64 - 1).get_state() for _ in range(2)]
     assert torch.equal(*seeded)
+
+
+def draws_have_the_distribution():
+    """Draws against what Hugging Face's filters leave."""
+    logits = torch.tensor([[40, 20, 12, 10, 8, 5, 3, 1.5, 0.5]]).log()
+    rows = logits.expand(100_000, -1)
+    for wish in (dict(), dict(temperature=0.9, top_p=0.9)):
+        target = warpers(**wish)(None, logits).softmax(-1)[0]
+        ids = sample(rows, SamplingParams(**wish), generators=new_generator("cpu", 1))
+        statistic, df = chi_squared(ids, target)
+        assert statistic < df + 5 * math.sqrt(2 * df), f"{statistic:.0f}, df {df}"
+
+
+def test_draws_have_the_distribution():
+    draws_have_the_distribution()
+
+
+def draws_of_one_byte(p, greedy, generators):
+    """Noise that lets a dart of 256 levels choose."""
+    u = torch.randint(256, (len(p), 1), generator=generators) / 256
+    ids = (p.cumsum(-1) <= u).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
+    return torch.ones_like(p).scatter(-1, ids, 1e-9)
+
+
+def crossing_token_dropped(logits, top_p):
+    p = logits.softmax(-1)
+    ordered, order = p.sort(descending=True)
+    dropped = (ordered.cumsum(-1) > torch.tensor(top_p)[:, None]).scatter(
+        -1, order, ordered.cumsum(-1) > torch.tensor(top_p)[:, None]
+    )
+    return logits.masked_fill(dropped, -math.inf)
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize(
+    "part, broken",
+    [("_exponential", draws_of_one_byte), ("_keep_top_p", crossing_token_dropped)],
+)
+def test_broken_dice_are_noticed(part, broken, monkeypatch):
+    monkeypatch.setattr(sampling, part, broken)
+    with pytest.raises(AssertionError):
+        draws_have_the_distribution()

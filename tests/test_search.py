@@ -1,7 +1,6 @@
 """Beams against Hugging Face's, speculation against the model's own distribution."""
 
 import math
-from collections import OrderedDict
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from qwen_analog import QwenConfig, QwenForCausalLM
 from qwen_analog import search as module
 from chapter_code import from_chapter
-from qwen_analog.sampling import filter_logits, sample
+from qwen_analog.sampling import filter_logits
 from qwen_analog.search import beam_search, speculate
 
 SHAPE = dict(
@@ -50,11 +49,9 @@ def theirs(model):
     return reference
 
 
-PrefixCache = from_chapter(
-    "*_search.ipynb",
-    "class PrefixCache",
-    {**vars(module), "sample": sample, "OrderedDict": OrderedDict},
-)["PrefixCache"]
+HELD = from_chapter("*_search.ipynb", "class HeldPrefixes", vars(module))
+HeldPrefixes = HELD["HeldPrefixes"]
+PrefixCache = from_chapter("*_search.ipynb", "class PrefixCache", HELD)["PrefixCache"]
 PROMPT = torch.tensor([[3, 1, 4, 1, 5, 7, 2]])
 
 
@@ -199,21 +196,52 @@ def test_speculation_keeps_the_distribution(options):
     )  # the draft's own would be noticed
 
 
-def test_speculation_without_the_correction_is_noticed(monkeypatch):
-    """The mutant that takes the model's own draw where a proposal was refused."""
+def replaced_from(rest_of):
+    """`_judge` with another distribution for the replacement."""
     judge = module._judge
 
-    def uncorrected(p, q, guesses, ends, generator):
-        new, accepted = judge(p, q, guesses, ends, generator)
-        if accepted < len(new) <= len(guesses):
-            new[accepted] = module._draw(p[accepted], generator)
-        return new, accepted
+    def mutant(p, q, guesses, ends, generator):
+        new, right = judge(p, q, guesses, ends, generator)
+        if right < len(guesses) and right < len(new):
+            rest = rest_of(p[right], q[right]).clamp(min=0)
+            rest = rest if rest.any() else p[right]
+            new[right] = module._draw(rest, generator)
+        return new, right
 
-    monkeypatch.setattr(module, "_judge", uncorrected)
-    model, draft = (
-        tiny(0, flat=0.6, vocab_size=8),
-        tiny(5, layers=1, flat=0.6, vocab_size=8),
-    )
+    return mutant
+
+
+def accepted_where(rule):
+    """`_judge` with another rule of acceptance, rule(u, p, q, guess)."""
+
+    def mutant(p, q, guesses, ends, generator):
+        for i, guess in enumerate(guesses):
+            u = torch.rand((), generator=generator)
+            if not rule(u, p[i], q[i], guess):
+                rest = (p[i] - q[i]).clamp(min=0)
+                rest = rest if rest.any() else p[i]
+                return [*guesses[:i], module._draw(rest, generator)], i
+        return [*guesses, module._draw(p[-1], generator)], len(guesses)
+
+    return mutant
+
+
+JUDGES = {
+    "replaced from p": replaced_from(lambda p, q: p),
+    "replaced from q - p": replaced_from(lambda p, q: q - p),
+    "accepted with p(x)": accepted_where(lambda u, p, q, x: u < p[x]),
+    "every guess believed": accepted_where(lambda u, p, q, x: True),
+    "believed if the likeliest": accepted_where(lambda u, p, q, x: x == p.argmax()),
+    "refused wherever q > p": accepted_where(lambda u, p, q, x: q[x] <= p[x]),
+}
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize("name", JUDGES)
+def test_a_broken_judge_is_noticed(name, monkeypatch):
+    monkeypatch.setattr(module, "_judge", JUDGES[name])
+    model = tiny(0, flat=0.6, vocab_size=8)
+    draft = tiny(5, layers=1, flat=0.6, vocab_size=8)
     counts = pair_counts(
         lambda seed: (
             speculate(model, draft, PROMPT, 2, draft_tokens=3, seed=seed).tokens
@@ -665,6 +693,14 @@ def ended_go_on(go_on):
     return lambda rules, grown: grown[: rules.num_beams]
 
 
+def length_not_counted(score):
+    return lambda rules, logprob, n: logprob
+
+
+def not_normalised(grow):
+    return lambda logprobs, running, count: grow(logprobs * 1.5, running, count)
+
+
 BEAM_MUTANTS = {
     "keys stay in their rows": (module, "_follow", keys_stay),
     "no spare candidates": (module, "_grow", no_spare),
@@ -673,6 +709,8 @@ BEAM_MUTANTS = {
     "spare candidates may finish": (module._Rules, "finish", spare_may_finish),
     "stops with the first num_beams ends": (module._Rules, "over", stops_when_full),
     "ended beams go on": (module._Rules, "go_on", ended_go_on),
+    "the length is not counted": (module._Rules, "score", length_not_counted),
+    "logits are not normalised": (module, "_grow", not_normalised),
 }
 
 
@@ -691,3 +729,117 @@ def test_guesses_that_stay_in_the_cache_are_noticed(monkeypatch):
     monkeypatch.setattr(module._Reader, "forget", lambda reader, length: None)
     with pytest.raises((AssertionError, ValueError)):
         test_greedy_speculation_is_greedy_decoding(4)
+
+
+def any_will_do(longest):
+    def mutant(prefixes, ids):
+        held = next(iter(prefixes.held), None)
+        if held is None:
+            return 0, None
+        return min(len(held), len(ids) - 1), held
+
+    return mutant
+
+
+def last_token_not_read(longest):
+    return lambda prefixes, ids: longest(prefixes, [*ids, -1])
+
+
+def first_that_shares(longest):
+    def mutant(prefixes, ids):
+        for held in prefixes.held:
+            only = HeldPrefixes(10**9)
+            only.held[held] = None
+            if longest(only, ids)[0]:
+                return longest(only, ids)
+        return 0, None
+
+    return mutant
+
+
+def one_too_many(take):
+    def mutant(prefixes, held, known, cache):
+        take(prefixes, held, known, cache)
+        cache.lengths = [known + 1] * len(cache.lengths)
+
+    return mutant
+
+
+def newest_goes_first(keep):
+    def mutant(prefixes, ids, cache):
+        keep(prefixes, ids, cache)
+        if len(prefixes.held) > 1:
+            prefixes.held.popitem()
+
+    return mutant
+
+
+def use_does_not_count(take):
+    def mutant(prefixes, held, known, cache):
+        order = list(prefixes.held)
+        take(prefixes, held, known, cache)
+        for each in order:
+            prefixes.held.move_to_end(each)
+
+    return mutant
+
+
+def no_limit(keep):
+    def mutant(prefixes, ids, cache):
+        most, prefixes.max_tokens = prefixes.max_tokens, 10**9
+        keep(prefixes, ids, cache)
+        prefixes.max_tokens = most
+
+    return mutant
+
+
+PREFIX_MUTANTS = {
+    "any held sequence will do": ("longest", any_will_do),
+    "the last token is not read": ("longest", last_token_not_read),
+    "the first that shares anything": ("longest", first_that_shares),
+    "one token too many": ("take", one_too_many),
+    "the newest goes first": ("keep", newest_goes_first),
+    "use does not count": ("take", use_does_not_count),
+    "no limit": ("keep", no_limit),
+}
+
+
+def check_prefixes():
+    """Equal tokens, exact counts of what is not read again, the right order to go."""
+    model = tiny(3, flat=1.0)
+    service = PrefixCache(model, max_tokens=150)
+    system = torch.randint(24, (40,), generator=torch.Generator().manual_seed(0))
+    for question, known in (
+        ([1, 2, 3], 0),
+        ([1, 2, 9, 4], 42),
+        ([5], 40),
+        ([1, 2, 3], 42),
+    ):
+        ids = torch.cat((system, torch.tensor(question)))[None]
+        for options, expected in (
+            (dict(temperature=0), known),
+            (dict(temperature=0.8, seed=7), ids.shape[1] - 1),
+        ):
+            found, counted = service.generate(ids, 8, **options)
+            assert torch.equal(found, model.generate(ids, 8, **options))
+            assert counted == expected
+        assert service.tokens <= 150
+    service = PrefixCache(model, max_tokens=25)
+    a, b, c = (torch.full((1, 10), first) for first in (1, 2, 3))
+    for ids in (a, b, a, c):  # there is room for two of them
+        service.generate(ids, 1, temperature=0)
+    assert service.generate(a, 1, temperature=0)[1] == 9
+    assert service.generate(b, 1, temperature=0)[1] == 0
+
+
+def test_prefixes_are_found_kept_and_forgotten():
+    check_prefixes()
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize("name", PREFIX_MUTANTS)
+def test_a_broken_prefix_cache_is_noticed(name, monkeypatch):
+    part, change = PREFIX_MUTANTS[name]
+    monkeypatch.setattr(HeldPrefixes, part, change(getattr(HeldPrefixes, part)))
+    with pytest.raises((AssertionError, RuntimeError, IndexError, ValueError)):
+        check_prefixes()

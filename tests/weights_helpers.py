@@ -3,9 +3,7 @@
 import json
 import shutil
 import struct
-from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import gguf
 import pytest
@@ -27,15 +25,15 @@ CHAPTER = Path(__file__).resolve().parents[1] / "chapters" / "18_real_weights.ip
 
 def of_the_chapter(*names):
     """Functions that the chapter on real weights defines, and does not export."""
-    scope = dict(torch=torch, Iterable=Iterable, NamedTuple=NamedTuple)
+    scope = dict(torch=torch)
     for cell in json.loads(CHAPTER.read_text(encoding="utf-8"))["cells"]:
-        source = "".join(cell["source"])
+        source = "\n" + "".join(cell["source"])
         if any(f"\ndef {name}(" in source for name in names):
             exec(source, scope)
     return [scope[name] for name in names]
 
 
-_, first_difference = of_the_chapter("record", "first_difference")
+*_, first_difference = of_the_chapter("record", "compare", "first_difference")
 
 TEXTS = [
     "The cat sat on the mat, and the cats' tails were long.",
