@@ -48,7 +48,7 @@ left.set(
     xticks=[0, 4, 8, 12, 16],
     yticks=[],
     xlabel="bytes a weight",
-    title="held all the time",
+    title="held after a backward pass",
 )
 left.grid(False)
 left.spines["left"].set_visible(False)

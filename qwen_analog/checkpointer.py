@@ -10,8 +10,9 @@ import copy
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -34,12 +35,14 @@ class _InTurn:
         self.executor = ThreadPoolExecutor(1) if background else None
         self.pending: Future | None = None
 
-    def run(self, function: Callable[[], None]) -> None:
+    def run(self, function: Callable[[], None], wait: bool = False) -> None:
         """Run a function; one in the thread must have been waited for."""
         if self.executor is None:
             function()
-        else:
-            self.pending = self.executor.submit(function)
+            return
+        self.pending = self.executor.submit(function)
+        if wait:
+            self.wait()
 
     def wait(self) -> None:
         """Return when the thread is done; raise what went wrong in it."""
@@ -48,28 +51,26 @@ class _InTurn:
             pending.result()
 
 # %% ../chapters/B24_checkpointer.ipynb #593a4fc7
-class Checkpointer:
+@dataclass(eq=False)
+class Checkpointer(_InTurn):
     """Writes a run's checkpoints: atomic, pruned, plain or sharded, at once or later.
 
     Every rank makes one, with the same arguments. `keep_last` checkpoints stay, and
-    with `keep_every` > 0 each step it divides.
+    with `keep_every` > 0 each step it divides. `wait` returns when all is written.
     """
 
-    def __init__(
-        self,
-        output_dir: str | Path,
-        tokenizer: Tokenizer,
-        *,
-        keep_last: int,
-        keep_every: int = 0,
-        sharded: bool = False,
-        asynchronous: bool = False,
-    ):
-        check_keep(keep_last, keep_every)
-        keep = keep_last, keep_every
-        self.writer = _Writer(RunDirectory(output_dir), tokenizer, keep)
-        self.sharded, self.background = sharded, asynchronous
-        self.saves = _InTurn(asynchronous)
+    output_dir: str | Path
+    tokenizer: Tokenizer
+    _: KW_ONLY
+    keep_last: int
+    keep_every: int = 0
+    sharded: bool = False
+    asynchronous: bool = False
+
+    def __post_init__(self):
+        super().__init__(self.asynchronous)
+        keep = self.keep_last, self.keep_every
+        self.writer = _Writer(RunDirectory(self.output_dir), self.tokenizer, keep)
 
     def save(
         self,
@@ -81,35 +82,26 @@ class Checkpointer:
         final: bool = False,
     ) -> None:
         """Write `output_dir`/`name` ("step_N" or "final"); every rank calls it, after
-        its optimizers' step.
-
-        `state` goes in as it is, the `rank_state` of all ranks as the list
-        `rank_states`. In the background the tensors are copied first; `final` returns
-        when all is on the disk. Raises CheckpointError where `name` exists and is
-        whole, OSError on a full disk, on every rank.
+        its optimizers' step. Raises CheckpointError where `name` exists and is whole,
+        OSError on a full disk, on every rank.
         """
         self.wait()
-        writer = self.writer
-        partial = writer.prepare(name)
-        tensors, rest = snapshot(model, optimizers)
-        rank_states = on_all_ranks(lambda: rank_state, writer.group)
-        state = copy.deepcopy({**state, **rest, "rank_states": rank_states})
-        write_shards = None
-        if self.sharded:
-            write_shards = save_shards(tensors, partial, writer.group, self.background)
-            weights = {n: t for n, t in tensors.items() if n.startswith("weights/")}
-            tensors = weights if final else {}
-        full = gather_tensors(tensors, writer.rank == 0, copies=self.background)
-        contents = _Contents(state, full, write_shards, final)
-        self.saves.run(lambda: writer.write(name, partial, contents, model))
-        if final:
-            self.wait()
-
-    def wait(self) -> None:
-        """Return when a background save has its name; raise what went wrong in it."""
-        self.saves.wait()
+        partial = self.writer.prepare(name)
+        parts = _Parts(model, optimizers, state, rank_state, final)
+        contents = _collect(self, partial, parts)
+        self.run(lambda: self.writer.write(name, partial, contents, model), wait=final)
 
 # %% ../chapters/B24_checkpointer.ipynb #5e0c14f2
+class _Parts(NamedTuple):
+    """What `save` is given."""
+
+    model: QwenForCausalLM
+    optimizers: Sequence[torch.optim.Optimizer]
+    state: dict
+    rank_state: dict | None
+    final: bool
+
+
 @dataclass(frozen=True)
 class _Contents:
     """What one save writes: nothing of it changes when training goes on."""
@@ -118,6 +110,24 @@ class _Contents:
     full: dict[str, torch.Tensor]  # gathered, on rank 0
     write_shards: Callable[[], object] | None
     final: bool
+
+
+def _collect(saves: Checkpointer, partial: Path, parts: _Parts) -> _Contents:
+    """Collect what training is about to change; in the background it is copied.
+
+    `state` goes in as it is, the `rank_state` of all ranks as the list `rank_states`.
+    """
+    group, later = saves.writer.group, saves.asynchronous
+    tensors, rest = snapshot(parts.model, parts.optimizers)
+    rank_states = on_all_ranks(lambda: parts.rank_state, group)
+    state = copy.deepcopy({**parts.state, **rest, "rank_states": rank_states})
+    write_shards = None
+    if saves.sharded:
+        write_shards = save_shards(tensors, partial, group, later)
+        weights = {n: t for n, t in tensors.items() if n.startswith("weights/")}
+        tensors = weights if parts.final else {}
+    full = gather_tensors(tensors, saves.writer.rank == 0, copies=later)
+    return _Contents(state, full, write_shards, parts.final)
 
 # %% ../chapters/B24_checkpointer.ipynb #5e0c14f3
 @dataclass
@@ -129,6 +139,7 @@ class _Writer:
     keep: tuple[int, int]  # how many, and every how many steps
 
     def __post_init__(self):
+        check_keep(*self.keep)
         self.group = _own_group()
         self.rank = dist.get_rank() if dist.is_initialized() else 0
 

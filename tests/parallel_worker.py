@@ -77,11 +77,11 @@ def train(
         (targets,) = processes.all_reduce_sum(real)
         nats = 0.0
         size = len(mine["targets"]) // accumulation
+        exchange = {"never synchronised": None, "exchanged too early": 0}
+        last = exchange.get(mutant, accumulation - 1)
         for i in range(accumulation):
             with (
-                gradient_sync(
-                    call, i == accumulation - 1 and mutant != "never synchronised"
-                ),
+                gradient_sync(call, i == last),
                 torch.autocast(
                     "cpu",
                     torch.bfloat16,
@@ -331,7 +331,8 @@ class Worker:
     ):
         mesh, device = self.meshes[strategy], self.processes.device
         options |= {"strategy": strategy, "mesh": mesh, "precision": precision}
-        model, call = build_model(small(tied), 0, device, **options)
+        seed = self.processes.rank if mutant == "a seed for each process" else 0
+        model, call = build_model(small(tied), seed, device, **options)
         if checkpointing:
             model.gradient_checkpointing_enable()
         losses = train(
@@ -376,6 +377,8 @@ class Worker:
             ("ddp", "never synchronised"),
         ):
             self.train(strategy, mutant, mutant=mutant)
+        mutant = "exchanged too early"
+        self.train("ddp", mutant, accumulation=2, mutant=mutant)
         self.train("fsdp", "compiled", checkpointing=True, compile=True)
         self.claim("one compiled block serves all", check_one_compiled_block)
 
@@ -384,6 +387,8 @@ class Worker:
         self.claim("machines are copies", check_mesh_of_machines, self.meshes["hsdp"])
         name = "no process holds the whole model while it is made"
         self.claim(name, check_memory_of_initialisation, mesh, self.processes)
+        mutant = "a seed for each process"
+        self.train("hsdp", mutant, mutant=mutant)
 
 
 def main(out: str) -> None:

@@ -3,6 +3,8 @@ arithmetic is what a tracker measures.
 """
 
 import itertools
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    create_selective_checkpoint_contexts,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 from qwen_analog.config import ACTIVATION_CHECKPOINTING, QwenConfig
@@ -164,28 +170,33 @@ def test_an_unknown_mode_is_refused():
         )
 
 
+def attention_forward(q, k, *_, out_shape=None, **__):
+    return 4 * q[0] * q[1] * q[2] * k[2] * q[3]
+
+
+def attention_backward(upstream, q, k, *_, out_shape=None, **__):
+    return 2 * attention_forward(q, k)
+
+
+def counted(model, *passed):
+    """The operations of both passes. PyTorch knows no formula for the CPU's kernel;
+    backward is twice forward, as model FLOPs are counted.
+    """
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    formulas = {forward: attention_forward, back: attention_backward}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        backward(model, *passed)
+    return counter.get_total_flops()
+
+
 @pytest.mark.parametrize("mode", ACTIVATION_CHECKPOINTING)
 @pytest.mark.parametrize("config", [NARROW, WIDE], ids=["tied", "untied"])
 def test_flops_are_those_that_are_counted(config, mode):
-    # PyTorch knows no formula for the CPU's kernel; backward is twice forward, as model
-    # FLOPs are counted
-    def attention(q, k, *_, out_shape=None, **__):
-        return 4 * q[0] * q[1] * q[2] * k[2] * q[3]
-
-    def attention_backward(upstream, q, k, *_, out_shape=None, **__):
-        return 2 * attention(q, k)
-
-    formulas = {
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-            attention_backward
-        ),
-    }
     model = QwenForCausalLM(config)
     set_activation_checkpointing(model, mode)
-    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        backward(model, *batch(config, 2, 64), "bf16")
-    assert counter.get_total_flops() == 2 * 64 * flops_per_token(config, 64, mode)
+    flops = counted(model, *batch(config, 2, 64), "bf16")
+    assert flops == 2 * 64 * flops_per_token(config, 64, mode)
 
 
 def test_the_card_in_numbers():
@@ -475,3 +486,98 @@ def test_the_selective_policy_compiles():
             p.grad for p in model.parameters()
         )
     torch.testing.assert_close(gradients["selective"], gradients["none"])
+
+
+def check_ledger(ledger):
+    """Weights and moments to the byte, but for step counters; the total within 4%."""
+    for config, B, T in ((NARROW, 2, 128), (WIDE, 1, 48)):
+        model = QwenForCausalLM(config)
+        optimizers = build_optimizers(model, 1e-3)
+        got = measured(model, optimizers, B, T, "fp32", micro_batches=2)
+        predicted = ledger(
+            config, precision="fp32", batch_size=B, sequence_length=T, micro_batches=2
+        )
+        assert predicted.parameters == got["parameters"], "parameters"
+        counters = 4 * len(list(model.parameters()))
+        assert 0 <= got["optimizer"] - predicted.optimizer <= counters, "optimizer"
+        ratio = predicted.total / sum(got.values())
+        assert abs(ratio - 1) < 0.04, f"total: {ratio:.3f} of what was measured"
+
+
+def altered(name, change):
+    """A ledger that is right but for one category."""
+
+    def ledger(config, **settings):
+        right = estimate_memory(config, **settings)
+        return replace(right, **{name: change(getattr(right, name), config)})
+
+    return ledger
+
+
+LEDGERS = {
+    "forgets gradients": altered("gradients", lambda size, config: 0),
+    "counts a tied matrix twice": altered(
+        "parameters",
+        lambda size, config: size + 4 * config.vocab_size * config.hidden_size,
+    ),
+    "one moment": altered("optimizer", lambda size, config: size // 2),
+    "forgets logits": altered("logits", lambda size, config: 0),
+    "activations twice": altered("activations", lambda size, config: 2 * size),
+}
+
+
+def test_the_ledger_passes_its_own_check():
+    check_ledger(estimate_memory)
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize("name", LEDGERS)
+def test_a_ledger_with_a_mistake_is_noticed(name):
+    with pytest.raises(AssertionError):
+        check_ledger(LEDGERS[name])
+
+
+def check_selective(switch):
+    """Between "none" and "full" in memory; no matrix product twice."""
+    held, work = [], []
+    for set_mode in (
+        partial(set_activation_checkpointing, mode="none"),
+        switch,
+        partial(set_activation_checkpointing, mode="full"),
+    ):
+        model = QwenForCausalLM(NARROW)
+        set_mode(model)
+        ids, documents = batch(NARROW, 2, 128)
+        work.append(counted(model, ids, documents, "fp32"))
+        with StorageTracker(parameters=model.parameters()) as tracker:
+            loss = model(ids, ids)
+            held.append(tracker.timeline()[-1]["other"])
+        del loss
+    assert work[1] == work[0], "computes matrix products again"
+    assert held[2] < held[1] < 0.6 * held[0], f"keeps {held[1] / held[0]:.0%}"
+
+
+def keeps_nothing(model):
+    model.gradient_checkpointing_enable(
+        partial(create_selective_checkpoint_contexts, [])
+    )
+
+
+def keeps_everything(model):
+    def policy(ctx, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE
+
+    model.gradient_checkpointing_enable(
+        partial(create_selective_checkpoint_contexts, policy)
+    )
+
+
+def test_selective_passes_its_own_check():
+    check_selective(partial(set_activation_checkpointing, mode="selective"))
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize("switch", [keeps_nothing, keeps_everything])
+def test_a_policy_with_a_mistake_is_noticed(switch):
+    with pytest.raises(AssertionError):
+        check_selective(switch)

@@ -20,7 +20,14 @@ from parallel_worker import BLOCKS, STEPS, batch, small, train
 from qwen_analog.distributed import DistributedContext
 from qwen_analog.loss import IGNORE_INDEX
 from qwen_analog.model import QwenForCausalLM
-from qwen_analog.parallel import build_model, clip_grad_norm, gradient_sync, make_mesh
+from qwen_analog.parallel import (
+    _DrawOnCPU,
+    _initialize,
+    build_model,
+    clip_grad_norm,
+    gradient_sync,
+    make_mesh,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -150,6 +157,8 @@ MUTANTS = [
     ("two_processes", "fsdp", "mean of each process"),
     ("two_processes", "fsdp", "clipped by its own shard"),
     ("two_processes", "ddp", "never synchronised"),
+    ("two_processes", "ddp", "exchanged too early"),
+    ("two_machines", "hsdp", "a seed for each process"),
     *[("two_machines", s, "mean of each process") for s in ("ddp", "fsdp", "hsdp")],
 ]
 CLAIMS = [
@@ -314,6 +323,49 @@ def test_wrong_models_are_one_line(wrong):
     with pytest.raises(ValueError) as caught:
         build_model(small(True), 0, torch.device("cpu"), **wrong)
     assert "\n" not in str(caught.value)
+
+
+def check_initial(initialize):
+    """Must give the constructor's weights, bit for bit, to a model made on the meta
+    device, and leave the generator where it does.
+    """
+    torch.manual_seed(7)
+    expected = QwenForCausalLM(small(True))
+    after = torch.get_rng_state()
+    with torch.device("meta"):
+        model = QwenForCausalLM(small(True))
+    model.to_empty(device="cpu")
+    initialize(model, 7)
+    assert model.lm_head.weight is model.model.embed_tokens.weight, "no longer tied"
+    for (name, p), q in zip(model.named_parameters(), expected.parameters()):
+        assert torch.equal(p, q), f"{name} differs"
+    assert torch.equal(after, torch.get_rng_state()), "the next random numbers differ"
+
+
+def without_the_constructors(model, seed):
+    torch.manual_seed(seed)
+    with _DrawOnCPU():
+        model.init_weights()
+
+
+def without_tying(model, seed):
+    model.init_weights = lambda: [
+        module.reset_parameters()
+        for module in model.modules()
+        if hasattr(module, "reset_parameters")
+    ]
+    _initialize(model, seed)
+
+
+def test_the_initial_weights_are_the_constructors():
+    check_initial(_initialize)
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize("initialize", [without_the_constructors, without_tying])
+def test_other_initial_weights_are_noticed(initialize):
+    with pytest.raises(AssertionError):
+        check_initial(initialize)
 
 
 BATCH_SCRIPT = ROOT / "examples" / "pretrain.sbatch"

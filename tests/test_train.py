@@ -57,6 +57,34 @@ def test_resumed_equals_uninterrupted_bit_for_bit(optimizer, stream):
         assert same(training_state(f"resumed_{k}/final"), training_state("whole/final"))
 
 
+def forgetful(forget):
+    """`TrainerState.load_state_dict` with one thing left as it was before."""
+    load = module.TrainerState.load_state_dict
+
+    def broken(trainer, path, state, same_data):
+        before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+        load(trainer, path, state, same_data and forget != "data")
+        if forget == "weights":
+            trainer.model.load_state_dict(before)
+        elif forget == "optimizer":
+            for optimizer in trainer.optimizers:
+                optimizer.state.clear()
+        elif forget == "step":
+            trainer.step = 0
+
+    return broken
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize("forget", ["weights", "optimizer", "data", "step"])
+def test_a_resume_that_forgets_one_thing_ends_elsewhere(forget, monkeypatch):
+    train(settings(output_dir="whole"))
+    monkeypatch.setattr(module.TrainerState, "load_state_dict", forgetful(forget))
+    train(settings(output_dir="resumed"), resume_from="whole/step_2")
+    states = [training_state(f"{run}/final") for run in ("resumed", "whole")]
+    assert not same(states[0]["model_state_dict"], states[1]["model_state_dict"])
+
+
 def test_two_runs_are_equal_and_another_seed_is_not():
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(settings(output_dir=name, seed=seed))
