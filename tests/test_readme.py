@@ -82,6 +82,36 @@ def test_the_russian_readme_has_the_same_commands():
     assert words("README.ru.md") == words("README.md")
 
 
+def test_the_russian_readme_is_the_equal_of_the_english():
+    def shape(readme):
+        text = (ROOT / readme).read_text(encoding="utf-8")
+        blocks = re.findall(r"^```(\w+)", text, re.MULTILINE)
+        links = re.findall(r"\]\(([^)]+)\)", text)
+        rows = len(re.findall(r"^\|", text, re.MULTILINE))
+        return blocks, links, rows, len(re.findall(r"^#+ ", text, re.MULTILINE))
+
+    assert shape("README.ru.md") == shape("README.md")
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_thirty_lines_learn_a_poem(readme):
+    blocks = re.findall(
+        r"^```python\n(.*?)^```",
+        (ROOT / readme).read_text(encoding="utf-8"),
+        re.MULTILINE | re.DOTALL,
+    )
+    (code,) = (block for block in blocks if "backward" in block)
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+        check=True,
+    )
+    poem = code.partition('"""')[2].partition('"""')[0]
+    assert run.stdout.strip() == poem.strip()
+
+
 def test_make_knows_its_targets():
     for readme in READMES:
         for command in commands(readme):
