@@ -460,3 +460,48 @@ def test_a_mistake_is_found(place, broken, monkeypatch):
         (AssertionError, IndexError, RuntimeError, DataError, ValueError)
     ):
         check_sequences(make_packed)
+
+
+def check_epoch():
+    sequences = make("packed", [3, 4, 5], 8, 0)
+    targets = torch.cat([sequence.targets for sequence in sequences.epoch()])
+    inputs = torch.cat([sequence.input_ids for sequence in sequences.epoch()])
+    counted = targets != IGNORE_INDEX
+    assert counted.sum() == sequences.tokens_per_epoch - 1
+    assert torch.equal(targets[counted], inputs[1 : sequences.tokens_per_epoch])
+
+
+plain_epoch = data.first_epoch
+
+
+def nothing_is_ignored(sequences):
+    count = -(-sequences.tokens_per_epoch // sequences.sequence_length)
+    yield from (sequences[k] for k in range(count))
+
+
+def the_last_sequence_is_dropped(sequences):
+    yield from list(plain_epoch(sequences))[:-1]
+
+
+def the_first_target_of_the_next_epoch_counts(sequences):
+    for k, sequence in enumerate(plain_epoch(sequences)):
+        ignored = (sequence.targets == IGNORE_INDEX).nonzero().flatten()
+        for i in ignored[:1]:
+            sequence.targets[i] = sequences[k].targets[i]
+        yield sequence
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize(
+    "broken",
+    [
+        nothing_is_ignored,
+        the_last_sequence_is_dropped,
+        the_first_target_of_the_next_epoch_counts,
+    ],
+)
+def test_a_mistake_of_the_epoch_is_found(broken, monkeypatch):
+    check_epoch()
+    monkeypatch.setattr(data, "first_epoch", broken)
+    with pytest.raises(AssertionError):
+        check_epoch()

@@ -441,6 +441,17 @@ def test_what_reading_raised_is_raised_again(shared):
             dataset.take(20)
 
 
+@pytest.mark.mutant
+def test_a_failure_that_is_forgotten_is_noticed(monkeypatch):
+    monkeypatch.setattr(streaming.RunReader, "__next__", lambda self: next(self.runs))
+    write("a.jsonl", b"no json\n", {"text": "two"})
+    dataset = StreamingDataset(open_stream(["a.jsonl"]), TOKENIZER, 16, buffer_size=0)
+    with pytest.raises(DataError):
+        dataset.take(1)
+    with pytest.raises(StopIteration):
+        dataset.take(1)
+
+
 def test_a_tokenizer_that_fails_is_heard_again(monkeypatch):
     write("a.jsonl", {"text": "one"})
     dataset = StreamingDataset(open_stream(["a.jsonl"]), TOKENIZER, 16)
