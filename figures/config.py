@@ -78,7 +78,7 @@ left.text(-180, -D / 2, f"{D}", rotation=90, ha="right", va="center", fontsize=9
 left.set(
     xlim=(-700, F + 50),
     ylim=(-4 * (D + gap) + gap - 60, 60),
-    title="the matrices of one layer of the card's model",
+    title="the matrices of one layer of analog-3b",
 )
 left.set_aspect("equal")
 left.axis("off")
