@@ -141,7 +141,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grads = (None if g is None else scale(g, upstream) for g in ctx.saved_tensors)
         return *grads, None, None, None
 
-# %% ../chapters/12_loss.ipynb #577bf184
+
 def _product_dtype(hidden: torch.Tensor) -> torch.dtype:
     """Return the dtype in which `F.linear` would multiply."""
     device = hidden.device.type

@@ -619,3 +619,114 @@ def test_the_loss_is_the_naive_one_whole_and_written_once_more(monkeypatch):
 def test_a_mutant_loss_is_noticed(mutant, monkeypatch):
     monkeypatch.setattr(*MUTANTS[mutant])
     assert first_difference() is not None
+
+
+def formula(hidden, weight, targets, **_):
+    """The mean loss in float64, token by token."""
+    terms = []
+    for vector, target in zip(hidden.double(), targets):
+        if target != IGNORE_INDEX:
+            z = weight.double() @ vector
+            log_z = (z - z.max()).exp().sum().log() + z.max()
+            terms.append(log_z - z[target])
+    return torch.stack(terms).mean()
+
+
+def loses_digits():
+    """Is the loss off in float64 or float32, for large logits, or under autocast more
+    than the naive one?
+    """
+    hidden, weight, targets = problem(40, 16, 60, 7)
+    exact = results(formula, hidden, weight, targets)
+    for dtype, bound in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
+        pair = hidden.detach().to(dtype), weight.detach().to(dtype)
+        pair = [x.requires_grad_() for x in pair]
+        if relative(results(linear_cross_entropy, *pair, targets), exact) > bound:
+            return True
+    large = linear_cross_entropy(1000 * hidden.float(), weight.float(), targets)
+    if not abs(large / formula(1000 * hidden, weight, targets) - 1) < 1e-4:
+        return True
+    single = [x.detach().float().requires_grad_() for x in (hidden, weight)]
+    with torch.autocast("cpu", torch.bfloat16):
+        chunks = results(linear_cross_entropy, *single, targets, chunk_size=4)
+        whole = results(naive, *single, targets)
+    off = [relative([a], [b]) for a, b in zip(chunks, exact)]
+    allowed = [2 * relative([a], [b]) + 1e-5 for a, b in zip(whole, exact)]
+    return any(a > b for a, b in zip(off, allowed))
+
+
+def test_no_digits_are_lost():
+    assert not loses_digits()
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize("broken", [softmax_in_bfloat16, overflowing])
+def test_a_softmax_that_loses_digits_is_noticed(broken, monkeypatch):
+    monkeypatch.setattr(loss_module.F, "log_softmax", broken)
+    assert loses_digits()
+
+
+def step_loss(table, documents, shift=1, divide="targets"):
+    """The loss of one optimizer step; `table` [V, V] holds the logits of the token
+    after each, every document is a micro-batch.
+    """
+    inputs = [d[: len(d) - shift] for d in documents]
+    outputs = [d[shift:] for d in documents]
+    sums = [
+        cross_entropy(table[a], b, reduction="sum") for a, b in zip(inputs, outputs)
+    ]
+    if divide == "means":
+        return sum(s / len(b) for s, b in zip(sums, outputs)) / len(sums)
+    counted = outputs if divide == "targets" else documents
+    return sum(sums) / sum(map(len, counted))
+
+
+def step_is_right(**options):
+    """Is the step's loss the mean surprise at every next token?"""
+    g = torch.Generator().manual_seed(0)
+    table = torch.randn(12, 12, generator=g, dtype=torch.float64)
+    documents = [torch.randint(12, (n,), generator=g) for n in (3, 17, 6)]
+    surprises = [
+        -table[d[i]].log_softmax(-1)[d[i + 1]]
+        for d in documents
+        for i in range(len(d) - 1)
+    ]
+    expected = sum(surprises) / len(surprises)
+    return torch.allclose(step_loss(table, documents, **options), expected)
+
+
+MISUSES = {
+    "no shift": dict(shift=0),
+    "shift by two": dict(shift=2),
+    "mean of means": dict(divide="means"),
+    "divided by all tokens": dict(divide="tokens"),
+}
+
+
+def test_a_step_used_rightly_is_the_mean_surprise():
+    assert step_is_right()
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize("misuse", MISUSES)
+def test_a_misuse_is_noticed(misuse):
+    assert not step_is_right(**MISUSES[misuse])
+
+
+def test_the_forward_pass_keeps_two_gradients_and_no_logits():
+    hidden = torch.randn(512, 16, requires_grad=True)
+    weight = torch.randn(3000, 16, requires_grad=True)
+    targets, held = torch.randint(3000, (512,)), {}
+
+    for loss in (naive, linear_cross_entropy):
+        kept = {}
+
+        def keep(x):
+            kept[x.data_ptr()] = x.nbytes
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss(hidden, weight, targets)
+        held[loss.__name__] = sum(kept.values())
+    assert held["linear_cross_entropy"] < 4 * 16 * (512 + 3000) + 100
+    assert held["naive"] > 4 * 512 * 3000

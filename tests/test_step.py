@@ -88,6 +88,35 @@ def test_a_broken_step_is_noticed(name, monkeypatch):
     assert (broken - weights).abs().max() > 1e-5
 
 
+def two_steps():
+    """Return the weights after two steps, each with gradients of its own."""
+    config, trained = settings(micro_batch_size=4, max_grad_norm=0.5), model()
+    optimizers = build_optimizers(trained, 1e-2, eps=1e-2)
+    for half in (sequences()[:4], sequences()[4:]):
+        train_step(trained, optimizers, micro_batches(half, config), config, ALONE)
+    return torch.cat([p.detach().flatten() for p in trained.parameters()])
+
+
+@pytest.mark.mutant
+def test_gradients_that_are_never_cleared_are_noticed(monkeypatch):
+    right = two_steps()
+    assert torch.equal(two_steps(), right)
+    monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", lambda *a, **options: None)
+    assert (two_steps() - right).abs().max() > 1e-5
+
+
+def test_the_average_over_processes_is_undone():
+    """Averaged over two processes, twice the gradient is the gradient."""
+    batches = micro_batches(sequences(), settings(micro_batch_size=4))
+    targets, gradients = count_targets(batches), {}
+    for world_size in (1, 2):
+        trained = model()
+        arguments = (batches, targets, settings(), torch.device("cpu"), world_size)
+        module.accumulate_gradients(trained, *arguments)
+        gradients[world_size] = trained.model.norm.weight.grad
+    torch.testing.assert_close(gradients[2], 2 * gradients[1])
+
+
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_what_is_not_finite_changes_nothing(value, where):
