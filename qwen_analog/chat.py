@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HELP', 'TokenCache', 'Conversation', 'prompt_that_fits', 'Chat', 'add_arguments', 'run']
 
-# %% ../chapters/19_chat.ipynb #966753c9
+# %% ../chapters/19_chat.ipynb #19-013
 import argparse
 import contextlib
 import json
@@ -43,7 +43,7 @@ from qwen_analog.sampling import (
 )
 from .tokenizer import Tokenizer
 
-# %% ../chapters/19_chat.ipynb #14dbfc02
+# %% ../chapters/19_chat.ipynb #19-014
 class TokenCache:
     """A KV cache, and the ids of the tokens that it holds."""
 
@@ -82,7 +82,7 @@ class TokenCache:
         self.ids += new_ids
         return logits[:, -1].float()
 
-# %% ../chapters/19_chat.ipynb #176ee151
+# %% ../chapters/19_chat.ipynb #19-021
 class Conversation:
     """Who said what. `system` is the text that stands before it all, or None."""
 
@@ -121,7 +121,7 @@ class Conversation:
             return []
         return [{"role": "system", "content": self.system}]
 
-# %% ../chapters/19_chat.ipynb #ca393f83
+# %% ../chapters/19_chat.ipynb #19-025
 def prompt_that_fits(
     conversation: Conversation, tokenizer: Tokenizer, text: str, context: int, room: int
 ) -> list[int]:
@@ -150,7 +150,7 @@ def prompt_that_fits(
     conversation.forgotten = forgotten
     return prompt
 
-# %% ../chapters/19_chat.ipynb #8b41ce14
+# %% ../chapters/19_chat.ipynb #19-026
 def _prompt_ids(
     tokenizer: Tokenizer, messages: list[dict[str, str]], context: int
 ) -> list[int] | None:
@@ -164,7 +164,7 @@ def _prompt_ids(
 def _fits(prompt: list[int] | None, most: int) -> bool:
     return prompt is not None and len(prompt) <= most
 
-# %% ../chapters/19_chat.ipynb #068b0d34
+# %% ../chapters/19_chat.ipynb #19-028
 class Chat(Conversation):
     """A conversation with a model that was trained for conversations.
 
@@ -204,7 +204,7 @@ class Chat(Conversation):
         room = self.context - self.max_new_tokens
         return prompt_that_fits(self, self.tokenizer, text, self.context, room)
 
-# %% ../chapters/19_chat.ipynb #4692359d
+# %% ../chapters/19_chat.ipynb #19-029
 def _answer(chat: Chat, text: str, prompt: list[int]) -> Iterator[str]:
     """Yield the answer in pieces of text, and add the turn to the conversation."""
     words, said, complete = TextStream(chat.tokenizer, context=prompt), "", False
@@ -222,7 +222,7 @@ def _answer(chat: Chat, text: str, prompt: list[int]) -> Iterator[str]:
         if said or complete:
             chat.add_turn(text, said)
 
-
+# %% ../chapters/19_chat.ipynb #19-030
 def _tokens(chat: Chat, prompt: list[int]) -> Iterator[int]:
     """Yield the ids of the answer, without the one that ends it."""
     new_ids = chat.cache.keep_prefix(prompt)
@@ -245,7 +245,7 @@ def _chat_params(model: QwenForCausalLM, given: dict[str, Any]) -> SamplingParam
     settings: dict[str, Any] = {**careful, **own, **given}
     return SamplingParams(**settings)
 
-# %% ../chapters/19_chat.ipynb #ab6cb068
+# %% ../chapters/19_chat.ipynb #19-053
 def _plain(name: str, text: object) -> str:
     """Return `text` as it can be encoded. ValueError unless it is a string."""
     if not isinstance(text, str):
@@ -265,7 +265,7 @@ def _write_new(path: Path, text: str) -> None:
         path.unlink(missing_ok=True)
         raise
 
-# %% ../chapters/19_chat.ipynb #2b94e6e0
+# %% ../chapters/19_chat.ipynb #19-054
 def _read_messages(
     path: Path, most: int = 2**24
 ) -> tuple[str | None, list[dict[str, str]]]:
@@ -298,7 +298,7 @@ def _read_messages(
             " turn, a system message before them at most"
         ) from None
 
-# %% ../chapters/19_chat.ipynb #575ceece
+# %% ../chapters/19_chat.ipynb #19-059
 HELP = """/reset        forget the conversation
 /system TEXT  begin anew with TEXT as the system prompt
 /save FILE    write the conversation to FILE (JSON)
@@ -328,7 +328,7 @@ def _command(chat: Chat, line: str) -> str:
         return HELP
     return f"{name} is no command, or its argument is missing or too much:\n{HELP}"
 
-# %% ../chapters/19_chat.ipynb #c5b61b03
+# %% ../chapters/19_chat.ipynb #19-060
 def _converse(chat: Chat, line: str) -> Generator[str, None, None]:
     """Yield the answer to a line, or what a command prints."""
     if line.startswith("/"):
@@ -364,7 +364,7 @@ def _continue(
     options["max_new_tokens"] = min(options["max_new_tokens"], room)
     yield from stream(model, tokenizer, ids, **options)
 
-# %% ../chapters/19_chat.ipynb #9e988b78
+# %% ../chapters/19_chat.ipynb #19-061
 def _print(pieces: Generator[str, None, None]) -> None:
     """Print pieces as they come. Ctrl-C ends them and nothing else."""
     try:
@@ -379,7 +379,7 @@ def _print(pieces: Generator[str, None, None]) -> None:
     except (ValueError, OSError) as error:
         print(f"({one_line(error)})")
 
-# %% ../chapters/19_chat.ipynb #8ba9b412
+
 def _open_terminal() -> None:
     with contextlib.suppress(ImportError):  # line editing, where the system has it
         import readline  # noqa: F401
@@ -392,7 +392,7 @@ def _open_terminal() -> None:
         if hasattr(side, "reconfigure"):
             side.reconfigure(errors="replace")
 
-
+# %% ../chapters/19_chat.ipynb #19-062
 def _typed_lines() -> Iterator[str]:
     """Yield what is typed, line by line, until /exit or the end of the input."""
     while True:
@@ -409,7 +409,7 @@ def _typed_lines() -> Iterator[str]:
         if line:
             yield line
 
-# %% ../chapters/19_chat.ipynb #bef7bad7
+# %% ../chapters/19_chat.ipynb #19-063
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `qwen-analog chat`."""
     add_model(parser)
@@ -444,7 +444,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_ignore_memory(parser)
 
-# %% ../chapters/19_chat.ipynb #61e94fae
+# %% ../chapters/19_chat.ipynb #19-064
 def run(arguments: argparse.Namespace) -> None:
     """Talk to a model in the terminal.
 
@@ -474,7 +474,7 @@ def run(arguments: argparse.Namespace) -> None:
     for line in _typed_lines():
         _print(answer(line))
 
-# %% ../chapters/19_chat.ipynb #251dd2fe
+# %% ../chapters/19_chat.ipynb #19-068
 from typing import TYPE_CHECKING
 
 if not TYPE_CHECKING:

@@ -779,3 +779,70 @@ def test_pipe(directory):
         and lines[1]
         == answer(small(), [{"role": "user", "content": "Hello"}], **GREEDY) + "\n\n"
     )
+
+
+def check_conversation(kind):
+    """In any conversation each answer is the answer to the whole of it, computed from
+    nothing.
+    """
+    model = small()
+    chat = kind(model, TOKENIZER, "Be brief.", max_new_tokens=6, **GREEDY)
+    for texts in (["Hello", "And <|im_end|> then?", "é"], ["Hullo", "And?"]):
+        history = [{"role": "system", "content": "Be brief."}]
+        for text in texts:
+            history.append({"role": "user", "content": text})
+            expected = answer(model, history, 6, **GREEDY)
+            said = "".join(chat.reply(text))
+            assert said == expected
+            assert chat.messages[-1]["content"] == said
+            history.append({"role": "assistant", "content": said})
+        chat.reset()
+
+
+class NoHistory(Chat):
+    def prompt(self, text):
+        turns = [("system", self.system), ("user", text)]
+        return chat_ids(TOKENIZER, [{"role": r, "content": c} for r, c in turns])
+
+
+class TrustsTheCache(Chat):
+    """As if every prompt began with the old tokens."""
+
+    def prompt(self, text):
+        prompt = super().prompt(text)
+        self.cache.ids = prompt[: min(len(self.cache.ids), len(prompt) - 1)]
+        return prompt
+
+
+class ForgetsTheSystem(Chat):
+    def reset(self):
+        began = hasattr(self, "cache")  # the first reset is that of __init__
+        super().reset()
+        self.system = None if began and self.cache.ids else self.system
+
+
+class BelievesTheText(Chat):
+    def prompt(self, text):
+        turns = [
+            {"role": "system", "content": self.system},
+            *self.messages,
+            {"role": "user", "content": text},
+        ]
+        form = "".join(
+            f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n"
+            for turn in turns
+        )
+        return self.tokenizer.encode(form + "<|im_start|>assistant\n", special=True)
+
+
+def test_each_answer_is_the_answer_to_the_whole_conversation():
+    check_conversation(Chat)
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize(
+    "kind", [NoHistory, TrustsTheCache, ForgetsTheSystem, BelievesTheText]
+)
+def test_a_broken_conversation_is_noticed(kind):
+    with pytest.raises(AssertionError):
+        check_conversation(kind)

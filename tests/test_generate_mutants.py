@@ -191,6 +191,10 @@ def last_token_only(model, prompt, cache=None, padding=None, copies=1):
     return plain_prefill(model, unread, cache, padding, copies)
 
 
+def without_a_memory(model, token, cache, padding=None):
+    return plain_prefill(model, token[:, None], None, None)
+
+
 def samples_mixed_up(model, prompt, cache=None, padding=None, copies=1):
     logits = plain_prefill(model, prompt, cache, padding)
     cache.keys = cache.keys.repeat(1, copies, 1, 1, 1)
@@ -363,6 +367,12 @@ MUTANTS = {
         (G, "prefill", last_token_only),
         samplers.test_draws_equal_a_loop_over_hugging_face_warpers,
         torch.float64,
+    ),
+    "the cache is not read": (
+        (G, "decode_one_token", without_a_memory),
+        samplers.test_greedy_equals_hugging_face,
+        "plain",
+        9,
     ),
     "logits of the first position": (
         (G, "next_logits", first_position),
