@@ -29,6 +29,7 @@ from .model import QwenForCausalLM
 from qwen_analog.scoring import (
     TOKENS_AT_ONCE,
     Evaluation,
+    by_document,
     minimal_pair_accuracy,
     summary,
     token_nll,
@@ -261,6 +262,7 @@ def _scores(
         "parameters": model.count_parameters(),
         "tokenizer": tokenizer.fingerprint,
         **summary(found),
+        "by_document": by_document(found),
     }
     spread = f" +- {found.standard_error:.3f}" if len(found.nll) > 1 else ""
     print(
@@ -342,7 +344,8 @@ def _five_grams(
     ngram, sums = NGram(tokenizer.vocab_size).fit(counted), _Sums(0)
     for text in held:
         sums.add(ngram.nll(ids(text)), len(text.encode()))
-    return summary(sums.evaluation)
+    found = sums.evaluation
+    return {**summary(found), "by_document": by_document(found)}
 
 # %% ../chapters/B31_evaluate.ipynb #c49705d5
 def run(arguments: argparse.Namespace) -> None:

@@ -701,15 +701,15 @@ def faulty_draw(monkeypatch):
 
 
 def faulty_text(monkeypatch):
-    prepare = Engine._prepare
+    prepare = engine_module.new_sequence
 
-    def fails(self, request, index, group):
-        made = prepare(self, request, index, group)
+    def fails(engine, request, index, group):
+        made = prepare(engine, request, index, group)
         if request.params.seed == 13:
             made.text.push = made.text.finish = lambda *_: 1 / 0
         return made
 
-    monkeypatch.setattr(Engine, "_prepare", fails)
+    monkeypatch.setattr(engine_module, "new_sequence", fails)
 
 
 def faulty_logprobs(monkeypatch):

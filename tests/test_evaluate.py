@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,9 +20,11 @@ from qwen_analog.hf import save_pretrained
 from qwen_analog.model import QwenForCausalLM
 from qwen_analog.scoring import (
     MINIMAL_PAIRS,
+    Evaluation,
     evaluate_documents,
     evaluation_of,
     loss_by_position,
+    paired_difference,
     token_nll,
 )
 
@@ -30,6 +33,23 @@ def parsed(*argv):
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     return parser.parse_args(argv)
+
+
+def check_stored_documents(model, ngram, expected):
+    """What is stored of every document gives the paired difference of the two."""
+    a, b = (
+        Evaluation(**{name: np.array(v) for name, v in row["by_document"].items()})
+        for row in (model, ngram)
+    )
+    assert np.allclose(a.nll, expected.nll, atol=1e-3)
+    assert np.array_equal(a.tokens, expected.tokens)
+    assert np.array_equal(a.bytes, b.bytes)
+    assert math.isclose(a.standard_error, model["standard_error"], rel_tol=1e-4)
+    difference, error = paired_difference(a, b)
+    assert math.isclose(
+        difference, model["bits_per_byte"] - ngram["bits_per_byte"], abs_tol=1e-4
+    )
+    assert 0 < error
 
 
 def test_the_command(tmp_path, capsys):
@@ -104,6 +124,7 @@ def test_the_command(tmp_path, capsys):
         "bits_per_byte"
     ] == xz_bits_per_byte("\n".join(held).encode(), ("\n".join(rest) + "\n").encode())
     assert f"{expected.bits_per_byte:.3f} +-" in capsys.readouterr().out
+    check_stored_documents(found, written["baselines"]["5-gram"], expected)
     with pytest.raises(ValueError, match="heldout-fraction must lie above 0"):
         run(parsed("--data", str(tmp_path / "data.jsonl"), "--heldout-fraction", "0"))
     write_jsonl(documents[:1], tmp_path / "one.jsonl")
@@ -390,3 +411,24 @@ def test_bad_lines_are_named_or_left_out(tmp_path, capsys):
         run(parsed(*flags))
     run(parsed(*flags, "--skip-bad-lines"))
     assert "2 documents" in capsys.readouterr().out
+
+
+def test_the_committed_figures_can_be_paired():
+    """The comparison of the chapter stands on the sums of every document."""
+    path = Path(__file__).parents[1] / "benchmarks" / "evaluation.json"
+    written = json.loads(path.read_text())
+    model, ngram = (
+        written["models"]["checkpoints/final"],
+        written["baselines"]["5-gram"],
+    )
+    rows = [
+        Evaluation(**{name: np.array(v) for name, v in row["by_document"].items()})
+        for row in (model, ngram)
+    ]
+    for row, found in zip((model, ngram), rows):
+        assert len(found.nll) == row["documents"] == 513
+        assert math.isclose(found.bits_per_byte, row["bits_per_byte"], rel_tol=1e-5)
+        assert math.isclose(found.standard_error, row["standard_error"], rel_tol=1e-4)
+    difference, error = paired_difference(*rows)
+    assert error < 0.75 * model["standard_error"]
+    assert difference > 3 * error

@@ -1,9 +1,12 @@
 """The scheduler: who gets a row, a turn, a place in the queue, a part of the budget."""
 
+from collections import Counter
+
+import pytest
 from serving_helpers import new_request
 
 from qwen_analog import scheduler
-from qwen_analog.scheduler import Group, SequenceState
+from qwen_analog.scheduler import Group, Scheduler, SequenceState
 
 
 def job(number, client="", group=None, unread=0):
@@ -110,3 +113,89 @@ def test_whose_places_in_a_full_queue():
     assert (
         lose(full(("a", 8))[1:], 1, "b") == set()
     )  # one of its answers is being written
+
+
+def answers_of(lengths, client, first):
+    """Sequences of one group that wait to write answers of these lengths."""
+    group = Group(client, len(lengths), print)
+    return [
+        SequenceState(new_request([1], size), first + i, i, group, None, None)
+        for i, size in enumerate(lengths)
+    ]
+
+
+def steps_until_served(num_rows, *arrivals):
+    """Let clients come at their steps with answers of some lengths, until all are done.
+
+    Returns client -> steps from its coming to its last token, and how many times a row
+    changed hands.
+    """
+    table, todo, asked = Scheduler(num_rows, 64), list(arrivals), {}
+    waits, step, changes = {}, 0, 0
+    while todo or table.running or table.waiting:
+        while todo and todo[0][0] == step:
+            asked[todo[0][1]] = step
+            table.add(answers_of(todo[0][2], todo[0][1], 100 * len(asked)))
+            todo.pop(0)
+        before = table.running
+        table.schedule()
+        changes += sum(s in table.waiting for s in before)
+        step += 1
+        for sequence in table.running:
+            sequence.written.append(0)
+            sequence.turn += 1
+            if len(sequence.written) == sequence.request.max_tokens:
+                waits[sequence.group.client] = step - asked[sequence.group.client]
+                table.release(sequence)
+        assert step < 5000
+    return waits, changes
+
+
+def check_fairness():
+    waits, _ = steps_until_served(4, (0, "a", [60] * 8), (3, "b", [6]))
+    assert waits["b"] <= 8 and waits["a"] <= 130
+    waits, changes = steps_until_served(3, (0, "a", [20] * 3), (1, "b", [20] * 3))
+    assert changes <= 2 and max(waits.values()) <= 41
+    long = [(0, name, [500]) for name in "abcd"]
+    waits, _ = steps_until_served(4, *long, (3, "e", [6]))
+    assert waits["e"] <= scheduler.TURN + 8
+
+
+def test_fairness():
+    check_fairness()
+
+
+def first_come(waiting, holders, num_rows, most_interrupted):
+    return waiting[0], None
+
+
+CALLS = []
+
+
+def from_whom_has_one_more(waiting, holders, num_rows, most_interrupted):
+    CALLS.append(len(waiting))
+    assert len(CALLS) < 1000, "the rows change hands for ever"
+    held = Counter(s.group.client for s in holders)
+    chosen = min(waiting, key=lambda s: (held[s.group.client], s.number))
+    most = [s for s in holders if held[s.group.client] > held[chosen.group.client]]
+    loser = max(most, key=lambda s: s.number, default=None)
+    return chosen, loser if len(holders) == num_rows else None
+
+
+def nobody_loses_a_row(waiting, holders, num_rows, most_interrupted):
+    return scheduler.next_for_a_row(waiting, holders)[0], None
+
+
+def no_turns(waiting, holders, num_rows, most_interrupted):
+    chosen, loser = scheduler.next_for_a_row(waiting, holders)
+    return chosen, loser if len(holders) == num_rows else None
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize(
+    "rule", [first_come, from_whom_has_one_more, nobody_loses_a_row, no_turns]
+)
+def test_fairness_kills(rule, monkeypatch):
+    monkeypatch.setattr(scheduler, "who_changes", rule)
+    with pytest.raises(AssertionError):
+        check_fairness()

@@ -83,6 +83,63 @@ def test_windows_count_every_token_once(length, context, data):
         assert start == 0 or first - start >= context - stride
 
 
+def check_windows(windows):
+    """Every token is counted once, with as much context as promised."""
+    cases = ((20, 8, 4), (20, 8, 8), (7, 8, 4), (8, 8, 3), (1, 4, 1), (0, 4, 2))
+    for length, context, stride in (*cases, (23, 5, 1)):
+        found = list(windows(length, context, stride))
+        counted = [t for _, first, end in found for t in range(first, end)]
+        assert counted == list(range(length))
+        for start, first, end in found:
+            assert end - start <= context
+            assert start == 0 or first - start >= context - stride
+
+
+def counts_the_overlap_again(start, first, end, context, stride):
+    return start, start, end
+
+
+def drops_the_first_token(start, first, end, context, stride):
+    return start, max(1, first), end
+
+
+def drops_the_tail(start, first, end, context, stride):
+    return (start, first, end) if end - first in (context, stride) else None
+
+
+def starts_anew(start, first, end, context, stride):
+    return first, first, end
+
+
+def reads_one_too_many(start, first, end, context, stride):
+    return max(0, start - 1), first, end
+
+
+def test_windows():
+    check_windows(sliding_windows)
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize(
+    "change",
+    [
+        counts_the_overlap_again,
+        drops_the_first_token,
+        drops_the_tail,
+        starts_anew,
+        reads_one_too_many,
+    ],
+)
+def test_windows_kill(change):
+    def windows(length, context, stride):
+        for window in sliding_windows(length, context, stride):
+            if changed := change(*window, context, stride):
+                yield changed
+
+    with pytest.raises(AssertionError):
+        check_windows(windows)
+
+
 def test_equals_one_forward_pass_when_the_context_fits():
     for text in TEXTS[:3]:
         ids = torch.tensor([ids_of(text)])[:, :25]
@@ -270,6 +327,43 @@ def test_paired_difference():
     )  # and far finer than each figure alone
     with pytest.raises(ValueError, match="same documents"):
         paired_difference(a, draw_documents(rng, 60))
+
+
+def unpaired(a, b):
+    """The errors of the two, as if they had read different documents."""
+    return math.hypot(a.standard_error, b.standard_error)
+
+
+def by_token(a, b):
+    """As if every token were drawn by itself."""
+    spread = np.std((a.nll - b.nll) / a.tokens) / math.log(2)
+    return spread * a.tokens.sum() ** 0.5 / a.bytes.sum()
+
+
+def paired(a, b):
+    return paired_difference(a, b)[1]
+
+
+def coverage(error):
+    """How often two errors to either side hold the true difference."""
+    rng, inside = np.random.default_rng(1), []
+    for _ in range(300):
+        a = draw_documents(rng, 60)
+        gain = a.bytes * rng.normal(0.02, 0.05, 60) * math.log(2)
+        b = Evaluation(a.nll - gain, a.tokens, a.bytes)
+        difference = a.bits_per_byte - b.bits_per_byte
+        inside.append(abs(difference - 0.02) < 1.96 * error(a, b))
+    return np.mean(inside)
+
+
+def test_paired_errors_cover():
+    assert 0.91 < coverage(paired) < 0.985
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize("error", [unpaired, by_token])
+def test_coverage_kills(error):
+    assert not 0.91 < coverage(error) < 0.985
 
 
 def test_loss_by_position():
