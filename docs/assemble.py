@@ -336,9 +336,7 @@ class Page:
 def linked_chapters(text: str, book: list[Chapter], up: str = "") -> str:
     """Replace `(chapter:rope)` by the path of that chapter; KeyError for none."""
     paths = {chapter.slug: chapter.path.name for chapter in book}
-    return re.sub(
-        r"\(chapter:(\w+)\)", lambda m: f"({up}chapters/{paths[m[1]]})", text
-    )
+    return re.sub(r"\(chapter:(\w+)\)", lambda m: f"({up}chapters/{paths[m[1]]})", text)
 
 
 def contents(book: list[Chapter]) -> str:
@@ -348,11 +346,14 @@ def contents(book: list[Chapter]) -> str:
         lines = [f"chapters/{chapter.path.stem}" for chapter in members]
         blocks.append((caption, lines))
     play = ["play/index", *(f"play/{page}" for page in PLAY)]
-    blocks.insert(1, ("Play with it", play))
+    before = [caption for caption, _ in blocks].index(PARTS["A"])
+    blocks.insert(before, ("Play with it", play))
     reference = ["notation", "glossary", "bibliography", "api/index"]
     blocks.append(("Reference", reference))
     return "\n".join(
-        f"```{{toctree}}\n:caption: {caption}\n:hidden:\n\n" + "\n".join(lines) + "\n```"
+        f"```{{toctree}}\n:caption: {caption}\n:hidden:\n\n"
+        + "\n".join(lines)
+        + "\n```"
         for caption, lines in blocks
     )
 
@@ -372,7 +373,9 @@ def summary(module: str) -> str:
 
 
 def api_page(module: str, places: dict[str, tuple[Chapter, str]]) -> str:
-    here = {c.path: c for name, (c, _) in places.items() if name.split(".")[1] == module}
+    here = {
+        c.path: c for name, (c, _) in places.items() if name.split(".")[1] == module
+    }
     links = [f"[{c.title}](../chapters/{c.path.name})" for c in here.values()]
     return (
         f"# {module}\n\n{{.written}}\nWritten in {' and '.join(links)}.\n\n"
@@ -488,13 +491,19 @@ def assemble(target: Path) -> None:
         "<!-- overview -->": overview(book),
         "<!-- letters -->": notation(),
         "<!-- papers -->": bibliography(book),
-        "<!-- play -->": "\n".join(f"- [{t}](play/{p}.md)" for p, (t, _) in PLAY.items()),
+        "<!-- play -->": "\n".join(
+            f"- [{t}](play/{p}.md)" for p, (t, _) in PLAY.items()
+        ),
     }
     for page in sorted(DOCS.rglob("*.md")):
         name = page.relative_to(DOCS)
-        text = linked_chapters(page.read_text("utf-8"), book, "../" * len(name.parts[1:]))
+        text = linked_chapters(
+            page.read_text("utf-8"), book, "../" * len(name.parts[1:])
+        )
         for mark, value in replaced.items():
             text = text.replace(mark, value)
+        if name.parts[0] == "play":
+            text = text.replace("](play/", "](")
         made.add(write(target / name, embedded(text)))
     for chapter in book:
         notebook = nbformat.writes(Page(chapter, places).notebook())
@@ -512,7 +521,7 @@ def assemble(target: Path) -> None:
 
 def for_colab(target: Path) -> None:
     """Write the chapters with a first cell that fetches the book and what it needs."""
-    setup = (DOCS / "colab_setup.py").read_text("utf-8").strip()
+    setup = (DOCS / "colab_setup.txt").read_text("utf-8").strip()
     setup = setup.replace("REPOSITORY", REPOSITORY)
     shutil.rmtree(target, ignore_errors=True)
     for chapter in chapters():

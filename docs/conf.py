@@ -36,9 +36,10 @@ myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist"]
 myst_enable_extensions += ["attrs_block"]
 myst_heading_anchors = 3
 suppress_warnings = ["epub.unknown_project_files", "epub.duplicated_toc_entry"]
-exclude_patterns = ["_build"]
 show_warning_types = True
 
+smartquotes_action = "q"
+add_module_names = False
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 autodoc_inherit_docstrings = False
@@ -56,6 +57,7 @@ html_favicon = "_static/favicon.svg"
 html_copy_source = False
 html_show_sourcelink = False
 html_last_updated_fmt = None
+html_context = {"default_mode": "auto"}
 html_theme_options = {
     "repository_url": f"https://github.com/{REPOSITORY}",
     "use_repository_button": True,
@@ -87,7 +89,6 @@ epub_show_urls = "no"
 epub_exclude_files = ["search.html", "labels.json"]
 epub_tocscope = "includehidden"
 epub_cover = ()
-epub_css_files = ["epub.css"]
 
 
 class FoldSecondReadings(SphinxTransform):
@@ -102,9 +103,7 @@ class FoldSecondReadings(SphinxTransform):
                 inner = [s[0].astext() for s in section.findall(nodes.section)][1:]
                 what = ": " + " · ".join(inner) if inner else ""
                 label = f"Open what may be skipped{what}".replace("<", "&lt;")
-                opening = (
-                    f'<details class="second-reading"><summary>{label}</summary>'
-                )
+                opening = f'<details class="second-reading"><summary>{label}</summary>'
                 section.insert(1, nodes.raw("", opening, format="html"))
                 section.append(nodes.raw("", "</details>", format="html"))
 

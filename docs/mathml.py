@@ -20,5 +20,7 @@ def visit_display(self, node: nodes.math_block) -> None:
 
 def setup(app: Sphinx) -> None:
     app.add_html_math_renderer(
-        "mathml", inline_renderers=(visit_math, None), block_renderers=(visit_display, None)
+        "mathml",
+        inline_renderers=(visit_math, None),
+        block_renderers=(visit_display, None),
     )

@@ -60,9 +60,7 @@ def noted_heads(weights: torch.Tensor, ids: list[int]) -> list[dict]:
     first = weights[:, :, 1:, 0].mean(-1)
     found = [("looks at the token before", before), ("looks at the first token", first)]
     # where this token stood before: what followed it then
-    pairs = [
-        (t, ids.index(ids[t], 0, t) + 1) for t in range(T) if ids[t] in ids[:t]
-    ]
+    pairs = [(t, ids.index(ids[t], 0, t) + 1) for t in range(T) if ids[t] in ids[:t]]
     if len(pairs) > 3:
         queries, keys = map(list, zip(*pairs))
         share = weights[:, :, queries, keys].mean(-1)
