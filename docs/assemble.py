@@ -257,8 +257,14 @@ def play_box(slug: str) -> str:
 class Page:
     """Turns a chapter's notebook into the site's."""
 
-    def __init__(self, chapter: Chapter, places: dict[str, tuple[Chapter, str]]):
+    def __init__(
+        self,
+        chapter: Chapter,
+        places: dict[str, tuple[Chapter, str]],
+        epub: bool = False,
+    ):
         self.chapter = chapter
+        self.play = "" if epub else play_box(chapter.slug)
         self.modules = {name.split(".")[1] for name in places}
         short = [name.rpartition(".")[2] for name in places]
         self.names = {
@@ -271,11 +277,11 @@ class Page:
 
     def notebook(self) -> NotebookNode:
         notebook = nbformat.from_dict(self.chapter.notebook)
-        cells, asked, played = [], False, not play_box(self.chapter.slug)
+        cells, asked, played = [], False, not self.play
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
                 if not played and cell.source.startswith("## "):
-                    cells.append(new_markdown_cell(play_box(self.chapter.slug)))
+                    cells.append(new_markdown_cell(self.play))
                     played = True
                 asked = asked or "> **Predict, then run.**" in cell.source
                 cell.source = self.markdown(cell.source, first=not cells)
@@ -339,7 +345,7 @@ def linked_chapters(text: str, book: list[Chapter], up: str = "") -> str:
     return re.sub(r"\(chapter:(\w+)\)", lambda m: f"({up}chapters/{paths[m[1]]})", text)
 
 
-def contents(book: list[Chapter]) -> str:
+def contents(book: list[Chapter], epub: bool) -> str:
     """Return the tables of contents, one a part, and what follows the chapters."""
     blocks = []
     for caption, members in parts(book).items():
@@ -347,7 +353,8 @@ def contents(book: list[Chapter]) -> str:
         blocks.append((caption, lines))
     play = ["play/index", *(f"play/{page}" for page in PLAY)]
     before = [caption for caption, _ in blocks].index(PARTS["A"])
-    blocks.insert(before, ("Play with it", play))
+    if not epub:
+        blocks.insert(before, ("Play with it", play))
     reference = ["notation", "glossary", "bibliography", "api/index"]
     blocks.append(("Reference", reference))
     return "\n".join(
@@ -481,13 +488,14 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def assemble(target: Path) -> None:
+def assemble(target: Path, epub: bool = False) -> None:
+    """Write the source of the site, or of the EPUB, where no script runs."""
     book = chapters()
     places = written_in(book)
     modules = [chapter.module for chapter in book if chapter.module]
     made = set()
     replaced = {
-        "<!-- contents -->": contents(book),
+        "<!-- contents -->": contents(book, epub),
         "<!-- overview -->": overview(book),
         "<!-- letters -->": notation(),
         "<!-- papers -->": bibliography(book),
@@ -497,16 +505,20 @@ def assemble(target: Path) -> None:
     }
     for page in sorted(DOCS.rglob("*.md")):
         name = page.relative_to(DOCS)
+        if epub and name.parts[0] == "play":
+            continue
         text = linked_chapters(
             page.read_text("utf-8"), book, "../" * len(name.parts[1:])
         )
+        if epub:
+            text = re.sub(r"<!-- site -->.*?<!-- end -->", "", text, flags=re.DOTALL)
         for mark, value in replaced.items():
             text = text.replace(mark, value)
         if name.parts[0] == "play":
             text = text.replace("](play/", "](")
         made.add(write(target / name, embedded(text)))
     for chapter in book:
-        notebook = nbformat.writes(Page(chapter, places).notebook())
+        notebook = nbformat.writes(Page(chapter, places, epub).notebook())
         made.add(write(target / "chapters" / chapter.path.name, notebook))
     for module in modules:
         made.add(write(target / "api" / f"{module}.md", api_page(module, places)))
@@ -532,5 +544,8 @@ def for_colab(target: Path) -> None:
 
 
 if __name__ == "__main__":
-    write_to = for_colab if "--colab" in sys.argv else assemble
-    write_to(Path(sys.argv[1]).resolve())
+    goal = Path(sys.argv[1]).resolve()
+    if "--colab" in sys.argv:
+        for_colab(goal)
+    else:
+        assemble(goal, epub="--epub" in sys.argv)

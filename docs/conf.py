@@ -152,10 +152,13 @@ def write_docstring(app, what, name, obj, options, lines: list[str]) -> None:
         lines += ["", f":ref:`Written in {title} <{label}>`", ""]
 
 
-def copy_mathjax(app: Sphinx, error: Exception | None) -> None:
-    """Copy what the pages load of MathJax."""
+def finish_static(app: Sphinx, error: Exception | None) -> None:
+    """Copy what the pages load of MathJax, and remove what no page loads."""
     if error or app.builder.format != "html" or app.builder.name == "epub":
         return
+    # the theme copies its templates beside its styles
+    for template in (Path(app.outdir) / "_static").glob("*.html"):
+        template.unlink()
     found = [Path(p) / MATHJAX for p in sys.path if (Path(p) / MATHJAX).is_dir()]
     if not found:
         raise RuntimeError("pip install sphinx-mathjax-offline: MathJax is missing")
@@ -172,5 +175,5 @@ def setup(app: Sphinx) -> None:
     app.add_transform(FoldSecondReadings)
     app.add_transform(NumberEquations)
     app.connect("autodoc-process-docstring", write_docstring)
-    app.connect("build-finished", copy_mathjax)
+    app.connect("build-finished", finish_static)
     mathml.setup(app)
