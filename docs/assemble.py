@@ -128,6 +128,11 @@ def exports(cell: NotebookNode, module: str | None) -> str | None:
     return None
 
 
+def cell_label(module: str, name: str) -> str:
+    """Return the anchor of the cell that defines a name, in the form of HTML's ids."""
+    return re.sub(r"[^a-z0-9]+", "-", f"code-{module}-{name}".lower()).strip("-")
+
+
 def written_in(book: list[Chapter]) -> dict[str, tuple[Chapter, str]]:
     """Return the chapter and the label of the cell for each exported name."""
     places = {}
@@ -136,7 +141,7 @@ def written_in(book: list[Chapter]) -> dict[str, tuple[Chapter, str]]:
             module = exports(cell, chapter.module)
             if module and "exporti" not in cell.source.splitlines()[0]:
                 for name in defined(cell.source):
-                    label = f"code-{module}-{name}".lower().replace("_", "-")
+                    label = cell_label(module, name)
                     places[f"qwen_analog.{module}.{name}"] = chapter, label
     return places
 
@@ -232,7 +237,7 @@ def linked_names(source: str, names: dict[str, str]) -> str:
 
 def tab(module: str, names: list[str]) -> str:
     """Return the line above an exported cell, with a label for each name."""
-    labels = [f"code-{module}-{n}".lower().replace("_", "-") for n in names]
+    labels = [cell_label(module, name) for name in names]
     links = [f"{{py:obj}}`{n} <qwen_analog.{module}.{n}>`" for n in names]
     file = f"{{py:mod}}`qwen_analog/{module}.py <qwen_analog.{module}>`"
     targets = "\n".join(f"({label})=" for label in labels)

@@ -169,7 +169,7 @@ class Visitor:
         self.open(f"search.html?q={word}")
         results = self.page.locator("#search-results li a")
         try:
-            results.first.wait_for(timeout=10_000)
+            results.first.wait_for(timeout=5_000)
         except Exception:
             return []
         return results.all_inner_texts()
@@ -345,7 +345,7 @@ href="data:,"><main><p id="here">text</p>%s</main>"""
 PIXEL = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
 BROKEN = {
     "console:": '<script>console.error("no")</script>',
-    "error: Error: no": '<script>throw new Error("no")</script>',
+    "error: no": '<script>throw new Error("no")</script>',
     "404": '<script src="missing.js"></script>',
     "another host": '<img src="http://127.0.0.2:9/x.png" width="9" height="9">',
     "too wide": '<div style="width: 3000px">x</div>',

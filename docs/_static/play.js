@@ -29,8 +29,10 @@ function data(root) {
 
 // a labelled slider whose value can be read; returns what reads and sets it
 function slider(label, min, max, step, value, shown, onchange) {
-  const output = element("output");
-  const input = element("input", { type: "range", min, max, step, value });
+  // a label belongs to the first control in it, and an output is one: two siblings
+  const id = `play-${label.replace(/\W+/g, "-")}`;
+  const output = element("output", { for: id });
+  const input = element("input", { type: "range", id, min, max, step, value });
   const tell = () => {
     output.textContent = shown(Number(input.value));
   };
@@ -39,7 +41,8 @@ function slider(label, min, max, step, value, shown, onchange) {
     onchange();
   });
   tell();
-  const box = element("label", { class: "play-field" }, `${label} `, output, input);
+  const name = element("label", { for: id }, label);
+  const box = element("div", { class: "play-field" }, name, " ", output, input);
   return {
     box,
     get value() {
