@@ -82,8 +82,8 @@ MATHJAX = "sphinx-mathjax-offline/static/mathjax"
 mathjax_path = "mathjax/tex-chtml.js"
 mathjax3_config = {"options": {"enableMenu": False}}
 
-if tags.has("epub"):  # noqa: F821 (Sphinx puts it there)
-    html_math_renderer = "mathml"
+# Sphinx puts `tags` there
+html_math_renderer = "mathml" if tags.has("epub") else "mathjax"  # noqa: F821
 epub_title = html_title
 epub_show_urls = "no"
 epub_exclude_files = ["search.html", "labels.json"]
@@ -118,7 +118,8 @@ class NumberEquations(SphinxTransform):
         if not docname.startswith("chapters/"):
             return
         domain = self.env.domains["math"]
-        for count, node in enumerate(self.document.findall(nodes.math_block), 1):
+        found = list(self.document.findall(nodes.math_block))
+        for count, node in enumerate(found, 1):
             if node.get("label") or node.get("number"):
                 continue
             label = f"{docname}-{count}".replace("/", "-").replace("_", "-")
