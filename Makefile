@@ -4,7 +4,7 @@ BIN := .venv/bin
 # threads that spin while they wait for each other take the processor from the ones that work
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: train test test-fast lint export execute figures lab hooks
+.PHONY: train test test-fast test-site lint export execute figures lab hooks book epub
 
 # the stamp is newer than every file that names a dependency once they are installed
 .venv/installed: pyproject.toml requirements.lock requirements-assets.txt
@@ -37,6 +37,21 @@ lint: .venv/installed
 	$(BIN)/ruff format --check -q .
 	$(BIN)/ruff check -q .
 	$(BIN)/pyrefly check --summary=none
+
+# the book as a site, and as an EPUB: the committed chapters, nothing is executed
+BUILD ?= build
+SPHINX = $(BIN)/sphinx-build -q -c docs -W --keep-going
+book: .venv/installed
+	$(BIN)/python docs/assemble.py $(BUILD)/book
+	$(SPHINX) -b html -d $(BUILD)/doctrees $(BUILD)/book $(BUILD)/site
+
+epub: .venv/installed
+	$(BIN)/python docs/assemble.py $(BUILD)/epub_book --epub
+	$(SPHINX) -b epub -t epub -d $(BUILD)/epub_doctrees $(BUILD)/epub_book $(BUILD)/epub
+
+# the site, every page opened in Chromium where there is one
+test-site: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=5 tests/test_site.py
 
 # git merges notebooks cell by cell, and what is committed is checked first
 hooks: .venv/installed
