@@ -56,8 +56,7 @@ class HFTokenizer(Tokenizer):
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     def save(self, directory: str | Path) -> str:
-        # in a folder of its own: beside a model's config.json, transformers would
-        # choose the tokenizer's class by the model's type
+        # beside a model's config.json transformers would choose another class
         self.write_files(Path(directory) / "tokenizer")
         return "hf:tokenizer"
 
@@ -239,7 +238,7 @@ def without_warnings() -> Iterator[None]:
     finally:
         logging.set_verbosity(before)
 
-
+# %% ../chapters/B09_hf_tokenizer.ipynb #42a16dcb
 def load_fast_tokenizer(name: str, local_files_only: bool) -> Any:
     """Return what `transformers.AutoTokenizer` loads; ValueError where it cannot, or
     finds no fast tokenizer."""
@@ -311,7 +310,7 @@ def installed_qwen() -> Path | None:
     digest = hashlib.sha256(read_file(path)).hexdigest()
     return path if digest == QWEN_SHA256 else None
 
-
+# %% ../chapters/B09_hf_tokenizer.ipynb #d922a413
 def named_tokenizer(name: str) -> Tokenizer:
     """Load a tokenizer by its name on the hub: from this disk where it is there, before
     anything is asked of a network."""

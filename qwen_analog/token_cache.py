@@ -188,8 +188,7 @@ def read_tokens(path: Path, heldout_fraction: float) -> "pyarrow.Table":
 
 # %% ../chapters/B05_token_cache.ipynb #1d771b32
 class TokenFileCache:
-    """A directory of token files for `files`, each named by what it was made from and
-    by its own SHA-256."""
+    """Token files of `files`, each named by its origin and by its own SHA-256."""
 
     def __init__(self, directory: str | Path, files: Sequence[str]):
         self.directory = Path(directory) / "qwen_analog"
