@@ -26,17 +26,17 @@ def path(rule):
 
 
 def gradient_descent(g, m, v, t):
-    return 0.094 * g, m, v
+    return 0.08 * g, m, v
 
 
 def momentum(g, m, v, t):
     m = 0.7 * m + g
-    return 0.06 * m, m, v
+    return 0.08 * m, m, v
 
 
 def rms_scaling(g, m, v, t):
     v = 0.95 * v + 0.05 * g**2
-    return 0.15 * g / np.sqrt(v / (1 - 0.95**t)), m, v
+    return 0.2 * g / np.sqrt(v / (1 - 0.95**t)), m, v
 
 
 def adam(g, m, v, t):
@@ -45,10 +45,10 @@ def adam(g, m, v, t):
 
 
 rules = {
-    "gradient descent": gradient_descent,
-    "momentum": momentum,
-    "scaled by coordinate": rms_scaling,
-    "both: Adam": adam,
+    "gradient descent, rate 0.08": gradient_descent,
+    "momentum 0.7, rate 0.08": momentum,
+    "scaled by weight, rate 0.2": rms_scaling,
+    "both (Adam), rate 0.2": adam,
 }
 x, y = np.meshgrid(np.linspace(-4, 1.2, 200), np.linspace(-1.5, 1.5, 200))
 figure, axes = plt.subplots(1, 4, figsize=(11, 2.9), sharey=True)

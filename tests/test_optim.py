@@ -4,13 +4,16 @@ schedule's properties.
 
 import copy
 import math
+from functools import partial
 
+import nbformat
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from book import scramble_
+from chapter_code import CHAPTERS
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -30,6 +33,7 @@ from qwen_analog.optim import (
     set_learning_rate,
     stochastic_round_,
 )
+from qwen_analog.norm import RMSNorm
 
 LEARNING_RATE, DECAY = 0.01, 0.1
 KINDS = ("adamw", "adamw-bf16", "muon")
@@ -588,6 +592,10 @@ MUTANTS = {
     "first average to nearest": nearest(0),
     "second average to nearest": nearest(1),
     "weights to nearest": nearest(2),
+    "all three to nearest": (
+        "stochastic_round_",
+        lambda target, source: target.copy_(source),
+    ),
     "betas swapped": update(lambda state, group: {**group, "betas": (0.95, 0.9)}),
     "no bias correction": update(without_bias_correction),
     "decay not scaled by lr": update(
@@ -606,3 +614,191 @@ def test_the_mean_of_many_weights_follows_the_rule():
 def test_a_mutant_of_adamw_in_bf16_is_noticed(mutant, monkeypatch):
     monkeypatch.setattr(module, *MUTANTS[mutant])
     assert not (mean_of_bf16_is_the_rule(100) and mean_of_bf16_is_the_rule(5))
+
+
+def taught(name, old="", new=""):
+    """A function of the chapter, with one edit in its source."""
+    (path,) = CHAPTERS.glob("*_optimizer.ipynb")
+    notebook = nbformat.read(path, 4)
+    (source,) = (
+        cell.source[cell.source.index(f"def {name}(") :]
+        for cell in notebook.cells
+        if cell.cell_type == "code" and f"\ndef {name}(" in f"\n{cell.source}"
+    )
+    source = source.split("\n\n\n")[0]
+    if old:
+        assert source.count(old) == 1, f"{old!r} is not in the source once"
+    space = {"torch": torch}
+    if name == "muon_update":
+        space["newton_schulz"] = taught("newton_schulz")
+    exec(source.replace(old, new), space)
+    return space[name]
+
+
+def slopes_of(p, t):
+    """Slopes over ten powers of ten, one of them always zero."""
+    g = torch.randn(
+        p.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(t)
+    )
+    scale = torch.logspace(-10, 0, p.numel(), dtype=torch.float64)
+    scale[1] = 0.0
+    return g * scale.view(p.shape)
+
+
+def pieces():
+    return scramble_(nn.Sequential(nn.Linear(6, 4), RMSNorm(4))).double()
+
+
+@torch.no_grad()
+def differs_from_torchs_adamw(update, groups=parameter_groups, bound=1e-13):
+    """Do 30 steps in float64 leave another weight than torch's AdamW with its groups
+    written out by hand?
+    """
+    ours, (linear, norm) = pieces(), pieces()
+    vectors = {"params": [linear.bias, norm.weight], "weight_decay": 0.0}
+    matrix = {"params": [linear.weight], "weight_decay": DECAY}
+    options = dict(lr=LEARNING_RATE, betas=(0.9, 0.95), foreach=False)
+    reference = torch.optim.AdamW([matrix, vectors], **options)
+    chosen = groups(ours, DECAY)
+    state = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in ours.parameters()}
+    theirs = [linear.weight, linear.bias, norm.weight]
+    for t in range(1, 31):
+        for group in chosen:
+            for p in group["params"]:
+                update(p, slopes_of(p, t), *state[p], t, group["weight_decay"])
+        for p in theirs:
+            p.grad = slopes_of(p, t)
+        reference.step()
+        for p, q in zip(ours.parameters(), theirs):
+            if not (p - q).abs().max() < bound:  # nan differs too
+                return True
+    return False
+
+
+def by_name(spared):
+    """Groups that decay every parameter but those whose name ends in `spared`."""
+    return lambda model, decay: [
+        {"params": [p], "weight_decay": 0.0 if name.endswith(spared) else decay}
+        for name, p in model.named_parameters()
+    ]
+
+
+EDITS = {
+    "no bias correction": ("1 - beta1**t, 1 - beta2**t", "1, 1"),
+    "betas swapped": ("beta1, beta2 = betas", "beta2, beta1 = betas"),
+    "decay inside the gradient (L2)": ("p.mul_(1 - lr * decay)", "g = g + decay * p"),
+    "decay not scaled by lr": ("1 - lr * decay", "1 - decay"),
+    "eps inside the root": ("(v / bias2).sqrt() + eps", "(v / bias2 + eps).sqrt()"),
+    "no eps": (" + eps", ""),
+    "no square root": (".sqrt()", ""),
+    "square of the mean, not mean square": ("addcmul_(g, g", "addcmul_(m, m"),
+    "gradient instead of momentum": ("lr * (m / bias1)", "lr * g"),
+}
+GROUPS = {
+    "decay on nothing": lambda model, decay: parameter_groups(model, 0.0),
+    "decay on everything": by_name(("nothing",)),
+    "decay on norms": by_name(("bias",)),
+    "decay on biases": by_name(("1.weight",)),
+}
+
+
+def test_the_taught_adamw_is_torchs():
+    assert not differs_from_torchs_adamw(taught("adamw_update"))
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize("mutant", EDITS)
+def test_a_mutant_of_the_taught_adamw_is_noticed(mutant):
+    assert differs_from_torchs_adamw(taught("adamw_update", *EDITS[mutant]))
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize("mutant", GROUPS)
+def test_wrong_groups_are_noticed(mutant):
+    assert differs_from_torchs_adamw(taught("adamw_update"), GROUPS[mutant])
+
+
+def distance_from_torchs_muon(update):
+    """Return the largest rms difference, in learning rates a step, over three shapes;
+    Newton-Schulz runs in bfloat16.
+    """
+    gaps = []
+    for shape in ((24, 8), (8, 24), (16, 16)):
+        p = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        q, m = nn.Parameter(p.clone()), torch.zeros(shape)
+        options = dict(lr=LEARNING_RATE, weight_decay=DECAY)
+        reference = torch.optim.Muon([q], adjust_lr_fn="match_rms_adamw", **options)
+        for t in range(1, 11):
+            q.grad = slopes_of(q, t).float()
+            update(p, q.grad, m, DECAY)
+            reference.step()
+        gaps.append((p - q).pow(2).mean().sqrt().item() / (10 * LEARNING_RATE))
+    return max(gaps)
+
+
+MUON_EDITS = {
+    "no Nesterov": ("(1 - momentum) * g + momentum * m", "m"),
+    "no size matching": ("lr * 0.2 * max(p.shape) ** 0.5", "lr"),
+    "no decay": ("1 - lr * decay", "1"),
+    "momentum not orthogonalised": (
+        "newton_schulz(ahead, dtype=dtype)",
+        "m / m.norm()",
+    ),
+}
+
+
+def test_the_taught_muon_is_torchs():
+    assert distance_from_torchs_muon(taught("muon_update")) < 0.005
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize("mutant", MUON_EDITS)
+def test_a_mutant_of_the_taught_muon_is_noticed(mutant):
+    assert distance_from_torchs_muon(taught("muon_update", *MUON_EDITS[mutant])) > 0.005
+
+
+def test_newton_schulz_brings_singular_values_near_one():
+    """The quintic of Muon, and of the same five steps the classical cubic does not."""
+    newton_schulz = partial(taught("newton_schulz"), dtype=torch.float64)
+    g = torch.Generator().manual_seed(0)
+    M = torch.randn(40, 20, generator=g, dtype=torch.float64)
+    M = M * torch.logspace(0, -2, 20, dtype=torch.float64)
+    values = torch.linalg.svdvals(newton_schulz(M))
+    assert ((values > 0.5) & (values < 1.5)).all()
+    cubic = torch.linalg.svdvals(newton_schulz(M, coefficients=(1.5, -0.5, 0.0)))
+    assert (cubic < 0.5).sum() > 5
+
+
+def test_the_step_of_a_turned_matrix_is_the_turned_step():
+    newton_schulz = partial(taught("newton_schulz"), dtype=torch.float64)
+    g = torch.Generator().manual_seed(0)
+    M, *square = (
+        torch.randn(shape, generator=g, dtype=torch.float64)
+        for shape in ((12, 7), (12, 12), (7, 7))
+    )
+    P, Q = (torch.linalg.qr(x)[0] for x in square)
+    torch.testing.assert_close(newton_schulz(P @ M @ Q), P @ newton_schulz(M) @ Q)
+
+
+@pytest.mark.parametrize(
+    ("kind", "bytes_a_matrix"), [("adamw", 8), ("adamw-bf16", 4), ("muon", 4)]
+)
+def test_bytes_of_state(kind, bytes_a_matrix):
+    model = tiny()
+    optimizers = build_optimizers(model, LEARNING_RATE, kind=kind)
+    set_gradients(model, 0)
+    for optimizer in optimizers:
+        optimizer.step()
+    held = sum(
+        value.nbytes
+        for optimizer in optimizers
+        for state in optimizer.state.values()
+        for value in state.values()
+        if value.ndim > 0  # without step counters
+    )
+    expected = 0
+    for name, p in model.named_parameters():
+        hidden = p.ndim == 2 and not is_table(name)
+        elsewhere = 4 if kind == "adamw-bf16" else 8
+        expected += p.numel() * (bytes_a_matrix if hidden else elsewhere)
+    assert held == expected
