@@ -24,6 +24,11 @@ BREAKS = {
         lambda m: m.model.layers[1].self_attn.v_proj.bias.add_(0.1),
         "model.layers.1.self_attn.v_proj",
     ),
+    "a bias that is zero": (
+        lambda m: m.model.layers[0].self_attn.k_proj.bias.zero_(),
+        "model.layers.0.self_attn.k_proj",
+    ),
+    "the last norm's eps": (lambda m: setattr(m.model.norm, "eps", 1.0), "model.norm"),
     "the norms": (
         lambda m: swap_norms(m.model.layers[2]),
         "model.layers.2.input_layernorm",
