@@ -85,7 +85,7 @@ def snapshot(
         "optimizer_types": [type(optimizer).__name__ for optimizer in optimizers],
     }
 
-
+# %% ../chapters/26_checkpoints.ipynb #15b0c0de
 def join_tensors(tensors: dict[str, torch.Tensor], state: dict) -> dict:
     """Return the dict in checkpoint.pt: `state`, with torch's `model_state_dict` and
     `optimizer_state_dicts` made of tensors by name.
@@ -264,7 +264,7 @@ def read_pt(file: Path, *needs: str, check: bool = True, mmap: bool = False) -> 
     contents["config"] = config.to_dict()  # an older version's, completed
     return contents if mmap else copy.deepcopy(contents)
 
-# %% ../chapters/26_checkpoints.ipynb #0da22016
+# %% ../chapters/26_checkpoints.ipynb #27a0c0de
 def load_checkpoint(path: str | Path) -> dict:
     """Return the dict that `save_checkpoint` wrote, on the CPU.
 
@@ -295,7 +295,7 @@ def _read_sharded(directory: Path, prefix: str = "") -> dict:
     reader.fill(tensors)
     return join_tensors(tensors, state)
 
-
+# %% ../chapters/26_checkpoints.ipynb #27b0c0de
 def check_owners(stored: dict, state: dict, file: Path) -> None:
     """Raise CheckpointError for an optimizer's tensor of a parameter that its optimizer
     does not have.
@@ -306,7 +306,7 @@ def check_owners(stored: dict, state: dict, file: Path) -> None:
         if name.startswith("optimizer/") and name.split("/")[1] not in known:
             raise damaged(file, f"has no place for {name[:100]}")
 
-# %% ../chapters/26_checkpoints.ipynb #2fb9ab82
+# %% ../chapters/26_checkpoints.ipynb #29a0c0de
 OF_OPTIMIZERS = {"optimizer_state_dicts", "optimizer_types", "optimizer_parameters"}
 
 
@@ -327,7 +327,7 @@ def state_file(path: Path) -> Path:
         return directory / "state.pt"
     return path / "checkpoint.pt" if path.is_dir() else path
 
-
+# %% ../chapters/26_checkpoints.ipynb #29b0c0de
 def without_tensors(state: dict) -> dict:
     """Return a copy without weights and optimizers, which holds no file mapped."""
     left_out = OF_OPTIMIZERS | {"model_state_dict"}

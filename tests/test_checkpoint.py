@@ -1,10 +1,12 @@
 """Checkpoints back to models: weights, configuration, tokenizer, settings."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -244,3 +246,87 @@ for run in ("plain", "sharded"):
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+class DiskFull(OSError):
+    pass
+
+
+@contextlib.contextmanager
+def failing_call(number, monkeypatch):
+    """The `number`-th call of torch.save, Path.write_text or Path.rename raises; a
+    failing torch.save leaves half a file.
+    """
+    calls, save = [], torch.save
+
+    def wrap(function):
+        def wrapped(*args, **kwargs):
+            calls.append(function)
+            if len(calls) == number:
+                if function is save:
+                    save(*args, **kwargs)
+                    file = Path(args[1])
+                    file.write_bytes(file.read_bytes()[:1000])
+                raise DiskFull
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", wrap(torch.save))
+        patch.setattr(Path, "write_text", wrap(Path.write_text))
+        patch.setattr(Path, "rename", wrap(Path.rename))
+        yield
+
+
+def check_save(save, monkeypatch):
+    """Whatever call fails, the newest checkpoint loads, and is the old or the new."""
+    model, _ = fresh()
+    for number in range(1, 6):
+        root = Path(tempfile.mkdtemp(dir="."))
+        save(root / "step_1", model, TOKENIZER, step=1)
+        with failing_call(number, monkeypatch), contextlib.suppress(OSError):
+            save(root / "step_2", model, TOKENIZER, step=2)
+        there = sorted(root.glob("step_[12]/checkpoint.pt"))
+        assert there, f"failure {number}: no checkpoint is left"
+        newest = there[-1].parent
+        assert load_checkpoint(newest)["step"] in (1, 2), f"failure {number}"
+        names = {path.name for path in newest.iterdir()}
+        assert {"config.json", "tokenizer.tiktoken"} <= names, f"failure {number}"
+
+
+def write_state(directory, model, state):
+    contents = {"model_state_dict": model.state_dict(), **state}
+    contents["config"] = model.config.to_dict()
+    torch.save(contents, directory / "checkpoint.pt")
+
+
+def save_in_place(directory, model, tokenizer, **state):
+    directory.mkdir()
+    write_state(directory, model, state)
+    (directory / "config.json").write_text("{}")
+    tokenizer.save(directory)
+
+
+def save_state_last(directory, model, tokenizer, **state):
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    tokenizer.save(directory)
+    write_state(directory, model, state)
+
+
+def delete_then_save(directory, model, tokenizer, **state):
+    for old in directory.parent.glob("step_*"):
+        shutil.rmtree(old)
+    save_checkpoint(directory, model, tokenizer, **state)
+
+
+def test_a_save_that_fails_anywhere_leaves_a_checkpoint(monkeypatch):
+    check_save(save_checkpoint, monkeypatch)
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize("save", [save_in_place, save_state_last, delete_then_save])
+def test_other_ways_of_saving_are_noticed(save, monkeypatch):
+    with pytest.raises((AssertionError, CheckpointError)):
+        check_save(save, monkeypatch)
