@@ -43,7 +43,7 @@ from serving_helpers import (
 
 from qwen_analog import protocol, server
 from qwen_analog.loading import load
-from qwen_analog.engine import AsyncEngine
+from qwen_analog.engine import AsyncEngine, DeltaStream
 from qwen_analog.hf import save_pretrained
 from qwen_analog.server import build_app, build_server
 from qwen_analog.bpe import BYTE_ORDER
@@ -113,12 +113,11 @@ def test_stop_and_utf8_over_http():
             assert (found.text, found.finish_reason) == (text, "stop")
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_frees_its_row(stream):
+def check_a_client_that_goes(stream, size=4095):
     engine = endless(max_batch=1, max_context=4096)
     with serving(engine) as port:
         connection = http.client.HTTPConnection("127.0.0.1", port)
-        body = {"model": NAME, "prompt": [1], "max_tokens": 4095, "stream": stream}
+        body = {"model": NAME, "prompt": [1], "max_tokens": size, "stream": stream}
         connection.request(
             "POST",
             "/v1/completions",
@@ -137,8 +136,21 @@ def test_a_client_that_goes_frees_its_row(stream):
             response.close()
         connection.close()
         idle(engine)
-        assert job.cancelled and len(job.written) < 4000
+        assert job.cancelled and len(job.written) < size - 95
         assert post(port, {"model": NAME, "prompt": [1], "max_tokens": 2})[0] == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_frees_its_row(stream):
+    check_a_client_that_goes(stream)
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize("stream", [True, False])
+def test_writing_on_for_nobody_is_noticed(stream, monkeypatch):
+    monkeypatch.setattr(DeltaStream, "abort", lambda self: None)
+    with pytest.raises(AssertionError):
+        check_a_client_that_goes(stream, size=1000)
 
 
 def test_queue_full():
