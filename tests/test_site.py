@@ -110,7 +110,9 @@ LOOK = """() => {
   const formulas = [...document.querySelectorAll(".math")];
   for (const formula of formulas) {
     const drawn = formula.querySelector("mjx-container");
-    if (!drawn || !drawn.getBoundingClientRect().width) {
+    // a contents list beside the page may hold one that is folded away
+    const shown = formula.checkVisibility();
+    if (!drawn || (shown && !drawn.getBoundingClientRect().width)) {
       faults.push(`formula ${formula.textContent.slice(0, 40)} is not drawn`);
     } else if (drawn.querySelector("mjx-merror, [data-mjx-error]")) {
       faults.push(`formula ${drawn.textContent.slice(0, 40)} is wrong`);
