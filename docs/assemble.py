@@ -244,6 +244,11 @@ def tab(module: str, names: list[str]) -> str:
     return f"{targets}\n{{.exported}}\n{' · '.join([file, *links])}"
 
 
+def printable(text: str) -> str:
+    """Leave out control characters that XHTML, and so an EPUB, may not hold."""
+    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f]", "", text)
+
+
 def fold(cell: NotebookNode, tag: str, show: str, hide: str) -> None:
     cell.metadata["tags"] = [*cell.metadata.get("tags", []), tag]
     cell.metadata["mystnb"] = {"code_prompt_show": show, "code_prompt_hide": hide}
@@ -297,6 +302,10 @@ class Page:
         # identifiers must not change from build to build
         for number, cell in enumerate(cells):
             cell["id"] = f"cell-{number}"
+            cell.source = printable(cell.source)
+            for output in cell.get("outputs", []):
+                if "text" in output:
+                    output.text = printable(output.text)
         notebook.cells = cells
         return notebook
 

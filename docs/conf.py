@@ -21,6 +21,8 @@ author = PROJECT["authors"][0]["name"]
 project_copyright = f"{author}, Apache-2.0"
 html_title = "qwen_analog: a book that runs"
 language = "en"
+package = (DOCS.parent / "qwen_analog" / "__init__.py").read_text("utf-8")
+version = release = re.search(r'__version__ = "(.+)"', package)[1]
 
 extensions = [
     "myst_nb",
