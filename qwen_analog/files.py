@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['flush_to_disk', 'make_directory', 'new_partial', 'commit_partial', 'read_json', 'write_json']
 
-# %% ../chapters/B02_files.ipynb #b5d1a150
+# %% ../chapters/B02_files.ipynb #df3dcc2e
 import json
 import os
 import shutil
@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-# %% ../chapters/B02_files.ipynb #925eae0a
+# %% ../chapters/B02_files.ipynb #762c57b1
 def flush_to_disk(path: Path) -> None:
     """Have the disk hold a file's content, or a directory's names, also if power is
     lost now.
@@ -32,7 +32,7 @@ def make_directory(path: Path) -> None:
         path.mkdir(exist_ok=True)
         flush_to_disk(path.parent)
 
-# %% ../chapters/B02_files.ipynb #eb538f4c
+# %% ../chapters/B02_files.ipynb #1a04915d
 def new_partial(directory: Path) -> Path:
     """Return an empty `directory`.partial to write into.
 
@@ -57,7 +57,7 @@ def commit_partial(partial: Path, directory: Path) -> None:
     partial.rename(directory)
     flush_to_disk(directory.parent)
 
-# %% ../chapters/B02_files.ipynb #aef3aad3
+# %% ../chapters/B02_files.ipynb #fc08a9a4
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
@@ -75,7 +75,7 @@ def _read_bounded(path: Path, most: int) -> bytes:
         raise ValueError(f"it is larger than {most:,} bytes")
     return content
 
-# %% ../chapters/B02_files.ipynb #c456801a
+# %% ../chapters/B02_files.ipynb #0e622a2a
 def read_json(path: str | Path, most: int = 2**26) -> dict[str, Any]:
     """Return the JSON object in a file of at most `most` bytes.
 

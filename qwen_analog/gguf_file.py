@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GGUFReader', 'GGUFTensor', 'GGUFFile', 'read_gguf']
 
-# %% ../chapters/B15_gguf_file.ipynb #f3f3578f
+# %% ../chapters/B15_gguf_file.ipynb #4ff511a5
 import math
 import mmap
 import os
@@ -21,7 +21,7 @@ from .weights import listed
 if TYPE_CHECKING:
     import gguf
 
-# %% ../chapters/B15_gguf_file.ipynb #6357a899
+# %% ../chapters/B15_gguf_file.ipynb #e096c2cd
 _DTYPES = {
     0: "<u1",
     1: "<i1",
@@ -37,7 +37,7 @@ _DTYPES = {
 }
 _STRING, _ARRAY, _LONGEST_ARRAY = 8, 9, 2**22
 
-# %% ../chapters/B15_gguf_file.ipynb #7d301607
+# %% ../chapters/B15_gguf_file.ipynb #f15b01cc
 class GGUFReader:
     """Reads a file's tables from the front, and never past its end: ValueError."""
 
@@ -75,7 +75,7 @@ class GGUFReader:
             return [self.text() for _ in range(count)]
         return self.array(_DTYPES[kind], count).tolist()
 
-# %% ../chapters/B15_gguf_file.ipynb #e02e5cab
+# %% ../chapters/B15_gguf_file.ipynb #2dc90cd6
 class GGUFTensor(NamedTuple):
     """A tensor of a file: its shape, outermost dimension first; its mapped bytes."""
 
@@ -111,7 +111,7 @@ def _read_entry(reader: GGUFReader) -> _Entry:
     kind = gguf.GGMLQuantizationType(reader.whole("<u4"))
     return _Entry(name, kind, shape, reader.whole("<u8"))
 
-# %% ../chapters/B15_gguf_file.ipynb #47bdc7a1
+# %% ../chapters/B15_gguf_file.ipynb #ef947dfa
 def _place_tensors(
     data: mmap.mmap, table: list[_Entry], start: int, alignment: int
 ) -> dict[str, GGUFTensor]:
@@ -148,7 +148,7 @@ def _place_tensors(
 def _aligned(size: int, alignment: int) -> int:
     return -(-size // alignment) * alignment
 
-# %% ../chapters/B15_gguf_file.ipynb #4bb2b514
+# %% ../chapters/B15_gguf_file.ipynb #7e07dde4
 def _read_metadata(reader: GGUFReader, count: int) -> dict[str, Any]:
     metadata = {}
     for _ in range(count):
@@ -185,7 +185,7 @@ def _read_tables(path: Path, data: mmap.mmap) -> GGUFFile:
     start = _aligned(reader.position, alignment)
     return GGUFFile(path, metadata, _place_tensors(data, table, start, alignment))
 
-# %% ../chapters/B15_gguf_file.ipynb #c6edff64
+# %% ../chapters/B15_gguf_file.ipynb #47b55150
 def read_gguf(path: str | Path) -> GGUFFile:
     """Read a file's metadata and its table of tensors.
 

@@ -6,7 +6,7 @@
 __all__ = ['meta_model', 'weight_shapes', 'listed', 'check_tensors', 'assemble', 'check_vocabulary', 'check_safetensors',
            'read_safetensors', 'error_line']
 
-# %% ../chapters/B13_weights.ipynb #bb3395af
+# %% ../chapters/B13_weights.ipynb #2ad94233
 import contextlib
 import dataclasses
 import os
@@ -21,7 +21,7 @@ from .files import read_json
 from .model import QwenForCausalLM
 from .tokenizer import Tokenizer
 
-# %% ../chapters/B13_weights.ipynb #0fdb3e27
+# %% ../chapters/B13_weights.ipynb #6116936a
 def meta_model(config: QwenConfig) -> QwenForCausalLM:
     """Return a model on the meta device: names and shapes without memory."""
     with torch.device("meta"):
@@ -40,7 +40,7 @@ def weight_shapes(config: QwenConfig) -> dict[str, list[int]]:
             shapes[name.replace(".0.", f".{i}.", 1)] = list(weight.shape)
     return shapes
 
-# %% ../chapters/B13_weights.ipynb #a8efc2c4
+# %% ../chapters/B13_weights.ipynb #900feaa9
 def listed(names: Sequence[str], most: int = 6) -> str:
     """Return the first names in one line, odd ones quoted, and how many follow."""
     plain = [
@@ -77,7 +77,7 @@ def check_tensors(
             f"{where}: the tensors do not fit the configuration; {'; '.join(problems)}"
         )
 
-# %% ../chapters/B13_weights.ipynb #1c590d6a
+# %% ../chapters/B13_weights.ipynb #18090880
 def assemble(
     config: QwenConfig,
     weights: dict[str, torch.Tensor],
@@ -100,7 +100,7 @@ def check_vocabulary(
             f" model has {config.vocab_size} rows"
         )
 
-# %% ../chapters/B13_weights.ipynb #448bfa1f
+# %% ../chapters/B13_weights.ipynb #ee31bc56
 def check_safetensors(directory: Path, config: QwenConfig) -> dict[Path, list[str]]:
     """Compare the headers of a directory's files with a model; read no tensor.
 
@@ -134,7 +134,7 @@ def read_safetensors(
             weights |= {name: file.get_tensor(name).to(dtype) for name in wanted}
     return weights
 
-# %% ../chapters/B13_weights.ipynb #0f23bb33
+# %% ../chapters/B13_weights.ipynb #776cbb04
 def error_line(error: BaseException) -> str:
     """Return a library's error in one line of bounded length: its type and message."""
     message = " ".join(str(error).split())[:300]
@@ -174,7 +174,7 @@ def _read_header(path: Path) -> dict[str, list[int]]:
             shapes[name] = tensor.get_shape()
     return shapes
 
-# %% ../chapters/B13_weights.ipynb #384dad4b
+# %% ../chapters/B13_weights.ipynb #4fdc13f1
 def _weight_files(directory: Path) -> Mapping[Path, set[str] | None]:
     """Return the files of a model, with the names that an index promises for each."""
     single = directory / "model.safetensors"
