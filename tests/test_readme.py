@@ -112,6 +112,16 @@ def test_thirty_lines_learn_a_poem(readme):
     assert run.stdout.strip() == poem.strip()
 
 
+def test_the_readme_names_every_chapter_by_its_title():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in (ROOT / "chapters").glob("[0-9AB]*.ipynb"):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        first = "".join(cells[0]["source"])
+        title = re.search(r"^# (.*)$", first, re.MULTILINE)[1]
+        number = path.stem.partition("_")[0].lstrip("0") or "0"
+        assert f"[{number} {title}](chapters/{path.name})" in text, path.name
+
+
 def test_make_knows_its_targets():
     for readme in READMES:
         for command in commands(readme):
