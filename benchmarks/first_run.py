@@ -17,13 +17,15 @@ PROMPT = "The city of Paris"
 def main(run: Path) -> None:
     rows = [json.loads(line) for line in open(run / "metrics.jsonl", encoding="utf-8")]
     samples = {}
-    steps = sorted(run.glob("step_*"), key=lambda p: int(p.name.partition("_")[2]))
-    for directory in steps:
+    last = rows[-1]["step"]
+    saved = {int(p.name.partition("_")[2]): p for p in run.glob("step_*")}
+    saved[last] = run / "final"
+    for step, directory in sorted(saved.items()):
         model, tokenizer = load(directory)
         text = complete(
             model, tokenizer, PROMPT, max_new_tokens=40, temperature=0.7, seed=0
         )
-        samples[directory.name.partition("_")[2]] = text
+        samples[step] = text
     found = {
         "training": [[r["step"], r["loss"]] for r in rows if "loss" in r],
         "held_out": [
