@@ -289,8 +289,7 @@ class StopFinder:
     def _make(self, state: _State, character: str) -> list[_State]:
         """Make the state behind `state` with `character`, if any string begins so."""
         length = state.length + 1
-        look = {"lo": state.low, "hi": state.high}
-        look["key"] = lambda text: text[length - 1 : length]
+        look = dict(lo=state.low, hi=state.high, key=lambda t: t[length - 1 : length])
         low = bisect_left(self._strings, character, **look)
         high = bisect_right(self._strings, character, **look)
         if low == high:
