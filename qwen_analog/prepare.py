@@ -6,7 +6,7 @@
 __all__ = ['CORPORA', 'VOCABULARY', 'LEARN_FROM', 'new_files', 'learn', 'prepare', 'Sample', 'tokenizer', 'add_prepare_arguments',
            'add_tokenizer_arguments']
 
-# %% ../chapters/B08_prepare.ipynb #b98b38ff
+# %% ../chapters/B08_prepare.ipynb #d78ca892
 import argparse
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -21,7 +21,7 @@ from .jsonl import find_files, read_jsonl, write_jsonl
 from .token_cache import held_out_mask
 from .tokenizer import QWEN_SPECIAL_TOKENS, TiktokenTokenizer
 
-# %% ../chapters/B08_prepare.ipynb #091b4ee1
+# %% ../chapters/B08_prepare.ipynb #a8055f6c
 @contextmanager
 def new_files(output: Path, *names: str) -> Iterator[Path]:
     """Give a scratch directory whose files `names` move up into `output` at the end.
@@ -45,7 +45,7 @@ def new_files(output: Path, *names: str) -> Iterator[Path]:
         for name in names:
             (Path(scratch) / name).replace(output / name)
 
-# %% ../chapters/B08_prepare.ipynb #9e804522
+# %% ../chapters/B08_prepare.ipynb #17355aad
 CORPORA = {"wiki": wiki_documents, "stdlib": stdlib_documents}
 VOCABULARY = "tokenizer.tiktoken"
 
@@ -74,7 +74,7 @@ def prepare(arguments: argparse.Namespace) -> None:
         " documents that are not held out"
     )
 
-# %% ../chapters/B08_prepare.ipynb #0f54c164
+# %% ../chapters/B08_prepare.ipynb #49563e50
 LEARN_FROM = 2**26  # bytes of text that a vocabulary is learned from at most
 
 
@@ -99,7 +99,7 @@ class Sample:
                 yield piece
             seen += size
 
-# %% ../chapters/B08_prepare.ipynb #5fc9b097
+# %% ../chapters/B08_prepare.ipynb #3b709340
 def tokenizer(arguments: argparse.Namespace) -> None:
     """Train a vocabulary on documents of your own that are not held out."""
     output, fraction = Path(arguments.output), arguments.heldout_fraction
@@ -126,7 +126,7 @@ def tokenizer(arguments: argparse.Namespace) -> None:
         f" {learned.vocab_size}"
     )
 
-# %% ../chapters/B08_prepare.ipynb #a7fe8840
+# %% ../chapters/B08_prepare.ipynb #fa88f444
 def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `qwen-analog prepare`."""
     parser.add_argument(
@@ -163,7 +163,7 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_vocabulary(parser, default=None, fraction=0.01)
 
-# %% ../chapters/B08_prepare.ipynb #7bb490de
+# %% ../chapters/B08_prepare.ipynb #a9eae503
 def _add_vocabulary(
     parser: argparse.ArgumentParser, default: int | None, fraction: float
 ) -> None:
