@@ -371,3 +371,58 @@ def test_the_detector_resumes_exactly():
 def test_the_detector_refuses_senseless_settings(wrong):
     with pytest.raises(ValueError, match=str(*wrong.values())):
         LossSpikeDetector(**wrong)
+
+
+class OneBlockOnly(RunLog):
+    def log_documents(self, step, position, sequences):
+        super().log_documents(step, position, sequences[:1])
+
+
+class EveryRankWrites(RunLog):
+    def log_metrics(self, step, **values):
+        self._append("metrics.jsonl", {"step": step, **values})
+
+
+class FirstEntryCounts(RunLog):
+    def log_documents(self, step, position, sequences):
+        path = Path(self.output_dir, f"ledger/rank_{self.rank}.jsonl")
+        if not path.exists() or f'"step": {step},' not in path.read_text():
+            super().log_documents(step, position, sequences)
+
+
+def check_log(log_class):
+    log = log_class("checked", 0, 2, tensorboard=False)
+    other = log_class("checked", 1, 2, tensorboard=False)
+    first, second = [block("d:1"), block("d:2")], [block("d:3"), block("d:4")]
+    for step in (1, 11, 2):
+        log.log_documents(step, {"position": step}, first if step == 2 else second)
+        other.log_documents(step, {"position": step}, second)
+    log.log_documents(1, {"position": 1}, first)  # once more, after an interruption
+    log.log_metrics(1, loss=2.0)
+    other.log_metrics(1, loss=3.0)
+    log.close()
+    other.close()
+    everything = ["d:1", "d:2", "d:3", "d:4"]
+    assert documents_of_step("checked", 2) == everything, "documents are missing"
+    assert documents_of_step("checked", 1) == everything, "the earlier entry counts"
+    lines = Path("checked/metrics.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    assert entries == [{"step": 1, "loss": 2.0}], "metrics of another rank"
+
+
+def test_the_log_itself_passes():
+    check_log(RunLog)
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize(
+    ("mutant", "reason"),
+    [
+        (OneBlockOnly, "documents are missing"),
+        (EveryRankWrites, "metrics of another rank"),
+        (FirstEntryCounts, "the earlier entry counts"),
+    ],
+)
+def test_a_mutant_log_is_noticed(mutant, reason):
+    with pytest.raises(AssertionError, match=reason):
+        check_log(mutant)
