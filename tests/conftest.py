@@ -12,13 +12,18 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch):
+    """An empty directory to work in."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def here(folder, tmp_path):
     """An empty directory with a checkpoint "c", and documents "d.jsonl"."""
     from helpers import BYTES, small_model
     from qwen_analog.checkpoint import save_checkpoint
     from qwen_analog.jsonl import write_jsonl
 
-    monkeypatch.chdir(tmp_path)
     save_checkpoint("c", small_model(), BYTES)
     documents = (
         {"title": f"t{i}", "text": f"document {i} says that {i} is a number"}
@@ -26,6 +31,13 @@ def here(tmp_path, monkeypatch):
     )
     write_jsonl(documents, "d.jsonl")
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def model():
+    from helpers import small_model
+
+    return small_model()
 
 
 def pytest_terminal_summary(terminalreporter):

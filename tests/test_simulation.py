@@ -3,39 +3,14 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from test_plan import MODEL, ROOT, settings
 
 from qwen_analog import QwenForCausalLM, simulation as module
 from qwen_analog.memory import estimate_for, flops_per_token
 from qwen_analog.simulation import simulate
-from qwen_analog.train_config import TrainConfig
-
-ROOT = Path(__file__).resolve().parents[1]
-MODEL = dict(
-    vocab_size=3000,
-    hidden_size=192,
-    num_hidden_layers=3,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    intermediate_size=512,
-    max_position_embeddings=512,
-    rope_theta=1e4,
-)
-
-
-def settings(**changes):
-    values = dict(
-        model=MODEL,
-        sequence_length=192,
-        micro_batch_size=2,
-        gradient_accumulation_steps=1,
-        activation_checkpointing="none",
-        precision="fp32",
-    )
-    return TrainConfig.create({**values, **changes})
 
 
 def total(simulation):
