@@ -9,12 +9,31 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # book.py: scramble_
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "chapters"))
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("checkpoint_cases", "text_helpers", "weights_helpers")
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """An empty directory to work in."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """What is flushed to the disk, and what gets the name `-> name`, in their order."""
+    events, fsync, rename = [], os.fsync, Path.rename
+
+    def noted(handle):
+        events.append(os.readlink(f"/proc/self/fd/{handle}"))
+        fsync(handle)
+
+    def renamed(path, target):
+        events.append(f"-> {target}")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(Path, "rename", renamed)
+    return events
 
 
 @pytest.fixture

@@ -1,12 +1,10 @@
 """The simulated step against real processes and against arithmetic."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from test_plan import MODEL, ROOT, settings
+from helpers import ROOT
+from test_plan import MODEL, settings
+from training import run
 
 from qwen_analog import QwenForCausalLM, simulation as module
 from qwen_analog.memory import estimate_for, flops_per_token
@@ -38,21 +36,8 @@ def test_two_real_processes_hold_what_was_planned(tmp_path):
     (tmp_path / "configs.jsonl").write_text(
         "".join(config.model_dump_json() + "\n" for config in REAL.values())
     )
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            str(ROOT / "tests" / "plan_worker.py"),
-            str(tmp_path),
-        ],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    worker = ROOT / "tests" / "plan_worker.py"
+    done = run(worker, tmp_path, processes=2, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
     for number, (name, config) in enumerate(REAL.items()):
         real = [

@@ -68,7 +68,7 @@ def training_state(path):
     }
 
 
-def run(*command, processes=None, **kwargs):
+def run(*command, processes=None, timeout=180, **kwargs):
     """A command in a process of its own; `processes` starts it under torchrun."""
     start = (
         [sys.executable]
@@ -92,7 +92,7 @@ def run(*command, processes=None, **kwargs):
         capture_output=True,
         text=True,
         env=environment,
-        timeout=180,
+        timeout=timeout,
         **kwargs,
     )
 

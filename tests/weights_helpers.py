@@ -69,23 +69,20 @@ MESSAGES = [
 IDS = torch.randint(400, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
+SIZES = dict(
+    vocab_size=430,
+    hidden_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    intermediate_size=80,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+)
+
+
 def small(**changes) -> QwenForCausalLM:
-    config = QwenConfig(
-        **{
-            **dict(
-                vocab_size=430,
-                hidden_size=48,
-                num_hidden_layers=3,
-                num_attention_heads=6,
-                num_key_value_heads=2,
-                intermediate_size=80,
-                max_position_embeddings=64,
-                rope_theta=1e4,
-                rms_norm_eps=1e-5,
-            ),
-            **changes,
-        }
-    )
+    config = QwenConfig(**{**SIZES, "rope_theta": 1e4, **changes})
     return scramble_(QwenForCausalLM(config)).eval()
 
 
@@ -113,18 +110,9 @@ def theirs(
     }[kind]
     config = config_class(
         **{
-            **dict(
-                vocab_size=430,
-                hidden_size=48,
-                num_hidden_layers=3,
-                num_attention_heads=6,
-                num_key_value_heads=2,
-                intermediate_size=80,
-                max_position_embeddings=64,
-                tie_word_embeddings=tied,
-                rms_norm_eps=1e-5,
-                rope_parameters={"rope_type": "default", "rope_theta": 5e4},
-            ),
+            **SIZES,
+            "tie_word_embeddings": tied,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e4},
             **changes,
         }
     )
