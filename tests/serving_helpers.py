@@ -16,9 +16,9 @@ import openai
 import pytest
 import torch
 from book import scramble_
-from helpers import BYTES as TOKENIZER, SMALL
+from helpers import BYTES as TOKENIZER, SHAPE
 
-from qwen_analog import QwenForCausalLM
+from qwen_analog import QwenConfig, QwenForCausalLM
 from qwen_analog.engine import AsyncEngine
 from qwen_analog.generate import generate
 from qwen_analog.sampling import SamplingParams
@@ -29,12 +29,8 @@ from qwen_analog.server import build_app, build_server
 EOS = TOKENIZER.eos_token_id
 
 
-CONFIG = dataclasses.replace(
-    SMALL,
-    vocab_size=288,
-    intermediate_size=64,
-    max_position_embeddings=4096,
-    rope_theta=1e6,
+CONFIG = QwenConfig(
+    **{**SHAPE, "vocab_size": 288, "max_position_embeddings": 4096, "rope_theta": 1e6}
 )
 
 
