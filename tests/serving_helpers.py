@@ -30,7 +30,13 @@ EOS = TOKENIZER.eos_token_id
 
 
 CONFIG = QwenConfig(
-    **{**SHAPE, "vocab_size": 288, "max_position_embeddings": 4096, "rope_theta": 1e6}
+    **{
+        **SHAPE,
+        "vocab_size": 288,
+        "intermediate_size": 64,
+        "max_position_embeddings": 4096,
+        "rope_theta": 1e6,
+    }
 )
 
 
