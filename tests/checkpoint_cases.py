@@ -1,5 +1,6 @@
 """What the tests of checkpoints share: a small model, its training, comparisons."""
 
+import dataclasses
 import json
 import multiprocessing
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from book import scramble_
+from helpers import BYTES as TOKENIZER, SMALL, same
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -16,22 +18,8 @@ from qwen_analog.config import QwenConfig
 from qwen_analog.model import QwenForCausalLM
 from qwen_analog.optim import build_optimizers
 from qwen_analog.shards import sha256, write_manifest
-from qwen_analog.bpe import BYTE_ORDER
-from qwen_analog.tokenizer import TiktokenTokenizer
 
-CONFIG = QwenConfig(
-    vocab_size=278,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=48,
-    max_position_embeddings=64,
-    rope_theta=1e4,
-)
-
-
-TOKENIZER = TiktokenTokenizer({token: i for i, token in enumerate(BYTE_ORDER)})
+CONFIG = dataclasses.replace(SMALL, vocab_size=278)
 
 
 IDS = torch.randint(
@@ -98,23 +86,6 @@ def contents(model, optimizers):
             for p, s in o.state.items()
         },
     }
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    return (
-        type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
-        if isinstance(a, (list, tuple))
-        else a == b
-    )
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def in_a_fork(function, *arguments):

@@ -9,16 +9,40 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # book.py: scramble_
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "chapters"))
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("checkpoint_cases", "text_helpers", "weights_helpers")
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch):
+    """An empty directory to work in."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """What is flushed to the disk, and what gets the name `-> name`, in their order."""
+    events, fsync, rename = [], os.fsync, Path.rename
+
+    def noted(handle):
+        events.append(os.readlink(f"/proc/self/fd/{handle}"))
+        fsync(handle)
+
+    def renamed(path, target):
+        events.append(f"-> {target}")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(Path, "rename", renamed)
+    return events
+
+
+@pytest.fixture
+def here(folder, tmp_path):
     """An empty directory with a checkpoint "c", and documents "d.jsonl"."""
     from helpers import BYTES, small_model
     from qwen_analog.checkpoint import save_checkpoint
     from qwen_analog.jsonl import write_jsonl
 
-    monkeypatch.chdir(tmp_path)
     save_checkpoint("c", small_model(), BYTES)
     documents = (
         {"title": f"t{i}", "text": f"document {i} says that {i} is a number"}
@@ -26,6 +50,13 @@ def here(tmp_path, monkeypatch):
     )
     write_jsonl(documents, "d.jsonl")
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def model():
+    from helpers import small_model
+
+    return small_model()
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -1,7 +1,9 @@
 """What several test files share: a model, its tokenizer, a refused command."""
 
+import os
 from pathlib import Path
 
+import torch
 from book import scramble_
 from qwen_analog.cli import main
 from qwen_analog.config import QwenConfig
@@ -11,7 +13,7 @@ from qwen_analog.tokenizer import TiktokenTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 BYTES = TiktokenTokenizer({token: rank for rank, token in enumerate(BYTE_ORDER)})
-SMALL = QwenConfig(
+SHAPE = dict(
     vocab_size=300,
     hidden_size=32,
     num_hidden_layers=2,
@@ -20,6 +22,17 @@ SMALL = QwenConfig(
     intermediate_size=48,
     max_position_embeddings=64,
     rope_theta=1e4,
+)
+SMALL = QwenConfig(**SHAPE)
+# what a sampler may be told, by every function that draws
+SETTINGS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "max_new_tokens",
+    "seed",
 )
 
 
@@ -36,3 +49,23 @@ def refused(capsys, *argv) -> str:
     assert said.err.startswith("qwen-analog: error: "), said.err
     assert said.err.count("\n") == 1, said.err
     return said.err
+
+
+def same(a, b) -> bool:
+    """Equal to the bit, in type too; of dicts and lists, all that they hold."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return (
+        type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+        if isinstance(a, (list, tuple))
+        else a == b
+    )
+
+
+class Bomb:
+    """Makes a directory, where a file that holds it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("the_bomb_went_off",)

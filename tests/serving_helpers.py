@@ -16,6 +16,7 @@ import openai
 import pytest
 import torch
 from book import scramble_
+from helpers import BYTES as TOKENIZER, SHAPE
 
 from qwen_analog import QwenConfig, QwenForCausalLM
 from qwen_analog.engine import AsyncEngine
@@ -23,24 +24,19 @@ from qwen_analog.generate import generate
 from qwen_analog.sampling import SamplingParams
 from qwen_analog.scheduler import Request
 from qwen_analog.server import build_app, build_server
-from qwen_analog.bpe import BYTE_ORDER
-from qwen_analog.tokenizer import TiktokenTokenizer
-
-
-TOKENIZER = TiktokenTokenizer({token: rank for rank, token in enumerate(BYTE_ORDER)})
 
 
 EOS = TOKENIZER.eos_token_id
 
 
 CONFIG = QwenConfig(
-    vocab_size=288,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=64,
-    max_position_embeddings=4096,
+    **{
+        **SHAPE,
+        "vocab_size": 288,
+        "intermediate_size": 64,
+        "max_position_embeddings": 4096,
+        "rope_theta": 1e6,
+    }
 )
 
 
@@ -253,6 +249,13 @@ def idle(engine):
     """
     while any(engine.scheduler.rows) or engine.scheduler.waiting:
         time.sleep(0.005)
+
+
+def first_row(engine):
+    """What the first row works on, once it works."""
+    while engine.scheduler.rows[0] is None:
+        time.sleep(0.005)
+    return engine.scheduler.rows[0]
 
 
 USER = [{"role": "user", "content": "x"}]

@@ -1,7 +1,6 @@
 """Files that strangers wrote: nothing runs, and nothing costs more than it deserves."""
 
 import json
-import os
 import pickle
 import tracemalloc
 import zipfile
@@ -20,6 +19,7 @@ from checkpoint_cases import (
     rehash,
     train,
 )
+from helpers import Bomb
 
 from qwen_analog.archive import CheckpointError
 from qwen_analog.checkpoint import (
@@ -34,11 +34,6 @@ from qwen_analog.run_directory import newest_whole
 
 pytest_plugins = ["checkpoint_cases"]
 pytestmark = pytest.mark.usefixtures("folder")
-
-
-class Bomb:
-    def __reduce__(self):
-        return os.mkdir, ("the_bomb_went_off",)
 
 
 def test_no_file_can_run_code():

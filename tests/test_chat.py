@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from book import scramble_
+from helpers import SETTINGS
 
 from qwen_analog import chat as chat_module
 from qwen_analog.chat import Chat, add_arguments, run
@@ -75,6 +76,12 @@ def answer(model, messages, n=8, **options):
             **options,
         )
     )
+
+
+def second_answer(model, first, said, then):
+    """The greedy answer to `then`, after the message `first` and the answer `said`."""
+    history = [first, {"role": "assistant", "content": said}]
+    return answer(model, [*history, {"role": "user", "content": then}], **GREEDY)
 
 
 @pytest.mark.parametrize("system", [None, "Be brief."])
@@ -182,15 +189,7 @@ def test_every_setting_answers_or_is_named():
         dict(min_p=1.0, repetition_penalty=1e300),
     ):
         list(Chat(model, TOKENIZER, max_new_tokens=4, seed=0, **options).reply("Hello"))
-    for name in (
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "repetition_penalty",
-        "max_new_tokens",
-        "seed",
-    ):
+    for name in SETTINGS:
         for value in (float("nan"), float("inf"), -1, True, "1"):
             with pytest.raises(ValueError, match=f"^{name} must be "):
                 Chat(model, TOKENIZER, **{name: value})
@@ -501,19 +500,7 @@ def test_terminal_interrupts(monkeypatch, capsys, directory):
         and answer(model, [hello], **GREEDY).startswith(said)
     )
     assert "(/exit or Ctrl-D ends)" in out
-    assert (
-        answer(
-            model,
-            [
-                hello,
-                {"role": "assistant", "content": said},
-                {"role": "user", "content": "again"},
-            ],
-            **GREEDY,
-        )
-        + "\n"
-        in out
-    )
+    assert second_answer(model, hello, said, "again") + "\n" in out
 
 
 @pytest.mark.parametrize(
@@ -648,19 +635,7 @@ def test_input_that_is_no_text(monkeypatch, capsys, directory):
     said = answer(model, [first], **GREEDY)
     out = capsys.readouterr().out
     assert said + "\n" in out
-    assert (
-        answer(
-            model,
-            [
-                first,
-                {"role": "assistant", "content": said},
-                {"role": "user", "content": "Hello"},
-            ],
-            **GREEDY,
-        )
-        + "\n"
-        in out
-    )
+    assert second_answer(model, first, said, "Hello") + "\n" in out
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(ValueError, match="standard input, which is closed"):
         run(arguments)

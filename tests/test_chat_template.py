@@ -2,25 +2,17 @@
 
 import concurrent.futures
 import os
-from pathlib import Path
 
 import pytest
 from weights_helpers import MESSAGES, TOKENIZER, one_line, small
 
 from qwen_analog import chat_template
 from qwen_analog.chat_template import chat_ids, has_chat_format
-from qwen_analog.hf import save_pretrained
 from qwen_analog.hf_tokenizer import HFTokenizer
 from qwen_analog.tokenizer import chat_text, encode_chat
 from qwen_analog.tokenizer_json import QWEN_CHAT_TEMPLATE
 
-
-@pytest.fixture(scope="module")
-def tokenizer_files(tmp_path_factory) -> Path:
-    """The tokenizer's files, to be put beside a model that transformers writes."""
-    return save_pretrained(
-        small(), TOKENIZER, tmp_path_factory.mktemp("tokenizer") / "model"
-    )
+pytest_plugins = ["weights_helpers"]
 
 
 def test_chat_ids_are_the_templates_and_contents_stay_text(tokenizer_files):

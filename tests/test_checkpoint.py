@@ -23,7 +23,6 @@ from checkpoint_cases import (
     fresh,
     one_line,
     same,
-    train,
 )
 
 from qwen_analog.archive import CheckpointError
@@ -41,9 +40,8 @@ pytest_plugins = ["checkpoint_cases"]
 pytestmark = pytest.mark.usefixtures("folder")
 
 
-def test_consolidate_adds_the_cards_files():
-    model, optimizers = fresh()
-    train(model, optimizers, 1)
+def test_consolidate_adds_the_cards_files(trained):
+    model, optimizers = trained
     checkpointer("runs", **SHARDED).save("step_1", model, optimizers, {"step": 1})
     assert not Path("runs/step_1/checkpoint.pt").exists()
     file = consolidate("runs/step_1")

@@ -17,15 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import BYTES, ROOT, refused, small_model
+from helpers import BYTES, ROOT, refused
 from qwen_analog import cli, commands
 from qwen_analog.cli import main
 from qwen_analog.hf import save_pretrained
-
-
-@pytest.fixture(scope="module")
-def model():
-    return small_model()
 
 
 @pytest.mark.parametrize(

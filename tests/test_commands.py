@@ -5,16 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from helpers import BYTES, SMALL, refused, small_model
+from helpers import BYTES, SMALL, refused
 from qwen_analog import commands, hardware
 from qwen_analog.cli import main
 from qwen_analog.hf import save_pretrained
 from qwen_analog.model import QwenForCausalLM
-
-
-@pytest.fixture(scope="module")
-def model():
-    return small_model()
 
 
 def test_what_does_not_fit_is_refused_and_can_be_overruled(here, monkeypatch, capsys):

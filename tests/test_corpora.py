@@ -8,7 +8,7 @@ from qwen_analog import corpora
 from qwen_analog.corpora import stdlib_documents, wiki_documents
 from qwen_analog.jsonl import DataError, read_jsonl, write_jsonl
 
-pytest_plugins = ["text_fixtures"]
+pytest_plugins = ["text_helpers"]
 pytestmark = pytest.mark.usefixtures("quiet")
 
 

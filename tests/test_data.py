@@ -32,7 +32,7 @@ from qwen_analog.loss import IGNORE_INDEX
 from qwen_analog.streaming import StreamingDataset, open_stream
 from qwen_analog.token_cache import is_held_out, tokenize_files
 
-pytest_plugins = ["text_fixtures"]
+pytest_plugins = ["text_helpers"]
 pytestmark = pytest.mark.usefixtures("quiet")
 
 kinds = pytest.mark.parametrize("kind", ["packed", "streamed", "in order"])

@@ -146,20 +146,19 @@ def test_rows():
     check_rows(RowCache)
 
 
+ROWS_MIXED = [
+    SharedPositions,
+    SharedPlaces,
+    MaskOfFirstRow,
+    MaskOfLongestRow,
+    LengthKeptWhenFreed,
+]
+
+
 @pytest.mark.mutant
 @pytest.mark.parametrize(
     "mutant",
-    [
-        SharedPositions,
-        SharedPlaces,
-        MaskOfFirstRow,
-        MaskOfLongestRow,
-        NoCausalMask,
-        FirstRowsAlways,
-        LengthKeptWhenFreed,
-        ContentKeptWhenFreed,
-        FreshMemory,
-    ],
+    [*ROWS_MIXED, NoCausalMask, FirstRowsAlways, ContentKeptWhenFreed, FreshMemory],
 )
 def test_rows_kill(mutant):
     with pytest.raises((AssertionError, ValueError, RuntimeError)):
@@ -289,16 +288,7 @@ def test_engines_kill(mutant, monkeypatch):
 
 
 @pytest.mark.mutant
-@pytest.mark.parametrize(
-    "mutant",
-    [
-        SharedPositions,
-        SharedPlaces,
-        MaskOfFirstRow,
-        MaskOfLongestRow,
-        LengthKeptWhenFreed,
-    ],
-)
+@pytest.mark.parametrize("mutant", ROWS_MIXED)
 def test_engine_with_a_broken_cache(mutant, monkeypatch):
     monkeypatch.setattr(engine_module, "RowCache", mutant)
     with pytest.raises((AssertionError, ValueError, RuntimeError)):

@@ -28,11 +28,13 @@ from qwen_analog.scoring import (
     token_nll,
 )
 
+pytestmark = pytest.mark.usefixtures("folder")
 
-def parsed(*argv):
+
+def evaluate(command, *more):
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    return parser.parse_args(argv)
+    run(parser.parse_args([*command.split(), *more]))
 
 
 def check_stored_documents(model, ngram, expected):
@@ -52,7 +54,7 @@ def check_stored_documents(model, ngram, expected):
     assert 0 < error
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command(capsys):
     documents = [
         {
             "title": f"t{i}",
@@ -63,29 +65,14 @@ def test_the_command(tmp_path, capsys):
         }
         for i in range(60)
     ]
-    write_jsonl(documents, tmp_path / "data.jsonl")
-    save_checkpoint(tmp_path / "final", MODEL, BYTES)
-    run(
-        parsed(
-            "--model",
-            str(tmp_path / "final"),
-            "--data",
-            str(tmp_path / "data.jsonl"),
-            "--heldout-fraction",
-            "0.2",
-            "--context",
-            "12",
-            "--stride",
-            "5",
-            "--pairs",
-            "--positions",
-            "--baselines",
-            "--json",
-            str(tmp_path / "out" / "e.json"),
-        )
+    write_jsonl(documents, "data.jsonl")
+    save_checkpoint("final", MODEL, BYTES)
+    evaluate(
+        "--model final --data data.jsonl --heldout-fraction 0.2 --context 12 --stride 5"
+        " --pairs --positions --baselines --json out/e.json"
     )
     held = [d["text"] for d in documents if is_held_out(d["title"], 0.2)]
-    written = json.loads((tmp_path / "out" / "e.json").read_text())
+    written = json.loads(Path("out/e.json").read_text())
     (found,) = written["models"].values()
     expected = evaluate_documents(MODEL, BYTES, held, context=12, stride=5)
     assert (
@@ -126,34 +113,19 @@ def test_the_command(tmp_path, capsys):
     assert f"{expected.bits_per_byte:.3f} +-" in capsys.readouterr().out
     check_stored_documents(found, written["baselines"]["5-gram"], expected)
     with pytest.raises(ValueError, match="heldout-fraction must lie above 0"):
-        run(parsed("--data", str(tmp_path / "data.jsonl"), "--heldout-fraction", "0"))
-    write_jsonl(documents[:1], tmp_path / "one.jsonl")
+        evaluate("--data data.jsonl --heldout-fraction 0")
+    write_jsonl(documents[:1], "one.jsonl")
     with pytest.raises(ValueError, match="none of the 1 documents is held out"):
-        run(parsed("--data", str(tmp_path / "one.jsonl"), "--heldout-fraction", "0.1"))
-    assert not (tmp_path / "out" / "e.json.partial").exists()
+        evaluate("--data one.jsonl --heldout-fraction 0.1")
+    assert not Path("out/e.json.partial").exists()
 
 
-def test_the_command_opens_what_holds_a_model(tmp_path, capsys):
-    write_jsonl(
-        [{"text": "one text"}, {"text": "and another"}], tmp_path / "data.jsonl"
-    )
-    save_checkpoint(tmp_path / "ours", MODEL, BYTES)
-    save_pretrained(MODEL, BYTES, tmp_path / "theirs")
-    sources = [
-        str(tmp_path / "ours"),
-        str(tmp_path / "ours" / "checkpoint.pt"),
-        str(tmp_path / "theirs"),
-    ]
-    run(
-        parsed(
-            "--model",
-            *sources,
-            "--data",
-            str(tmp_path / "data.jsonl"),
-            "--heldout-fraction",
-            "1",
-        )
-    )
+def test_the_command_opens_what_holds_a_model(capsys):
+    write_jsonl([{"text": "one text"}, {"text": "and another"}], "data.jsonl")
+    save_checkpoint("ours", MODEL, BYTES)
+    save_pretrained(MODEL, BYTES, "theirs")
+    sources = ["ours", "ours/checkpoint.pt", "theirs"]
+    evaluate("--data data.jsonl --heldout-fraction 1 --model", *sources)
     lines = capsys.readouterr().out.splitlines()
     assert (
         len(lines) == 3
@@ -161,16 +133,7 @@ def test_the_command_opens_what_holds_a_model(tmp_path, capsys):
         and "2 documents" in lines[0]
     )
     with pytest.raises(ValueError, match="nowhere"):
-        run(
-            parsed(
-                "--model",
-                "nowhere",
-                "--data",
-                str(tmp_path / "data.jsonl"),
-                "--heldout-fraction",
-                "1",
-            )
-        )
+        evaluate("--model nowhere --data data.jsonl --heldout-fraction 1")
 
 
 def trained(directory, share, **state):
@@ -178,18 +141,16 @@ def trained(directory, share, **state):
     save_checkpoint(
         directory, MODEL, BYTES, train_config={"heldout_fraction": share}, **state
     )
-    return str(directory)
+    return directory
 
 
-def test_what_the_checkpoint_held_out_is_evaluated(tmp_path, capsys):
+def test_what_the_checkpoint_held_out_is_evaluated(capsys):
     documents = [{"title": f"t{i}", "text": f"document {i}"} for i in range(300)]
-    write_jsonl(documents, tmp_path / "d.jsonl")
-    data, out = ["--data", str(tmp_path / "d.jsonl")], tmp_path / "e.json"
-    sources = [
-        trained(tmp_path / name, share) for name, share in (("a", 0.1), ("b", 0.02))
-    ]
+    write_jsonl(documents, "d.jsonl")
+    out = Path("e.json")
+    sources = [trained(name, share) for name, share in (("a", 0.1), ("b", 0.02))]
     for models, share in ((sources[:1], 0.1), (sources, 0.02)):
-        run(parsed("--model", *models, *data, "--json", str(out)))
+        evaluate("--data d.jsonl --json e.json --model", *models)
         counts = {
             figures["documents"]
             for figures in json.loads(out.read_text())["models"].values()
@@ -199,81 +160,57 @@ def test_what_the_checkpoint_held_out_is_evaluated(tmp_path, capsys):
             and f"heldout_fraction {share}" in capsys.readouterr().out
         )
         assert json.loads(out.read_text())["settings"]["heldout_fraction"] == share
-    run(parsed("--model", sources[1], *data, "--heldout-fraction", "0.1"))
+    evaluate("--data d.jsonl --heldout-fraction 0.1 --model", sources[1])
     assert "has seen some" in capsys.readouterr().err
-    run(parsed("--model", sources[1], *data, "--heldout-fraction", "0.02"))
+    evaluate("--data d.jsonl --heldout-fraction 0.02 --model", sources[1])
     assert not capsys.readouterr().err
     with pytest.raises(ValueError, match="heldout_fraction 0, on all documents"):
-        run(parsed("--model", trained(tmp_path / "all", 0.0), *data))
+        evaluate("--data d.jsonl --model", trained("all", 0.0))
 
 
-def test_what_is_evaluated_is_said_where_no_model_says_it(tmp_path, capsys):
+def test_what_is_evaluated_is_said_where_no_model_says_it(capsys):
     write_jsonl(
-        ({"title": f"t{i}", "text": f"document {i}"} for i in range(300)),
-        tmp_path / "d.jsonl",
+        ({"title": f"t{i}", "text": f"document {i}"} for i in range(300)), "d.jsonl"
     )
-    save_pretrained(MODEL, BYTES, tmp_path / "theirs")
-    run(
-        parsed("--model", str(tmp_path / "theirs"), "--data", str(tmp_path / "d.jsonl"))
-    )
+    save_pretrained(MODEL, BYTES, "theirs")
+    evaluate("--model theirs --data d.jsonl")
     assert "a part of 0.05" in capsys.readouterr().out
 
 
-def test_memory_is_asked_for_the_documents_there_are(tmp_path, monkeypatch, capsys):
+def test_memory_is_asked_for_the_documents_there_are(monkeypatch, capsys):
     """Not for the longest that the model could read."""
-    write_jsonl([{"text": "one text"}], tmp_path / "d.jsonl")
-    save_checkpoint(tmp_path / "m", MODEL, BYTES)
+    write_jsonl([{"text": "one text"}], "d.jsonl")
+    save_checkpoint("m", MODEL, BYTES)
     asked = []
     monkeypatch.setattr(
         module,
         "require_memory",
         lambda size, device, what, *_: asked.append((size, what)),
     )
-    run(
-        parsed(
-            "--model",
-            str(tmp_path / "m"),
-            "--data",
-            str(tmp_path / "d.jsonl"),
-            "--heldout-fraction",
-            "1",
-        )
-    )
+    evaluate("--model m --data d.jsonl --heldout-fraction 1")
     assert asked == [
-        (
-            module._scoring_memory(MODEL.config, 8),
-            f"reading 8 tokens at once with {tmp_path / 'm'}",
-        )
+        (module._scoring_memory(MODEL.config, 8), "reading 8 tokens at once with m")
     ]
     assert "nan" not in capsys.readouterr().out
 
 
-def test_few_documents_are_split_as_in_training(tmp_path, capsys):
+def test_few_documents_are_split_as_in_training(capsys):
     """Where the hash chooses none, training held out the one with the smallest."""
     documents = [{"title": f"t{i}", "text": "x" * (i + 1)} for i in range(20)]
-    write_jsonl(documents, tmp_path / "d.jsonl")
-    run(
-        parsed(
-            "--model",
-            trained(tmp_path / "a", 0.001),
-            "--data",
-            str(tmp_path / "d.jsonl"),
-            "--json",
-            str(tmp_path / "e.json"),
-        )
-    )
-    (figures,) = json.loads((tmp_path / "e.json").read_text())["models"].values()
+    write_jsonl(documents, "d.jsonl")
+    evaluate("--data d.jsonl --json e.json --model", trained("a", 0.001))
+    (figures,) = json.loads(Path("e.json").read_text())["models"].values()
     (held,) = np.flatnonzero(held_out_mask([d["title"] for d in documents], 0.001))
     assert figures["documents"] == 1 and figures["bytes"] == held + 1
 
 
 @pytest.mark.parametrize("changed", [False, True])
-def test_other_data_than_that_of_the_training_is_said(changed, tmp_path, capsys):
+def test_other_data_than_that_of_the_training_is_said(changed, capsys):
     documents = [{"title": f"t{i}", "text": f"document {i}"} for i in range(60)]
     size = sum(len(d["text"]) for d in documents)
-    write_jsonl(documents + [{"text": "one more"}] * changed, tmp_path / "d.jsonl")
+    write_jsonl(documents + [{"text": "one more"}] * changed, "d.jsonl")
     source = trained(
-        tmp_path / "a",
+        "a",
         0.1,
         data_fingerprint={
             "files": [
@@ -282,35 +219,25 @@ def test_other_data_than_that_of_the_training_is_said(changed, tmp_path, capsys)
             "held_out": "-",
         },
     )
-    run(parsed("--model", source, "--data", str(tmp_path / "d.jsonl")))
+    evaluate("--data d.jsonl --model", source)
     assert ("60 documents" in capsys.readouterr().err) == changed
 
 
-def test_documents_are_read_in_pieces(tmp_path, monkeypatch):
+def test_documents_are_read_in_pieces(monkeypatch):
     """Groups of any size, windows of any number at once: the same figures."""
     documents = [
         {"title": f"t{i}", "text": f"document {i} " * (i % 7 + 1)} for i in range(30)
     ] + [{"text": "long " * 200}]
-    write_jsonl(documents, tmp_path / "d.jsonl")
-    save_checkpoint(tmp_path / "m", MODEL, BYTES)
+    write_jsonl(documents, "d.jsonl")
+    save_checkpoint("m", MODEL, BYTES)
     found = []
     for size, at_once in ((2**21, 2**14), (50, 24), (1, 1)):
         monkeypatch.setattr(module._groups, "__defaults__", (size,))
         monkeypatch.setattr(scoring, "TOKENS_AT_ONCE", at_once)
-        run(
-            parsed(
-                "--model",
-                str(tmp_path / "m"),
-                "--data",
-                str(tmp_path / "d.jsonl"),
-                "--heldout-fraction",
-                "1",
-                "--positions",
-                "--json",
-                str(tmp_path / "e.json"),
-            )
+        evaluate(
+            "--model m --data d.jsonl --heldout-fraction 1 --positions --json e.json"
         )
-        (figures,) = json.loads((tmp_path / "e.json").read_text())["models"].values()
+        (figures,) = json.loads(Path("e.json").read_text())["models"].values()
         found.append(figures)
     for other in found[1:]:
         assert (
@@ -324,28 +251,17 @@ def test_documents_are_read_in_pieces(tmp_path, monkeypatch):
         ]
 
 
-def test_one_model_that_fails_does_not_take_the_others_figures(tmp_path, capsys):
-    write_jsonl([{"text": "one text"}, {"text": "and another"}], tmp_path / "d.jsonl")
-    save_checkpoint(tmp_path / "good", MODEL, BYTES)
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "checkpoint.pt").write_bytes(b"no checkpoint")
-    models = [str(tmp_path / name) for name in ("bad", "good", "nowhere")]
+def test_one_model_that_fails_does_not_take_the_others_figures(capsys):
+    write_jsonl([{"text": "one text"}, {"text": "and another"}], "d.jsonl")
+    save_checkpoint("good", MODEL, BYTES)
+    Path("bad").mkdir()
+    Path("bad/checkpoint.pt").write_bytes(b"no checkpoint")
+    models = ["bad", "good", "nowhere"]
     with pytest.raises(
         ValueError, match="2 of 3 models could not be evaluated: .*bad.*nowhere"
     ) as failed:
-        run(
-            parsed(
-                "--model",
-                *models,
-                "--data",
-                str(tmp_path / "d.jsonl"),
-                "--heldout-fraction",
-                "1",
-                "--json",
-                str(tmp_path / "e.json"),
-            )
-        )
-    written = json.loads((tmp_path / "e.json").read_text())
+        evaluate("--data d.jsonl --heldout-fraction 1 --json e.json --model", *models)
+    written = json.loads(Path("e.json").read_text())
     assert (
         list(written["models"]) == [models[1]]
         and list(written["failed"]) == [models[0], models[2]]
@@ -353,32 +269,23 @@ def test_one_model_that_fails_does_not_take_the_others_figures(tmp_path, capsys)
     )
 
 
-def test_figures_that_cannot_be_written_are_refused_first(tmp_path, monkeypatch):
+def test_figures_that_cannot_be_written_are_refused_first(monkeypatch):
     monkeypatch.setattr(
         module, "load", lambda *a, **o: pytest.fail("a model is opened")
     )
-    (tmp_path / "file").touch()
-    for name in ("", "file/e.json", "file/x/e.json"):
+    Path("file").touch()
+    for name in (".", "file/e.json", "file/x/e.json"):
         with pytest.raises((ValueError, OSError), match="directory|exists"):
-            run(parsed("--json", str(tmp_path / name)))
+            evaluate("--json", name)
     with pytest.raises(ValueError, match="directory"):
-        run(parsed("--json", ""))
+        evaluate("--json", "")
 
 
-def test_figures_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    write_jsonl([{"text": "one text"}], tmp_path / "d.jsonl")
-    save_checkpoint(tmp_path / "m", MODEL, BYTES)
-    command = parsed(
-        "--model",
-        str(tmp_path / "m"),
-        "--data",
-        str(tmp_path / "d.jsonl"),
-        "--heldout-fraction",
-        "1",
-        "--json",
-        str(tmp_path / "e.json"),
-    )
-    (tmp_path / "e.json").write_text("before")
+def test_figures_are_replaced_whole_or_not_at_all(monkeypatch):
+    write_jsonl([{"text": "one text"}], "d.jsonl")
+    save_checkpoint("m", MODEL, BYTES)
+    command = "--model m --data d.jsonl --heldout-fraction 1 --json e.json"
+    Path("e.json").write_text("before")
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
@@ -386,30 +293,23 @@ def test_figures_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(module.json, "dump", full)
         with pytest.raises(OSError, match="No space left on device: .*e.json"):
-            run(command)
-    assert (tmp_path / "e.json").read_text() == "before" and not (
-        tmp_path / "e.json.partial"
-    ).exists()
-    run(command)
-    assert json.loads((tmp_path / "e.json").read_text())["models"]
+            evaluate(command)
+    assert (
+        Path("e.json").read_text() == "before" and not Path("e.json.partial").exists()
+    )
+    evaluate(command)
+    assert json.loads(Path("e.json").read_text())["models"]
 
 
-def test_bad_lines_are_named_or_left_out(tmp_path, capsys):
-    (tmp_path / "d.jsonl").write_text(
+def test_bad_lines_are_named_or_left_out(capsys):
+    Path("d.jsonl").write_text(
         '{"text": "fine"}\n{"text": ""}\n{"text": "also fine"}\n'
     )
-    save_checkpoint(tmp_path / "m", MODEL, BYTES)
-    flags = [
-        "--model",
-        str(tmp_path / "m"),
-        "--data",
-        str(tmp_path / "d.jsonl"),
-        "--heldout-fraction",
-        "1",
-    ]
+    save_checkpoint("m", MODEL, BYTES)
+    command = "--model m --data d.jsonl --heldout-fraction 1"
     with pytest.raises(ValueError, match="line 2"):
-        run(parsed(*flags))
-    run(parsed(*flags, "--skip-bad-lines"))
+        evaluate(command)
+    evaluate(command, "--skip-bad-lines")
     assert "2 documents" in capsys.readouterr().out
 
 

@@ -15,13 +15,11 @@ from qwen_analog.files import (
 )
 
 
+pytestmark = pytest.mark.usefixtures("folder")
+
+
 class Stopped(BaseException):
     """The machine is gone."""
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def write(directory):
@@ -66,27 +64,17 @@ def test_a_directory_is_whole_or_absent_wherever_the_machine_stops(calls, monkey
     assert not Path("out/model.partial").exists()
 
 
-def test_all_of_it_is_flushed_before_it_has_its_name(monkeypatch):
-    events, fsync, rename = [], os.fsync, Path.rename
-
-    def noted(handle):
-        events.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
-        fsync(handle)
-
-    def renamed(path, target):
-        events.append(f"-> {target}")
-        return rename(path, target)
-
-    monkeypatch.setattr(os, "fsync", noted)
-    monkeypatch.setattr(Path, "rename", renamed)
+def test_all_of_it_is_flushed_before_it_has_its_name(events):
+    here = Path.cwd()
     write(Path("new/model"))
     named = events.index("-> new/model")
-    assert {"a", "part", "b.json", "model.partial"} <= set(events[:named])
-    assert events[named + 1 :] == ["new"]
+    flushed = {Path(event).name for event in events[:named]}
+    assert {"a", "part", "b.json", "model.partial"} <= flushed
+    assert events[named + 1 :] == [str(here / "new")]
     del events[:]
     make_directory(Path("x/y"))
     make_directory(Path("x/y"))  # nothing is left to do
-    assert events == [Path.cwd().name, "x"]
+    assert events == [str(here), str(here / "x")]
     with pytest.raises(FileNotFoundError):
         flush_to_disk(Path("nothing"))
 

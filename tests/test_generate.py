@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from book import scramble_
+from helpers import SETTINGS
 from hypothesis import given, settings, strategies as st
 from test_parity import BASE, SHAPES, pair
 from test_sampling import EXTREMES, Waits, chi_squared, warpers
@@ -571,13 +572,7 @@ REFUSED = [
     *(
         (name, value)
         for name in (
-            "temperature",
-            "top_k",
-            "top_p",
-            "min_p",
-            "repetition_penalty",
-            "max_new_tokens",
-            "seed",
+            *SETTINGS,
             "eos_token_id",
             "num_return_sequences",
             "valid_vocab_size",

@@ -14,7 +14,6 @@ from weights_helpers import (
     IDS,
     TEXTS,
     TOKENIZER,
-    Gguf,
     first_difference,
     small,
     spelled,
@@ -26,6 +25,8 @@ from qwen_analog.chat_template import chat_ids, has_chat_format
 from qwen_analog.gguf import load_gguf, smollm2_path
 from qwen_analog.hf import load_pretrained, save_pretrained
 from qwen_analog.tokenizer_json import QWEN_CHAT_TEMPLATE
+
+pytest_plugins = ["weights_helpers"]
 
 
 @pytest.mark.parametrize(
@@ -144,11 +145,6 @@ def test_gguf_damaged(tmp_path):
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="there is no file"):
         load_gguf(tmp_path / "none.gguf")
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    return Gguf(tmp_path_factory.mktemp("gguf") / "m.gguf")
 
 
 def test_gguf_values_of_any_type_are_read_or_refused(parts):

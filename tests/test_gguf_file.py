@@ -2,16 +2,11 @@
 
 import struct
 
-import pytest
 from hypothesis import given, settings, strategies as st
-from weights_helpers import Gguf
 
 from qwen_analog.gguf import load_gguf
 
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    return Gguf(tmp_path_factory.mktemp("gguf") / "m.gguf")
+pytest_plugins = ["weights_helpers"]
 
 
 def test_gguf_counts_versions_and_lengths_that_lie(parts):

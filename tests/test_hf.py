@@ -19,6 +19,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from helpers import SHAPE
 from weights_helpers import (
     IDS,
     MESSAGES,
@@ -42,13 +43,7 @@ from qwen_analog.hf import (
 from qwen_analog.model import QwenForCausalLM
 from qwen_analog.tokenizer import DEFAULT_SYSTEM, chat_text
 
-
-@pytest.fixture(scope="module")
-def tokenizer_files(tmp_path_factory) -> Path:
-    """The tokenizer's files, to be put beside a model that transformers writes."""
-    return save_pretrained(
-        small(), TOKENIZER, tmp_path_factory.mktemp("tokenizer") / "model"
-    )
+pytest_plugins = ["weights_helpers"]
 
 
 @pytest.mark.parametrize("shard", ["5GB", "40KB"])
@@ -806,13 +801,7 @@ def test_yarn_comes_in_and_goes_out(tmp_path, spelling):
     theirs = scramble_(
         Qwen2ForCausalLM(
             Qwen2Config(
-                vocab_size=300,
-                hidden_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                intermediate_size=48,
-                max_position_embeddings=32,
+                **{**SHAPE, "max_position_embeddings": 32},
                 rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, **yarn},
             )
         )

@@ -20,7 +20,7 @@ from qwen_analog.bpe import BYTE_ORDER
 from qwen_analog.hf_tokenizer import HFTokenizer
 from qwen_analog.tokenizer import QWEN_SPECIAL_TOKENS, TiktokenTokenizer, load_tokenizer
 
-pytest_plugins = ["text_fixtures"]
+pytest_plugins = ["text_helpers"]
 
 
 def test_tokenizers_that_are_not_fast(tmp_path):

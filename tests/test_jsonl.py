@@ -20,7 +20,7 @@ from qwen_analog.data import PackedDataset
 from qwen_analog.jsonl import DataError, find_files, read_jsonl, write_jsonl
 from qwen_analog.streaming import open_stream
 
-pytest_plugins = ["text_fixtures"]
+pytest_plugins = ["text_helpers"]
 pytestmark = pytest.mark.usefixtures("quiet")
 
 BAD = {

@@ -5,11 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_scoring import BYTES, CONFIG, MODEL, TEXTS, ids_of, nll_after
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from test_scoring import BYTES, MODEL, TEXTS, hugging_faces, ids_of, nll_after
 
 from qwen_analog import lm_eval_adapter as module
-from qwen_analog.checkpoint import hf_config
 from qwen_analog.generate import generate
 from qwen_analog.lm_eval_adapter import lm_eval_model
 from qwen_analog.scoring import document_nll, token_nll
@@ -23,16 +21,7 @@ class Request:
 
 
 def test_lm_eval_loglikelihood_equals_transformers():
-    theirs = Qwen2ForCausalLM(
-        Qwen2Config(
-            **{
-                k: v
-                for k, v in hf_config(CONFIG).items()
-                if k not in ("architectures", "model_type")
-            }
-        )
-    ).eval()
-    theirs.load_state_dict(MODEL.state_dict())
+    theirs = hugging_faces()
     adapter = lm_eval_model(MODEL, BYTES, batch_size=2)
     requests = [
         ("The cat", " sat"),

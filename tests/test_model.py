@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from book import scramble_
+from test_parity import BASE
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qwen_analog
@@ -179,17 +180,7 @@ def test_import_inside_the_package_folder(installed):
 )
 @pytest.mark.parametrize("tied", [True, False])
 def test_without_biases_it_is_llama(tied, dtype, bound):
-    config = QwenConfig(
-        vocab_size=131,
-        hidden_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=80,
-        max_position_embeddings=128,
-        attention_bias=False,
-        tie_word_embeddings=tied,
-    )
+    config = QwenConfig(**BASE, attention_bias=False, tie_word_embeddings=tied)
     values = config.to_dict()
     theta = values.pop("rope_theta")
     theirs = scramble_(

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from book import scramble_
+from test_mlp import SiLU
+from test_rope import interleaved
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qwen_analog import (
@@ -128,10 +130,6 @@ def replace(target, name, value):
     return lambda patch, ours: patch.setattr(target, name, value)
 
 
-def interleaved(x):
-    return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
-
-
 def sdpa(**changes):
     real = F.scaled_dot_product_attention
     return replace(
@@ -144,13 +142,6 @@ def sdpa(**changes):
 def tiled_heads(q, k, v, real=F.scaled_dot_product_attention, **options):
     n = q.shape[1] // k.shape[1]
     return real(q, k.repeat(1, n, 1, 1), v.repeat(1, n, 1, 1), **options)
-
-
-class SiLU(torch.nn.Module):
-    """The reference's own, out of reach of a patched `F.silu`."""
-
-    def forward(self, x):
-        return x * torch.sigmoid(x)
 
 
 def drop_bias(name):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import BYTES
 from training import (  # noqa: F401
     MODEL,
     as_file,
@@ -83,11 +84,10 @@ def source(kind, seed=5, **changes):
     torch.manual_seed(seed)
     model = QwenForCausalLM(QwenConfig(**{**MODEL, **changes}))
     model.generation_config = {"eos_token_id": [258, 256], "top_k": 7}
-    tokenizer = TiktokenTokenizer({token: i for i, token in enumerate(BYTE_ORDER)})
     if kind == "checkpoint":
-        save_checkpoint(kind, model, tokenizer)
+        save_checkpoint(kind, model, BYTES)
     else:
-        save_pretrained(model, tokenizer, kind)
+        save_pretrained(model, BYTES, kind)
     return model
 
 

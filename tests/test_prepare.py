@@ -6,17 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from helpers import BYTES, refused, small_model
+from helpers import BYTES, refused
 from qwen_analog import prepare
 from qwen_analog.cli import main
 from qwen_analog.jsonl import write_jsonl
 from qwen_analog.token_cache import held_out_mask
 from qwen_analog.tokenizer import TiktokenTokenizer, load_tokenizer
-
-
-@pytest.fixture(scope="module")
-def model():
-    return small_model()
 
 
 def test_a_vocabulary_of_one_s_own_text(here, capsys):

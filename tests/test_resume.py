@@ -1,12 +1,12 @@
 """Going on from a checkpoint: the same data, tokens, settings, and what is refused."""
 
-import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from helpers import Bomb
 from training import (  # noqa: F401
     MODEL,
     ROOT,
@@ -79,16 +79,11 @@ def test_damaged_checkpoints_are_refused():
         train(settings(), resume_from="nowhere")
 
 
-class Bomb:
-    def __reduce__(self):
-        return os.mkdir, ("exploded",)
-
-
 def test_a_checkpoint_never_runs_code():
     torch.save({"model_state_dict": Bomb()}, "bomb.pt")
     with pytest.raises(CheckpointError, match="damaged or not a checkpoint"):
         load_checkpoint("bomb.pt")
-    assert not Path("exploded").exists()
+    assert not Path("the_bomb_went_off").exists()
 
 
 def test_auto_goes_on_from_the_newest_whole_checkpoint(capsys):

@@ -2,6 +2,7 @@
 intervals, grammar.
 """
 
+import dataclasses
 import json
 import math
 from collections import Counter
@@ -9,12 +10,12 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from helpers import BYTES, SMALL
 from hypothesis import given, strategies as st
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from book import scramble_
 from qwen_analog.checkpoint import hf_config
-from qwen_analog.config import QwenConfig
 from qwen_analog.model import QwenForCausalLM
 from qwen_analog.scoring import (
     MINIMAL_PAIRS,
@@ -29,23 +30,13 @@ from qwen_analog.scoring import (
     token_nll,
     wilson,
 )
-from qwen_analog.bpe import BYTE_ORDER, train_bpe
+from qwen_analog.bpe import train_bpe
 from qwen_analog.tokenizer import TiktokenTokenizer
 
-BYTES = TiktokenTokenizer({token: rank for rank, token in enumerate(BYTE_ORDER)})
 BPE = TiktokenTokenizer(
     train_bpe(["the cat sat on the mat and the other cat sat on the hat"] * 3, 270)
 )
-CONFIG = QwenConfig(
-    vocab_size=300,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=48,
-    max_position_embeddings=24,
-    rope_theta=1e4,
-)
+CONFIG = dataclasses.replace(SMALL, max_position_embeddings=24)
 MODEL = scramble_(QwenForCausalLM(CONFIG)).eval()
 TEXTS = [
     "The cat sat.",
@@ -64,6 +55,15 @@ def nll_after(context, token):
     """-ln p of one token after exactly these, from one forward pass."""
     with torch.no_grad():
         return -MODEL(torch.tensor([context]))[0, -1].log_softmax(-1)[token].item()
+
+
+def hugging_faces():
+    """MODEL as transformers builds it."""
+    values = hf_config(CONFIG)
+    del values["architectures"], values["model_type"]
+    theirs = Qwen2ForCausalLM(Qwen2Config(**values)).eval()
+    theirs.load_state_dict(MODEL.state_dict())
+    return theirs
 
 
 # windows
@@ -192,16 +192,7 @@ def test_batches_do_not_mix(batch_size):
 
 
 def test_equals_hugging_face():
-    theirs = Qwen2ForCausalLM(
-        Qwen2Config(
-            **{
-                k: v
-                for k, v in hf_config(CONFIG).items()
-                if k not in ("architectures", "model_type")
-            }
-        )
-    ).eval()
-    theirs.load_state_dict(MODEL.state_dict())
+    theirs = hugging_faces()
     for text in TEXTS[:3]:
         ids = torch.tensor([ids_of(text)])[:, :25]
         with torch.no_grad():

@@ -25,6 +25,7 @@ from serving_helpers import (
     client,
     end_servers,
     endless,
+    first_row,
     head,
     idle,
     log_fixture,
@@ -124,12 +125,9 @@ def check_a_client_that_goes(stream, size=4095):
             json.dumps(body),
             {"Content-Type": "application/json"},
         )
-        while (
-            engine.scheduler.rows[0] is None
-            or len(engine.scheduler.rows[0].written) < 5
-        ):
+        job = first_row(engine)
+        while len(job.written) < 5:
             time.sleep(0.002)
-        job = engine.scheduler.rows[0]
         if stream:
             response = connection.getresponse()
             response.readline()
@@ -491,9 +489,7 @@ def test_a_client_that_sends_requests_ahead_and_goes(stream):
     with serving(engine) as port:
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall(one * 3)
-            while engine.scheduler.rows[0] is None:
-                time.sleep(0.005)
-            running = engine.scheduler.rows[0]
+            running = first_row(engine)
         idle(engine)
         assert running.cancelled and len(running.written) < 4000
 
@@ -591,9 +587,7 @@ def test_a_client_that_does_not_read(monkeypatch):
             }
         ).encode()
         connection.sendall(head(f"Content-Length: {len(body)}") + body)
-        while engine.scheduler.rows[0] is None:
-            time.sleep(0.005)
-        job = engine.scheduler.rows[0]
+        job = first_row(engine)
         idle(engine)
         assert job.cancelled and len(job.written) < 4000
 

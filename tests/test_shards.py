@@ -17,7 +17,6 @@ from checkpoint_cases import (
     one_line,
     rehash,
     same,
-    train,
 )
 
 from qwen_analog.archive import CheckpointError
@@ -29,10 +28,8 @@ pytest_plugins = ["checkpoint_cases"]
 pytestmark = pytest.mark.usefixtures("folder")
 
 
-def test_damage_to_any_file_of_a_sharded_checkpoint_is_named():
-    model, optimizers = fresh()
-    train(model, optimizers, 1)
-    checkpointer("runs", **SHARDED).save("step_1", model, optimizers, {"step": 1})
+def test_damage_to_any_file_of_a_sharded_checkpoint_is_named(trained):
+    checkpointer("runs", **SHARDED).save("step_1", *trained, {"step": 1})
     files = [
         Path("runs/step_1", name)
         for name in (
@@ -68,7 +65,7 @@ def test_damage_to_any_file_of_a_sharded_checkpoint_is_named():
             with pytest.raises(CheckpointError, match=f"{file} is (missing|damaged)"):
                 load_checkpoint("runs/step_1")
         file.write_bytes(good)
-    restore_checkpoint("runs/step_1", model, optimizers)
+    restore_checkpoint("runs/step_1", *trained)
 
 
 def chunk(index, name="weights/model.norm.weight"):

@@ -1,41 +1,14 @@
 """The simulated step against real processes and against arithmetic."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from helpers import ROOT
+from test_plan import MODEL, settings
+from training import run
 
 from qwen_analog import QwenForCausalLM, simulation as module
 from qwen_analog.memory import estimate_for, flops_per_token
 from qwen_analog.simulation import simulate
-from qwen_analog.train_config import TrainConfig
-
-ROOT = Path(__file__).resolve().parents[1]
-MODEL = dict(
-    vocab_size=3000,
-    hidden_size=192,
-    num_hidden_layers=3,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    intermediate_size=512,
-    max_position_embeddings=512,
-    rope_theta=1e4,
-)
-
-
-def settings(**changes):
-    values = dict(
-        model=MODEL,
-        sequence_length=192,
-        micro_batch_size=2,
-        gradient_accumulation_steps=1,
-        activation_checkpointing="none",
-        precision="fp32",
-    )
-    return TrainConfig.create({**values, **changes})
 
 
 def total(simulation):
@@ -63,21 +36,8 @@ def test_two_real_processes_hold_what_was_planned(tmp_path):
     (tmp_path / "configs.jsonl").write_text(
         "".join(config.model_dump_json() + "\n" for config in REAL.values())
     )
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            str(ROOT / "tests" / "plan_worker.py"),
-            str(tmp_path),
-        ],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    worker = ROOT / "tests" / "plan_worker.py"
+    done = run(worker, tmp_path, processes=2, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
     for number, (name, config) in enumerate(REAL.items()):
         real = [

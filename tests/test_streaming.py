@@ -44,7 +44,7 @@ from qwen_analog.streaming import (
 )
 from qwen_analog.tokenizer import TiktokenTokenizer
 
-pytest_plugins = ["text_fixtures"]
+pytest_plugins = ["text_helpers"]
 pytestmark = pytest.mark.usefixtures("quiet")
 
 

@@ -11,8 +11,8 @@ import sentencepiece
 import torch
 from book import scramble_
 from hypothesis import given, settings, strategies as st
-from text_fixtures import kinds, qwen  # noqa: F401
-from text_helpers import CORPUS
+from helpers import BYTES
+from text_helpers import CORPUS, kinds, qwen
 from tokenizers import Tokenizer as Raw, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -27,9 +27,8 @@ from qwen_analog.text_stream import (
 )
 from qwen_analog.bpe import BYTE_ORDER
 from qwen_analog.hf_tokenizer import HFTokenizer
-from qwen_analog.tokenizer import SentencePieceTokenizer, TiktokenTokenizer
+from qwen_analog.tokenizer import SentencePieceTokenizer
 
-BYTES = TiktokenTokenizer({token: rank for rank, token in enumerate(BYTE_ORDER)})
 TEXTS = [
     "Привет, мир! Как дела?",
     "你好，世界。今天天气很好",

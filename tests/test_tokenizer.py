@@ -15,6 +15,7 @@ import sentencepiece
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_bpe import highest_rank_first, longest_first, merges_cross_words, no_nfc
 from text_helpers import CORPUS, KINDS, reference_bpe, refusal
 from transformers import PreTrainedTokenizerFast
 
@@ -32,7 +33,7 @@ from qwen_analog.tokenizer import (
     load_tokenizer,
 )
 
-pytest_plugins = ["text_fixtures"]
+pytest_plugins = ["text_helpers"]
 SPELLINGS = st.sampled_from(
     (
         *QWEN_SPECIAL_TOKENS[:3],
@@ -561,29 +562,10 @@ right_encode, right_decode = BPETokenizer.encode, BPETokenizer.decode
 right_piece = bpe.encode_piece
 
 
-def highest_rank_first(parts, ranks):
-    joins = [a + b for a, b in zip(parts, parts[1:])]
-    places = [i for i, join in enumerate(joins) if join in ranks]
-    return max(places, key=lambda i: ranks[joins[i]], default=None)
-
-
-def longest_token_first(piece, ranks):
-    ids = []
-    while piece:
-        end = next(end for end in range(len(piece), 0, -1) if piece[:end] in ranks)
-        ids.append(ranks[piece[:end]])
-        piece = piece[end:]
-    return ids
-
-
 def bytes_by_value(piece, ranks):
     tokens = list(ranks)
     ids = right_piece(piece, ranks)
     return [tokens[i][0] if i < 256 else i for i in ids]
-
-
-def merges_cross_words(text):
-    return [unicodedata.normalize("NFC", text)]
 
 
 def splits_at_spaces(text):
@@ -593,10 +575,6 @@ def splits_at_spaces(text):
 def contractions_in_lower_case(text):
     pattern = QWEN_PATTERN.replace("?i:", "?:")
     return regex.findall(pattern, unicodedata.normalize("NFC", text))
-
-
-def no_nfc(text):
-    return regex.findall(QWEN_PATTERN, text)
 
 
 def nfkc(text):
@@ -633,7 +611,7 @@ def decode_strips(self, ids):
 
 PLAIN = [
     ("bpe.lowest_join", highest_rank_first),
-    ("bpe.encode_piece", longest_token_first),
+    pytest.param("bpe.encode_piece", longest_first, id="-longest_token_first"),
     ("bpe.encode_piece", bytes_by_value),
     ("bpe.split_text", merges_cross_words),
     ("bpe.split_text", splits_at_spaces),

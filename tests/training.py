@@ -10,27 +10,14 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from helpers import BYTES, ROOT, SHAPE, same
 
 from qwen_analog.checkpoint import load_checkpoint
 from qwen_analog.monitor import documents_of_step
-from qwen_analog.bpe import BYTE_ORDER
-from qwen_analog.tokenizer import TiktokenTokenizer
 from qwen_analog.train import train
 from qwen_analog.train_config import TrainConfig
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-MODEL = dict(
-    vocab_size=278,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=48,
-    max_position_embeddings=64,
-    rope_theta=1e4,
-)
+MODEL = {**SHAPE, "vocab_size": 278}
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +27,7 @@ def folder(tmp_path, monkeypatch):
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    TiktokenTokenizer({token: i for i, token in enumerate(BYTE_ORDER)}).save(tmp_path)
+    BYTES.save(tmp_path)
     (tmp_path / "corpus.jsonl").write_text(
         "".join(
             json.dumps({"text": f"{i}: " + "abcdefgh "[: 1 + i % 9] * (i * i % 17 + 1)})
@@ -73,18 +60,6 @@ def settings(**changes):
     return TrainConfig.create({**values, **changes})
 
 
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    return (
-        len(a) == len(b) and all(map(same, a, b))
-        if isinstance(a, (list, tuple))
-        else a == b
-    )
-
-
 def training_state(path):
     checkpoint = load_checkpoint(path)
     return {
@@ -93,7 +68,7 @@ def training_state(path):
     }
 
 
-def run(*command, processes=None, **kwargs):
+def run(*command, processes=None, timeout=180, **kwargs):
     """A command in a process of its own; `processes` starts it under torchrun."""
     start = (
         [sys.executable]
@@ -117,7 +92,7 @@ def run(*command, processes=None, **kwargs):
         capture_output=True,
         text=True,
         env=environment,
-        timeout=180,
+        timeout=timeout,
         **kwargs,
     )
 

@@ -9,18 +9,20 @@ import gguf
 import pytest
 import torch
 from book import scramble_
+from helpers import ROOT
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from qwen_analog.config import QwenConfig
 from qwen_analog.gguf import load_gguf
 from qwen_analog.gguf_file import read_gguf
+from qwen_analog.hf import save_pretrained
 from qwen_analog.model import QwenForCausalLM
 from qwen_analog.bpe import train_bpe
 from qwen_analog.tokenizer import TiktokenTokenizer
 from qwen_analog.tokenizer_json import QWEN_CHAT_TEMPLATE, to_fast
 
 
-CHAPTER = Path(__file__).resolve().parents[1] / "chapters" / "18_real_weights.ipynb"
+CHAPTER = ROOT / "chapters" / "18_real_weights.ipynb"
 
 
 def of_the_chapter(*names):
@@ -67,24 +69,29 @@ MESSAGES = [
 IDS = torch.randint(400, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
+SIZES = dict(
+    vocab_size=430,
+    hidden_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    intermediate_size=80,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+)
+
+
 def small(**changes) -> QwenForCausalLM:
-    config = QwenConfig(
-        **{
-            **dict(
-                vocab_size=430,
-                hidden_size=48,
-                num_hidden_layers=3,
-                num_attention_heads=6,
-                num_key_value_heads=2,
-                intermediate_size=80,
-                max_position_embeddings=64,
-                rope_theta=1e4,
-                rms_norm_eps=1e-5,
-            ),
-            **changes,
-        }
-    )
+    config = QwenConfig(**{**SIZES, "rope_theta": 1e4, **changes})
     return scramble_(QwenForCausalLM(config)).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer_files(tmp_path_factory) -> Path:
+    """The tokenizer's files, to be put beside a model that transformers writes."""
+    return save_pretrained(
+        small(), TOKENIZER, tmp_path_factory.mktemp("tokenizer") / "model"
+    )
 
 
 def theirs(
@@ -103,18 +110,9 @@ def theirs(
     }[kind]
     config = config_class(
         **{
-            **dict(
-                vocab_size=430,
-                hidden_size=48,
-                num_hidden_layers=3,
-                num_attention_heads=6,
-                num_key_value_heads=2,
-                intermediate_size=80,
-                max_position_embeddings=64,
-                tie_word_embeddings=tied,
-                rms_norm_eps=1e-5,
-                rope_parameters={"rope_type": "default", "rope_theta": 5e4},
-            ),
+            **SIZES,
+            "tie_word_embeddings": tied,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e4},
             **changes,
         }
     )
@@ -306,3 +304,8 @@ class Gguf:
             load_gguf(self.path)
         assert one_line(error).startswith(str(self.path))
         return str(error.value)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    return Gguf(tmp_path_factory.mktemp("gguf") / "m.gguf")
