@@ -66,7 +66,7 @@ export: .venv/installed
 # `make execute CHAPTERS=05_rope.ipynb` runs one
 CHAPTERS ?= [0-9AB]*.ipynb
 execute: .venv/installed
-	cd chapters && export PYTHONWARNINGS='ignore:IProgress not found' && for nb in $(CHAPTERS); do ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False --coalesce-streams $$nb || exit 1; done
+	cd chapters && export PYTHONWARNINGS='ignore:IProgress not found' && for nb in $(CHAPTERS); do ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False --coalesce-streams $$nb && ../$(BIN)/python join_streams.py $$nb || exit 1; done
 
 figures: .venv/installed
 	for f in figures/*.py; do $(BIN)/python $$f || exit 1; done

@@ -31,6 +31,8 @@ def test_committed_executed_in_order(path):
     assert not any(
         "execution" in c.metadata for c in code
     )  # times: `make execute` leaves them out
+    streams = [[o.get("name") for o in c.outputs] for c in code]
+    assert not any(a == b and a for s in streams for a, b in zip(s, s[1:]))
     assert not any(
         str(o).count(word)
         for c in code
