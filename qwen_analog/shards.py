@@ -111,9 +111,8 @@ class ShardReader(FileSystemReader):
     ) -> torch.futures.Future[None]:
         for item in plan.items:
             stored = _read_chunk(Path(self.path), self.storage_data[item.storage_index])
-            for dim, (offset, length) in enumerate(
-                zip(item.storage_offsets, item.lengths)
-            ):
+            ranges = zip(item.storage_offsets, item.lengths)
+            for dim, (offset, length) in enumerate(ranges):
                 stored = stored.narrow(dim, offset, length)
             target = planner.resolve_tensor(item).detach()
             target.copy_(stored)
@@ -198,10 +197,8 @@ def save_shards(
 
     With `background` the tensors are copied now.
     """
-    place = {
-        "storage_writer": ShardWriter(directory / "sharded"),
-        "process_group": group,
-    }
+    writer = ShardWriter(directory / "sharded")
+    place = {"storage_writer": writer, "process_group": group}
     save = partial(dcp.save, tensors, **place)
     copied = dcp.async_save(tensors, **place) if background else None
 
