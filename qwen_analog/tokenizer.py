@@ -334,12 +334,9 @@ class TiktokenTokenizer(Tokenizer):
 
     @cached_property
     def fingerprint(self) -> str:
-        own = self.normalize
-        return (
-            ranks_fingerprint(self.ranks)
-            if own
-            else encoding_fingerprint(self.encoding)
-        )
+        if not self.normalize:
+            return encoding_fingerprint(self.encoding)
+        return ranks_fingerprint(self.ranks)
 
 # %% ../chapters/02_tokenizer.ipynb #587f124b
 def qwen_encoding(ranks: dict[bytes, int]) -> Encoding:

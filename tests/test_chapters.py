@@ -65,6 +65,14 @@ def test_an_exercise_is_open_and_may_be_solved(path):
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_a_cell_has_at_most_forty_lines(path):
+    for cell in nbformat.read(path, 4).cells:
+        lines = cell.source.rstrip().splitlines()
+        length = sum(not line.startswith("#|") for line in lines)
+        assert cell.cell_type != "code" or length <= 40, cell.source
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
 def test_figures_exist(path):
     for cell in nbformat.read(path, 4).cells:
         for part in cell.source.split("](../figures/")[1:]:
