@@ -130,7 +130,9 @@ def _drop_output() -> None:
 
 def _again_if_interrupted(unraisable) -> None:
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
-        threading.Timer(0.05, signal.raise_signal, [signal.SIGINT]).start()
+        main_thread = threading.main_thread().ident
+        kill = [main_thread, signal.SIGINT]  # to the thread that may be waiting
+        threading.Timer(0.05, signal.pthread_kill, kill).start()
     else:
         sys.__unraisablehook__(unraisable)
 

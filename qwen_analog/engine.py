@@ -248,8 +248,11 @@ def _write(
 ) -> list[tuple[SequenceState, TokenLogprob]]:
     """Draw the next token of each; when that fails, try each by itself."""
     if len(sequences) > 1:
-        with contextlib.suppress(Exception):
+        try:
             return list(zip(sequences, runner.write(sequences)))
+        except Exception as error:
+            why = describe_error(error)
+            log.warning("%d rows at once failed, each alone: %s", len(sequences), why)
     found: list[tuple[SequenceState, TokenLogprob]] = []
     for sequence in sequences:
         with _failing(scheduler, sequence):

@@ -374,7 +374,7 @@ def batch_or_save(batches: Iterator[Batch], run: TrainerState, saver: Saver) -> 
     """Wait for the next batch; where it cannot be read, save the steps before."""
     try:
         return next_batch(batches, run.context)
-    except DataError as error:
+    except (DataError, OSError) as error:
         saver.save(run)
         saver.wait()
         raise DataError(

@@ -753,7 +753,11 @@ def test_an_error_of_one_row_ends_that_row(faulty, message, log, monkeypatch):
     found = beside(Engine(MODEL, TOKENIZER, max_batch=3, max_context=64), bad)
     assert found[-1].finish_reason == "error"
     assert message in found[-1].text and "\n" not in found[-1].text
-    assert len(log.lines) == 1 and "failed" in log.text and "\n" not in log.text
+    together = [line for line in log.lines if "at once failed" in line]
+    assert len(together) == (faulty in (faulty_draw, faulty_logprobs, faulty_writing))
+    assert len(log.lines) == 1 + len(together)
+    assert "request" in log.lines[-1] and "failed" in log.lines[-1]
+    assert not any("\n" in line for line in log.lines)
 
 
 def test_pieces_that_cannot_be_delivered(log):

@@ -131,10 +131,14 @@ class Visitor:
         self.noted: list[str] = []
         self.page.on("console", self._on_console)
         self.page.on("pageerror", lambda error: self.noted.append(f"error: {error}"))
-        self.page.on("requestfailed", lambda r: self.noted.append(f"failed: {r.url}"))
+        self.page.on("requestfailed", self._on_failure)
         self.page.on("response", self._on_response)
         # nothing leaves this machine, and the attempt is noted
         self.page.route(lambda url: not self._is_here(url), self._on_stranger)
+
+    def _on_failure(self, request) -> None:
+        if request.failure != "net::ERR_ABORTED":  # the next page was opened
+            self.noted.append(f"failed: {request.url}")
 
     def _is_here(self, url: str) -> bool:
         return url.startswith((self.address, "data:", "blob:"))

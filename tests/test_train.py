@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -568,3 +569,24 @@ def test_ctrl_c_before_the_first_step_is_one_line(where, monkeypatch, capsys):
     monkeypatch.setattr(*where, interrupted)
     assert module.main(["--config", as_file(settings())]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("error", [DataError, OSError])
+def test_data_that_cannot_be_read_saves_the_steps_before(error, monkeypatch):
+    """Every process saves, also the one whose own reading failed: a save is common."""
+    saved = []
+
+    class Saver:
+        def save(self, run):
+            saved.append(run.step)
+
+        def wait(self):
+            saved.append("waited")
+
+    def fails(source, context):
+        raise error("the disk is gone")
+
+    monkeypatch.setattr(module, "next_batch", fails)
+    with pytest.raises(DataError, match="the disk is gone; the 7 steps before are sav"):
+        module.batch_or_save(iter([]), SimpleNamespace(step=7, context=None), Saver())
+    assert saved == [7, "waited"]
