@@ -130,9 +130,8 @@ def _drop_output() -> None:
 
 def _again_if_interrupted(unraisable) -> None:
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
-        main_thread = threading.main_thread().ident
-        kill = [main_thread, signal.SIGINT]  # to the thread that may be waiting
-        threading.Timer(0.05, signal.pthread_kill, kill).start()
+        main = threading.main_thread().ident  # the thread that may be waiting
+        threading.Timer(0.05, signal.pthread_kill, [main, signal.SIGINT]).start()
     else:
         sys.__unraisablehook__(unraisable)
 

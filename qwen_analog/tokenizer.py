@@ -298,10 +298,9 @@ def encoding_fingerprint(encoding: Encoding) -> str:
 
 # %% ../chapters/02_tokenizer.ipynb #3244479e
 class TiktokenTokenizer(Tokenizer):
-    """Byte-level BPE run by tiktoken.
+    """Byte-level BPE run by tiktoken, from `ranks` (bytes -> rank) or an `encoding`.
 
-    From `ranks` (token bytes -> rank) with Qwen's pattern, special tokens and NFC; or
-    from one of tiktoken's named encodings such as `cl100k_base`, which has its own.
+    Ranks get Qwen's pattern, special tokens and NFC; an encoding has its own.
     """
 
     def __init__(
