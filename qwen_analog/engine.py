@@ -4,31 +4,19 @@
 
 # %% auto #0
 __all__ = ['log', 'MAX_STOPS', 'MAX_STOP_LENGTH', 'MAX_UNREAD', 'RowPass', 'plan_pass', 'RowCache', 'new_row_cache', 'Step',
-           'EngineCore', 'ModelRunner', 'draw', 'describe_error', 'Engine', 'new_sequence', 'submit', 'check_request',
-           'check_stop', 'DeltaStream', 'AsyncEngine']
+           'run_step', 'read_prompts', 'write_tokens', 'ModelRunner', 'draw', 'describe_error', 'Engine',
+           'new_sequence', 'submit', 'check_request', 'check_stop', 'DeltaStream', 'AsyncEngine']
 
-# %% ../chapters/22_batching.ipynb #023573bb
-import asyncio
-import contextlib
-import logging
-import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+# %% ../chapters/22_batching.ipynb #cell-016
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import count
 
 import torch
 
-from .arguments import one_line
-from .generate import pad_left, sampling_defaults, stop_ids
-from .text_stream import TextStream
 from .kv_cache import KVCache
 from .model import QwenForCausalLM
-from .sampling import check_ids, check_whole, new_generator, sample
-from .scheduler import Delta, Group, Request, Scheduler, SequenceState
-from .scheduler import TokenLogprob, share_budget
-from .tokenizer import Tokenizer
 
-# %% ../chapters/22_batching.ipynb #97500f7c
+# %% ../chapters/22_batching.ipynb #cell-017
 @dataclass(frozen=True)
 class RowPass:
     """Where a forward pass writes: n neighbouring rows, T tokens in each of them."""
@@ -45,11 +33,11 @@ class RowPass:
     def write(self, store: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """Write `new` [n, K, T, h] into a layer; return its n rows [n, K, S, h]."""
         rows = store[self.rows]  # [n, K, max_length, h], a view
-        index = torch.arange(len(rows), device=rows.device)[:, None]  # [n, 1]
-        rows[index, :, self.positions] = new.transpose(1, 2)  # [n, T, K, h]
+        places = self.positions[:, None, :, None].expand_as(new)  # [n, K, T, h]
+        rows.scatter_(2, places, new)
         return rows[:, :, : self.end]
 
-
+# %% ../chapters/22_batching.ipynb #cell-019
 def plan_pass(
     lengths: Sequence[int], rows: slice, T: int, device: torch.device
 ) -> RowPass:
@@ -58,7 +46,7 @@ def plan_pass(
     positions = held[:, None] + torch.arange(T)  # [n, T]
     return RowPass(rows, positions.to(device), max(lengths[rows]) + T)
 
-# %% ../chapters/22_batching.ipynb #ea9a4fc5
+# %% ../chapters/22_batching.ipynb #cell-021
 class RowCache(KVCache):
     """A `KVCache` whose rows hold different numbers of tokens.
 
@@ -99,7 +87,7 @@ class RowCache(KVCache):
         """The number of tokens that every row of the present pass holds."""
         return min(self.lengths[self.present.rows] if self.present else self.lengths)
 
-# %% ../chapters/22_batching.ipynb #7a51cbb2
+# %% ../chapters/22_batching.ipynb #cell-022
 def _check_room(needed: int, max_length: int) -> None:
     if needed > max_length:
         raise ValueError(
@@ -114,7 +102,10 @@ def new_row_cache(model: QwenForCausalLM, num_rows: int, max_context: int) -> Ro
     shape = c.num_hidden_layers, num_rows, c.num_key_value_heads, c.head_dim
     return RowCache(*shape, max_context, weight.dtype, weight.device)
 
-# %% ../chapters/22_batching.ipynb #c93cefb9
+# %% ../chapters/22_batching.ipynb #cell-041
+from .scheduler import Scheduler, SequenceState, TokenLogprob, share_budget
+
+
 @dataclass
 class Step:
     """What one step of the engine did; `waiting` requests have no row yet."""
@@ -123,40 +114,54 @@ class Step:
     read: list[tuple[int, int, int]] = field(default_factory=list)  # row, number, size
     wrote: list[tuple[int, int]] = field(default_factory=list)  # row, number
 
-# %% ../chapters/22_batching.ipynb #6adc3328
-@dataclass(eq=False)
-class EngineCore:
-    """Repeats the step of continuous batching: admit, read, write."""
+# %% ../chapters/22_batching.ipynb #cell-042
+@torch.inference_mode()
+def run_step(engine: "Engine") -> Step | None:
+    """Admit, read, write; return None when there is nothing to do."""
+    engine.scheduler.schedule()
+    if not engine.scheduler.running:
+        return None
+    done = Step(waiting=len(engine.scheduler.waiting))
+    read_prompts(engine, done)
+    write_tokens(engine, done)
+    return done
 
-    runner: "ModelRunner"
-    scheduler: Scheduler
-    stop_ids: set[int]
-    prefill_chunk: int
+# %% ../chapters/22_batching.ipynb #cell-043
+def read_prompts(engine: "Engine", done: Step) -> None:
+    """Read `prefill_chunk` tokens of the prompts that are not in the cache yet."""
+    scheduler, runner = engine.scheduler, engine.runner
+    for sequence, size in share_budget(scheduler.running, engine.prefill_chunk):
+        with _failing(scheduler, sequence):
+            runner.read(sequence, size)
+            done.read.append((sequence.row, sequence.number, size))
 
-    @torch.inference_mode()
-    def step(self) -> Step | None:
-        """Give out rows, read `prefill_chunk` tokens, write a token in every row read.
 
-        Returns None when there is nothing to do.
-        """
-        self.scheduler.schedule()
-        running = self.scheduler.running
-        if not running:
-            return None
-        done = Step(len(self.scheduler.waiting))
-        for sequence, size in share_budget(running, self.prefill_chunk):
-            with _failing(self.scheduler, sequence):
-                self.runner.read(sequence, size)
-                done.read.append((sequence.row, sequence.number, size))
-        writing = [s for s in self.scheduler.running if not s.unread]
-        for sequence, drawn in _write(self.runner, self.scheduler, writing):
-            done.wrote.append((sequence.row, sequence.number))
-            with _failing(self.scheduler, sequence):
-                self.runner.advance(sequence, 1)
-                _append(self.scheduler, sequence, drawn, self.stop_ids)
-        return done
+def write_tokens(engine: "Engine", done: Step) -> None:
+    """Write a token in every row whose prompt is read."""
+    scheduler, runner = engine.scheduler, engine.runner
+    writing = [s for s in scheduler.running if not s.unread]
+    for sequence, drawn in _write(runner, scheduler, writing):
+        done.wrote.append((sequence.row, sequence.number))
+        with _failing(scheduler, sequence):
+            runner.advance(sequence, 1)
+            _append(scheduler, sequence, drawn, engine.stop_ids)
 
-# %% ../chapters/22_batching.ipynb #98f7745a
+# %% ../chapters/22_batching.ipynb #cell-077
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Collection, Iterator
+from itertools import count
+
+from .arguments import one_line
+from .generate import pad_left, sampling_defaults, stop_ids
+from .sampling import check_ids, check_whole, new_generator, sample
+from .scheduler import Delta, Group, Request
+from .text_stream import TextStream
+from .tokenizer import Tokenizer
+
+# %% ../chapters/22_batching.ipynb #cell-078
 class ModelRunner:
     """Runs a model over the rows of a `RowCache`."""
 
@@ -182,11 +187,12 @@ class ModelRunner:
 
     def write(self, sequences: Sequence[SequenceState]) -> list[TokenLogprob]:
         """Draw the next token of each in one pass; -1 where no logit is usable."""
-        first = min(s.row for s in sequences)
-        ids = [[0] for _ in range(first, 1 + max(s.row for s in sequences))]
+        rows = [s.row for s in sequences]
+        first, end = min(rows), max(rows) + 1
+        ids = [[0] for _ in range(first, end)]  # an idle row reads token 0
         for sequence in sequences:
             ids[sequence.row - first] = [sequence.last_token]
-        logits = self.forward(first, ids)[[s.row - first for s in sequences]]  # [n, V]
+        logits = self.forward(first, ids)[[row - first for row in rows]]  # [n, V]
         # the rows of the embedding beyond the vocabulary are no tokens
         tokens = draw(logits[:, : self.vocab_size], sequences).tolist()
         return [
@@ -194,7 +200,7 @@ class ModelRunner:
             for row, token, s in zip(logits, tokens, sequences)
         ]
 
-# %% ../chapters/22_batching.ipynb #f55955b8
+# %% ../chapters/22_batching.ipynb #cell-079
 def draw(logits: torch.Tensor, sequences: Sequence[SequenceState]) -> torch.Tensor:
     """Draw a token of each row of `logits` [n, V] as its request says: ids [n]."""
     params = [s.request.params for s in sequences]
@@ -205,7 +211,7 @@ def draw(logits: torch.Tensor, sequences: Sequence[SequenceState]) -> torch.Tens
     generators = [s.generator for s in sequences]
     return sample(logits, params, history, mask, generators)
 
-# %% ../chapters/22_batching.ipynb #0ab41880
+# %% ../chapters/22_batching.ipynb #cell-081
 def _token_logprob(
     logits: torch.Tensor, token: int, number: int | None, vocab_size: int
 ) -> TokenLogprob:
@@ -242,22 +248,30 @@ def _append(
     elif text:
         _send(sequence, text)
 
-# %% ../chapters/22_batching.ipynb #e4892c00
+# %% ../chapters/22_batching.ipynb #cell-083
 def _write(
     runner: ModelRunner, scheduler: Scheduler, sequences: list[SequenceState]
 ) -> list[tuple[SequenceState, TokenLogprob]]:
     """Draw the next token of each; when that fails, try each by itself."""
     if len(sequences) > 1:
+        states = [s.generator.get_state() for s in sequences]
         try:
             return list(zip(sequences, runner.write(sequences)))
         except Exception as error:
             why = describe_error(error)
             log.warning("%d rows at once failed, each alone: %s", len(sequences), why)
+            _rewind(sequences, states)
     found: list[tuple[SequenceState, TokenLogprob]] = []
     for sequence in sequences:
         with _failing(scheduler, sequence):
             found += zip([sequence], runner.write([sequence]))
     return found
+
+
+def _rewind(sequences: list[SequenceState], states: list[torch.Tensor]) -> None:
+    """Set the generators back to `states`, as if nothing had been drawn."""
+    for sequence, state in zip(sequences, states):
+        sequence.generator.set_state(state)
 
 
 @contextlib.contextmanager
@@ -270,7 +284,7 @@ def _failing(scheduler: Scheduler, sequence: SequenceState) -> Iterator[None]:
         log.error("request %d failed: %s", sequence.number, why)
         _finish(scheduler, sequence, why, "error")
 
-# %% ../chapters/22_batching.ipynb #990a595f
+# %% ../chapters/22_batching.ipynb #cell-084
 log = logging.getLogger("uvicorn.error")  # the server's own: a line an event
 
 
@@ -297,7 +311,7 @@ def _send(
         number, why = sequence.number, describe_error(error)
         log.error("request %d: its text cannot be delivered: %s", number, why)
 
-# %% ../chapters/22_batching.ipynb #c5fa15f8
+# %% ../chapters/22_batching.ipynb #cell-085
 def _finish(
     scheduler: Scheduler, sequence: SequenceState, text: str, reason: str
 ) -> None:
@@ -311,13 +325,12 @@ def _abandon(scheduler: Scheduler, reason: str, status: int) -> None:
     for sequence in scheduler.drain():
         _send(sequence, reason, "error", status)
 
-# %% ../chapters/22_batching.ipynb #fb8cbf46
-class Engine(EngineCore):
+# %% ../chapters/22_batching.ipynb #cell-087
+class Engine:
     """Continuous batching (Yu et al. 2022) of up to `max_batch` requests.
 
-    A row of the cache holds `max_context` tokens of prompt and answer, at most the
-    model's max_position_embeddings; up to `max_queue` more requests wait. Each answer
-    is that of the request alone, up to rounding.
+    A row holds `max_context` tokens of prompt and answer; up to `max_queue` more
+    requests wait. Each answer is that of the request alone, up to rounding.
     """
 
     def __init__(
@@ -334,12 +347,14 @@ class Engine(EngineCore):
         _check_sizes(**sizes, prefill_chunk=prefill_chunk)
         self.tokenizer, self.defaults = tokenizer, sampling_defaults(model)
         self.max_context = min(max_context, model.config.max_position_embeddings)
-        self.numbers = count()
+        self.numbers, self.prefill_chunk = count(), prefill_chunk
         cache = new_row_cache(model, max_batch, self.max_context)
-        runner = ModelRunner(model, cache, tokenizer.vocab_size)
-        scheduler = Scheduler(max_batch, max_queue, cache.free)
-        ends = {*stop_ids(model, tokenizer), *_turn_end(tokenizer)}
-        super().__init__(runner, scheduler, ends, prefill_chunk)
+        self.runner = ModelRunner(model, cache, tokenizer.vocab_size)
+        self.scheduler = Scheduler(max_batch, max_queue, cache.free)
+        self.stop_ids = {*stop_ids(model, tokenizer), *_turn_end(tokenizer)}
+
+    def step(self) -> Step | None:
+        return run_step(self)
 
     def add_request(
         self, *requests: Request, deliver: Callable[[Delta], None], client: str = ""
@@ -351,7 +366,7 @@ class Engine(EngineCore):
         """Raise ValueError where a request cannot be fulfilled."""
         check_request(request, self.tokenizer.vocab_size, self.max_context)
 
-# %% ../chapters/22_batching.ipynb #5dea903a
+# %% ../chapters/22_batching.ipynb #cell-088
 def new_sequence(
     engine: Engine, request: Request, index: int, group: Group
 ) -> SequenceState:
@@ -380,7 +395,7 @@ def submit(
         _send(other, reason, "error", 429)
     return sequences
 
-# %% ../chapters/22_batching.ipynb #cbcc3ba4
+# %% ../chapters/22_batching.ipynb #cell-089
 def check_request(request: Request, vocab_size: int, max_context: int) -> None:
     """Raise ValueError, naming the field, where a request cannot be fulfilled."""
     check_stop(request.stop)
@@ -403,7 +418,7 @@ def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         check_whole(name, size, 1)
 
-# %% ../chapters/22_batching.ipynb #7c4ecabb
+# %% ../chapters/22_batching.ipynb #cell-090
 MAX_STOPS, MAX_STOP_LENGTH = 16, 1000  # stop strings of a request, and their characters
 MAX_UNREAD = 4096  # deltas that may wait for their client
 
@@ -423,7 +438,7 @@ def _turn_end(tokenizer: Tokenizer) -> list[int]:
     ids = tokenizer.encode("<|im_end|>", special=True)
     return ids if len(ids) == 1 else []
 
-# %% ../chapters/22_batching.ipynb #768ba964
+# %% ../chapters/22_batching.ipynb #cell-092
 class DeltaStream:
     """The deltas of requests that were added together: `async for delta in stream`."""
 
@@ -463,7 +478,7 @@ class DeltaStream:
         for sequence in self.sequences:
             sequence.cancelled = True
 
-# %% ../chapters/22_batching.ipynb #6f18919c
+# %% ../chapters/22_batching.ipynb #cell-093
 class AsyncEngine(Engine):
     """An `Engine` whose steps are taken by a thread, from `start` to `close`."""
 
@@ -495,7 +510,7 @@ class AsyncEngine(Engine):
         if self._thread is not None:
             self._thread.join()
 
-# %% ../chapters/22_batching.ipynb #e11a8e52
+# %% ../chapters/22_batching.ipynb #cell-094
 def _take_steps(engine: Engine) -> None:
     while engine.scheduler.wait():
         try:

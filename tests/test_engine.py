@@ -760,6 +760,37 @@ def test_an_error_of_one_row_ends_that_row(faulty, message, log, monkeypatch):
     assert not any("\n" in line for line in log.lines)
 
 
+def check_retry():
+    """A pass for all rows fails after it has drawn: the seeded answers of the others
+    are those of the requests alone.
+    """
+    good = [
+        new_request([1, 2, 3 + i], 12, temperature=1.5, seed=i, logprobs=0)
+        for i in range(2)
+    ]
+    bad = new_request([1, 2, 3], 6, temperature=1.5, seed=9, logprobs=13)
+    engine = Engine(MODEL, TOKENIZER, max_batch=3, max_context=64)
+    first, failed, last = answers(engine, good[0], bad, good[1])
+    assert failed[-1].finish_reason == "error"
+    for request, deltas in zip(good, (first, last)):
+        found = [token for delta in deltas for token, _, _ in delta.logprobs]
+        assert found == alone(request)
+
+
+def test_a_retry_draws_the_same(monkeypatch):
+    faulty_logprobs(monkeypatch)
+    check_retry()
+
+
+@pytest.mark.mutant
+def test_a_retry_kills(monkeypatch):
+    """The generators stay where the failed pass has left them."""
+    faulty_logprobs(monkeypatch)
+    monkeypatch.setattr(engine_module, "_rewind", lambda sequences, states: None)
+    with pytest.raises(AssertionError):
+        check_retry()
+
+
 def test_pieces_that_cannot_be_delivered(log):
     engine, found = endless(max_batch=2, max_context=64), []
 
