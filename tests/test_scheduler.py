@@ -41,6 +41,20 @@ def test_who_gets_a_row():
     )
 
 
+def test_who_has_no_row_gives_none_back():
+    freed = []
+    table = Scheduler(2, 64, freed.append)
+    first, second, third = jobs = [job(i) for i in range(3)]
+    table.add(jobs)
+    table.schedule()
+    with pytest.raises(ValueError, match="request 2 has no row to give back"):
+        table.release(third)
+    table.release(first)
+    with pytest.raises(ValueError, match="request 0 has no row"):
+        table.release(first)
+    assert table.rows == [None, second] and freed == [0]
+
+
 def test_whose_turn_it_is():
     def writing(number, turn, client="a", group=None):
         made = job(number, client, group)
