@@ -7,43 +7,22 @@ __all__ = ['Endpoint', 'LOOPBACK', 'Completions', 'About', 'build_app', 'BodyRea
            'check_key', 'Gate', 'ApiConnection', 'TimedConnection', 'Connection', 'Server', 'build_server',
            'connection_limits']
 
-# %% ../chapters/23_serving.ipynb #ca356d81
-import asyncio
-import contextlib
-import hmac
-import http
-import ipaddress
+# %% ../chapters/23_serving.ipynb #cell-028
 import json
-import os
-import re
-import socket
-import threading
-import time
-import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator
 from functools import lru_cache, partial
-from pathlib import Path
-from types import FrameType
 
-import h11
-import uvicorn
-from starlette.applications import Starlette
 from starlette.background import BackgroundTask
-from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request as HTTPRequest
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Scope
 
-from .engine import AsyncEngine, DeltaStream, describe_error, log
+from .engine import AsyncEngine, DeltaStream
 from .protocol import AnyBody, ApiError, ChoiceWriter, ReplyWriter
 from .protocol import make_requests, parse_body, token_bytes
-from .scheduler import Delta, EngineClosed, QueueFull, Request
+from .scheduler import Delta, Request
 
-# %% ../chapters/23_serving.ipynb #579a7964
+# %% ../chapters/23_serving.ipynb #cell-029
 async def _checked(stream: DeltaStream) -> AsyncIterator[Delta]:
     """Yield the deltas of a stream; raise ApiError for one that is an error."""
     async for delta in stream:
@@ -72,7 +51,7 @@ async def _events(
     except Exception as error:
         yield event(_api_error(error, scope).body())
 
-# %% ../chapters/23_serving.ipynb #29467a6b
+# %% ../chapters/23_serving.ipynb #cell-031
 class Completions:
     """Answers what is posted to /v1/completions and /v1/chat/completions."""
 
@@ -113,7 +92,38 @@ class Completions:
         _check_model(body.model, self._model)
         return body, make_requests(self._engine, body)
 
-# %% ../chapters/23_serving.ipynb #6023d630
+# %% ../chapters/23_serving.ipynb #cell-060
+import asyncio
+import contextlib
+import hmac
+import http
+import ipaddress
+import os
+import re
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Collection
+from pathlib import Path
+from types import FrameType
+
+import h11
+import uvicorn
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from .engine import describe_error, log
+from .scheduler import EngineClosed, QueueFull
+
+# %% ../chapters/23_serving.ipynb #cell-061
 class About:
     """Answers questions about the server: which model it has, and how it does."""
 
@@ -139,7 +149,7 @@ class About:
         }
         return JSONResponse(state, 200 if state["status"] == "ok" else 503)
 
-# %% ../chapters/23_serving.ipynb #25d71151
+# %% ../chapters/23_serving.ipynb #cell-062
 def _check_model(asked: str, own: str) -> None:
     if asked != own:
         message = f"there is no model {ascii(asked)[:80]}: this server has {own!r}"
@@ -164,7 +174,7 @@ async def _running(engine: AsyncEngine, app: Starlette) -> AsyncIterator[None]:
     yield
     engine.close()
 
-# %% ../chapters/23_serving.ipynb #18d39d5c
+# %% ../chapters/23_serving.ipynb #cell-063
 async def _whole_response(
     stream: DeltaStream, writer: ReplyWriter, request: HTTPRequest
 ) -> Response:
@@ -182,7 +192,7 @@ async def _whole_response(
         answer.cancel()
         gone.cancel()
 
-# %% ../chapters/23_serving.ipynb #8cd79e88
+# %% ../chapters/23_serving.ipynb #cell-065
 def _shutting_down() -> ApiError:
     return ApiError("the server is shutting down", 503)
 
@@ -216,7 +226,7 @@ async def _refused(request: HTTPRequest, error: Exception) -> Response:
         error = ApiError(message, error.status_code)
     return _error_response(_api_error(error, request.scope))
 
-# %% ../chapters/23_serving.ipynb #085ab1da
+# %% ../chapters/23_serving.ipynb #cell-066
 Endpoint = Callable[[HTTPRequest], Awaitable[Response]]
 
 
@@ -233,7 +243,7 @@ def _answering(endpoint: Endpoint) -> Endpoint:
 
     return answer
 
-# %% ../chapters/23_serving.ipynb #289b1f10
+# %% ../chapters/23_serving.ipynb #cell-067
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -268,7 +278,7 @@ def build_app(
         middleware=[Middleware(Gate, api_key=api_key, hosts=hosts)],
     )
 
-# %% ../chapters/23_serving.ipynb #31cf7a45
+# %% ../chapters/23_serving.ipynb #cell-069
 class BodyReader:
     """Reads bodies of at most `most_bytes`, few of which may be large at a time."""
 
@@ -303,14 +313,14 @@ class BodyReader:
         await self._places.acquire()
         stack.callback(self._places.release)
 
-# %% ../chapters/23_serving.ipynb #eec18359
+# %% ../chapters/23_serving.ipynb #cell-070
 def _check_content_type(headers: Headers) -> None:
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         header = "Content-Type: application/json"
         raise ApiError(f"the body must be JSON: send the header {header}", 415)
 
-# %% ../chapters/23_serving.ipynb #78b8d050
+# %% ../chapters/23_serving.ipynb #cell-072
 class ThreadPlaces:
     """Calls functions in threads, `threads` at a time, while `most` callers wait.
 
@@ -351,7 +361,7 @@ class ThreadPlaces:
         finally:
             self._waiting -= 1
 
-# %% ../chapters/23_serving.ipynb #8bf4d8f9
+# %% ../chapters/23_serving.ipynb #cell-073
 def _in_thread(function: Callable, *arguments) -> asyncio.Future:
     """Return a future of (result, error) of a call in a daemon thread."""
     loop = asyncio.get_running_loop()
@@ -368,7 +378,7 @@ def _in_thread(function: Callable, *arguments) -> asyncio.Future:
     threading.Thread(target=work, name="prompt", daemon=True).start()
     return outcome
 
-# %% ../chapters/23_serving.ipynb #e5680974
+# %% ../chapters/23_serving.ipynb #cell-075
 def host_name(text: str) -> str | None:
     """Return the name in a Host header or an Origin's address, in small letters.
 
@@ -399,7 +409,7 @@ def check_key(key: str, what: str) -> str:
         )
     return key
 
-# %% ../chapters/23_serving.ipynb #3ac81b64
+# %% ../chapters/23_serving.ipynb #cell-076
 class Gate:
     """Turns requests away before anything is computed for them.
 
@@ -426,7 +436,7 @@ class Gate:
         with contextlib.suppress(asyncio.CancelledError):  # the server ends
             await self._app(scope, receive, send)
 
-# %% ../chapters/23_serving.ipynb #6a90d4f3
+# %% ../chapters/23_serving.ipynb #cell-077
 def _check_headers(headers: Headers, served: Collection[str]) -> None:
     """Raise ApiError for a host or an origin not `served`, or two ends of a body."""
     allow = "allow the name with --allowed-host"
@@ -448,7 +458,7 @@ def _among(served: Collection[str], host: str | None) -> bool:
         return "*" in served
     return host in served or ("address" in served and is_address(host))
 
-# %% ../chapters/23_serving.ipynb #ecdf5ef4
+# %% ../chapters/23_serving.ipynb #cell-078
 def _check_authorization(given: list[str], key: str) -> None:
     """Raise ApiError unless `given` is one header with the key, in constant time."""
     scheme, _, found = (given or [""])[0].partition(" ")
@@ -465,7 +475,7 @@ async def _read_to_the_end(receive: Receive) -> None:
             while (await receive()).get("more_body"):
                 pass
 
-# %% ../chapters/23_serving.ipynb #e6949d63
+# %% ../chapters/23_serving.ipynb #cell-080
 def _plain_response(error: ApiError) -> bytes:
     """Return an error as a whole HTTP response, for where no application runs."""
     body = json.dumps(error.body()).encode()
@@ -483,7 +493,7 @@ def _cancel(*timers: asyncio.TimerHandle | None) -> None:
         if timer is not None:
             timer.cancel()
 
-# %% ../chapters/23_serving.ipynb #5b0fa7b5
+# %% ../chapters/23_serving.ipynb #cell-081
 class ApiConnection(H11Protocol):
     """uvicorn's HTTP connection, whose own errors are those of the API."""
 
@@ -524,7 +534,7 @@ class ApiConnection(H11Protocol):
     def _should_upgrade(self) -> bool:
         return False  # and no advice in the log how to have other protocols
 
-# %% ../chapters/23_serving.ipynb #86ba11d3
+# %% ../chapters/23_serving.ipynb #cell-082
 class TimedConnection(ApiConnection):
     """Limits how long one waits for a client.
 
@@ -564,7 +574,7 @@ class TimedConnection(ApiConnection):
         _cancel(self._request_timer, self._reading_timer)
         super().connection_lost(exc)
 
-# %% ../chapters/23_serving.ipynb #877d4f26
+# %% ../chapters/23_serving.ipynb #cell-083
 class Connection(TimedConnection):
     """Limits the number of connections.
 
@@ -602,7 +612,7 @@ class Connection(TimedConnection):
         if not self.waits and few and not self.transport.is_closing():
             self.flow.resume_reading()
 
-# %% ../chapters/23_serving.ipynb #7ed0cac1
+# %% ../chapters/23_serving.ipynb #cell-085
 class Server(uvicorn.Server):
     """uvicorn's server, which gives answers `grace_seconds` to end.
 
@@ -640,7 +650,7 @@ class Server(uvicorn.Server):
             if isinstance(connection, Connection):
                 connection.dismiss(_shutting_down())
 
-# %% ../chapters/23_serving.ipynb #e5a6ee7e
+# %% ../chapters/23_serving.ipynb #cell-086
 def build_server(
     app: ASGIApp,
     engine: AsyncEngine,
@@ -675,7 +685,7 @@ def build_server(
     )
     return Server(config, engine, grace_seconds)
 
-# %% ../chapters/23_serving.ipynb #5c4d0ad9
+# %% ../chapters/23_serving.ipynb #cell-087
 def connection_limits(wanted: int) -> tuple[int, int]:
     """Return how many connections there may be, and how many are accepted at a time.
 
