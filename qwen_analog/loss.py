@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['IGNORE_INDEX', 'CHUNK_SIZE', 'cross_entropy', 'bits_per_byte', 'linear_cross_entropy']
 
-# %% ../chapters/12_loss.ipynb #db283533
+# %% ../chapters/12_loss.ipynb #cell-018
 import math
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-# %% ../chapters/12_loss.ipynb #65c68ce3
+# %% ../chapters/12_loss.ipynb #cell-019
 IGNORE_INDEX = -100
 
 
@@ -44,7 +44,7 @@ def _reduce(total: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch
         return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
     raise ValueError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
 
-# %% ../chapters/12_loss.ipynb #9f584327
+# %% ../chapters/12_loss.ipynb #cell-021
 def _check_targets(targets: torch.Tensor, vocab_size: int) -> None:
     """Raise ValueError for a target that is neither a token id nor `IGNORE_INDEX`.
 
@@ -61,12 +61,12 @@ def _check_targets(targets: torch.Tensor, vocab_size: int) -> None:
             f" nor IGNORE_INDEX ({IGNORE_INDEX})"
         )
 
-# %% ../chapters/12_loss.ipynb #593e576f
+# %% ../chapters/12_loss.ipynb #cell-029
 def bits_per_byte(nll: float, num_bytes: int) -> float:
     """Return a text's summed loss (nats) in bits for each of its UTF-8 bytes."""
     return nll / math.log(2) / num_bytes
 
-# %% ../chapters/12_loss.ipynb #f5c861f7
+# %% ../chapters/12_loss.ipynb #cell-044
 def _chunk_loss(
     h: torch.Tensor,
     w: torch.Tensor,
@@ -96,7 +96,7 @@ def _chunk_loss(
         _add_gradients(error.to(h.dtype), h, w, real, grad_h, grad_w)
     return (loss + z_loss * log_z**2).where(real, 0).sum()
 
-# %% ../chapters/12_loss.ipynb #79aad955
+# %% ../chapters/12_loss.ipynb #cell-046
 _VOCAB_ROWS = 8192  # of the weight's gradient at once: bounds the temporary product
 
 
@@ -110,7 +110,7 @@ def _add_gradients(error, h, w, real, grad_h, grad_w) -> None:
     for g, e in zip(grad_w.split(_VOCAB_ROWS), error.split(_VOCAB_ROWS, dim=1)):
         g += e.T @ h  # [c, v].T @ [c, D] -> [v, D]
 
-# %% ../chapters/12_loss.ipynb #03a8e8e2
+# %% ../chapters/12_loss.ipynb #cell-048
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Summed loss, whose gradients are made in the forward pass, chunk by chunk."""
 
@@ -135,13 +135,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):  # type: ignore[override]
-        keep = torch._C._autograd._get_current_graph_task_keep_graph()
-        # in place where the graph is not kept, so that no gradient is held twice
-        scale = torch.mul if keep else torch.Tensor.mul_
-        grads = (None if g is None else scale(g, upstream) for g in ctx.saved_tensors)
-        return *grads, None, None, None
+        grad_h, grad_w = ctx.saved_tensors
+        return _times(grad_h, upstream), _times(grad_w, upstream), None, None, None
 
 
+def _times(gradient: torch.Tensor | None, upstream: torch.Tensor):
+    """Multiply, in place where the graph is not kept: no gradient is held twice."""
+    if gradient is None:
+        return None
+    keep = torch._C._autograd._get_current_graph_task_keep_graph()
+    return gradient * upstream if keep else gradient.mul_(upstream)
+
+# %% ../chapters/12_loss.ipynb #cell-050
 def _product_dtype(hidden: torch.Tensor) -> torch.dtype:
     """Return the dtype in which `F.linear` would multiply."""
     device = hidden.device.type
@@ -150,7 +155,7 @@ def _product_dtype(hidden: torch.Tensor) -> torch.dtype:
     autocast = torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if autocast else hidden.dtype
 
-# %% ../chapters/12_loss.ipynb #0ca8fa81
+# %% ../chapters/12_loss.ipynb #cell-051
 CHUNK_SIZE = 256  # tokens whose logits exist at a time
 
 

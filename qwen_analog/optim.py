@@ -6,7 +6,7 @@
 __all__ = ['PIECE_SIZE', 'parameter_groups', 'learning_rate_at', 'set_learning_rate', 'build_optimizers', 'stochastic_round_',
            'AdamWBf16']
 
-# %% ../chapters/13_optimizer.ipynb #dbafed7a
+# %% ../chapters/13_optimizer.ipynb #cell-023
 import math
 from collections.abc import Callable, Iterable
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-# %% ../chapters/13_optimizer.ipynb #9a06ff45
+# %% ../chapters/13_optimizer.ipynb #cell-024
 def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict]:
     matrices = [p for p in parameters if p.ndim >= 2]
     others = [p for p in parameters if p.ndim < 2]
@@ -32,7 +32,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """
     return _groups([p for p in model.parameters() if p.requires_grad], weight_decay)
 
-# %% ../chapters/13_optimizer.ipynb #4e327bc7
+# %% ../chapters/13_optimizer.ipynb #cell-033
 def learning_rate_at(
     step: int,
     *,
@@ -68,7 +68,7 @@ def learning_rate_at(
     floor = min_ratio * learning_rate
     return floor + share * (learning_rate - floor)
 
-# %% ../chapters/13_optimizer.ipynb #e0e8c50e
+# %% ../chapters/13_optimizer.ipynb #cell-034
 def set_learning_rate(
     optimizers: list[torch.optim.Optimizer], learning_rate: float
 ) -> None:
@@ -77,7 +77,7 @@ def set_learning_rate(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
 
-# %% ../chapters/13_optimizer.ipynb #7e1fbc69
+# %% ../chapters/13_optimizer.ipynb #cell-042
 def build_optimizers(
     model: nn.Module,
     learning_rate: float,
@@ -108,7 +108,7 @@ def build_optimizers(
     groups = _groups(rest, weight_decay)
     return [muon, torch.optim.AdamW(groups, fused=True, **options)]
 
-# %% ../chapters/13_optimizer.ipynb #3088be7d
+# %% ../chapters/13_optimizer.ipynb #cell-068
 def stochastic_round_(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """Round `source`, float32, to `target`, bfloat16, at random, with `source` as mean.
 
@@ -121,7 +121,7 @@ def stochastic_round_(target: torch.Tensor, source: torch.Tensor) -> torch.Tenso
     rounded = bits.view(torch.float32)
     return target.copy_(torch.where(source.isfinite(), rounded, source))
 
-# %% ../chapters/13_optimizer.ipynb #c5bafeab
+# %% ../chapters/13_optimizer.ipynb #cell-071
 PIECE_SIZE = 2**22  # numbers updated at once: bounds the float32 copies
 
 
@@ -155,7 +155,7 @@ def _adamw_bf16(p: nn.Parameter, g: torch.Tensor, state: dict, group: dict) -> N
         else:
             p.copy_(w)
 
-# %% ../chapters/13_optimizer.ipynb #18995543
+# %% ../chapters/13_optimizer.ipynb #cell-072
 class AdamWBf16(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter 2019) with averages in bfloat16: 4 bytes a weight.
 
@@ -190,7 +190,7 @@ class AdamWBf16(torch.optim.Optimizer):
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = state[name].bfloat16()
 
-# %% ../chapters/13_optimizer.ipynb #faf3c07e
+# %% ../chapters/13_optimizer.ipynb #cell-088
 def _split_for_muon(model: nn.Module) -> tuple[list, list]:
     """Split the trainable parameters into hidden matrices and all others."""
     hidden, rest = [], []
@@ -201,7 +201,7 @@ def _split_for_muon(model: nn.Module) -> tuple[list, list]:
         (hidden if p.ndim == 2 and not table else rest).append(p)
     return hidden, rest
 
-# %% ../chapters/13_optimizer.ipynb #26766a38
+# %% ../chapters/13_optimizer.ipynb #cell-093
 from typing import TYPE_CHECKING
 
 if not TYPE_CHECKING:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['count_targets', 'forward_loss', 'accumulate_gradients', 'StepResult', 'train_step', 'micro_batches', 'evaluate']
 
-# %% ../chapters/14_training_step.ipynb #09d3cb05
+# %% ../chapters/14_training_step.ipynb #cell-035
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,7 +21,7 @@ from .distributed import DistributedContext
 from .parallel import clip_grad_norm, gradient_sync
 from .train_config import TrainConfig
 
-# %% ../chapters/14_training_step.ipynb #d7919b9a
+# %% ../chapters/14_training_step.ipynb #cell-036
 def count_targets(batches: Sequence[dict[str, torch.Tensor]]) -> int:
     return sum(int((batch["targets"] != IGNORE_INDEX).sum()) for batch in batches)
 
@@ -32,7 +32,11 @@ def forward_loss(
     config: TrainConfig,
     device: torch.device,
 ) -> torch.Tensor:
-    """Return the cross entropy summed over the targets of `batch`, a float32 scalar."""
+    """Return the loss summed over the targets of `batch`, a float32 scalar.
+
+    It is the cross entropy, and while the model trains the z-loss on top.
+    """
+    # non_blocking: the program goes on while the batch is copied to a GPU
     inputs = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
     z_loss = config.z_loss if model.training else 0.0
     half = config.precision == "bf16"
@@ -40,7 +44,7 @@ def forward_loss(
     with torch.autocast(device.type, torch.bfloat16, half, cache_enabled=False):
         return model(**inputs, reduction="sum", z_loss=z_loss)
 
-# %% ../chapters/14_training_step.ipynb #2cb1009f
+# %% ../chapters/14_training_step.ipynb #cell-040
 def accumulate_gradients(
     model: nn.Module,
     batches: Sequence[dict[str, torch.Tensor]],
@@ -50,25 +54,23 @@ def accumulate_gradients(
     world_size: int,
 ) -> torch.Tensor:
     """Run the passes of this process's micro-batches, one after the other; return their
-    summed negative log-likelihood, a float32 scalar.
+    summed loss, a float32 scalar.
 
     `targets` counts the real targets of the whole step, over all processes.
     """
-    nll = torch.zeros((), device=device)
+    total = torch.zeros((), device=device)
     for i, batch in enumerate(batches, start=1):
-        # gradients are exchanged once, after the last micro-batch; DDP and FSDP average
-        # them over the processes
-        with gradient_sync(model, i == len(batches)):
+        with gradient_sync(model, i == len(batches)):  # at the last one only
             loss = forward_loss(model, batch, config, device)
             (loss * (world_size / targets)).backward()
-        nll += loss.detach()
-    return nll
+        total += loss.detach()
+    return total
 
-# %% ../chapters/14_training_step.ipynb #9e73e013
+# %% ../chapters/14_training_step.ipynb #cell-049
 class StepResult(NamedTuple):
     """What one optimizer step was, over all processes."""
 
-    loss: float  # mean over the step's real targets
+    loss: float  # mean over the step's real targets, z-loss included
     grad_norm: float  # before clipping
     applied: bool  # loss and gradients were finite
 
@@ -87,21 +89,20 @@ def train_step(
     weights and the optimizer as they were.
     """
     (targets,) = context.all_reduce_sum(count_targets(batches))
-    nll = accumulate_gradients(
+    total = accumulate_gradients(
         model, batches, targets, config, context.device, context.world_size
     )
-    (nll,) = context.all_reduce_sum(nll.item())
+    (total,) = context.all_reduce_sum(total.item())
     grad_norm = clip_grad_norm(model, config.max_grad_norm)
-    finite = math.isfinite(nll) and math.isfinite(grad_norm)
-    # DDP's gradients live in its buckets: letting go of them would make new ones beside
-    set_to_none = not isinstance(model, DistributedDataParallel)
+    finite = math.isfinite(total) and math.isfinite(grad_norm)
+    let_go = not isinstance(model, DistributedDataParallel)
     for optimizer in optimizers:
         if finite:
             optimizer.step()
-        optimizer.zero_grad(set_to_none=set_to_none)
-    return StepResult(nll / targets, grad_norm, finite)
+        optimizer.zero_grad(set_to_none=let_go)
+    return StepResult(total / targets, grad_norm, finite)
 
-# %% ../chapters/14_training_step.ipynb #cec8e5a9
+# %% ../chapters/14_training_step.ipynb #cell-084
 def micro_batches(
     sequences: Sequence[TokenSequence], config: TrainConfig
 ) -> list[dict[str, torch.Tensor]]:
@@ -130,7 +131,7 @@ def _own_share(
     sequences += [empty] * (-len(sequences) % context.world_size)
     return sequences[context.rank :: context.world_size]
 
-# %% ../chapters/14_training_step.ipynb #30f97f1b
+# %% ../chapters/14_training_step.ipynb #cell-085
 @torch.no_grad()
 def evaluate(
     model: nn.Module,

@@ -166,6 +166,20 @@ def test_the_held_out_loss_is_a_mean_over_targets(size):
     assert trained.training and all(p.grad is None for p in trained.parameters())
 
 
+def test_the_reported_loss_holds_the_z_loss_and_the_held_out_loss_does_not():
+    config, trained = settings(micro_batch_size=3, z_loss=0.01), model()
+    batches = micro_batches(sequences(), config)
+    with torch.no_grad():
+        plain = [trained(**b, reduction="sum").item() for b in batches]
+        both = [trained(**b, reduction="sum", z_loss=0.01).item() for b in batches]
+    held = evaluate(trained, Held(8), settings(z_loss=0.01, eval_sequences=8), ALONE)
+    result = train_step(trained, build_optimizers(trained, 0.0), batches, config, ALONE)
+    targets = count_targets(batches)
+    assert held["loss"] == pytest.approx(sum(plain) / targets, rel=1e-5)
+    assert result.loss == pytest.approx(sum(both) / targets, rel=1e-5)
+    assert result.loss > held["loss"] + 0.1
+
+
 class Rank(DistributedContext):
     """One of several processes, whose sums are only its own."""
 
