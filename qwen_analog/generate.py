@@ -166,10 +166,10 @@ def _decode(
         if tokens is not None:
             tokens = torch.cat((tokens, new[:, None]), dim=1)
         with eval_mode:
-            if cache is None:
-                logits = prefill(model, tokens, None, padding)
-            else:
+            if cache is not None:
                 logits = decode_one_token(model, new, cache, padding)
+            elif tokens is not None:
+                logits = prefill(model, tokens, None, padding)
 
 # %% ../chapters/16_generation.ipynb #cell-080
 def own_stop_ids(model: QwenForCausalLM) -> list[int]:
