@@ -133,7 +133,8 @@ def build_model(
 # %% ../chapters/25_many_gpus.ipynb #cell-083
 def _gather_ahead(model: QwenForCausalLM, prefetch: int) -> None:
     """Gather `prefetch` blocks ahead, in both passes; drop all after evaluation."""
-    blocks = list(model.model.layers)
+    layers = model.model.layers
+    blocks: list[FSDPModule] = [b for b in layers if isinstance(b, FSDPModule)]
     for i, block in enumerate(blocks):
         block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + prefetch])
         block.set_modules_to_backward_prefetch(blocks[max(0, i - prefetch) : i][::-1])
