@@ -6,7 +6,7 @@
 __all__ = ['LossSpikeDetector', 'log_entries', 'LogFile', 'TensorBoardFile', 'RunLog', 'documents_of_step', 'profiled',
            'plot_losses']
 
-# %% ../chapters/27_watching.ipynb #w1800003
+# %% ../chapters/27_watching.ipynb #cell-008
 import io
 import itertools
 import json
@@ -31,7 +31,7 @@ import torch
 from .data import TokenSequence
 from .files import make_directory
 
-# %% ../chapters/27_watching.ipynb #2b046748
+# %% ../chapters/27_watching.ipynb #cell-028
 class LossSpikeDetector:
     """Says whether a step's loss stands out above the `window` losses before it.
 
@@ -69,7 +69,7 @@ class LossSpikeDetector:
     def load_state_dict(self, state_dict: dict[str, list[float]]) -> None:
         self.losses = deque(state_dict["losses"], maxlen=self.losses.maxlen)
 
-# %% ../chapters/27_watching.ipynb #w1800008
+# %% ../chapters/27_watching.ipynb #cell-071
 def _parse_entry(line: bytes) -> dict | None:
     """Return the JSON object in a line; None where it is torn, or something else."""
     try:
@@ -103,7 +103,7 @@ def _repair_end(file: Path) -> None:
             stream.seek(end)
             stream.write(b"\n")
 
-# %% ../chapters/27_watching.ipynb #252c590e
+# %% ../chapters/27_watching.ipynb #cell-072
 class LogFile:
     """A file that whole lines, or records, are appended to; every OSError names it."""
 
@@ -132,7 +132,7 @@ def _naming(path: str | Path) -> Iterator[None]:
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error}") from None
 
-# %% ../chapters/27_watching.ipynb #f9609cd1
+# %% ../chapters/27_watching.ipynb #cell-076
 class TensorBoardFile:
     """Scalars of one run for TensorBoard, each in the file when `add_scalar` returns.
 
@@ -165,7 +165,7 @@ class TensorBoardFile:
     def close(self) -> None:
         self.file.close()
 
-# %% ../chapters/27_watching.ipynb #55ac2729
+# %% ../chapters/27_watching.ipynb #cell-077
 @dataclass
 class RunLog:
     """What a run writes beside its checkpoints; an OSError names the file."""
@@ -206,7 +206,7 @@ class RunLog:
             file.close()
         self._files, self._board = {}, None
 
-# %% ../chapters/27_watching.ipynb #d640f061
+# %% ../chapters/27_watching.ipynb #cell-078
 def _finite(values: dict) -> dict:
     """Replace what JSON has no word for, infinities and nan, by None."""
 
@@ -227,7 +227,7 @@ def _lines_by_file(sequences: Sequence[TokenSequence]) -> dict[str, list[int]]:
             lines.setdefault(file, set()).add(int(line))
     return {file: sorted(lines[file]) for file in sorted(lines)}
 
-# %% ../chapters/27_watching.ipynb #w1800015
+# %% ../chapters/27_watching.ipynb #cell-083
 def documents_of_step(output_dir: str | Path, step: int) -> list[str]:
     """Return the documents, "file:line", that all ranks together read in `step`.
 
@@ -263,7 +263,7 @@ def _last_entry(file: Path, step: int) -> dict | None:
                 found = _parse_entry(line) or found
     return found
 
-# %% ../chapters/27_watching.ipynb #w1800025
+# %% ../chapters/27_watching.ipynb #cell-087
 @contextmanager
 def profiled(
     output_dir: str | Path, rank: int, steps: int
@@ -295,7 +295,7 @@ def _save_trace(file: Path, profile: torch.profiler.profile) -> None:
         reason = str(error).splitlines()[0]
         print(f"warning: {file} cannot be written: {reason}", file=sys.stderr)
 
-# %% ../chapters/27_watching.ipynb #w1800030
+# %% ../chapters/27_watching.ipynb #cell-089
 def plot_losses(metrics: str | Path, picture: str | Path) -> None:
     """Draw the training and held-out loss of a metrics.jsonl.
 
@@ -334,7 +334,7 @@ def _curve(metrics: str | Path, name: str) -> list[tuple[float, float]]:
 def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and abs(value) < 1e15  # nan is not
 
-# %% ../chapters/27_watching.ipynb #40c3566c
+# %% ../chapters/27_watching.ipynb #cell-092
 from typing import TYPE_CHECKING
 
 if not TYPE_CHECKING:
