@@ -7,15 +7,16 @@ __all__ = ['BYTE_ORDER', 'QWEN_PATTERN', 'PIECE_CHARACTERS', 'merge_pair', 'lowe
            'PairCounts', 'MergeableWords', 'learn_merges', 'encode', 'decode', 'clean_text', 'text_pieces',
            'keep_most_common', 'count_pieces', 'count_words', 'train_bpe']
 
-# %% ../chapters/01_bpe.ipynb #46160cfa
+# %% ../chapters/01_bpe.ipynb #cell-005
 import heapq
+import math
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
 import regex
 
-# %% ../chapters/01_bpe.ipynb #977266bd
+# %% ../chapters/01_bpe.ipynb #cell-010
 def merge_pair(ids: list, pair: tuple, new) -> list:
     """Return `ids` with each occurrence of `pair`, from the left, replaced by `new`."""
     merged = []
@@ -29,41 +30,47 @@ def merge_pair(ids: list, pair: tuple, new) -> list:
             i += 1
     return merged
 
-# %% ../chapters/01_bpe.ipynb #80873bde
+# %% ../chapters/01_bpe.ipynb #cell-017
 def lowest_join(parts: list, ranks: Mapping) -> int | None:
     """Return where the two neighbours begin that form the token of the lowest rank;
     None where no two form a token. Of equals, the first."""
-    places = [i for i in range(len(parts) - 1) if parts[i] + parts[i + 1] in ranks]
-    return min(places, key=lambda i: ranks[parts[i] + parts[i + 1]], default=None)
+    place, lowest = None, math.inf
+    for i in range(len(parts) - 1):
+        rank = ranks.get(parts[i] + parts[i + 1], math.inf)
+        if rank < lowest:
+            place, lowest = i, rank
+    return place
 
-# %% ../chapters/01_bpe.ipynb #acaaabf5
+# %% ../chapters/01_bpe.ipynb #cell-027
 _printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _others = [b for b in range(256) if b not in _printable]
 # GPT-2's order of the 256 single bytes, and Qwen's: the printable ones first
 BYTE_ORDER = [bytes([b]) for b in _printable + _others]
 
-# %% ../chapters/01_bpe.ipynb #1a5d62a8
+# %% ../chapters/01_bpe.ipynb #cell-029
 def encode_piece(piece: bytes, ranks: Mapping[bytes, int]) -> list[int]:
     """Return the ids of a piece: neighbours are joined, the lowest rank first, until
     no two form a token."""
     parts = [piece[i : i + 1] for i in range(len(piece))]
-    while (i := lowest_join(parts, ranks)) is not None:
+    i = lowest_join(parts, ranks)
+    while i is not None:
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        i = lowest_join(parts, ranks)
     return [ranks[part] for part in parts]
 
-# %% ../chapters/01_bpe.ipynb #906d2c6b
+# %% ../chapters/01_bpe.ipynb #cell-045
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# %% ../chapters/01_bpe.ipynb #e0dbbd28
+# %% ../chapters/01_bpe.ipynb #cell-048
 def split_text(text: str, pattern: str = QWEN_PATTERN) -> list[str]:
     """Return the pieces of a text in normal form C; no token crosses a piece's end."""
     return regex.findall(pattern, unicodedata.normalize("NFC", text))
 
-# %% ../chapters/01_bpe.ipynb #0dc4d9c3
+# %% ../chapters/01_bpe.ipynb #cell-061
 class PairCounts:
     """How often each pair of neighbours occurs, and which occurs most often."""
 
@@ -85,7 +92,7 @@ class PairCounts:
                 self.push(pair)
         return None
 
-# %% ../chapters/01_bpe.ipynb #937b5f93
+# %% ../chapters/01_bpe.ipynb #cell-063
 class MergeableWords:
     """Words as lists of ids, how often each occurs, and where each pair of ids is."""
 
@@ -105,20 +112,23 @@ class MergeableWords:
             self.pairs.counts[pair] += self.frequency[w]
             self.where[pair].add(w)
 
+    def remove_pairs(self, w: int) -> None:
+        """Take the pairs of word number `w` out of the counts."""
+        for pair in zip(self.words[w], self.words[w][1:]):
+            self.pairs.counts[pair] -= self.frequency[w]
+
     def merge(self, pair: tuple[int, int], new: int) -> None:
         """Replace `pair` by `new` in every word that holds it."""
         created = set()
         for w in self.where.pop(pair):
-            before = self.words[w]
-            for old in zip(before, before[1:]):
-                self.pairs.counts[old] -= self.frequency[w]
-            self.words[w] = after = merge_pair(before, pair, new)
+            self.remove_pairs(w)
+            self.words[w] = word = merge_pair(self.words[w], pair, new)
             self.add_pairs(w)
-            created.update(one for one in zip(after, after[1:]) if new in one)
+            created.update(one for one in zip(word, word[1:]) if new in one)
         for one in created:
             self.pairs.push(one)
 
-# %% ../chapters/01_bpe.ipynb #af46817a
+# %% ../chapters/01_bpe.ipynb #cell-065
 def learn_merges(
     words: Iterable[tuple[list[int], int]], vocab_size: int
 ) -> dict[bytes, int]:
@@ -129,12 +139,14 @@ def learn_merges(
     """
     mergeable = MergeableWords(list(words))
     tokens = list(BYTE_ORDER)
-    while len(tokens) < vocab_size and (pair := mergeable.pairs.most_frequent()):
+    pair = mergeable.pairs.most_frequent()
+    while pair is not None and len(tokens) < vocab_size:
         mergeable.merge(pair, len(tokens))
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        pair = mergeable.pairs.most_frequent()
     return {token: rank for rank, token in enumerate(tokens)}
 
-# %% ../chapters/01_bpe.ipynb #3e58670e
+# %% ../chapters/01_bpe.ipynb #cell-071
 def encode(text: str, ranks: Mapping[bytes, int]) -> list[int]:
     """Return the ids of a text."""
     ids = []
@@ -149,7 +161,7 @@ def decode(ids: Iterable[int], ranks: Mapping[bytes, int]) -> str:
     data = b"".join(token_of[i] for i in ids)
     return data.decode("utf-8", errors="replace")
 
-# %% ../chapters/01_bpe.ipynb #bd3e9fb1
+# %% ../chapters/01_bpe.ipynb #cell-107
 # of different pieces that a vocabulary is learned from, at most
 PIECE_CHARACTERS = 5_000_000
 
@@ -177,7 +189,7 @@ def text_pieces(text: str, limit: int = 1 << 18) -> Iterator[str]:
     if start < len(text):
         yield text[start:] if start else text
 
-# %% ../chapters/01_bpe.ipynb #d4128edd
+# %% ../chapters/01_bpe.ipynb #cell-108
 def keep_most_common(pieces: Counter[str], characters: int) -> Counter[str]:
     """Return the most common of `pieces` that have `characters` characters in all."""
     kept, size = Counter(), 0
@@ -214,7 +226,7 @@ def count_words(texts: Iterable[str], pattern: str) -> Iterator[tuple[list[int],
         for start in range(0, len(piece), 1000):  # a longer piece is no word
             yield [byte_id[b] for b in piece[start : start + 1000].encode()], count
 
-# %% ../chapters/01_bpe.ipynb #de7b692a
+# %% ../chapters/01_bpe.ipynb #cell-109
 def train_bpe(
     texts: Iterable[str], vocab_size: int, pattern: str = QWEN_PATTERN
 ) -> dict[bytes, int]:

@@ -7,7 +7,7 @@ __all__ = ['TokenSequence', 'pack', 'collate', 'ShuffledRows', 'select_documents
            'first_epoch', 'held_out_dataset', 'checked_position', 'FileFingerprint', 'fingerprint', 'runs_of_files',
            'data_difference', 'names_difference', 'content_difference']
 
-# %% ../chapters/03_data.ipynb #bca34470
+# %% ../chapters/03_data.ipynb #cell-008
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ from .loss import IGNORE_INDEX
 if TYPE_CHECKING:
     import datasets
 
-# %% ../chapters/03_data.ipynb #43b0f93e
+# %% ../chapters/03_data.ipynb #cell-017
 @dataclass
 class TokenSequence:
     """`sequence_length` consecutive tokens of the packed stream, [T] int64 each, and
@@ -43,7 +43,7 @@ class TokenSequence:
     document_ids: torch.Tensor
     sources: list[str]
 
-
+# %% ../chapters/03_data.ipynb #cell-020
 def pack(pieces: Sequence[tuple[np.ndarray, str]]) -> TokenSequence:
     """Join runs of tokens, T + 1 in all, each of one document, with its source."""
     tokens = np.concatenate([ids for ids, _ in pieces]).astype(np.int64)  # [T + 1]
@@ -55,7 +55,7 @@ def pack(pieces: Sequence[tuple[np.ndarray, str]]) -> TokenSequence:
         sources=[source for _, source in pieces],
     )
 
-# %% ../chapters/03_data.ipynb #cdbcce0b
+# %% ../chapters/03_data.ipynb #cell-029
 def collate(sequences: Sequence[TokenSequence]) -> dict[str, torch.Tensor]:
     """Stack `input_ids`, `targets` and `document_ids`, [B, T] each, for the model."""
     return {
@@ -63,7 +63,7 @@ def collate(sequences: Sequence[TokenSequence]) -> dict[str, torch.Tensor]:
         for name in ("input_ids", "targets", "document_ids")
     }
 
-# %% ../chapters/03_data.ipynb #185405d8
+# %% ../chapters/03_data.ipynb #cell-039
 class ShuffledRows:
     """The rows of the documents to train on, in a new random order each epoch."""
 
@@ -87,15 +87,17 @@ class ShuffledRows:
         order, ends = self.order(epoch)
         i = int(np.searchsorted(ends, offset, side="right"))
         start = offset - int(ends[i] - self.lengths[order[i]])
-        while tokens:
+        while tokens > 0:
             if i == len(order):  # goes on into the next epoch
                 epoch, i = epoch + 1, 0
                 order, _ = self.order(epoch)
             stop = min(start + tokens, int(self.lengths[order[i]]))
             yield int(self.rows[order[i]]), slice(start, stop)
-            i, tokens, start = i + 1, tokens - (stop - start), 0
+            tokens -= stop - start
+            start = 0
+            i += 1
 
-# %% ../chapters/03_data.ipynb #269fa5f3
+# %% ../chapters/03_data.ipynb #cell-042
 def select_documents(
     documents: "datasets.Dataset", held_out: bool
 ) -> tuple[np.ndarray, np.ndarray, int]:
@@ -114,7 +116,7 @@ def select_documents(
     rows, lengths = np.flatnonzero(chosen), tokens[chosen]
     return rows.astype(np.int32), lengths.astype(np.int32), sizes[chosen].sum().item()
 
-
+# %% ../chapters/03_data.ipynb #cell-044
 def read_run(documents, row: int, place: slice) -> tuple[np.ndarray, str]:
     """Return the tokens at a place in a document, and its source."""
     document = documents[row]
@@ -122,7 +124,7 @@ def read_run(documents, row: int, place: slice) -> tuple[np.ndarray, str]:
     ids = document["input_ids"][0].values[place].to_numpy()
     return ids, document["source"][0].as_py()
 
-# %% ../chapters/03_data.ipynb #53858b56
+# %% ../chapters/03_data.ipynb #cell-046
 class PackedSequences:
     """Documents in a new random order each epoch, joined and cut into sequences.
 
@@ -159,7 +161,7 @@ class PackedSequences:
         """What identifies all of `documents`, as JSON values. Reads every token."""
         return fingerprint(self.documents)
 
-# %% ../chapters/03_data.ipynb #bdb83a25
+# %% ../chapters/03_data.ipynb #cell-050
 class PackedDataset(PackedSequences):
     """Packed sequences, taken one after the other from a position that can be saved.
 
@@ -184,7 +186,7 @@ class PackedDataset(PackedSequences):
         """Go to a position that `state_dict` gave; DataError for another state."""
         self.position = checked_position(state, "position")["position"]
 
-# %% ../chapters/03_data.ipynb #d5e22fdc
+# %% ../chapters/03_data.ipynb #cell-053
 def first_epoch(sequences: PackedSequences) -> Iterator[TokenSequence]:
     """Yield the sequences of the first epoch; targets beyond it are IGNORE_INDEX."""
     T, N = sequences.sequence_length, sequences.tokens_per_epoch
@@ -194,7 +196,7 @@ def first_epoch(sequences: PackedSequences) -> Iterator[TokenSequence]:
         targets[max(N - 1 - k * T, 0) :] = IGNORE_INDEX
         yield replace(sequence, targets=targets)
 
-# %% ../chapters/03_data.ipynb #1b22cd5e
+# %% ../chapters/03_data.ipynb #cell-086
 def held_out_dataset(
     documents: "datasets.Dataset", sequence_length: int
 ) -> PackedDataset | None:
@@ -217,7 +219,7 @@ def checked_position(state: dict, *names: str) -> dict[str, int]:
         " not now, or the other way round?)"
     )
 
-# %% ../chapters/03_data.ipynb #2d7b4221
+# %% ../chapters/03_data.ipynb #cell-089
 class FileFingerprint:
     """What identifies the documents of one file: their number, bytes and tokens."""
 
@@ -241,7 +243,7 @@ class FileFingerprint:
             "sha256": self.sha256.hexdigest(),
         }
 
-# %% ../chapters/03_data.ipynb #dc3f5a2e
+# %% ../chapters/03_data.ipynb #cell-090
 def fingerprint(documents: "datasets.Dataset") -> dict:
     """Say what identifies tokenized documents: each file's name, its documents, their
     bytes and the SHA-256 of their tokens, in order.
@@ -276,7 +278,7 @@ def runs_of_files(sources) -> Iterator[tuple[str, slice]]:
             yield names[start], slice(start, end)
             start = end
 
-# %% ../chapters/03_data.ipynb #5ee9ff78
+# %% ../chapters/03_data.ipynb #cell-091
 def data_difference(before: dict, now: dict) -> str | None:
     """Say what differs between the data of two runs, by their data's `fingerprint`, as
     a phrase for an error line; None if nothing does."""
@@ -313,7 +315,7 @@ def content_difference(before: list[dict], now: list[dict]) -> str | None:
             return f"{new['name']}: other text, or the same in another order"
     return None
 
-# %% ../chapters/03_data.ipynb #0212e1f7
+# %% ../chapters/03_data.ipynb #cell-095
 from typing import TYPE_CHECKING
 
 if not TYPE_CHECKING:
