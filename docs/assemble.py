@@ -42,6 +42,7 @@ PLAY = {
     "rope": ("RoPE's dials", ["rope"]),
     "sampling": ("Cut a distribution", ["sampling", "generation"]),
     "memory": ("What fits on a GPU", ["memory", "plan"]),
+    "timeline": ("A run, step by step", ["training_step", "pretraining", "symptoms"]),
 }
 DIRECTIVE = re.compile(r"^#\| *(\w+)(?: +(\S+))? *$", re.MULTILINE)
 
