@@ -307,6 +307,8 @@ class Page:
             for output in cell.get("outputs", []):
                 if "text" in output:
                     output.text = printable(output.text)
+                # what a page to play with is made of: myst-nb cannot show it
+                output.get("data", {}).pop("application/json", None)
         notebook.cells = cells
         return notebook
 
