@@ -42,6 +42,7 @@ PLAY = {
     "rope": ("RoPE's dials", ["rope"]),
     "sampling": ("Cut a distribution", ["sampling", "generation"]),
     "memory": ("What fits on a GPU", ["memory", "plan"]),
+    "timeline": ("A run, step by step", ["training_step", "pretraining", "symptoms"]),
 }
 DIRECTIVE = re.compile(r"^#\| *(\w+)(?: +(\S+))? *$", re.MULTILINE)
 
@@ -306,6 +307,8 @@ class Page:
             for output in cell.get("outputs", []):
                 if "text" in output:
                     output.text = printable(output.text)
+                # what a page to play with is made of: myst-nb cannot show it
+                output.get("data", {}).pop("application/json", None)
         notebook.cells = cells
         return notebook
 

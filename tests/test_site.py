@@ -600,6 +600,33 @@ def test_the_heads_are_smollm2s(compute):
 
 
 @pytest.mark.slow
+def test_the_timeline_is_the_chapters_run(compute):
+    from qwen_analog.optim import learning_rate_at
+
+    stored = json.loads((ROOT / "docs" / "play" / "timeline.json").read_text("utf-8"))
+    (path,) = (ROOT / "chapters").glob("*_pretraining.ipynb")
+    displayed = [
+        output.data["application/json"]
+        for cell in nbformat.read(path, 4).cells
+        for output in cell.get("outputs", [])
+        if "application/json" in output.get("data", {})
+    ]
+    assert displayed == [stored], "run docs/play/timeline.py"
+    steps = len(stored["loss"])
+    moments = compute(
+        "run => run.loss.concat(0).map((_, step) => play.moment(run, step))", stored
+    )
+    assert moments[0]["loss"] is None and moments[0]["text"] == stored["samples"]["0"]
+    for step, moment in enumerate(moments[1:], 1):
+        rate = learning_rate_at(
+            step - 1, learning_rate=5e-3, max_steps=steps, warmup_steps=5
+        )
+        assert moment["rate"] == pytest.approx(rate, abs=1e-6)
+        assert moment["loss"] == stored["loss"][step - 1]
+        assert moment["text"] == stored["samples"][str(step // 20 * 20)]
+
+
+@pytest.mark.slow
 def test_the_pages_move_by_keyboard(visitor):
     visitor.open("play/attention.html")
     page = visitor.page
@@ -620,6 +647,14 @@ def test_the_pages_move_by_keyboard(visitor):
     before = said.inner_text()
     page.get_by_label("Precision").select_option("bf16-pure")
     assert said.inner_text() != before
+    visitor.open("play/timeline.html")
+    written = page.locator(".play-written")
+    before = written.inner_text()
+    page.get_by_label("Step", exact=True).focus()
+    page.keyboard.press("End")
+    assert written.inner_text() != before
+    page.get_by_role("button", name="Checkpoint before").click()
+    assert "Step 140" in page.locator(".play-said").inner_text()
     visitor.open("play/rope.html")
     said = page.locator(".play-said")
     before = said.inner_text()

@@ -808,6 +808,94 @@ play.memory = function (root) {
   draw();
 };
 
+// --- timeline
+
+// what a run was at a step: its loss, its learning rate, and the text of the last
+// checkpoint up to then
+play.moment = function ({ loss, learning_rate, samples }, step) {
+  const written = Math.max(...Object.keys(samples).map(Number).filter((s) => s <= step));
+  return {
+    // before the first step there is neither
+    loss: step ? loss[step - 1] : null,
+    rate: step ? learning_rate[step - 1] : null,
+    written,
+    text: samples[written],
+  };
+};
+
+play.timeline = function (root) {
+  const run = data(root);
+  const steps = run.loss.length;
+  let draw = () => {};
+  const step = slider("Step", 0, steps, 1, 0, String, () => draw());
+  fields(root, step);
+  const move = (to) => () => {
+    step.value = to(step.value);
+    draw();
+  };
+  const marks = Object.keys(run.samples).map(Number);
+  const before = (x) => Math.max(0, ...marks.filter((s) => s < x));
+  const after = (x) => Math.min(steps, ...marks.filter((s) => s > x));
+  root.append(
+    element(
+      "p",
+      { class: "play-buttons" },
+      element("button", { type: "button", onclick: move(before) }, "Checkpoint before"),
+      element("button", { type: "button", onclick: move(after) }, "Next checkpoint"),
+    ),
+  );
+  const said = element("p", { class: "play-said", "aria-live": "polite" });
+  const written = element("blockquote", { class: "play-written" });
+  const plot = element("div", { class: "play-plot" });
+  root.append(said, written, plot);
+
+  const top = Math.log(run.vocabulary);
+  const bottom = Math.floor(Math.min(...run.loss));
+  const highest = Math.max(...run.learning_rate);
+  const x = (s) => (600 * s) / steps;
+  const y = (loss) => 160 - (150 * (loss - bottom)) / (top - bottom);
+  const z = (rate) => 280 - (80 * rate) / highest;
+  const line = (values, at) => values.map((v, i) => `${x(i + 1)},${at(v)}`).join(" ");
+
+  draw = () => {
+    const now = play.moment(run, step.value);
+    said.textContent = step.value
+      ? `Step ${step.value}: loss ${now.loss.toFixed(2)} nats a token, learning rate` +
+        ` ${now.rate.toFixed(5)}. Written at step ${now.written}:`
+      : `Before the first step: a loss near ln ${run.vocabulary} = ${top.toFixed(2)}.` +
+        " Written by the first weights:";
+    // the first weights write bytes that are no letters
+    written.textContent = now.text.replace(/[\u0000-\u001f\ufffd]/g, "·");
+    const svg = drawn("svg", { viewBox: "-52 -8 664 314", role: "img" });
+    svg.setAttribute("aria-label", "the loss falls; the learning rate rises, then falls");
+    for (let v = bottom; v <= top; v++) {
+      svg.append(drawn("line", { x1: 0, x2: 600, y1: y(v), y2: y(v), class: "grid" }));
+      svg.append(drawn("text", { x: -6, y: y(v) + 4, class: "end" }, String(v)));
+    }
+    for (const v of [0, highest]) {
+      svg.append(drawn("line", { x1: 0, x2: 600, y1: z(v), y2: z(v), class: "grid" }));
+      svg.append(drawn("text", { x: -6, y: z(v) + 4, class: "end" }, String(v)));
+    }
+    for (let s = 0; s <= steps; s += 20) {
+      svg.append(drawn("text", { x: x(s), y: 298, class: "middle" }, String(s)));
+    }
+    svg.append(drawn("text", { x: 600, y: 6, class: "end" }, "loss; dots: held out"));
+    svg.append(drawn("text", { x: 600, y: 194, class: "end" }, "learning rate"));
+    svg.append(drawn("polyline", { points: line(run.loss, y), class: "line" }));
+    svg.append(drawn("polyline", { points: line(run.learning_rate, z), class: "line" }));
+    for (const [s, loss] of Object.entries(run.held_out)) {
+      svg.append(drawn("circle", { cx: x(s), cy: y(loss), r: 4, class: "held-out" }));
+    }
+    const here = { x1: x(step.value), x2: x(step.value), y1: 0, y2: 280 };
+    svg.append(drawn("line", { ...here, class: "now" }));
+    if (step.value) {
+      svg.append(drawn("circle", { cx: x(step.value), cy: y(now.loss), r: 6, class: "here" }));
+    }
+    plot.replaceChildren(svg);
+  };
+  draw();
+};
+
 // --- start
 
 window.play = play;

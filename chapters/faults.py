@@ -1,0 +1,520 @@
+"""More broken parts for the appendix on symptoms: kinds that leave little trace in
+a loss curve, each with the check that finds it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qwen_analog import attention, sampling
+from qwen_analog.kv_cache import KVCache
+from qwen_analog.mlp import SwiGLU
+from qwen_analog.model import DecoderLayer, QwenModel
+from qwen_analog.norm import RMSNorm
+from qwen_analog.sampling import SamplingParams, distribution
+
+rotate, grouped, update = (
+    attention.apply_rotary,
+    attention.grouped_query_attention,
+    KVCache.update,
+)
+
+# --- the model: changes of the package, all found by a comparison with a reference
+
+
+def keys_not_rotated(x, cos, sin):
+    return x if x.shape[1] == 2 else rotate(x, cos, sin)  # 2 of the 4 heads are keys'
+
+
+def heads_tiled(q, k, v, mask=None):
+    return grouped(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1), mask)
+
+
+def keys_detached(q, k, v, mask=None):
+    return grouped(q, k.detach(), v, mask)
+
+
+def softmax_in_bfloat16(q, k, v, mask=None):
+    return grouped(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask).float()
+
+
+def over_queries(q, k, v, mask=None):
+    k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    hidden = ~attention.causal_mask(q.shape[2], k.shape[2])
+    return scores.masked_fill(hidden, -1e9).softmax(dim=-2) @ v
+
+
+def layer_norm(self, x):
+    return F.layer_norm(x, x.shape[-1:], self.weight, None, 1e-6)
+
+
+def one_size_for_all(self, x):
+    return self.weight * x / x.pow(2).mean().sqrt()
+
+
+def gelu(self, x):
+    return self.down_proj(F.gelu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def gate_and_up_swapped(self, x):
+    return self.down_proj(F.silu(self.up_proj(x)) * self.gate_proj(x))
+
+
+def post_norm(self, x, *rest):
+    x = self.input_layernorm(x + self.self_attn(x, *rest))
+    return self.post_attention_layernorm(x + self.mlp(x))
+
+
+def branches_in_parallel(self, x, *rest):
+    attended = self.self_attn(self.input_layernorm(x), *rest)
+    return x + attended + self.mlp(self.post_attention_layernorm(x))
+
+
+def decoder(order=lambda layers: layers, first=1.0, norm=True):
+    """`QwenModel.forward` with its blocks in another order, and so on."""
+
+    def forward(self, input_ids, position_ids=None, mask=None, cache=None):
+        x = first * self.embed_tokens(input_ids)
+        cos, sin = self.rotary_emb(torch.arange(x.shape[1])[None], x.dtype)
+        for layer in order(list(self.layers)):
+            x = layer(x, cos, sin, mask, cache)
+        return self.norm(x) if norm else x
+
+    return forward
+
+
+def no_bias(self, x, cos, sin, mask=None, cache=None):
+    q, k = (self.heads(F.linear(x, m.weight)) for m in (self.q_proj, self.k_proj))
+    q, k, v = rotate(q, cos, sin), rotate(k, cos, sin), self.heads(self.v_proj(x))
+    if cache is not None:
+        k, v = cache.update(self.layer_idx, k, v)
+    return self.o_proj(grouped(q, k, v, mask).transpose(1, 2).flatten(2))
+
+
+def writes_at_the_start(self, layer_idx, keys, values):
+    self.crop(0)
+    return update(self, layer_idx, keys, values)
+
+
+def overwrites_the_last(self, layer_idx, keys, values):
+    self.crop(max(0, self.length - 1))
+    return update(self, layer_idx, keys, values)
+
+
+def no_rotation(x, cos, sin):
+    return x
+
+
+def neighbours(x, cos, sin):
+    """Rotate components 0 and 1, 2 and 3 ..., as other models store them."""
+    half = x.shape[-1] // 2
+    c, s = cos[..., :half], sin[..., :half]
+    a, b = x[..., 0::2], x[..., 1::2]
+    return torch.stack([a * c - b * s, b * c + a * s], dim=-1).flatten(-2)
+
+
+def no_residual(self, x, cos, sin, mask=None, cache=None):
+    x = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+    return self.mlp(self.post_attention_layernorm(x))
+
+
+def no_gate(self, x):
+    return self.down_proj(F.silu(self.up_proj(x)))
+
+
+def no_norm(self, x):
+    return x
+
+
+# these are trained, too
+TRAINED = {
+    "no rotation": (attention, "apply_rotary", no_rotation),
+    "other pairs rotated": (attention, "apply_rotary", neighbours),
+    "no norms": (RMSNorm, "forward", no_norm),
+    "no residual path": (DecoderLayer, "forward", no_residual),
+    "no gate": (SwiGLU, "forward", no_gate),
+}
+MODEL = {
+    "no bias on queries and keys": (attention.GQAttention, "forward", no_bias),
+    "keys not rotated": (attention, "apply_rotary", keys_not_rotated),
+    "key heads in another order": (attention, "grouped_query_attention", heads_tiled),
+    "keys cut from the gradient": (attention, "grouped_query_attention", keys_detached),
+    "softmax over the queries": (attention, "grouped_query_attention", over_queries),
+    "attention in bfloat16": (
+        attention,
+        "grouped_query_attention",
+        softmax_in_bfloat16,
+    ),
+    "LayerNorm for RMSNorm": (RMSNorm, "forward", layer_norm),
+    "one norm for all tokens": (RMSNorm, "forward", one_size_for_all),
+    "GELU for SiLU": (SwiGLU, "forward", gelu),
+    "gate and up swapped": (SwiGLU, "forward", gate_and_up_swapped),
+    "norm after the branch": (DecoderLayer, "forward", post_norm),
+    "branches in parallel": (DecoderLayer, "forward", branches_in_parallel),
+    "blocks in reverse order": (QwenModel, "forward", decoder(lambda x: x[::-1])),
+    "last block left out": (QwenModel, "forward", decoder(lambda x: x[:-1])),
+    "embedding times sqrt(D)": (QwenModel, "forward", decoder(first=8.0)),
+    "no final norm": (QwenModel, "forward", decoder(norm=False)),
+    "documents see each other": (
+        attention,
+        "grouped_query_attention",
+        lambda q, k, v, mask=None: grouped(q, k, v),
+    ),
+    "cache writes at its start": (KVCache, "update", writes_at_the_start),
+    "cache overwrites the last": (KVCache, "update", overwrites_the_last),
+}
+# --- parts that are judged alone: a healthy one, a check, and what it refuses
+
+
+@dataclass
+class Subject:
+    section: str
+    healthy: object
+    check: Callable
+    broken: dict[str, object]
+
+
+def pack(documents, T):
+    """An end token 0 before each document, then rows of T + 1 that share a token."""
+    stream = [token for document in documents for token in [0, *document]]
+    return [stream[i : i + T + 1] for i in range(0, len(stream) - 1, T)]
+
+
+def without_end(documents, T):
+    stream = [token for document in documents for token in document]
+    return [stream[i : i + T + 1] for i in range(0, len(stream) - 1, T)]
+
+
+def packing(part):
+    """Every token is a target once, documents are told apart, no row is lost."""
+    rows = part([[1, 2, 3], [4, 5, 6, 7]], 4)
+    targets = [token for row in rows for token in row[1:]]
+    if targets != [1, 2, 3, 0, 4, 5, 6, 7]:
+        return f"targets {targets}"
+
+
+def order(epoch, rank):
+    """Of 12 sequences, those that one of two processes reads in an epoch."""
+    generator = torch.Generator().manual_seed(epoch)
+    return torch.randperm(12, generator=generator).tolist()[rank::2]
+
+
+def drawn_with_replacement(epoch, rank):
+    generator = torch.Generator().manual_seed(2 * epoch + rank)
+    return torch.randint(12, (6,), generator=generator).tolist()
+
+
+def epochs(part):
+    """All processes together read every sequence once, each epoch in another order."""
+    read = [part(0, 0) + part(0, 1), part(1, 0) + part(1, 1)]
+    if any(sorted(one) != list(range(12)) for one in read):
+        return f"{len(set(read[0]))} of 12 sequences in an epoch"
+    if read[0] == read[1]:
+        return "two epochs in the same order"
+
+
+def decode(ids):
+    return bytes(ids).decode(errors="replace")
+
+
+def byte_by_byte(ids):
+    return "".join(bytes([i]).decode(errors="replace") for i in ids)
+
+
+def round_trip(part):
+    """Text to tokens and back is the same text."""
+    text = "naïve 😀"
+    if part(list(text.encode())) != text:
+        return f"{text!r} comes back as {part(list(text.encode()))!r}"
+
+
+def split_loss(losses, counts):
+    """The mean loss of micro-batches with sums `losses` over `counts` targets."""
+    return sum(losses) / sum(counts)
+
+
+def mean_of_means(losses, counts):
+    return sum(loss / count for loss, count in zip(losses, counts)) / len(losses)
+
+
+def micro_batches(part):
+    """Unequal micro-batches, or processes, give the loss of the whole batch."""
+    found = part([15.0, 9.0], [6, 4])
+    if found != 2.4:
+        return f"loss {found}, not 2.4"
+
+
+def masked_loss(logits, targets):
+    return F.cross_entropy(logits, targets, ignore_index=-100)
+
+
+def padding(part):
+    """Targets of -100 change neither the sum nor the count."""
+    logits, targets = torch.eye(8)[:4], torch.tensor([0, 1, -100, -100])
+    found, wanted = part(logits, targets), F.cross_entropy(logits[:2], targets[:2])
+    if abs(found - wanted) > 1e-4:
+        return f"loss {found:.2f} with half padding, {wanted:.2f} without"
+
+
+def naive_loss(logits, targets):
+    shares = logits.exp() / logits.exp().sum(-1, keepdim=True)
+    return -shares.gather(-1, targets[:, None]).log().mean()
+
+
+def large_logits(part):
+    """Logits of 1,000 have a finite loss."""
+    found = part(torch.tensor([[1000.0, 0.0]]), torch.tensor([0])).item()
+    if not math.isfinite(found):
+        return f"the loss of large logits is {found}"
+
+
+def adamw(p, lr, decay, betas):
+    return torch.optim.AdamW([p], lr=lr, weight_decay=decay, betas=betas)
+
+
+def l2(p, lr, decay, betas):
+    return torch.optim.Adam([p], lr=lr, weight_decay=decay, betas=betas)
+
+
+class NoCorrection(torch.optim.AdamW):
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            state["step"] = torch.tensor(1e6)  # as if the averages were full
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            state.setdefault("exp_avg", torch.zeros_like(p))
+            state.setdefault("exp_avg_sq", torch.zeros_like(p))
+        super().step()
+
+
+def no_correction(p, lr, decay, betas):
+    return NoCorrection([p], lr=lr, weight_decay=decay, betas=betas)
+
+
+def by_hand(part):
+    """Two steps of one weight are those of the formula."""
+    p = nn.Parameter(torch.tensor([1.0]))
+    optimizer = part(p, 0.1, 0.1, (0.9, 0.999))
+    for gradient in (1.0, -2.0):
+        p.grad = torch.tensor([gradient])
+        optimizer.step()
+    # averages -0.11 and 0.004999, divided by 1 - 0.9 ** 2 and 1 - 0.999 ** 2
+    first = 1.0 * 0.99 - 0.1
+    second = first * 0.99 + 0.1 * (0.11 / 0.19) / (0.004999 / 0.001999) ** 0.5
+    if abs(p.item() - second) > 1e-4:
+        return f"after two steps {p.item():.4f}, by hand {second:.4f}"
+
+
+def decayed(name, p):
+    return p.ndim == 2
+
+
+def groups(part):
+    """Matrices decay; norms and biases do not."""
+    names = {"norm.weight": (4,), "q_proj.bias": (4,), "q_proj.weight": (4, 4)}
+    found = [name for name, shape in names.items() if part(name, torch.ones(shape))]
+    if found != ["q_proj.weight"]:
+        return f"decayed: {', '.join(found) or 'nothing'}"
+
+
+def cuts(part):
+    """Top-k, top-p and min-p keep what a pencil keeps of 50, 30, 15 and 5 percent."""
+    with part:
+        logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+        for option, kept in (
+            ({"top_k": 2}, 2),
+            ({"top_p": 0.7}, 2),
+            ({"min_p": 0.2}, 3),
+        ):
+            shares = distribution(logits, SamplingParams(**option))[0]
+            if (found := int((shares > 0).sum())) != kept:
+                return f"{option} keeps {found} tokens, not {kept}"
+
+
+def top_p_without_crossing(logits, top_p):
+    shares, order = logits.softmax(-1).sort(descending=True)
+    dropped = shares.cumsum(-1) > torch.tensor(top_p)[:, None]
+    return logits.masked_fill(dropped.scatter(-1, order, dropped), -math.inf)
+
+
+def top_k_one_less(logits, top_k):
+    kth = logits.topk(top_k[0]).values[:, -1:]
+    return logits.masked_fill(logits <= kth, -math.inf)
+
+
+def min_p_of_one(logits, min_p):
+    return logits.masked_fill(logits.softmax(-1) < 0.2, -math.inf)
+
+
+def penalize(logit):
+    return logit / 2 if logit > 0 else logit * 2
+
+
+def penalty(part):
+    """A repetition penalty makes a logit smaller, whatever its sign."""
+    if not (part(1.0) < 1.0 and part(-1.0) < -1.0):
+        return f"-1 becomes {part(-1.0)}"
+
+
+def two_rows(seeds):
+    """What two rows draw, one generator each."""
+    made = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return [torch.rand(3, generator=generator).tolist() for generator in made]
+
+
+def one_generator(seeds):
+    generator = torch.Generator().manual_seed(seeds[0])
+    rows = torch.rand(3, len(seeds), generator=generator)
+    return rows.T.tolist()
+
+
+def seed_at_every_step(seeds):
+    made = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return [torch.rand(1, generator=generator).tolist() * 3 for generator in made]
+
+
+def dice(part):
+    """A row draws the same alone and in company, and something new at every step."""
+    alone, (first, _) = part([1])[0], part([1, 2])
+    if alone != first:
+        return "a row's draws depend on its neighbour"
+    if len(set(alone)) == 1:
+        return "every step draws the same number"
+
+
+def save_beside(disk, text, killed):
+    disk["new"] = text[:2] if killed else text
+    if not killed:
+        disk["checkpoint"] = disk.pop("new")
+
+
+def save_in_place(disk, text, killed):
+    disk["checkpoint"] = text[:2] if killed else text
+
+
+def delete_then_save(disk, text, killed):
+    del disk["checkpoint"]
+    if not killed:
+        disk["checkpoint"] = text
+
+
+def killed_while_saving(part):
+    """Whoever is killed while saving keeps the checkpoint before."""
+    disk = {"checkpoint": "step 1"}
+    part(disk, "step 2", killed=True)
+    if disk.get("checkpoint") != "step 1":
+        return f"left on the disk: {disk.get('checkpoint')!r}"
+
+
+def cut(name, replacement):
+    return patch.object(sampling, name, replacement)
+
+
+PARTS = [
+    Subject(
+        "the data",
+        pack,
+        packing,
+        {
+            "no end token": without_end,
+            "last row dropped": lambda documents, T: pack(documents, T)[:-1],
+            "a token lost between rows": lambda d, T: [r[:-1] for r in pack(d, T)],
+        },
+    ),
+    Subject(
+        "the data",
+        order,
+        epochs,
+        {
+            "same order each epoch": lambda epoch, rank: order(0, rank),
+            "drawn with replacement": drawn_with_replacement,
+            "all processes read the same": lambda epoch, rank: order(epoch, 0),
+        },
+    ),
+    Subject("the data", decode, round_trip, {"decoded byte by byte": byte_by_byte}),
+    Subject(
+        "the loss",
+        split_loss,
+        micro_batches,
+        {
+            "mean of means": mean_of_means,
+            "first micro-batch only": lambda losses, counts: losses[0] / counts[0],
+            "processes never add up": lambda losses, counts: losses[1] / counts[1],
+        },
+    ),
+    Subject(
+        "the loss",
+        masked_loss,
+        padding,
+        {
+            "padding counted": lambda x, t: masked_loss(x, t) / 2,
+            "padding learned": lambda x, t: masked_loss(x, t.clamp(min=0)),
+        },
+    ),
+    Subject(
+        "the loss", masked_loss, large_logits, {"maximum not subtracted": naive_loss}
+    ),
+    Subject(
+        "the optimizer",
+        adamw,
+        by_hand,
+        {
+            "decay inside the gradient": l2,
+            "betas swapped": lambda p, lr, d, b: adamw(p, lr, d, b[::-1]),
+            "no bias correction": no_correction,
+            "no decay": lambda p, lr, d, b: adamw(p, lr, 0.0, b),
+        },
+    ),
+    Subject(
+        "the optimizer",
+        decayed,
+        groups,
+        {
+            "norms and biases decay": lambda name, p: True,
+            "nothing decays": lambda name, p: False,
+        },
+    ),
+    Subject(
+        "the sampler",
+        cut("_keep_top_k", sampling._keep_top_k),
+        cuts,
+        {
+            "top-k keeps one less": cut("_keep_top_k", top_k_one_less),
+            "top-p drops the last": cut("_keep_top_p", top_p_without_crossing),
+            "min-p against one": cut("_keep_min_p", min_p_of_one),
+        },
+    ),
+    Subject(
+        "the sampler", penalize, penalty, {"penalty only divides": lambda x: x / 2}
+    ),
+    Subject(
+        "the sampler",
+        two_rows,
+        dice,
+        {
+            "rows share their dice": one_generator,
+            "seeded every step": seed_at_every_step,
+        },
+    ),
+    Subject(
+        "resuming",
+        save_beside,
+        killed_while_saving,
+        {"saved in place": save_in_place, "deleted before saving": delete_then_save},
+    ),
+]
+
+
+def findings():
+    """Yield section, fault, check and what it says, for each of `PARTS`."""
+    for subject in PARTS:
+        assert subject.check(subject.healthy) is None, subject.check.__name__
+        for name, part in subject.broken.items():
+            yield subject.section, name, subject.check.__name__, subject.check(part)
