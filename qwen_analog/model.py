@@ -159,6 +159,7 @@ class PreTrainedModel(nn.Module):
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch.utils.checkpoint import checkpoint
 
@@ -173,17 +174,17 @@ class GenerationMixin:
     _generation_config = GenerationDefaults()
 
     @property
-    def generation_config(self: "QwenForCausalLM") -> GenerationDefaults:
+    def generation_config(self: Any) -> GenerationDefaults:
         """How the weights' makers want text generated; takes a dict or None as well."""
         return self._generation_config
 
     @generation_config.setter
-    def generation_config(self: "QwenForCausalLM", values: Mapping | None) -> None:
+    def generation_config(self: Any, values: Mapping | None) -> None:
         given = {} if values is None else values
         vocab_size, where = self.config.vocab_size, "model.generation_config"
         self._generation_config = GenerationDefaults.from_dict(given, vocab_size, where)
 
-    def new_cache(self: "QwenForCausalLM", batch_size: int, max_length: int) -> KVCache:
+    def new_cache(self: Any, batch_size: int, max_length: int) -> KVCache:
         """Make an empty `KVCache` of this model's shape, dtype and device."""
         c, weight = self.config, self.model.embed_tokens.weight
         like = {"dtype": weight.dtype, "device": weight.device}
@@ -191,17 +192,14 @@ class GenerationMixin:
         return KVCache(*shape, max_length, **like)
 
     def generate(
-        self: "QwenForCausalLM",
-        input_ids: torch.Tensor,
-        max_new_tokens: int = 100,
-        **options,
+        self: Any, input_ids: torch.Tensor, max_new_tokens: int = 100, **options
     ):
         """Continue `input_ids` [B, T]; see `qwen_analog.generate.generate`."""
         from qwen_analog.generate import generate
 
         return generate(self, input_ids, max_new_tokens, **options)
 
-    def stream(self: "QwenForCausalLM", tokenizer, prompt, **options) -> Iterator[str]:
+    def stream(self: Any, tokenizer, prompt, **options) -> Iterator[str]:
         """Yield the text after `prompt`; see `qwen_analog.text_stream.stream`."""
         from qwen_analog.text_stream import stream
 
@@ -218,15 +216,13 @@ class CheckpointMixin:
 
         return open_source(source, **options)[0]
 
-    def save_pretrained(
-        self: "QwenForCausalLM", directory: str | Path, tokenizer=None, dtype=None
-    ):
+    def save_pretrained(self: Any, directory: str | Path, tokenizer=None, dtype=None):
         """Write what `transformers` loads; see `qwen_analog.hf.save_pretrained`."""
         from qwen_analog.hf import save_pretrained
 
         return save_pretrained(self, tokenizer, directory, dtype=dtype)
 
-    def load_state_dict(self: "QwenForCausalLM", state_dict, strict=True, assign=False):
+    def load_state_dict(self: Any, state_dict, strict=True, assign=False):
         """Load as `nn.Module` does; a tied model's files may lack `lm_head.weight`."""
         if self.config.tie_word_embeddings:
             state_dict = _with_tied_head(state_dict)
@@ -235,7 +231,7 @@ class CheckpointMixin:
         return result
 
     def gradient_checkpointing_enable(
-        self: "QwenForCausalLM", context_fn: Callable | None = None
+        self: Any, context_fn: Callable | None = None
     ) -> None:
         """Keep each block's input only; compute the rest again in the backward pass.
 
@@ -244,7 +240,7 @@ class CheckpointMixin:
         options = {} if context_fn is None else {"context_fn": context_fn}
         _set_recompute(self, partial(checkpoint, use_reentrant=False, **options))
 
-    def gradient_checkpointing_disable(self: "QwenForCausalLM") -> None:
+    def gradient_checkpointing_disable(self: Any) -> None:
         _set_recompute(self, None)
 
 # %% ../chapters/11_model.ipynb #cell-066
