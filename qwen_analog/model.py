@@ -6,7 +6,7 @@
 __all__ = ['DecoderLayer', 'decoder_parts', 'QwenModel', 'PreTrainedModel', 'GenerationMixin', 'CheckpointMixin',
            'QwenForCausalLM']
 
-# %% ../chapters/11_model.ipynb #ce0570a5
+# %% ../chapters/11_model.ipynb #cell-030
 # `from model import ...` inside the package folder
 if not __package__ and "__file__" in globals():
     import sys
@@ -18,24 +18,20 @@ if not __package__ and "__file__" in globals():
     sys.modules[__name__] = qwen_analog.model
     __package__ = "qwen_analog"
 
-# %% ../chapters/11_model.ipynb #f3c32479
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
-from pathlib import Path
+# %% ../chapters/11_model.ipynb #cell-031
+from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from .attention import GQAttention, document_mask, document_positions
-from .config import GenerationDefaults, QwenConfig
+from .attention import GQAttention
+from .config import QwenConfig
 from .kv_cache import KVCache
-from .loss import linear_cross_entropy
 from .mlp import SwiGLU
 from .norm import RMSNorm
-from .rope import RotaryEmbedding, YarnRotaryEmbedding
+from .rope import rotary_embedding
 
-# %% ../chapters/11_model.ipynb #d401504a
+# %% ../chapters/11_model.ipynb #cell-033
 class DecoderLayer(nn.Module):
     """Pre-norm block: `x + attention(norm(x))`, then `x + mlp(norm(x))`."""
 
@@ -53,6 +49,10 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = post_attention_layernorm
         self.recompute: Callable | None = None  # see `gradient_checkpointing_enable`
 
+    def add_branches(self, x, cos, sin, mask=None, cache: KVCache | None = None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
     def forward(
         self,
         x: torch.Tensor,
@@ -66,11 +66,7 @@ class DecoderLayer(nn.Module):
             return self.recompute(self.add_branches, x, cos, sin, mask)
         return self.add_branches(x, cos, sin, mask, cache)
 
-    def add_branches(self, x, cos, sin, mask, cache: KVCache | None = None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-# %% ../chapters/11_model.ipynb #b9225da1
+# %% ../chapters/11_model.ipynb #cell-035
 def decoder_parts(config: QwenConfig, layer_idx: int) -> tuple:
     """Make what `DecoderLayer` joins: attention, mlp and the norms in front of them."""
     attention = GQAttention(
@@ -82,28 +78,24 @@ def decoder_parts(config: QwenConfig, layer_idx: int) -> tuple:
         layer_idx=layer_idx,
     )
     mlp = SwiGLU(config.hidden_size, config.intermediate_size)
-    norms = [RMSNorm(config.hidden_size, config.rms_norm_eps) for _ in range(2)]
-    return attention, mlp, *norms
+    input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+    post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+    return attention, mlp, input_layernorm, post_attention_layernorm
 
-
-def _rotary_embedding(config: QwenConfig) -> RotaryEmbedding:
-    if config.rope_scaling is None:
-        return RotaryEmbedding(config.head_dim, config.rope_theta)
-    numbers = {n: v for n, v in config.rope_scaling.items() if n != "rope_type"}
-    return YarnRotaryEmbedding(config.head_dim, config.rope_theta, **numbers)
-
-# %% ../chapters/11_model.ipynb #a3bf014f
+# %% ../chapters/11_model.ipynb #cell-037
 class QwenModel(nn.Module):
     """Token embedding, blocks, final norm: ids [B, T] -> hidden states [B, T, D]."""
 
     def __init__(self, config: QwenConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        blocks = range(config.num_hidden_layers)
-        layers = (DecoderLayer(*decoder_parts(config, i)) for i in blocks)
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList()
+        for i in range(config.num_hidden_layers):
+            self.layers.append(DecoderLayer(*decoder_parts(config, i)))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = _rotary_embedding(config)
+        self.rotary_emb = rotary_embedding(
+            config.head_dim, config.rope_theta, config.rope_scaling
+        )
 
     def forward(
         self,
@@ -126,7 +118,7 @@ class QwenModel(nn.Module):
             x = layer(x, cos, sin, mask, cache)  # [B, T, D]
         return self.norm(x)
 
-# %% ../chapters/11_model.ipynb #5de0d715
+# %% ../chapters/11_model.ipynb #cell-039
 class PreTrainedModel(nn.Module):
     """Backbone and head, with their first weights."""
 
@@ -163,46 +155,58 @@ class PreTrainedModel(nn.Module):
         """Return the number of weights; a tied matrix counts once."""
         return sum(p.numel() for p in self.parameters())
 
-# %% ../chapters/11_model.ipynb #cebf82f2
-class GenerationMixin(PreTrainedModel):
+# %% ../chapters/11_model.ipynb #cell-063
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch.utils.checkpoint import checkpoint
+
+from .attention import document_mask, document_positions
+from .config import GenerationDefaults
+from .loss import linear_cross_entropy
+
+# %% ../chapters/11_model.ipynb #cell-064
+class GenerationMixin:
     """What a model that writes text has besides; the work is done in other modules."""
 
     _generation_config = GenerationDefaults()
 
     @property
-    def generation_config(self) -> GenerationDefaults:
+    def generation_config(self: Any) -> GenerationDefaults:
         """How the weights' makers want text generated; takes a dict or None as well."""
         return self._generation_config
 
     @generation_config.setter
-    def generation_config(self, values: Mapping | None) -> None:
+    def generation_config(self: Any, values: Mapping | None) -> None:
         given = {} if values is None else values
         vocab_size, where = self.config.vocab_size, "model.generation_config"
         self._generation_config = GenerationDefaults.from_dict(given, vocab_size, where)
 
-    def new_cache(self, batch_size: int, max_length: int) -> KVCache:
+    def new_cache(self: Any, batch_size: int, max_length: int) -> KVCache:
         """Make an empty `KVCache` of this model's shape, dtype and device."""
         c, weight = self.config, self.model.embed_tokens.weight
         like = {"dtype": weight.dtype, "device": weight.device}
         shape = c.num_hidden_layers, batch_size, c.num_key_value_heads, c.head_dim
         return KVCache(*shape, max_length, **like)
 
-    def generate(self, input_ids: torch.Tensor, max_new_tokens: int = 100, **options):
+    def generate(
+        self: Any, input_ids: torch.Tensor, max_new_tokens: int = 100, **options
+    ):
         """Continue `input_ids` [B, T]; see `qwen_analog.generate.generate`."""
         from qwen_analog.generate import generate
 
-        assert isinstance(self, QwenForCausalLM)
         return generate(self, input_ids, max_new_tokens, **options)
 
-    def stream(self, tokenizer, prompt, **options) -> Iterator[str]:
+    def stream(self: Any, tokenizer, prompt, **options) -> Iterator[str]:
         """Yield the text after `prompt`; see `qwen_analog.text_stream.stream`."""
         from qwen_analog.text_stream import stream
 
-        assert isinstance(self, QwenForCausalLM)
         return stream(self, tokenizer, prompt, **options)
 
-# %% ../chapters/11_model.ipynb #66694ca3
-class CheckpointMixin(PreTrainedModel):
+# %% ../chapters/11_model.ipynb #cell-065
+class CheckpointMixin:
     """Weights in files, and activations that are computed twice instead of kept."""
 
     @classmethod
@@ -212,34 +216,34 @@ class CheckpointMixin(PreTrainedModel):
 
         return open_source(source, **options)[0]
 
-    def save_pretrained(self, directory: str | Path, tokenizer=None, dtype=None):
+    def save_pretrained(self: Any, directory: str | Path, tokenizer=None, dtype=None):
         """Write what `transformers` loads; see `qwen_analog.hf.save_pretrained`."""
         from qwen_analog.hf import save_pretrained
 
-        assert isinstance(self, QwenForCausalLM)
         return save_pretrained(self, tokenizer, directory, dtype=dtype)
 
-    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+    def load_state_dict(self: Any, state_dict, strict=True, assign=False):
         """Load as `nn.Module` does; a tied model's files may lack `lm_head.weight`."""
         if self.config.tie_word_embeddings:
             state_dict = _with_tied_head(state_dict)
-        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        result = nn.Module.load_state_dict(self, state_dict, strict, assign)
         self.tie_weights()
         return result
 
-    def gradient_checkpointing_enable(self, context_fn: Callable | None = None) -> None:
+    def gradient_checkpointing_enable(
+        self: Any, context_fn: Callable | None = None
+    ) -> None:
         """Keep each block's input only; compute the rest again in the backward pass.
 
-        Chen et al. 2016. A `context_fn` of `torch.utils.checkpoint.checkpoint` can keep
-        the results of single operators as well.
+        Chen et al. 2016. `context_fn` is `torch.utils.checkpoint.checkpoint`'s.
         """
         options = {} if context_fn is None else {"context_fn": context_fn}
         _set_recompute(self, partial(checkpoint, use_reentrant=False, **options))
 
-    def gradient_checkpointing_disable(self) -> None:
+    def gradient_checkpointing_disable(self: Any) -> None:
         _set_recompute(self, None)
 
-# %% ../chapters/11_model.ipynb #1d2cbd37
+# %% ../chapters/11_model.ipynb #cell-066
 def _set_recompute(model: nn.Module, run: Callable | None) -> None:
     for module in model.modules():
         if isinstance(module, DecoderLayer):
@@ -259,8 +263,8 @@ def _with_tied_head(state_dict: Mapping[str, torch.Tensor]) -> Mapping:
         )
     return {**state_dict, "lm_head.weight": embedding}
 
-# %% ../chapters/11_model.ipynb #fbbe0de7
-class QwenForCausalLM(GenerationMixin, CheckpointMixin):
+# %% ../chapters/11_model.ipynb #cell-067
+class QwenForCausalLM(GenerationMixin, CheckpointMixin, PreTrainedModel):
     """Qwen2.5 with its language-model head; `state_dict` keys are Hugging Face's."""
 
     def forward(
@@ -295,7 +299,7 @@ class QwenForCausalLM(GenerationMixin, CheckpointMixin):
         head = self.lm_head.weight
         return linear_cross_entropy(hidden, head, targets, reduction, z_loss=z_loss)
 
-# %% ../chapters/11_model.ipynb #12364457
+# %% ../chapters/11_model.ipynb #cell-069
 def _hidden_states(model: QwenModel, input_ids: torch.Tensor, *others) -> torch.Tensor:
     """Run the backbone, [B, T] -> [B, T, D]; ValueError for ids without a row."""
     try:
@@ -319,7 +323,7 @@ def _check_length(limit: int, input_ids: torch.Tensor, cache: KVCache | None) ->
             f" max_position_embeddings {limit}"
         )
 
-# %% ../chapters/11_model.ipynb #b1288331
+# %% ../chapters/11_model.ipynb #cell-070
 def _check_ids(input_ids: torch.Tensor, **others: torch.Tensor | None) -> None:
     """Raise ValueError unless `input_ids` is [B, T] of ids and `others` are like it."""
     if not isinstance(input_ids, torch.Tensor):
@@ -339,7 +343,7 @@ def _check_ids(input_ids: torch.Tensor, **others: torch.Tensor | None) -> None:
         if value is not None:
             _check_like_ids(name, value, input_ids)
 
-# %% ../chapters/11_model.ipynb #52318bac
+# %% ../chapters/11_model.ipynb #cell-071
 def _check_like_ids(name: str, value: torch.Tensor, ids: torch.Tensor) -> None:
     if not isinstance(value, torch.Tensor) or value.shape != ids.shape:
         tensor = isinstance(value, torch.Tensor)
@@ -362,7 +366,7 @@ def _check_options(logits_to_keep: int, document_ids, *excluded: object) -> None
             " cache"
         )
 
-# %% ../chapters/11_model.ipynb #dcfb3cb7
+# %% ../chapters/11_model.ipynb #cell-091
 from typing import TYPE_CHECKING
 
 if not TYPE_CHECKING:
