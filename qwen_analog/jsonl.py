@@ -8,7 +8,7 @@ __all__ = ['SUFFIXES', 'LINE_LIMIT', 'LONG_STRING', 'REST_LIMIT', 'STRING', 'SAF
            'read_lines', 'read_jsonl', 'split_lines', 'refuse_what_is_no_file', 'decode_string', 'parse_long',
            'take_long_strings_out', 'find_files', 'files_below', 'refuse_directory', 'file_identity']
 
-# %% ../chapters/B04_jsonl.ipynb #b59d3e3a
+# %% ../chapters/B04_jsonl.ipynb #cell-005
 import glob
 import io
 import json
@@ -26,7 +26,7 @@ from typing import Any
 from .arguments import need
 from .files import flush_to_disk, make_directory
 
-# %% ../chapters/B04_jsonl.ipynb #52bb114b
+# %% ../chapters/B04_jsonl.ipynb #cell-010
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 
@@ -59,7 +59,7 @@ def compression_of(path: str | Path) -> str | None:
     """Return Apache Arrow's name of a file's compression, by the end of its name."""
     return {".gz": "gzip", ".zst": "zstd"}.get(Path(path).suffix)
 
-# %% ../chapters/B04_jsonl.ipynb #7404e3c3
+# %% ../chapters/B04_jsonl.ipynb #cell-011
 def write_jsonl(documents: Iterable[dict], path: str | Path) -> int:
     """Write one JSON object a line, whole or not at all; return how many.
 
@@ -89,7 +89,7 @@ def write_jsonl(documents: Iterable[dict], path: str | Path) -> int:
         partial.unlink(missing_ok=True)
     return count
 
-# %% ../chapters/B04_jsonl.ipynb #5c23d4b7
+# %% ../chapters/B04_jsonl.ipynb #cell-020
 def parse_json(line: bytes | bytearray) -> object:
     """Return the JSON value of a line; ValueError saying what is wrong with it."""
     try:
@@ -106,7 +106,7 @@ def parse_json(line: bytes | bytearray) -> object:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON ({error})") from None
 
-# %% ../chapters/B04_jsonl.ipynb #ca47aae2
+# %% ../chapters/B04_jsonl.ipynb #cell-021
 def text_and_key(record: object) -> tuple[str, str]:
     """Return the text of a record and what the held-out split is drawn by: its title
     where there is one, else the text. ValueError saying what is wrong with it."""
@@ -136,7 +136,7 @@ def refuse_surrogates(name: str, value: str) -> None:
             f'"{name}" holds half a surrogate pair (character {error.start})'
         ) from None
 
-# %% ../chapters/B04_jsonl.ipynb #2b18e370
+# %% ../chapters/B04_jsonl.ipynb #cell-022
 @dataclass
 class Document:
     """One line of a JSONL file. A line that was skipped has `error` set and no text."""
@@ -175,7 +175,7 @@ class Line:
                 " --skip-bad-lines"
             ) from None
 
-# %% ../chapters/B04_jsonl.ipynb #2bfefbd8
+# %% ../chapters/B04_jsonl.ipynb #cell-023
 def read_lines(files: Iterable[str]) -> Iterator[Line]:
     """Read the lines of JSONL files, in order.
 
@@ -213,7 +213,7 @@ def read_jsonl(
     for line in read_lines(files):
         yield line.document(skip_bad_lines)
 
-# %% ../chapters/B04_jsonl.ipynb #7416565e
+# %% ../chapters/B04_jsonl.ipynb #cell-025
 LINE_LIMIT = 200_000_000  # bytes; a longer line is a bad one
 
 
@@ -249,7 +249,7 @@ def refuse_what_is_no_file(path: str | Path) -> None:
     if not stat.S_ISREG(mode):
         raise OSError("it is no regular file")
 
-# %% ../chapters/B04_jsonl.ipynb #7c91f7dd
+# %% ../chapters/B04_jsonl.ipynb #cell-026
 LONG_STRING = 1 << 16  # bytes of a string that is taken out of a long line
 REST_LIMIT = 8_000_000  # bytes of a long line beside such strings
 STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
@@ -283,7 +283,7 @@ def decode_string(line: bytearray, start: int, end: int) -> list[str]:
         )
     return parts
 
-# %% ../chapters/B04_jsonl.ipynb #47e037af
+# %% ../chapters/B04_jsonl.ipynb #cell-027
 def parse_long(line: bytearray) -> object:
     """Parse a line of megabytes as `parse_json` does, its long strings one by one: what
     else JSON builds may be many times its text.
@@ -305,7 +305,7 @@ def parse_long(line: bytearray) -> object:
         record[field] = "".join(parts)
     return record
 
-# %% ../chapters/B04_jsonl.ipynb #cc329c66
+# %% ../chapters/B04_jsonl.ipynb #cell-028
 def take_long_strings_out(
     line: bytearray,
 ) -> tuple[bytearray, dict[str, tuple[int, int]]]:
@@ -328,7 +328,7 @@ def take_long_strings_out(
         raise ValueError(f"more than {REST_LIMIT:,} bytes beside its long strings")
     return skeleton, spans
 
-# %% ../chapters/B04_jsonl.ipynb #f745dd22
+# %% ../chapters/B04_jsonl.ipynb #cell-038
 def find_files(paths: Sequence[str | Path]) -> list[str]:
     """Return the files that files, directories (searched for .jsonl, .jsonl.gz,
     .jsonl.zst) and globs name, sorted within each. DataError if none.
@@ -355,7 +355,7 @@ def find_files(paths: Sequence[str | Path]) -> list[str]:
             found.setdefault(file_identity(match), match)
     return list(found.values())
 
-# %% ../chapters/B04_jsonl.ipynb #5221fe07
+# %% ../chapters/B04_jsonl.ipynb #cell-039
 def files_below(directory: str) -> list[str]:
     """Return the JSONL files of a directory, sorted; nothing hidden.
 

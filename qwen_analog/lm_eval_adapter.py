@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['lm_eval_model']
 
-# %% ../chapters/B30_lm_eval.ipynb #fb6213b8
+# %% ../chapters/B30_lm_eval.ipynb #cell-003
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +14,71 @@ from .scoring import score_tokens, token_nll
 from .text_stream import stream
 from .tokenizer import Tokenizer
 
-# %% ../chapters/B30_lm_eval.ipynb #8ea9f432
+# %% ../chapters/B30_lm_eval.ipynb #cell-012
+def _split(
+    before: list[int], after: list[int], whole: list[int]
+) -> tuple[list[int], list[int]]:
+    """Return the ids of a context and of its continuation. Where the continuation
+    changes the context's last tokens, the change counts.
+    """
+    if whole[: len(before)] == before:
+        return before, after
+    same = next(
+        (i for i, (x, y) in enumerate(zip(before, whole)) if x != y),
+        min(len(before), len(whole)),
+    )
+    return whole[:same], whole[same:]
+
+# %% ../chapters/B30_lm_eval.ipynb #cell-016
+def _score_continuations(
+    model: QwenForCausalLM, end_of_text: int, requests: Sequence, batch_size: int
+) -> list[tuple[float, bool]]:
+    """Return the log-probability of each continuation, and whether it is greedy."""
+    limit, sequences = model.config.max_position_embeddings, []
+    for (_, text), context, continuation in requests:
+        if not continuation:
+            raise ValueError(
+                f"the continuation {text!r} leaves the context's tokens as they are:"
+                " nothing to score"
+            )
+        if len(continuation) > limit:
+            raise ValueError(
+                f"a continuation has {len(continuation)} tokens, more than the model's"
+                f" {limit} positions"
+            )
+        context = [] if context == [end_of_text] else context
+        sequences.append([end_of_text, *context, *continuation][-(limit + 1) :])
+    results = []
+    scores = score_tokens(model, sequences, batch_size=batch_size)
+    for (_, _, continuation), (nll, greedy) in zip(requests, scores):
+        counted = slice(len(nll) - len(continuation), None)
+        results.append((-float(nll[counted].sum()), bool(greedy[counted].all())))
+    return results
+
+# %% ../chapters/B30_lm_eval.ipynb #cell-018
+def _score_texts(
+    model: QwenForCausalLM, tokenizer: Tokenizer, requests: Sequence, batch_size: int
+) -> list[float]:
+    """Return the log-probability of each text, in windows that do not overlap, except
+    the last: the harness's convention.
+    """
+    stride = model.config.max_position_embeddings
+    texts = [request.args[0] for request in requests]
+    scored = token_nll(model, tokenizer, texts, stride=stride, batch_size=batch_size)
+    return [-float(nll.sum()) for nll in scored]
+
+
+def _continue(
+    model: QwenForCausalLM, tokenizer: Tokenizer, context: str, options: dict
+) -> str:
+    """Return what the model writes after a context, with a task's options."""
+    ids = [tokenizer.eos_token_id, *tokenizer.encode(context)]
+    limit = model.config.max_position_embeddings
+    return "".join(
+        stream(model, tokenizer, **_fitting(ids, _harness_options(options), limit))
+    )
+
+# %% ../chapters/B30_lm_eval.ipynb #cell-020
 def lm_eval_model(model: QwenForCausalLM, tokenizer: Tokenizer, batch_size: int = 8):
     """Return the model as an `lm_eval.api.model.LM`, for
     `lm_eval.simple_evaluate(model=...)` (pip install 'qwen-analog[eval]').
@@ -55,71 +119,7 @@ def lm_eval_model(model: QwenForCausalLM, tokenizer: Tokenizer, batch_size: int 
 
     return QwenLM()
 
-# %% ../chapters/B30_lm_eval.ipynb #203cf338
-def _split(
-    before: list[int], after: list[int], whole: list[int]
-) -> tuple[list[int], list[int]]:
-    """Return the ids of a context and of its continuation. Where the continuation
-    changes the context's last tokens, the change counts.
-    """
-    if whole[: len(before)] == before:
-        return before, after
-    same = next(
-        (i for i, (x, y) in enumerate(zip(before, whole)) if x != y),
-        min(len(before), len(whole)),
-    )
-    return whole[:same], whole[same:]
-
-
-def _score_continuations(
-    model: QwenForCausalLM, end_of_text: int, requests: Sequence, batch_size: int
-) -> list[tuple[float, bool]]:
-    """Return the log-probability of each continuation, and whether it is greedy."""
-    limit, sequences = model.config.max_position_embeddings, []
-    for (_, text), context, continuation in requests:
-        if not continuation:
-            raise ValueError(
-                f"the continuation {text!r} leaves the context's tokens as they are:"
-                " nothing to score"
-            )
-        if len(continuation) > limit:
-            raise ValueError(
-                f"a continuation has {len(continuation)} tokens, more than the model's"
-                f" {limit} positions"
-            )
-        context = [] if context == [end_of_text] else context
-        sequences.append([end_of_text, *context, *continuation][-(limit + 1) :])
-    results = []
-    scores = score_tokens(model, sequences, batch_size=batch_size)
-    for (_, _, continuation), (nll, greedy) in zip(requests, scores):
-        counted = slice(len(nll) - len(continuation), None)
-        results.append((-float(nll[counted].sum()), bool(greedy[counted].all())))
-    return results
-
-# %% ../chapters/B30_lm_eval.ipynb #c3096779
-def _score_texts(
-    model: QwenForCausalLM, tokenizer: Tokenizer, requests: Sequence, batch_size: int
-) -> list[float]:
-    """Return the log-probability of each text, in windows that do not overlap, except
-    the last: the harness's convention.
-    """
-    stride = model.config.max_position_embeddings
-    texts = [request.args[0] for request in requests]
-    scored = token_nll(model, tokenizer, texts, stride=stride, batch_size=batch_size)
-    return [-float(nll.sum()) for nll in scored]
-
-
-def _continue(
-    model: QwenForCausalLM, tokenizer: Tokenizer, context: str, options: dict
-) -> str:
-    """Return what the model writes after a context, with a task's options."""
-    ids = [tokenizer.eos_token_id, *tokenizer.encode(context)]
-    limit = model.config.max_position_embeddings
-    return "".join(
-        stream(model, tokenizer, **_fitting(ids, _harness_options(options), limit))
-    )
-
-# %% ../chapters/B30_lm_eval.ipynb #27218ba8
+# %% ../chapters/B30_lm_eval.ipynb #cell-047
 # options that change nothing at these values
 _NEUTRAL = {
     "num_beams": 1,
@@ -159,7 +159,7 @@ def _harness_options(options: dict[str, Any]) -> dict[str, Any]:
         "stop": stop,
     }
 
-# %% ../chapters/B30_lm_eval.ipynb #c9c53396
+# %% ../chapters/B30_lm_eval.ipynb #cell-048
 def _stop_strings(until: Any) -> list[str]:
     """Return the stop strings of a task; raise ValueError for what is none."""
     until = [until] if isinstance(until, str) else until
@@ -185,7 +185,7 @@ def _normalized(
     del given["until"]
     return given, lengths
 
-# %% ../chapters/B30_lm_eval.ipynb #693c64c1
+# %% ../chapters/B30_lm_eval.ipynb #cell-049
 def _fitting(ids: list[int], options: dict[str, Any], limit: int) -> dict[str, Any]:
     """Return `options` with the prompt `ids`, cut on the left so that it and the answer
     fit; `max_length` counts both.

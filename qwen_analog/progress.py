@@ -6,7 +6,7 @@
 __all__ = ['tokens_per_step', 'SpeedMeter', 'Metrics', 'open_log', 'not_applied', 'progress_bar', 'show_step', 'show_evaluation',
            'not_vital', 'finish', 'write_samples']
 
-# %% ../chapters/B27_progress.ipynb #18d00004
+# %% ../chapters/B27_progress.ipynb #cell-007
 import statistics
 import sys
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ from .monitor import RunLog, plot_losses
 from .text_stream import complete
 from .train_config import TrainConfig
 
-# %% ../chapters/B27_progress.ipynb #2a5cf2a4
+# %% ../chapters/B27_progress.ipynb #cell-015
 def tokens_per_step(config: TrainConfig, world_size: int) -> int:
     micro_batches = config.gradient_accumulation_steps * world_size
     return config.sequence_length * config.micro_batch_size * micro_batches
@@ -59,7 +59,7 @@ class SpeedMeter:
     def _described(self, speed: float) -> dict[str, float]:
         return {"tokens_per_second": speed, "mfu": self.mfu_of_speed * speed}
 
-# %% ../chapters/B27_progress.ipynb #c7e202a9
+# %% ../chapters/B27_progress.ipynb #cell-021
 class Metrics:
     """What a run writes and shows while it runs: metrics.jsonl and a bar."""
 
@@ -100,7 +100,7 @@ class Metrics:
         self.bar.close()
         self.log.close()
 
-# %% ../chapters/B27_progress.ipynb #18d00009
+# %% ../chapters/B27_progress.ipynb #cell-023
 def open_log(config: TrainConfig, context: DistributedContext) -> RunLog:
     where = config.output_dir, context.rank, context.world_size
     return RunLog(*where, config.tensorboard)
@@ -114,7 +114,7 @@ def not_applied(batch: Batch) -> dict[str, Any]:
         "sources": sorted({name for s in batch.sequences for name in s.sources}),
     }
 
-# %% ../chapters/B27_progress.ipynb #18d00008
+# %% ../chapters/B27_progress.ipynb #cell-024
 def progress_bar(step: int, max_steps: int, shown: bool) -> tqdm:
     return tqdm(
         total=max_steps,
@@ -137,7 +137,7 @@ def show_evaluation(bar: tqdm, step: int, scores: dict[str, float]) -> None:
             f" {scores['bits_per_byte']:.3f} bits per byte"
         )
 
-# %% ../chapters/B27_progress.ipynb #ad200c00
+# %% ../chapters/B27_progress.ipynb #cell-047
 @contextmanager
 def not_vital(name: str | Path) -> Iterator[None]:
     """Where writing `name` fails, a line says so and the run goes on."""
@@ -168,7 +168,7 @@ def finish(config: TrainConfig, summary: dict[str, Any]) -> None:
     else:
         print(f"stopped after step {summary['step']:,}; continue with --resume auto")
 
-# %% ../chapters/B27_progress.ipynb #cf581a94
+# %% ../chapters/B27_progress.ipynb #cell-048
 def write_samples(config: TrainConfig) -> None:
     """Print what the finished model makes of `sample_prompts`."""
     if not config.sample_prompts:

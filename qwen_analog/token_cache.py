@@ -8,7 +8,7 @@ __all__ = ['BATCH_BYTES', 'WORKER_BYTES', 'hash_key', 'held_out_threshold', 'is_
            'TokenFileCache', 'write_token_file', 'delete_old_partials', 'file_digest', 'file_times', 'count_workers',
            'batches_of', 'start_worker', 'tokenize_batch', 'tokenize_on_cores', 'tokenize_files', 'skipped_lines']
 
-# %% ../chapters/B05_token_cache.ipynb #9fb51506
+# %% ../chapters/B05_token_cache.ipynb #cell-005
 import ctypes
 import hashlib
 import io
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow
 
-# %% ../chapters/B05_token_cache.ipynb #afe7b2f4
+# %% ../chapters/B05_token_cache.ipynb #cell-010
 def hash_key(key: str) -> int:
     """Return 64 bits that look random and are the same on every machine."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
@@ -72,7 +72,7 @@ def is_held_out(key: str, fraction: float) -> bool:
     sides."""
     return hash_key(key) < held_out_threshold(fraction)
 
-# %% ../chapters/B05_token_cache.ipynb #045c21b1
+# %% ../chapters/B05_token_cache.ipynb #cell-013
 def mask_of_hashes(hashes: np.ndarray, fraction: float) -> np.ndarray:
     """Return `held_out_mask` of the keys with these hashes, [documents] of uint64."""
     threshold = held_out_threshold(fraction)
@@ -98,7 +98,7 @@ def held_out_mask(keys: Sequence[str], fraction: float) -> np.ndarray:
     hashes = np.fromiter(map(hash_key, keys), np.uint64, len(keys))
     return mask_of_hashes(hashes, fraction)
 
-# %% ../chapters/B05_token_cache.ipynb #03d5a9ce
+# %% ../chapters/B05_token_cache.ipynb #cell-016
 def token_ids(text: str, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
     """Yield the end-of-text token, then the text's, int32, in runs of bounded length.
 
@@ -115,7 +115,7 @@ def utf8_size(text: str) -> int:
     """Return the bytes of a text, of which only a piece at a time is encoded."""
     return sum(len(piece.encode()) for piece in text_pieces(text))
 
-
+# %% ../chapters/B05_token_cache.ipynb #cell-020
 def tokenize_lines(
     lines: Iterable[Line], tokenizer: Tokenizer, skip_bad_lines: bool
 ) -> Iterator[tuple[bytes, list[tuple]]]:
@@ -131,7 +131,7 @@ def tokenize_lines(
         del document  # before the next, which may be as large
         yield b"", [row]
 
-# %% ../chapters/B05_token_cache.ipynb #4fb22b7f
+# %% ../chapters/B05_token_cache.ipynb #cell-022
 def table_schema() -> "pyarrow.Schema":
     """Return the columns of the cache's table, which has a row for each document."""
     pyarrow = need("pyarrow")
@@ -163,7 +163,7 @@ def write_rows(rows: Iterator[tuple], table: io.BufferedIOBase) -> None:
             columns = list(zip(*batch))
             writer.write_batch(pyarrow.record_batch(columns, schema=schema))
 
-# %% ../chapters/B05_token_cache.ipynb #203ea08c
+# %% ../chapters/B05_token_cache.ipynb #cell-024
 def read_tokens(path: Path, heldout_fraction: float) -> "pyarrow.Table":
     """Return the rows of a file of the cache, whose ids stay on the disk, with
     `input_ids` and `held_out`."""
@@ -186,7 +186,7 @@ def read_tokens(path: Path, heldout_fraction: float) -> "pyarrow.Table":
     input_ids = pyarrow.LargeListArray.from_arrays(offsets, ids)
     return rows.add_column(0, "input_ids", input_ids)
 
-# %% ../chapters/B05_token_cache.ipynb #1d771b32
+# %% ../chapters/B05_token_cache.ipynb #cell-026
 class TokenFileCache:
     """Token files of `files`, each named by its origin and by its own SHA-256."""
 
@@ -227,7 +227,7 @@ class TokenFileCache:
         finally:
             partial.unlink(missing_ok=True)
 
-# %% ../chapters/B05_token_cache.ipynb #00446c89
+# %% ../chapters/B05_token_cache.ipynb #cell-027
 def write_token_file(parts: Iterable[tuple[bytes, list[tuple]]], path: Path) -> int:
     """Write all ids, then the table, then the number of ids, which is returned."""
     with open(path, "xb") as file, tempfile.TemporaryFile(dir=path.parent) as table:
@@ -238,7 +238,7 @@ def write_token_file(parts: Iterable[tuple[bytes, list[tuple]]], path: Path) -> 
         file.write(tokens.to_bytes(8, "little"))
         return tokens
 
-
+# %% ../chapters/B05_token_cache.ipynb #cell-028
 def delete_old_partials(directory: Path) -> None:
     """Delete what processes that were killed left a day ago or earlier."""
     for path in directory.glob("*.partial"):
@@ -263,7 +263,7 @@ def file_times(files: Sequence[str]) -> list[tuple[int, int]]:
             found.append((status.st_mtime_ns, status.st_size))
     return found
 
-# %% ../chapters/B05_token_cache.ipynb #3784b383
+# %% ../chapters/B05_token_cache.ipynb #cell-030
 BATCH_BYTES = 1 << 20  # of lines that are handed to a process at once
 WORKER_BYTES = 1 << 24  # of files: about a second's work, below which no process pays
 
@@ -292,7 +292,7 @@ def batches_of(lines: Iterable[Line]) -> Iterator[list[Line]]:
     if batch:
         yield batch
 
-# %% ../chapters/B05_token_cache.ipynb #8f94f84c
+# %% ../chapters/B05_token_cache.ipynb #cell-031
 _tokenize: Callable  # in a worker process: what it does with a batch
 
 
@@ -315,7 +315,7 @@ def tokenize_batch(
     parts = list(_tokenize(map(Line, repeat(name), count(first), contents)))
     return b"".join(ids for ids, _ in parts), [row for _, rows in parts for row in rows]
 
-# %% ../chapters/B05_token_cache.ipynb #6792b3b9
+# %% ../chapters/B05_token_cache.ipynb #cell-032
 def tokenize_on_cores(
     lines: Iterable[Line], tokenizer: Tokenizer, skip_bad_lines: bool, workers: int
 ) -> Iterator[tuple[bytes, list[tuple]]]:
@@ -353,7 +353,7 @@ def tokenize_on_cores(
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
 
-# %% ../chapters/B05_token_cache.ipynb #bfd7cd1d
+# %% ../chapters/B05_token_cache.ipynb #cell-034
 def tokenize_files(
     files: Sequence[str],
     tokenizer: Tokenizer,
@@ -394,7 +394,7 @@ def tokenize_files(
     name = hashlib.sha256(f"{path.name} {heldout_fraction}".encode()).hexdigest()
     return datasets.Dataset(table, fingerprint=name)
 
-# %% ../chapters/B05_token_cache.ipynb #42d57534
+# %% ../chapters/B05_token_cache.ipynb #cell-058
 def skipped_lines(documents: "datasets.Dataset") -> tuple[int, str]:
     """Return how many bad lines were skipped, and where the first is, "file:line"."""
     columns = documents.select_columns(["num_tokens", "source"])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QWEN_CHAT_TEMPLATE', 'merge_of', 'byte_level_bpe', 'spell', 'to_fast', 'write_tokenizer']
 
-# %% ../chapters/B10_tokenizer_json.ipynb #82d2269f
+# %% ../chapters/B10_tokenizer_json.ipynb #cell-007
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ from qwen_analog.tokenizer import (
 if TYPE_CHECKING:
     import tokenizers
 
-# %% ../chapters/B10_tokenizer_json.ipynb #4c45cb36
+# %% ../chapters/B10_tokenizer_json.ipynb #cell-010
 def merge_of(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
     """Return the two tokens whose merge made `token`.
 
@@ -44,7 +44,7 @@ def merge_of(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts[0], parts[1]
 
-# %% ../chapters/B10_tokenizer_json.ipynb #4525c432
+# %% ../chapters/B10_tokenizer_json.ipynb #cell-013
 def byte_level_bpe(
     vocabulary: dict[str, int],
     merges: Sequence[tuple[str, str]],
@@ -74,7 +74,7 @@ def byte_level_bpe(
     )
     return fast
 
-# %% ../chapters/B10_tokenizer_json.ipynb #e0f219a6
+# %% ../chapters/B10_tokenizer_json.ipynb #cell-014
 _LETTER_OF_BYTE = {
     token[0]: chr(token[0] if i < 188 else 256 + i - 188)
     for i, token in enumerate(BYTE_ORDER)
@@ -85,7 +85,7 @@ def spell(token: bytes) -> str:
     """Return a token as a tokenizer.json spells it, one letter a byte."""
     return "".join(_LETTER_OF_BYTE[b] for b in token)
 
-
+# %% ../chapters/B10_tokenizer_json.ipynb #cell-017
 def to_fast(tokenizer: TiktokenTokenizer) -> "tokenizers.Tokenizer":
     """Return the same tokenizer for Hugging Face's library.
 
@@ -105,7 +105,7 @@ def to_fast(tokenizer: TiktokenTokenizer) -> "tokenizers.Tokenizer":
     vocabulary = {spell(token): rank for token, rank in ranks.items()}
     return byte_level_bpe(vocabulary, merges, "qwen2", list(QWEN_SPECIAL_TOKENS))
 
-# %% ../chapters/B10_tokenizer_json.ipynb #816ce56a
+# %% ../chapters/B10_tokenizer_json.ipynb #cell-045
 QWEN_CHAT_TEMPLATE = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\n"
     + DEFAULT_SYSTEM
@@ -127,7 +127,7 @@ _PROBE = (
     " <|endoftext|>"
 )
 
-# %% ../chapters/B10_tokenizer_json.ipynb #cda5bb06
+# %% ../chapters/B10_tokenizer_json.ipynb #cell-046
 def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     """Write tokenizer.json and what belongs to it beside a model's config.json.
 
