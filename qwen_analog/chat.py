@@ -6,33 +6,18 @@
 __all__ = ['HELP', 'TokenCache', 'Conversation', 'prompt_that_fits', 'Chat', 'add_arguments', 'run']
 
 # %% ../chapters/19_chat.ipynb #19-013
-import argparse
-import contextlib
 import json
 import os
-import sys
 from bisect import bisect_left
-from collections.abc import Generator, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qwen_analog.arguments import (
-    add_ignore_memory,
-    add_model,
-    default_model,
-    number,
-    one_line,
-    whole,
-)
 from .chat_template import chat_ids, why_no_chat
-from .config import shown
 from .generate import sampling_defaults, stop_ids
-from .text_stream import LONGEST_TOKEN, TextStream, stream
 from .kv_cache import KVCache
-from .loading import load
 from .model import QwenForCausalLM
 from qwen_analog.sampling import (
     SamplingParams,
@@ -41,6 +26,7 @@ from qwen_analog.sampling import (
     new_generator,
     sample,
 )
+from .text_stream import LONGEST_TOKEN, TextStream
 from .tokenizer import Tokenizer
 
 # %% ../chapters/19_chat.ipynb #19-014
@@ -244,6 +230,25 @@ def _chat_params(model: QwenForCausalLM, given: dict[str, Any]) -> SamplingParam
     careful = {} if "temperature" in own else {"temperature": 0.2, "top_p": 0.9}
     settings: dict[str, Any] = {**careful, **own, **given}
     return SamplingParams(**settings)
+
+# %% ../chapters/19_chat.ipynb #ed01056
+import argparse
+import contextlib
+import sys
+from collections.abc import Generator
+from functools import partial
+
+from qwen_analog.arguments import (
+    add_ignore_memory,
+    add_model,
+    default_model,
+    number,
+    one_line,
+    whole,
+)
+from .config import shown
+from .loading import load
+from .text_stream import stream
 
 # %% ../chapters/19_chat.ipynb #19-053
 def _plain(name: str, text: object) -> str:
