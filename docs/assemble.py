@@ -206,6 +206,15 @@ def numbered_figures(source: str, first: int) -> str:
     return IMAGE.sub(figure, source)
 
 
+def captioned(cell: NotebookNode, number: int) -> None:
+    """Make a cell's plot a numbered figure; the cell's metadata hold its caption."""
+    caption = cell.metadata["caption"]
+    cell.metadata["mystnb"] = {
+        "figure": {"caption": f"**Figure {number}** {caption}"},
+        "image": {"alt": caption},
+    }
+
+
 def linked_papers(source: str) -> str:
     """Link `arXiv 2104.09864`."""
     return re.sub(
@@ -252,7 +261,8 @@ def printable(text: str) -> str:
 
 def fold(cell: NotebookNode, tag: str, show: str, hide: str) -> None:
     cell.metadata["tags"] = [*cell.metadata.get("tags", []), tag]
-    cell.metadata["mystnb"] = {"code_prompt_show": show, "code_prompt_hide": hide}
+    prompts = {"code_prompt_show": show, "code_prompt_hide": hide}
+    cell.metadata["mystnb"] = {**cell.metadata.get("mystnb", {}), **prompts}
 
 
 def play_box(slug: str) -> str:
@@ -338,6 +348,9 @@ class Page:
         cell.source = DIRECTIVE.sub("", cell.source).strip("\n")
         if not cell.source and not cell.get("outputs"):
             return []
+        if "caption" in cell.metadata:
+            self.figures += 1
+            captioned(cell, self.figures)
         hidden = cell.metadata.get("jupyter", {}).get("source_hidden")
         if hidden or "solution" in cell.metadata.get("tags", []):
             fold(cell, "hide-cell", "Show the solution", "Hide the solution")

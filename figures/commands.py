@@ -8,7 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.patches import FancyBboxPatch
+from drawing import arrow, box
 
 HERE = Path(__file__).resolve().parent
 plt.style.use(HERE / "book.mplstyle")
@@ -18,46 +18,14 @@ ax.set(xlim=(0, 12.6), ylim=(0, 3.2))
 ax.axis("off")
 
 
-def box(x, y, text, width, face="#e9edf0", ink="black", family="sans-serif"):
-    ax.add_patch(
-        FancyBboxPatch(
-            (x, y),
-            width,
-            0.8,
-            boxstyle="round,pad=0.02,rounding_size=0.1",
-            facecolor=face,
-            edgecolor="none",
-        )
-    )
-    ax.text(
-        x + width / 2,
-        y + 0.4,
-        text,
-        ha="center",
-        va="center",
-        fontsize=9,
-        color=ink,
-        family=family,
-    )
-
-
-def arrow(start, end):
-    ax.annotate(
-        "",
-        end,
-        start,
-        arrowprops={"arrowstyle": "-|>", "color": "#5f6b73", "linewidth": 1.3},
-    )
-
-
 for x, word in ((0.1, "prepare"), (5.0, "train"), (9.3, "generate")):
-    box(x, 1.1, word, 1.3, "#0b63a5", "white", "monospace")
-box(2.2, 2.0, "wiki.jsonl", 2.0, family="monospace")
-box(2.2, 1.1, "tokenizer.tiktoken", 2.0, family="monospace")
-box(2.2, 0.2, "train_small.json", 2.0, family="monospace")
-box(7.0, 1.1, "checkpoints/", 1.6, family="monospace")
-box(9.3, 2.35, "a prompt", 1.3)
-box(11.3, 1.1, "a text", 1.1)
+    box(ax, x, 1.1, word, 1.3, 0.8, "#0b63a5", "white", family="monospace")
+box(ax, 2.2, 2.0, "wiki.jsonl", 2.0, 0.8, family="monospace")
+box(ax, 2.2, 1.1, "tokenizer.tiktoken", 2.0, 0.8, family="monospace")
+box(ax, 2.2, 0.2, "train_small.json", 2.0, 0.8, family="monospace")
+box(ax, 7.0, 1.1, "checkpoints/", 1.6, 0.8, family="monospace")
+box(ax, 9.3, 2.35, "a prompt", 1.3, 0.8)
+box(ax, 11.3, 1.1, "a text", 1.1, 0.8)
 for start, end in (
     ((1.45, 1.6), (2.15, 2.3)),
     ((1.45, 1.5), (2.15, 1.5)),
@@ -69,5 +37,5 @@ for start, end in (
     ((9.95, 2.32), (9.95, 1.95)),
     ((10.65, 1.5), (11.25, 1.5)),
 ):
-    arrow(start, end)
+    arrow(ax, start, end)
 figure.savefig(HERE / "commands.svg", metadata={"Date": None})

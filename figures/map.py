@@ -6,6 +6,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from drawing import arrow, box
 from matplotlib.patches import FancyBboxPatch
 
 HERE = Path(__file__).resolve().parent
@@ -15,45 +16,6 @@ MODEL, PART, SIDE = "#0b63a5", "#a9c9e4", "#e9edf0"
 figure, ax = plt.subplots(figsize=(9.5, 8.2))
 ax.set(xlim=(0, 12), ylim=(0, 12.4))
 ax.axis("off")
-
-
-def box(x, y, text, width=3.4, height=0.7, face=PART, ink="black"):
-    ax.add_patch(
-        FancyBboxPatch(
-            (x, y),
-            width,
-            height,
-            boxstyle="round,pad=0.02,rounding_size=0.1",
-            facecolor=face,
-            edgecolor="none",
-        )
-    )
-    ax.text(
-        x + width / 2,
-        y + height / 2,
-        text,
-        ha="center",
-        va="center",
-        fontsize=9.5,
-        color=ink,
-    )
-
-
-def arrow(*points, style="-|>"):
-    for a, b in zip(points, points[1:]):
-        last = b == points[-1]
-        ax.annotate(
-            "",
-            b,
-            a,
-            arrowprops={
-                "arrowstyle": style if last else "-",
-                "color": "#5f6b73",
-                "linewidth": 1.3,
-                "shrinkA": 0,
-                "shrinkB": 0,
-            },
-        )
 
 
 x = 4.3
@@ -92,7 +54,7 @@ ax.text(
     fontweight="bold",
 )
 for y, text, face in rows:
-    box(x, y, text, face=face)
+    box(ax, x, y, text, 3.4, face=face)
 for low, high in (
     (0.9, 1.18),
     (1.9, 2.18),
@@ -103,7 +65,7 @@ for low, high in (
     (10.3, 10.58),
     (11.3, 11.58),
 ):
-    arrow((centre, low), (centre, high))
+    arrow(ax, (centre, low), (centre, high))
 for bottom, top in ((3.15, 5.95), (6.25, 8.72)):
     ax.text(
         centre,
@@ -118,15 +80,15 @@ for bottom, top in ((3.15, 5.95), (6.25, 8.72)):
             "edgecolor": "#5f6b73",
         },
     )
-    arrow((centre, bottom), (3.75, bottom), (3.75, top), (centre - 0.25, top))
-    arrow((centre, top - (0.5 if top < 6 else 0.47)), (centre, top - 0.22))
-arrow((centre, 6.2), (centre, 6.53))
-box(8.95, 4.35, "RoPE", 2.6)
-box(8.95, 5.2, "KV cache", 2.6)
-arrow((8.93, 4.7), (7.75, 5.0))
-arrow((8.93, 5.55), (7.75, 5.25))
-box(8.95, 6.4, "configuration", 2.6, face=SIDE)
-arrow((8.93, 6.75), (8.7, 6.75))
+    arrow(ax, (centre, bottom), (3.75, bottom), (3.75, top), (centre - 0.25, top))
+    arrow(ax, (centre, top - (0.5 if top < 6 else 0.47)), (centre, top - 0.22))
+arrow(ax, (centre, 6.2), (centre, 6.53))
+box(ax, 8.95, 4.35, "RoPE", 2.6, face=PART)
+box(ax, 8.95, 5.2, "KV cache", 2.6, face=PART)
+arrow(ax, (8.93, 4.7), (7.75, 5.0))
+arrow(ax, (8.93, 5.55), (7.75, 5.25))
+box(ax, 8.95, 6.4, "configuration", 2.6, face=SIDE)
+arrow(ax, (8.93, 6.75), (8.7, 6.75))
 ax.text(
     1.6, 12.05, "training", ha="center", va="center", fontsize=11, fontweight="bold"
 )
@@ -140,7 +102,7 @@ for y, text in (
     (5.8, "watching"),
     (4.6, "pretraining"),
 ):
-    box(0.3, y, text, 2.6, face=SIDE)
+    box(ax, 0.3, y, text, 2.6, face=SIDE)
 for y, text in (
     (10.6, "sampling, generation"),
     (9.6, "real weights"),
@@ -148,12 +110,12 @@ for y, text in (
     (7.6, "evaluation"),
     (3.1, "serving"),
 ):
-    box(8.95, y, text, 2.6, face=SIDE)
-arrow((4.28, 1.55), (2.95, 1.55))
-arrow((4.28, 10.95), (2.95, 10.95))
-arrow((7.72, 10.95), (8.93, 10.95))
+    box(ax, 8.95, y, text, 2.6, face=SIDE)
+arrow(ax, (4.28, 1.55), (2.95, 1.55))
+arrow(ax, (4.28, 10.95), (2.95, 10.95))
+arrow(ax, (7.72, 10.95), (8.93, 10.95))
 for y in (10.58, 9.38, 8.18, 6.98, 5.78):
-    arrow((1.6, y), (1.6, y - 0.46))
+    arrow(ax, (1.6, y), (1.6, y - 0.46))
 for y in (10.58, 9.58, 8.58):
-    arrow((10.25, y), (10.25, y - 0.26))
+    arrow(ax, (10.25, y), (10.25, y - 0.26))
 figure.savefig(HERE / "map.svg", metadata={"Date": None})

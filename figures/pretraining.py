@@ -6,7 +6,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.patches import FancyBboxPatch
+from drawing import arrow, box
 
 HERE = Path(__file__).resolve().parent
 plt.style.use(HERE / "book.mplstyle")
@@ -21,41 +21,11 @@ ax.axis("off")
 ax.grid(False)
 
 
-def box(x, y, text, width=1.5, height=0.7, face="#e9edf0", ink="black"):
-    ax.add_patch(
-        FancyBboxPatch(
-            (x, y),
-            width,
-            height,
-            boxstyle="round,pad=0.02,rounding_size=0.08",
-            facecolor=face,
-            edgecolor="none",
-        )
-    )
-    ax.text(
-        x + width / 2,
-        y + height / 2,
-        text,
-        ha="center",
-        va="center",
-        fontsize=9,
-        color=ink,
-    )
-
-
-def arrow(start, end, style="-|>"):
-    ax.annotate(
-        "",
-        end,
-        start,
-        arrowprops={"arrowstyle": style, "color": "#5f6b73", "linewidth": 1.3},
-    )
-
-
 for process, y in ((0, 3.9), (1, 2.2)):
     ax.text(0.05, y + 0.35, f"process {process}", va="center", fontsize=10)
     for i in range(2):
         box(
+            ax,
             1.3 + 2.0 * i,
             y,
             f"micro-batch {i + 1}",
@@ -63,22 +33,23 @@ for process, y in ((0, 3.9), (1, 2.2)):
             face=COLOURS[process][i],
             ink="white" if i == 0 else "black",
         )
-    arrow((2.95, y + 0.35), (3.25, y + 0.35))
-    arrow((4.95, y + 0.35), (5.25, y + 0.35))
-    box(5.3, y, "summed\ngradient", 1.35)
-    arrow((6.7, y + 0.35), (8.05, y + 0.35))
-    box(8.1, y, "clip", 0.9)
-    arrow((9.05, y + 0.35), (9.35, y + 0.35))
-    box(9.4, y, "step", 0.9)
-    arrow((10.35, y + 0.35), (10.65, y + 0.35))
-    box(10.7, y, "same\nweights", 1.15)
-arrow((7.35, 2.6), (7.35, 4.2), "<|-|>")
+    arrow(ax, (2.95, y + 0.35), (3.25, y + 0.35))
+    arrow(ax, (4.95, y + 0.35), (5.25, y + 0.35))
+    box(ax, 5.3, y, "summed\ngradient", 1.35)
+    arrow(ax, (6.7, y + 0.35), (8.05, y + 0.35))
+    box(ax, 8.1, y, "clip", 0.9)
+    arrow(ax, (9.05, y + 0.35), (9.35, y + 0.35))
+    box(ax, 9.4, y, "step", 0.9)
+    arrow(ax, (10.35, y + 0.35), (10.65, y + 0.35))
+    box(ax, 10.7, y, "same\nweights", 1.15)
+arrow(ax, (7.35, 2.6), (7.35, 4.2), style="<|-|>")
 ax.text(7.25, 3.4, "all-reduce:\naverage, once", ha="right", va="center", fontsize=9)
 
 ax.text(0.05, 0.85, "the stream\nof blocks", va="center", fontsize=10)
 for block in range(8):
     face = COLOURS[block % 2][block // 4]
     box(
+        ax,
         1.3 + 1.1 * block,
         0.5,
         str(block),

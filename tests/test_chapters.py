@@ -72,6 +72,13 @@ def test_a_cell_has_at_most_forty_lines(path):
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_a_plot_has_a_caption(path):
+    for cell in nbformat.read(path, 4).cells:
+        plots = [o for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
+        assert bool(plots) == ("caption" in cell.metadata), cell.source
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
 def test_figures_exist(path):
     for cell in nbformat.read(path, 4).cells:
         for part in cell.source.split("](../figures/")[1:]:

@@ -463,6 +463,18 @@ def test_a_picture_alone_is_a_numbered_figure():
     assert "**Figure 2** One pair" in figure
 
 
+def test_a_plot_with_a_caption_is_a_numbered_figure():
+    cell = nbformat.v4.new_code_cell("plt.show()", metadata={"caption": "A loss"})
+    cell.outputs = [nbformat.v4.new_output("display_data", {"image/png": ""})]
+    page = assemble.Page(assemble.chapters()[1], {})
+    page.figures = 2
+    (shown,) = page.code(cell, asked=True)
+    assert shown.metadata["mystnb"]["figure"]["caption"] == "**Figure 3** A loss"
+    assert shown.metadata["mystnb"]["image"]["alt"] == "A loss"
+    assert "code_prompt_show" in shown.metadata["mystnb"]
+    assert page.figures == 3
+
+
 def test_names_and_papers_become_links():
     names = {"apply_rotary": "qwen_analog.rope.apply_rotary"}
     linked = assemble.linked_names("`apply_rotary` and `other`", names)
