@@ -144,3 +144,29 @@ def small_steps(part):
     moved = (model.lm_head.weight != before).float().mean()
     if moved < 0.5:
         return f"a small step moves {moved:.0%} of the weights"
+
+
+def schedule(part):
+    """The rate rises, peaks early, and is not zero before the end."""
+    rates = [part.rate(step) for step in range(part.steps)]
+    peak = rates.index(max(rates))
+    if not 2 < peak < part.steps // 2:
+        return f"the rate peaks at step {peak}"
+    if rates[int(0.9 * part.steps)] == 0:
+        return f"the rate is 0 from step {rates.index(0)} on"
+
+
+def one_batch(part):
+    """Thirty steps on one batch must bring its loss down by half."""
+    torch.manual_seed(0)
+    model = part.make_model()
+    optimizer = part.make_optimizer(model)
+    inputs, targets = part.next_batch(0)
+    losses = []
+    for _ in range(30):
+        loss = part.compute_loss(model, inputs, targets)
+        loss.backward()
+        part.update(model, optimizer)
+        losses.append(loss.item())
+    if not losses[-1] < 0.55 * losses[0]:
+        return f"one batch: {losses[0]:.2f} to {losses[-1]:.2f} in 30 steps"

@@ -2,27 +2,71 @@
 a loss curve, each with the check that finds it.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from unittest.mock import patch
 
+import matplotlib.pyplot as plt
+import regex
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qwen_analog import attention, sampling
+from torch.nn.utils.rnn import pad_sequence
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+from book import scramble_
+from qwen_analog import QwenConfig, QwenForCausalLM, attention, sampling
+from qwen_analog.bpe import QWEN_PATTERN, encode_piece, split_text
+from qwen_analog.generate import pad_left, positions_and_mask
 from qwen_analog.kv_cache import KVCache
+from qwen_analog.loss import linear_cross_entropy
 from qwen_analog.mlp import SwiGLU
 from qwen_analog.model import DecoderLayer, QwenModel
 from qwen_analog.norm import RMSNorm
+from qwen_analog.optim import build_optimizers, stochastic_round_
 from qwen_analog.sampling import SamplingParams, distribution
+from qwen_analog.text_stream import StopFinder
 
 rotate, grouped, update = (
     attention.apply_rotary,
     attention.grouped_query_attention,
     KVCache.update,
 )
+
+
+def draw(curves, healthy):
+    """Draw each curve in a small panel of its own, the healthy ones behind in grey."""
+    size = (2.1 * len(curves), 2.2)
+    fig, axes = plt.subplots(1, len(curves), figsize=size, sharey=True)
+    for ax, (name, losses) in zip(axes.flat, curves.items()):
+        for behind in healthy:
+            ax.plot(behind, color="0.8", linewidth=1)
+        ax.plot(losses, color="#b5502f", linewidth=1)
+        ax.set_title(name, fontsize=8)
+        ax.set(ylim=(0, 8), xlabel="step")
+    axes.flat[0].set_ylabel("loss, nats")
+    plt.show()
+
+
+def instead(owner, name, replacement):
+    """Parts of a program in which `replacement` stands in place of `owner.name`."""
+    return {"around": patch.object(owner, name, replacement)}
+
+
+def attends(replacement):
+    """In the attention layer, another function in place of PyTorch's."""
+    functions = vars(F) | {"scaled_dot_product_attention": replacement}
+    return instead(attention, "F", SimpleNamespace(**functions))
+
+
+def untied(model):
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    return model
+
 
 # --- the model: changes of the package, all found by a comparison with a reference
 
@@ -413,11 +457,280 @@ def killed_while_saving(part):
         return f"left on the disk: {disk.get('checkpoint')!r}"
 
 
+def half_norm(x, weight):
+    norm = RMSNorm(64).bfloat16()
+    norm.weight.data = weight
+    return norm(x)
+
+
+def weight_before_the_cast(x, weight):
+    wide = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+    return (weight.float() * wide).to(x.dtype)
+
+
+def squares_in_bfloat16(x, weight):
+    return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+@torch.no_grad()
+def norm_to_the_bit(part):
+    """In bfloat16 the norm is Hugging Face's to the bit: the same order of casts."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(32, 64, generator=generator).bfloat16()
+    theirs = scramble_(Qwen2RMSNorm(64)).bfloat16()
+    apart = (part(x, theirs.weight) != theirs(x)).float().mean()
+    if apart > 0:
+        return f"{apart:.1%} of the results differ in bfloat16"
+
+
+def cut_by(pattern):
+    return lambda text: split_text(text, pattern)
+
+
+def not_composed(text):
+    return regex.findall(QWEN_PATTERN, text)
+
+
+def pieces(part):
+    """Text is composed (NFC), then cut: a word with its blank, each digit alone."""
+    found = part("in 2024 cafe\u0301")
+    if found != ["in", " ", "2", "0", "2", "4", " café"]:
+        return f"pieces {found}"
+
+
+def longest_first(piece, ranks):
+    ids = []
+    while piece:
+        token = max(filter(piece.startswith, ranks), key=len)
+        ids.append(ranks[token])
+        piece = piece[len(token) :]
+    return ids
+
+
+def merges(part):
+    """Neighbours are joined in the order in which training learned the tokens."""
+    found = part(b"abc", {b"a": 0, b"b": 1, b"c": 2, b"bc": 3, b"ab": 4})
+    if found != [0, 3]:
+        return f"ids {found}, not [0, 3]"
+
+
+def from_logits(logits, targets, z):
+    weight = torch.eye(logits.shape[-1], dtype=logits.dtype)
+    return linear_cross_entropy(logits, weight, targets, z_loss=z)
+
+
+def z_variant(change):
+    def part(logits, targets, z):
+        log_z = logits.logsumexp(-1)
+        return F.cross_entropy(logits, targets) + z * change(log_z).mean()
+
+    return part
+
+
+def z_loss(part):
+    """z_loss adds z ln(Z)^2 to the loss, and its slope to the gradient."""
+    logits = torch.tensor([[1.0, 3.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([1])
+    losses = [part(logits, targets, z) for z in (0.0, 0.1)]
+    (slope,) = torch.autograd.grad(losses[1] - losses[0], logits)
+    log_z = math.log(math.e + math.e**3 + 1)
+    found = (losses[1] - losses[0]).item(), slope.sum().item()
+    wanted = 0.1 * log_z**2, 0.1 * 2 * log_z  # the shares add up to one
+    if max(abs(a - b) for a, b in zip(found, wanted)) > 1e-6:
+        return "adds {:.2f} with slope {:.2f}, by hand".format(*found) + (
+            " {:.2f} with slope {:.2f}".format(*wanted)
+        )
+
+
+def mean_of_chunks(hidden, weight, targets, size):
+    parts = zip(hidden.split(size), targets.split(size))
+    return torch.stack([F.cross_entropy(h @ weight.T, t) for h, t in parts]).mean()
+
+
+def last_chunk_learns(hidden, weight, targets, size):
+    rest = (len(hidden) - 1) // size * size
+    held = torch.cat([hidden[:rest].detach(), hidden[rest:]])
+    return F.cross_entropy(held @ weight.T, targets)
+
+
+def in_chunks(hidden, weight, targets, size):
+    return linear_cross_entropy(hidden, weight, targets, chunk_size=size)
+
+
+def chunks(part):
+    """Logits of a few tokens at a time: the loss and the gradients of the whole."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(7, 4, generator=generator).requires_grad_()
+    weight = torch.randn(5, 4, generator=generator)
+    targets = torch.arange(7) % 5
+    losses = (
+        part(hidden, weight, targets, 3),
+        F.cross_entropy(hidden @ weight.T, targets),
+    )
+    if abs(losses[0] - losses[1]) > 1e-5:
+        return f"loss {losses[0]:.3f} in chunks, {losses[1]:.3f} at once"
+    ours, whole = (torch.autograd.grad(loss, hidden)[0] for loss in losses)
+    if not torch.allclose(ours, whole, atol=1e-5):
+        return f"gradient {ours.norm():.3f} in chunks, {whole.norm():.3f} at once"
+
+
+def to_nearest(target, source):
+    return target.copy_(source)
+
+
+def downwards(target, source):
+    bits = source.view(torch.int32).bitwise_and(-1 << 16)
+    return target.copy_(bits.view(torch.float32))
+
+
+def rounding(part):
+    """Many steps of a tenth of a gap move a bfloat16 weight as far as in float32."""
+    torch.manual_seed(0)
+    weights = torch.ones(1000, dtype=torch.bfloat16)
+    for _ in range(40):
+        part(weights, weights.float() + 2**-7 / 10)
+    moved = weights.float().mean().item() - 1
+    if abs(moved / (40 * 2**-7 / 10) - 1) > 0.1:
+        return f"40 small steps move a weight by {moved:.3f}, not 0.031"
+
+
+def tiny():
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = QwenForCausalLM(QwenConfig(intermediate_size=256, **sizes, **heads))
+    return scramble_(model)
+
+
+def with_muon(model):
+    return build_optimizers(model, 0.01, weight_decay=0.0, kind="muon")
+
+
+def muon_for_every_matrix(model):
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    rest = [p for p in model.parameters() if p.ndim < 2]
+    options = {"weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
+    return [torch.optim.Muon(matrices, 0.01, **options), torch.optim.AdamW(rest)]
+
+
+def with_momentum_alone(model):
+    return [torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.95)]
+
+
+def muon_of_another_size(model):
+    optimizers = with_muon(model)
+    optimizers[0].param_groups[0]["adjust_lr_fn"] = "original"
+    return optimizers
+
+
+def muon(part):
+    """Muon turns a hidden matrix in all directions alike, by AdamW's size, and leaves
+    the embedding alone.
+    """
+    torch.manual_seed(0)
+    model = tiny()
+    before = copy.deepcopy(model)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    uneven = torch.logspace(0, -2, 32)[:, None]  # rows of very different size
+    model.model.layers[0].mlp.down_proj.weight.grad *= uneven
+    for optimizer in part(model):
+        optimizer.step()
+
+    def step(matrix):
+        return (matrix(before) - matrix(model)).detach() / 0.01
+
+    hidden = step(lambda m: m.model.layers[0].mlp.down_proj.weight)  # [32, 256]
+    strong = torch.linalg.svdvals(hidden)
+    if strong[0] > 3 * strong[-1]:
+        return f"one direction moves {strong[0] / strong[-1]:.0f} times as far"
+    size = hidden.pow(2).mean().sqrt()
+    if not 0.1 < size < 0.4:
+        return f"a weight moves by {size:.2f} of the rate, not by about 0.2"
+    signs = step(lambda m: m.model.embed_tokens.weight).abs()
+    if signs.min() < 0.9:  # AdamW's first step has the size of the rate everywhere
+        return "the embedding is stepped by Muon"
+
+
+def pads_right(rows, pad_id):
+    rows = [torch.tensor(row) for row in rows]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)
+    return ids, None, None
+
+
+def pads_left(rows, pad_id):
+    ids, real = pad_left(rows, pad_id)
+    padding = (real == 0).sum(-1)
+    return ids, *positions_and_mask(padding, 0, ids.shape[1])
+
+
+def looks_at_padding(rows, pad_id):
+    ids, positions, _ = pads_left(rows, pad_id)
+    return ids, positions, None
+
+
+@torch.no_grad()
+def left_padding(part):
+    """A short prompt beside a long one has the next-token logits of itself alone."""
+    model, short = tiny(), [5, 6, 7]
+    ids, positions, mask = part([short, [9, 8, 7, 6, 5]], pad_id=0)
+    found = model(ids, position_ids=positions, mask=mask)[0, -1]
+    apart = (found - model(torch.tensor([short]))[0, -1]).abs().max().item()
+    if apart > 1e-3:
+        return f"logits of a padded row differ by {apart:.2g} from its own"
+
+
+def until(texts, stop):
+    """Yield what may be shown of texts that arrive: up to `stop`, and no part of it."""
+    finder, held = StopFinder([stop]), ""
+    for character in "".join(texts):
+        held += character
+        if finder.push(character):
+            yield held[: -len(stop)]
+            return
+        ready = len(held) - finder.begun
+        yield held[:ready]
+        held = held[ready:]
+    yield held
+
+
+def stop_in_one_token(texts, stop):
+    for text in texts:
+        if stop in text:
+            return
+        yield text
+
+
+def shown_at_once(texts, stop):
+    shown = ""
+    for text in texts:
+        yield text
+        shown += text
+        if stop in shown:
+            return
+
+
+def stop_strings(part):
+    """A stop string ends the text wherever tokens divide it, and is not shown."""
+    for texts, wanted in ((["a", "bE", "ND", "c"], "ab"), (["aE", "N"], "aEN")):
+        found = "".join(part(texts, "END"))
+        if found != wanted:
+            return f"{'|'.join(texts)} shows {found!r}, not {wanted!r}"
+
+
 def cut(name, replacement):
     return patch.object(sampling, name, replacement)
 
 
 PARTS = [
+    Subject(
+        "the model",
+        half_norm,
+        norm_to_the_bit,
+        {
+            "norm casts after its weight": weight_before_the_cast,
+            "norm squares in bfloat16": squares_in_bfloat16,
+        },
+    ),
     Subject(
         "the data",
         pack,
@@ -439,6 +752,21 @@ PARTS = [
         },
     ),
     Subject("the data", decode, round_trip, {"decoded byte by byte": byte_by_byte}),
+    Subject(
+        "the data",
+        split_text,
+        pieces,
+        {
+            "digits in threes": cut_by(
+                QWEN_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+            ),
+            "blanks apart from words": cut_by(
+                QWEN_PATTERN.replace(r"[^\r\n\p{L}\p{N}]?", "")
+            ),
+            "accents not composed": not_composed,
+        },
+    ),
+    Subject("the data", encode_piece, merges, {"longest token first": longest_first}),
     Subject(
         "the loss",
         split_loss,
@@ -462,6 +790,22 @@ PARTS = [
         "the loss", masked_loss, large_logits, {"maximum not subtracted": naive_loss}
     ),
     Subject(
+        "the loss",
+        from_logits,
+        z_loss,
+        {
+            "z-loss not squared": z_variant(lambda log_z: log_z),
+            "z-loss of the other sign": z_variant(lambda log_z: -log_z.square()),
+            "z-loss without gradient": z_variant(lambda log_z: log_z.detach() ** 2),
+        },
+    ),
+    Subject(
+        "the loss",
+        in_chunks,
+        chunks,
+        {"mean of chunks": mean_of_chunks, "only the last chunk": last_chunk_learns},
+    ),
+    Subject(
         "the optimizer",
         adamw,
         by_hand,
@@ -479,6 +823,22 @@ PARTS = [
         {
             "norms and biases decay": lambda name, p: True,
             "nothing decays": lambda name, p: False,
+        },
+    ),
+    Subject(
+        "the optimizer",
+        stochastic_round_,
+        rounding,
+        {"rounded to the nearest": to_nearest, "rounded towards zero": downwards},
+    ),
+    Subject(
+        "the optimizer",
+        with_muon,
+        muon,
+        {
+            "Muon without turning": with_momentum_alone,
+            "Muon of another size": muon_of_another_size,
+            "Muon on the embedding": muon_for_every_matrix,
         },
     ),
     Subject(
@@ -504,6 +864,18 @@ PARTS = [
         },
     ),
     Subject(
+        "the sampler",
+        pads_left,
+        left_padding,
+        {"padded on the right": pads_right, "padding is looked at": looks_at_padding},
+    ),
+    Subject(
+        "the sampler",
+        until,
+        stop_strings,
+        {"stop in one token": stop_in_one_token, "stop string shown": shown_at_once},
+    ),
+    Subject(
         "resuming",
         save_beside,
         killed_while_saving,
@@ -515,6 +887,9 @@ PARTS = [
 def findings():
     """Yield section, fault, check and what it says, for each of `PARTS`."""
     for subject in PARTS:
-        assert subject.check(subject.healthy) is None, subject.check.__name__
+        check = subject.check
+        assert check(subject.healthy) is None, check.__name__
         for name, part in subject.broken.items():
-            yield subject.section, name, subject.check.__name__, subject.check(part)
+            said = check(part)
+            assert said, f"{check.__name__} does not notice: {name}"
+            yield subject.section, name, check.__name__, said

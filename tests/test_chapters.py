@@ -98,6 +98,15 @@ def test_prose_names_chapters_and_links_them(path):
                     assert (path.parent / target).exists(), target
 
 
+def test_the_map_links_every_other_chapter():
+    start = ROOT / "chapters" / "00_start_here.ipynb"
+    sources = [
+        c.source for c in nbformat.read(start, 4).cells if c.cell_type == "markdown"
+    ]
+    links = re.findall(r"\]\((\w+\.ipynb)\)", "".join(sources))
+    assert set(links) == {path.name for path in CHAPTERS} - {start.name}
+
+
 def test_export_round_trip(tmp_path):
     shutil.copytree(
         ROOT / "chapters",
