@@ -27,8 +27,9 @@ class RowPass:
 
     def mask(self) -> torch.Tensor:
         """Return which places each token sees, [n, 1, T, S]."""
-        places = torch.arange(self.end, device=self.positions.device)
-        return places <= self.positions[:, None, :, None]
+        places = torch.arange(self.end, device=self.positions.device)  # [S]
+        positions = self.positions[:, None, :, None]  # [n, 1, T, 1]
+        return places <= positions
 
     def write(self, store: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """Write `new` [n, K, T, h] into a layer; return its n rows [n, K, S, h]."""

@@ -6,7 +6,7 @@
 __all__ = ['LossSpikeDetector', 'log_entries', 'LogFile', 'TensorBoardFile', 'RunLog', 'documents_of_step', 'profiled',
            'plot_losses']
 
-# %% ../chapters/27_watching.ipynb #cell-008
+# %% ../chapters/27_watching.ipynb #22e61f5b
 import io
 import itertools
 import json

@@ -27,7 +27,7 @@ def fits(total: float, gpu: Gpu) -> bool:
     """Whether a peak of `total` bytes of tensors can be expected to run on `gpu`."""
     return total * SLACK + CONTEXT <= gpu.memory
 
-
+# %% ../chapters/28_plan.ipynb #1a5c28f7
 def cheapest_fit(
     config: TrainConfig, gpu: Gpu, world_size: int = 1, gpus_per_node: int = 8
 ) -> TrainConfig | None:
@@ -49,8 +49,11 @@ def _alternatives(
     They change how the model is spread, the micro-batch, what is computed again; last,
     since it changes the result, weights and optimizer states become bfloat16.
     """
-    whole_nodes = world_size > gpus_per_node and world_size % gpus_per_node == 0
-    parallel = ["ddp"] + ["hsdp"] * whole_nodes + ["fsdp"] * (world_size > 1)
+    parallel = ["ddp"]
+    if world_size > gpus_per_node and world_size % gpus_per_node == 0:
+        parallel.append("hsdp")
+    if world_size > 1:
+        parallel.append("fsdp")
     sequences = config.micro_batch_size * config.gradient_accumulation_steps
     sizes = [n for n in range(config.micro_batch_size, 0, -1) if sequences % n == 0]
     numbers = (config.precision, config.optimizer), ("bf16-pure", "adamw-bf16")

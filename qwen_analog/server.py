@@ -31,10 +31,6 @@ async def _checked(stream: DeltaStream) -> AsyncIterator[Delta]:
         yield delta
 
 
-async def _all_deltas(stream: DeltaStream) -> list[Delta]:
-    return [delta async for delta in _checked(stream)]
-
-
 async def _events(
     stream: DeltaStream, writer: ReplyWriter, scope: Scope
 ) -> AsyncIterator[str]:
@@ -64,28 +60,28 @@ class Completions:
         self._bytes_of = lru_cache(100_000)(partial(token_bytes, engine.tokenizer))
 
     async def answer(self, request: HTTPRequest) -> Response:
-        chat = request.url.path == "/v1/chat/completions"
-        text = await self._bodies.read(request.stream())
-        _check_content_type(request.headers)
-        try:
-            body, requests = await self._threads.call(self._read, text, chat)
-        except TimeoutError:
-            seconds = f"{self._threads.seconds:g} seconds"
-            message = f"the prompt could not be read in {seconds}"
-            raise ApiError(message, param="messages" if chat else "prompt") from None
+        body, requests = await self._parsed(request)
         client = request.client.host if request.client else ""
         stream = _submit(self._engine, requests, client)
-        ends = self._engine.stop_ids
-        choices = ChoiceWriter(body, requests, self._bytes_of, ends)
+        choices = ChoiceWriter(body, requests, self._bytes_of, self._engine.stop_ids)
         writer = ReplyWriter(self._model, body, choices)
         if not body.stream:
             return await _whole_response(stream, writer, request)
         return StreamingResponse(
             _events(stream, writer, request.scope),
             media_type="text/event-stream",
-            # also when the client goes before the last event
             background=BackgroundTask(stream.abort),
         )
+
+    async def _parsed(self, request: HTTPRequest) -> tuple[AnyBody, list[Request]]:
+        chat = request.url.path == "/v1/chat/completions"
+        text = await self._bodies.read(request.stream())
+        _check_content_type(request.headers)
+        try:
+            return await self._threads.call(self._read, text, chat)
+        except TimeoutError:
+            said = f"the prompt could not be read in {self._threads.seconds:g} seconds"
+            raise ApiError(said, param="messages" if chat else "prompt") from None
 
     def _read(self, text: bytes, chat: bool) -> tuple[AnyBody, list[Request]]:
         body = parse_body(text, chat)
@@ -175,6 +171,10 @@ async def _running(engine: AsyncEngine, app: Starlette) -> AsyncIterator[None]:
     engine.close()
 
 # %% ../chapters/23_serving.ipynb #cell-063
+async def _all_deltas(stream: DeltaStream) -> list[Delta]:
+    return [delta async for delta in _checked(stream)]
+
+
 async def _whole_response(
     stream: DeltaStream, writer: ReplyWriter, request: HTTPRequest
 ) -> Response:
