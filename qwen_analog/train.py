@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TrainerState', 'train_loop', 'Trainer', 'take_step', 'stop_signals', 'RunData', 'open_run_data', 'print_note',
-           'check_kind', 'build', 'copy_weights', 'Saver', 'batch_or_save', 'advance', 'note_step',
+           'check_dataset_kind', 'build', 'copy_weights', 'Saver', 'batch_or_save', 'advance', 'note_step',
            'schedule_learning_rate', 'nonfinite_error', 'train', 'train_from', 'describe_run', 'summarize', 'run',
            'main']
 
@@ -71,7 +71,7 @@ class TrainerState:
         self, path: str, state: dict[str, Any], same_data: bool
     ) -> None:
         """Go on from the checkpoint at `path`; in other data, from their beginning."""
-        check_kind(path, state, self.dataset)
+        check_dataset_kind(path, state, self.dataset)
         restore(path, state, self.config, self.model, self.optimizers, self.context)
         if same_data:
             self.dataset.load_state_dict(state["data"])
@@ -239,7 +239,7 @@ def print_note(text: str, context: DistributedContext) -> None:
         print(f"note: {text}", file=sys.stderr)
 
 # %% ../chapters/29_pretraining.ipynb #cell-082
-def check_kind(path: str, state: dict[str, Any], dataset: Dataset) -> None:
+def check_dataset_kind(path: str, state: dict[str, Any], dataset: Dataset) -> None:
     """Raise CheckpointError for a checkpoint of a stream where texts are packed, or the
     other way round.
     """
