@@ -8,7 +8,14 @@ __all__ = ['CacheMemory', 'KVCache']
 # %% ../chapters/07_kv_cache.ipynb #b413b74a
 import torch
 
-# %% ../chapters/07_kv_cache.ipynb #f6f08da0
+# %% ../chapters/07_kv_cache.ipynb #78eabd64
+def _with_room(old: torch.Tensor, held: int, room: int) -> torch.Tensor:
+    """Copy the first `held` tokens of [layers, B, K, S, h] to a tensor for `room`."""
+    new = old.new_empty((*old.shape[:3], room, old.shape[4]))
+    new[:, :, :, :held] = old[:, :, :, :held]
+    return new
+
+# %% ../chapters/07_kv_cache.ipynb #a7e1c003
 class CacheMemory:
     """Memory for keys and values, two tensors [layers, B, K, room, h].
 
@@ -37,7 +44,15 @@ class CacheMemory:
 
     def grow(self, needed: int) -> None:
         """Make room for `needed` tokens, or for twice as many as now."""
-        _grow(self, needed)
+        if needed > self.max_length:
+            raise ValueError(
+                f"the KV cache holds {self.max_length} tokens; {needed} are needed:"
+                " make it with a larger max_length"
+            )
+        room = min(max(needed, 2 * self.keys.shape[3]), self.max_length)
+        held = max(self.lengths)
+        self.keys = _with_room(self.keys, held, room)
+        self.values = _with_room(self.values, held, room)
 
 # %% ../chapters/07_kv_cache.ipynb #67b5baff
 class KVCache(CacheMemory):
@@ -75,22 +90,3 @@ class KVCache(CacheMemory):
                 f"cannot crop to {length} tokens: the cache holds {self.length}"
             )
         self.lengths = [length] * len(self.lengths)
-
-# %% ../chapters/07_kv_cache.ipynb #78eabd64
-def _grow(memory: CacheMemory, needed: int) -> None:
-    if needed > memory.max_length:
-        raise ValueError(
-            f"the KV cache holds {memory.max_length} tokens; {needed} are needed:"
-            " make it with a larger max_length"
-        )
-    room = min(max(needed, 2 * memory.keys.shape[3]), memory.max_length)
-    held = max(memory.lengths)
-    memory.keys = _with_room(memory.keys, held, room)
-    memory.values = _with_room(memory.values, held, room)
-
-
-def _with_room(old: torch.Tensor, held: int, room: int) -> torch.Tensor:
-    """Copy the first `held` tokens of [layers, B, K, S, h] to a tensor for `room`."""
-    new = old.new_empty((*old.shape[:3], room, old.shape[4]))
-    new[:, :, :, :held] = old[:, :, :, :held]
-    return new
