@@ -118,7 +118,7 @@ def next_batch(batches: Iterator[Batch], context: DistributedContext) -> Batch:
         )
     return batch
 
-# %% ../chapters/B18_batches.ipynb #cell-051
+# %% ../chapters/B18_batches.ipynb #cell-050
 def check_data(config: TrainConfig) -> None:
     """Raise DataError, before anything is read, for data that are not there."""
     if not config.data:
@@ -158,7 +158,7 @@ def open_data(
             )
     return dataset, held_out
 
-# %% ../chapters/B18_batches.ipynb #cell-052
+# %% ../chapters/B18_batches.ipynb #cell-051
 def _open_files(
     config: TrainConfig, tokenizer: Tokenizer, context: DistributedContext
 ) -> tuple[PackedDataset, PackedDataset | None]:

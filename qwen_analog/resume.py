@@ -72,7 +72,7 @@ def restore(
     model.generation_config = settings or {}
     restore_rng(state, config, context)
 
-# %% ../chapters/B25_resume.ipynb #cell-024
+# %% ../chapters/B25_resume.ipynb #cell-026
 # settings without which the next sequences, or the next update, would be others
 _UNCHANGED = ("optimizer", "stream", "sequence_length", "seed", "heldout_fraction")
 
@@ -107,7 +107,7 @@ def check_resumable(
     _check_skipped(path, config, state)
     return state
 
-# %% ../chapters/B25_resume.ipynb #cell-026
+# %% ../chapters/B25_resume.ipynb #cell-028
 def read_training_state(path: str | Path) -> dict[str, Any]:
     """Read a run's checkpoint but for tensors, its settings by their present names.
 
@@ -127,7 +127,7 @@ def read_training_state(path: str | Path) -> dict[str, Any]:
 _NEEDED = {"step", "data", "train_config", "spike_watch", "rank_states", "tokenizer"}
 _NEEDED |= {"tokenizer_fingerprint"}
 
-# %% ../chapters/B25_resume.ipynb #cell-027
+# %% ../chapters/B25_resume.ipynb #cell-029
 def _check_skipped(
     path: str | Path, config: TrainConfig, state: dict[str, Any]
 ) -> None:
@@ -140,7 +140,7 @@ def _check_skipped(
                 " from an earlier checkpoint"
             )
 
-# %% ../chapters/B25_resume.ipynb #cell-035
+# %% ../chapters/B25_resume.ipynb #cell-037
 def compare_data(
     config: TrainConfig,
     path: str | Path,
@@ -173,7 +173,7 @@ def compare_data(
         " from their beginning"
     )
 
-# %% ../chapters/B25_resume.ipynb #cell-036
+# %% ../chapters/B25_resume.ipynb #cell-038
 def _data_change(config: TrainConfig, state: dict[str, Any], now: dict) -> str | None:
     before = state.get("data_fingerprint")
     if before is not None:
@@ -182,7 +182,7 @@ def _data_change(config: TrainConfig, state: dict[str, Any], now: dict) -> str |
         return "they have other names"
     return None
 
-# %% ../chapters/B25_resume.ipynb #cell-055
+# %% ../chapters/B25_resume.ipynb #cell-057
 def _nothing_to_train(
     config: TrainConfig, path: str | Path, state: dict[str, Any], changed: str
 ) -> str:
@@ -200,7 +200,7 @@ def _real_paths(names: Any) -> list[str]:
     """Return paths of data without their spelling."""
     return [os.path.realpath(name) for name in names] if isinstance(names, list) else []
 
-# %% ../chapters/B25_resume.ipynb #cell-056
+# %% ../chapters/B25_resume.ipynb #cell-058
 def tokens_before(config: TrainConfig, state: dict[str, Any]) -> int:
     """Return how many tokens were read until a checkpoint was written; for those of
     version 0.1.0, which do not all say it, from what they hold.
@@ -214,7 +214,7 @@ def tokens_before(config: TrainConfig, state: dict[str, Any]) -> int:
     steps = state["step"] * len(state["rank_states"])
     return steps * sequences * before.sequence_length
 
-# %% ../chapters/B25_resume.ipynb #cell-058
+# %% ../chapters/B25_resume.ipynb #cell-060
 def settings_on_top(path: str | Path, config: TrainConfig) -> TrainConfig:
     """Return a checkpoint's settings, with those that `config` was given on top."""
     given = config.model_dump(exclude_unset=True)
@@ -234,7 +234,7 @@ def config_from_arguments(arguments: argparse.Namespace) -> TrainConfig:
         path = RunDirectory(config.output_dir).newest_whole()
     return settings_on_top(path, config) if path else config
 
-# %% ../chapters/B25_resume.ipynb #cell-059
+# %% ../chapters/B25_resume.ipynb #cell-061
 def settings_of_checkpoint(
     config: TrainConfig, path: str | Path
 ) -> tuple[TrainConfig, Tokenizer]:

@@ -309,7 +309,7 @@ def given_settings(arguments: argparse.Namespace) -> TrainConfig:
         return TrainConfig.from_file(arguments.config, **flags)
     return TrainConfig.create(flags, flags=flags)
 
-# %% ../chapters/B17_settings.ipynb #cell-059
+# %% ../chapters/B17_settings.ipynb #cell-058
 def fitted(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
     """Return the settings as a run of `max_steps` can use them, and a line on each one
     that does not fit it.
@@ -331,7 +331,7 @@ def fitted(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
         config = config.model_copy(update={"warmup_steps": shorter})
     return config, notes + _beyond_the_run(config)
 
-# %% ../chapters/B17_settings.ipynb #cell-060
+# %% ../chapters/B17_settings.ipynb #cell-059
 def _beyond_the_run(config: TrainConfig) -> list[str]:
     """Return a line on each setting that `max_steps` is too small for."""
     steps, notes = config.max_steps, []
@@ -357,7 +357,7 @@ def _beyond_the_run(config: TrainConfig) -> list[str]:
 
 _INTERVALS = ("save_every", "eval_every", "log_every")
 
-# %% ../chapters/B17_settings.ipynb #cell-063
+# %% ../chapters/B17_settings.ipynb #cell-062
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add how a run begins, and its settings."""
     parser.add_argument(
