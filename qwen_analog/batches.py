@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Dataset', 'T', 'prefetch', 'Batch', 'prepare_batch', 'next_batch', 'check_data', 'open_data']
 
-# %% ../chapters/B18_batches.ipynb #121772ac
+# %% ../chapters/B18_batches.ipynb #cell-017
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterator
@@ -24,7 +24,7 @@ from .step import micro_batches
 from .tokenizer import Tokenizer
 from .train_config import TrainConfig
 
-# %% ../chapters/B18_batches.ipynb #44d5898c
+# %% ../chapters/B18_batches.ipynb #cell-018
 Dataset = PackedDataset | StreamingDataset | SharedDataset
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ def _answer(prepare: Callable, requests: SimpleQueue, results: SimpleQueue) -> N
             results.put((None, error))
             return
 
-# %% ../chapters/B18_batches.ipynb #deee7fcd
+# %% ../chapters/B18_batches.ipynb #cell-027
 @dataclass
 class Batch:
     """What one process computes in one step."""
@@ -96,7 +96,7 @@ def _pin(
     torch.cuda.set_device(device)  # a thread of its own begins with the first GPU
     return [{name: t.pin_memory() for name, t in batch.items()} for batch in batches]
 
-# %% ../chapters/B18_batches.ipynb #80c95c5b
+# %% ../chapters/B18_batches.ipynb #cell-032
 def next_batch(batches: Iterator[Batch], context: DistributedContext) -> Batch:
     """Return this process's next batch.
 
@@ -118,7 +118,7 @@ def next_batch(batches: Iterator[Batch], context: DistributedContext) -> Batch:
         )
     return batch
 
-# %% ../chapters/B18_batches.ipynb #266c9379
+# %% ../chapters/B18_batches.ipynb #cell-052
 def check_data(config: TrainConfig) -> None:
     """Raise DataError, before anything is read, for data that are not there."""
     if not config.data:
@@ -158,7 +158,7 @@ def open_data(
             )
     return dataset, held_out
 
-# %% ../chapters/B18_batches.ipynb #b7031bc5
+# %% ../chapters/B18_batches.ipynb #cell-053
 def _open_files(
     config: TrainConfig, tokenizer: Tokenizer, context: DistributedContext
 ) -> tuple[PackedDataset, PackedDataset | None]:

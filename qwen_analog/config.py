@@ -368,7 +368,7 @@ if not TYPE_CHECKING:
 
     __getattr__ = moved(__name__)
 
-# %% ../chapters/B17_settings.ipynb #896c4016
+# %% ../chapters/B17_settings.ipynb #cell-013
 from typing import Literal, get_args
 
 Precision = Literal["bf16", "bf16-pure", "fp32"]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HELDOUT_FRACTION', 'Sizes', 'held_out_lines', 'texts_of', 'run', 'add_arguments']
 
-# %% ../chapters/B31_evaluate.ipynb #66c43542
+# %% ../chapters/B31_evaluate.ipynb #cell-011
 import argparse
 import json
 import os
@@ -36,7 +36,7 @@ from qwen_analog.scoring import (
 )
 from .tokenizer import Tokenizer
 
-# %% ../chapters/B31_evaluate.ipynb #f4aaf706
+# %% ../chapters/B31_evaluate.ipynb #cell-016
 def held_out_lines(documents: Iterable[Document], fraction: float) -> bytearray:
     """Return for each of `documents` 1 where it is held out, as `held_out_mask` says,
     else 0; one byte a document, whatever their size.
@@ -56,7 +56,7 @@ def held_out_lines(documents: Iterable[Document], fraction: float) -> bytearray:
             chosen[line] = bool(held)
     return chosen
 
-
+# %% ../chapters/B31_evaluate.ipynb #cell-019
 def texts_of(
     files: Sequence[str], chosen: bytearray, skip_bad_lines: bool, held: bool = True
 ) -> Iterator[str]:
@@ -74,7 +74,7 @@ def texts_of(
             f" lines, now {lines})"
         )
 
-# %% ../chapters/B31_evaluate.ipynb #9a3d5dd1
+# %% ../chapters/B31_evaluate.ipynb #cell-021
 HELDOUT_FRACTION = 0.05  # of a model that does not say how it was trained
 
 
@@ -104,7 +104,7 @@ def _shares(sources: Sequence[str]) -> dict[str, float]:
             shares[source] = share
     return shares
 
-# %% ../chapters/B31_evaluate.ipynb #57cb2ffe
+# %% ../chapters/B31_evaluate.ipynb #cell-022
 def _share(shares: dict[str, float]) -> float:
     """Return what all models held out, and say it in a line. ValueError where one was
     trained on all documents.
@@ -126,7 +126,99 @@ def _share(shares: dict[str, float]) -> float:
     )
     return share
 
-# %% ../chapters/B31_evaluate.ipynb #d9c866d8
+# %% ../chapters/B31_evaluate.ipynb #cell-028
+class _Sums:
+    """What is kept of the documents that were scored."""
+
+    def __init__(self, context: int):
+        self.nll, self.tokens, self.bytes = array("d"), array("q"), array("q")
+        # by position in the document: the sum of the losses, the number of tokens
+        self.by_position = np.zeros((2, context))
+
+    def add(self, nll: np.ndarray, size: int) -> None:
+        """Add a document of `size` bytes whose tokens have these losses."""
+        self.nll.append(nll.sum())
+        self.tokens.append(len(nll))
+        self.bytes.append(size)
+        first = nll[: self.by_position.shape[1]]
+        self.by_position[:, : len(first)] += [first, np.ones(len(first))]
+
+    @property
+    def evaluation(self) -> Evaluation:
+        return Evaluation(*map(np.array, (self.nll, self.tokens, self.bytes)))
+
+# %% ../chapters/B31_evaluate.ipynb #cell-030
+def _scores(
+    source: str, files: Sequence[str], chosen: bytearray, arguments: argparse.Namespace
+) -> tuple[dict[str, Any], Tokenizer]:
+    """Print all figures of one model; return them and its tokenizer."""
+    model, tokenizer = load(source, check_memory=not arguments.ignore_memory)
+    texts = texts_of(files, chosen, arguments.skip_bad_lines)
+    sums = _read(model, tokenizer, source, texts, arguments)
+    found = sums.evaluation
+    figures: dict[str, Any] = {
+        "parameters": model.count_parameters(),
+        "tokenizer": tokenizer.fingerprint,
+        **summary(found),
+        "by_document": by_document(found),
+    }
+    spread = f" +- {found.standard_error:.3f}" if len(found.nll) > 1 else ""
+    print(
+        f"{source}: {found.bits_per_byte:.3f}{spread} bits per byte; {found.loss:.3f}"
+        f" nats a token, perplexity {found.perplexity:.1f}; {len(found.nll):,}"
+        f" documents, {found.tokens.sum():,} tokens, {found.bytes.sum():,} bytes",
+        flush=True,
+    )
+    if arguments.positions:
+        figures["loss_by_position"] = _position_bins(*sums.by_position)
+    if arguments.pairs:
+        figures["pairs"] = _pairs(model, tokenizer)
+    return figures, tokenizer
+
+# %% ../chapters/B31_evaluate.ipynb #cell-034
+def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Evaluate all models; return what `--json` writes."""
+    files = find_files(arguments.data)
+    fraction, chosen = _choose(files, arguments)
+    results, failed, baselines = {}, {}, {}
+    for source in arguments.model:
+        try:
+            results[source], tokenizer = _scores(source, files, chosen, arguments)
+            if arguments.baselines and not baselines:
+                baselines = _baselines(files, chosen, tokenizer, arguments)
+        except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+            if len(arguments.model) == 1:
+                raise
+            failed[source] = " ".join(str(error).split())
+    names = ("model", "data", "context", "stride")
+    settings = {name: getattr(arguments, name) for name in names}
+    return {
+        "settings": {**settings, "heldout_fraction": fraction},
+        "models": results,
+        "baselines": baselines,
+        **({"failed": failed} if failed else {}),
+    }
+
+# %% ../chapters/B31_evaluate.ipynb #cell-036
+def run(arguments: argparse.Namespace) -> None:
+    """Bits per byte, perplexity and more of models on held-out documents."""
+    _check(arguments)
+    path = None if arguments.json is None else Path(os.path.realpath(arguments.json))
+    partial = _reserve(path)
+    try:
+        values = _evaluate(arguments)
+        if path and values["models"]:
+            _write_json(values, path, partial)
+    finally:
+        if partial:
+            partial.unlink(missing_ok=True)
+    if failed := values.get("failed"):
+        raise ValueError(
+            f"{len(failed)} of {len(arguments.model)} models could not be evaluated: "
+            + "; ".join(f"{source}: {reason}" for source, reason in failed.items())
+        )
+
+# %% ../chapters/B31_evaluate.ipynb #cell-059
 # by file's name: how many documents it holds, and their bytes
 Sizes = dict[str, list[int]]
 
@@ -140,7 +232,7 @@ def _noted(documents: Iterable[Document], sizes: Sizes) -> Iterator[Document]:
         size[1] += len(document.text.encode())
         yield document
 
-# %% ../chapters/B31_evaluate.ipynb #7e652721
+# %% ../chapters/B31_evaluate.ipynb #cell-060
 def _other_data(source: str, sizes: Sizes) -> str | None:
     """Return how the data differs from what `source` was trained on; None where it does
     not, or nothing is known.
@@ -180,7 +272,28 @@ def _warn(shares: dict[str, float], fraction: float, sizes: Sizes) -> None:
         if note:
             print(f"note: {note}", file=sys.stderr)
 
-# %% ../chapters/B31_evaluate.ipynb #8befec00
+# %% ../chapters/B31_evaluate.ipynb #cell-062
+def _choose(
+    files: Sequence[str], arguments: argparse.Namespace
+) -> tuple[float, bytearray]:
+    """Return the part that is evaluated, and which documents that is; say what a reader
+    has to know about them.
+    """
+    shares, sizes = _shares(arguments.model), {}
+    given = arguments.heldout_fraction
+    fraction = _share(shares) if given is None else given
+    documents = _noted(read_jsonl(files, arguments.skip_bad_lines), sizes)
+    chosen = held_out_lines(documents, fraction)
+    if not any(chosen):
+        count = sum(documents for documents, _ in sizes.values())
+        raise ValueError(
+            f"none of the {count} documents is held out: give more data or a larger"
+            " --heldout-fraction"
+        )
+    _warn(shares, fraction, sizes)
+    return fraction, chosen
+
+# %% ../chapters/B31_evaluate.ipynb #cell-064
 def _groups(texts: Iterable[str], size: int = 2**21) -> Iterator[list[str]]:
     """Yield the texts in lists of about `size` characters, at most 2,048 texts each."""
     group, held = [], 0
@@ -202,28 +315,7 @@ def _scoring_memory(config: QwenConfig, context: int) -> int:
     width = 4 * config.hidden_size + 3 * config.intermediate_size
     return tokens * 4 * width + 256 * config.vocab_size * 12
 
-# %% ../chapters/B31_evaluate.ipynb #ab1806f4
-class _Sums:
-    """What is kept of the documents that were scored."""
-
-    def __init__(self, context: int):
-        self.nll, self.tokens, self.bytes = array("d"), array("q"), array("q")
-        # by position in the document: the sum of the losses, the number of tokens
-        self.by_position = np.zeros((2, context))
-
-    def add(self, nll: np.ndarray, size: int) -> None:
-        """Add a document of `size` bytes whose tokens have these losses."""
-        self.nll.append(nll.sum())
-        self.tokens.append(len(nll))
-        self.bytes.append(size)
-        first = nll[: self.by_position.shape[1]]
-        self.by_position[:, : len(first)] += [first, np.ones(len(first))]
-
-    @property
-    def evaluation(self) -> Evaluation:
-        return Evaluation(*map(np.array, (self.nll, self.tokens, self.bytes)))
-
-# %% ../chapters/B31_evaluate.ipynb #4be2af5c
+# %% ../chapters/B31_evaluate.ipynb #cell-065
 def _read(
     model: QwenForCausalLM,
     tokenizer: Tokenizer,
@@ -249,35 +341,7 @@ def _read(
             sums.add(nll, size)
     return sums
 
-# %% ../chapters/B31_evaluate.ipynb #88b9cc29
-def _scores(
-    source: str, files: Sequence[str], chosen: bytearray, arguments: argparse.Namespace
-) -> tuple[dict[str, Any], Tokenizer]:
-    """Print all figures of one model; return them and its tokenizer."""
-    model, tokenizer = load(source, check_memory=not arguments.ignore_memory)
-    texts = texts_of(files, chosen, arguments.skip_bad_lines)
-    sums = _read(model, tokenizer, source, texts, arguments)
-    found = sums.evaluation
-    figures: dict[str, Any] = {
-        "parameters": model.count_parameters(),
-        "tokenizer": tokenizer.fingerprint,
-        **summary(found),
-        "by_document": by_document(found),
-    }
-    spread = f" +- {found.standard_error:.3f}" if len(found.nll) > 1 else ""
-    print(
-        f"{source}: {found.bits_per_byte:.3f}{spread} bits per byte; {found.loss:.3f}"
-        f" nats a token, perplexity {found.perplexity:.1f}; {len(found.nll):,}"
-        f" documents, {found.tokens.sum():,} tokens, {found.bytes.sum():,} bytes",
-        flush=True,
-    )
-    if arguments.positions:
-        figures["loss_by_position"] = _position_bins(*sums.by_position)
-    if arguments.pairs:
-        figures["pairs"] = _pairs(model, tokenizer)
-    return figures, tokenizer
-
-# %% ../chapters/B31_evaluate.ipynb #4ad5bbc2
+# %% ../chapters/B31_evaluate.ipynb #cell-067
 def _pairs(model: QwenForCausalLM, tokenizer: Tokenizer) -> dict[str, dict]:
     """Print and return the grammar of a model."""
     pairs = minimal_pair_accuracy(model, tokenizer)
@@ -300,7 +364,7 @@ def _position_bins(sums: np.ndarray, counts: np.ndarray) -> list[dict[str, Any]]
         first = last + 1
     return bins
 
-# %% ../chapters/B31_evaluate.ipynb #d750e028
+# %% ../chapters/B31_evaluate.ipynb #cell-069
 def _baselines(
     files: Sequence[str],
     chosen: bytearray,
@@ -327,7 +391,7 @@ def _baselines(
         print(f"{name}: {figures['bits_per_byte']:.3f} bits per byte", flush=True)
     return found
 
-# %% ../chapters/B31_evaluate.ipynb #6f2add3b
+# %% ../chapters/B31_evaluate.ipynb #cell-070
 def _five_grams(
     rest: Iterable[str], held: Iterable[str], tokenizer: Tokenizer, check: bool
 ) -> dict[str, Any]:
@@ -347,71 +411,7 @@ def _five_grams(
     found = sums.evaluation
     return {**summary(found), "by_document": by_document(found)}
 
-# %% ../chapters/B31_evaluate.ipynb #c49705d5
-def run(arguments: argparse.Namespace) -> None:
-    """Bits per byte, perplexity and more of models on held-out documents."""
-    _check(arguments)
-    path = None if arguments.json is None else Path(os.path.realpath(arguments.json))
-    partial = _reserve(path)
-    try:
-        values = _evaluate(arguments)
-        if path and values["models"]:
-            _write_json(values, path, partial)
-    finally:
-        if partial:
-            partial.unlink(missing_ok=True)
-    if failed := values.get("failed"):
-        raise ValueError(
-            f"{len(failed)} of {len(arguments.model)} models could not be evaluated: "
-            + "; ".join(f"{source}: {reason}" for source, reason in failed.items())
-        )
-
-# %% ../chapters/B31_evaluate.ipynb #5fada4b8
-def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Evaluate all models; return what `--json` writes."""
-    files = find_files(arguments.data)
-    fraction, chosen = _choose(files, arguments)
-    results, failed, baselines = {}, {}, {}
-    for source in arguments.model:
-        try:
-            results[source], tokenizer = _scores(source, files, chosen, arguments)
-            if arguments.baselines and not baselines:
-                baselines = _baselines(files, chosen, tokenizer, arguments)
-        except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-            if len(arguments.model) == 1:
-                raise
-            failed[source] = " ".join(str(error).split())
-    names = ("model", "data", "context", "stride")
-    settings = {name: getattr(arguments, name) for name in names}
-    return {
-        "settings": {**settings, "heldout_fraction": fraction},
-        "models": results,
-        "baselines": baselines,
-        **({"failed": failed} if failed else {}),
-    }
-
-# %% ../chapters/B31_evaluate.ipynb #4f9327c4
-def _choose(
-    files: Sequence[str], arguments: argparse.Namespace
-) -> tuple[float, bytearray]:
-    """Return the part that is evaluated, and which documents that is; say what a reader
-    has to know about them.
-    """
-    shares, sizes = _shares(arguments.model), {}
-    given = arguments.heldout_fraction
-    fraction = _share(shares) if given is None else given
-    documents = _noted(read_jsonl(files, arguments.skip_bad_lines), sizes)
-    chosen = held_out_lines(documents, fraction)
-    if not any(chosen):
-        count = sum(documents for documents, _ in sizes.values())
-        raise ValueError(
-            f"none of the {count} documents is held out: give more data or a larger"
-            " --heldout-fraction"
-        )
-    _warn(shares, fraction, sizes)
-    return fraction, chosen
-
-# %% ../chapters/B31_evaluate.ipynb #95c6f5f2
+# %% ../chapters/B31_evaluate.ipynb #cell-072
 def _check(arguments: argparse.Namespace) -> None:
     """Raise ValueError for flags that do not go together."""
     given, stride = arguments.heldout_fraction, arguments.stride
@@ -425,7 +425,7 @@ def _check(arguments: argparse.Namespace) -> None:
             " would be left out"
         )
 
-# %% ../chapters/B31_evaluate.ipynb #04e29184
+# %% ../chapters/B31_evaluate.ipynb #cell-073
 def _reserve(path: Path | None) -> Path | None:
     """Make the file beside `path` that will be renamed to it; None where `path` is
     none, or no regular file. OSError or ValueError where there can be none.
@@ -456,7 +456,7 @@ def _write_json(values: dict[str, Any], path: Path, partial: Path | None) -> Non
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
-# %% ../chapters/B31_evaluate.ipynb #ddb4252b
+# %% ../chapters/B31_evaluate.ipynb #cell-074
 _SOURCES = "a checkpoint of ours, a Hugging Face directory or repository, a .gguf file,"
 _FLAGS: dict[str, dict[str, Any]] = {
     "--model": dict(
@@ -495,7 +495,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
     ),
 }
 
-# %% ../chapters/B31_evaluate.ipynb #a12ff9d3
+# %% ../chapters/B31_evaluate.ipynb #cell-075
 _SWITCHES = {
     "--skip-bad-lines": "leave bad lines out, instead of stopping at the first",
     "--pairs": "the minimal-pair grammar probe as well",
@@ -512,7 +512,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(name, action="store_true", help=text)
     add_ignore_memory(parser)
 
-# %% ../chapters/B31_evaluate.ipynb #61a0baea
+# %% ../chapters/B31_evaluate.ipynb #cell-077
 from typing import TYPE_CHECKING
 
 if not TYPE_CHECKING:
