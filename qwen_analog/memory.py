@@ -529,7 +529,7 @@ if not TYPE_CHECKING:
 
     __getattr__ = moved(__name__)
 
-# %% ../chapters/B28_simulation.ipynb #p1900013
+# %% ../chapters/B28_simulation.ipynb #cell-046
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
