@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['NGram', 'xz_size', 'xz_bits_per_byte']
 
-# %% ../chapters/B29_baselines.ipynb #cf647b7e
+# %% ../chapters/B29_baselines.ipynb #cell-005
 import lzma
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-# %% ../chapters/B29_baselines.ipynb #da07df69
+# %% ../chapters/B29_baselines.ipynb #cell-023
 def _find(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Return the index of each of `wanted` in the sorted `keys`, -1 for none."""
     i = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
     return np.where(keys[i] == wanted, i, -1)
 
-# %% ../chapters/B29_baselines.ipynb #c541a46a
+# %% ../chapters/B29_baselines.ipynb #cell-026
 class _Counts:
     """Numbers the k-grams of each order up to `order`, and counts them."""
 
@@ -58,7 +58,7 @@ class _Counts:
         """Return a k-gram's key: its prefix's number, its last id."""
         return prefix * self.vocab_size + last
 
-# %% ../chapters/B29_baselines.ipynb #b20cbe8e
+# %% ../chapters/B29_baselines.ipynb #cell-028
 def _count(counts: _Counts, sequences: Sequence[Sequence[int]]) -> None:
     """Count all k-grams of the documents. Below the highest order a count is how many
     different ids stood before a k-gram, not how often it stood there.
@@ -87,7 +87,38 @@ def _count(counts: _Counts, sequences: Sequence[Sequence[int]]) -> None:
         counts.counts.append(raw)
         before = here
 
-# %% ../chapters/B29_baselines.ipynb #e4a75bda
+# %% ../chapters/B29_baselines.ipynb #cell-030
+class _Order:
+    """One line of the formula: counts of k-grams, their sums over the last id, and how
+    many last ids there are.
+    """
+
+    def __init__(self, grams: _Counts, k: int):
+        self.keys, self.counts = grams.keys[k], grams.counts[k]
+        once, twice = (self.counts == 1).sum(), (self.counts == 2).sum()
+        # Ney et al. 1994
+        self.discount = once / (once + 2 * twice) if once and twice else 0.5
+        prefix, size = self.keys // grams.vocab_size, 1
+        if k:
+            size = len(grams.keys[k - 1])
+        self.totals = np.bincount(prefix, weights=self.counts, minlength=size)
+        self.kinds = np.bincount(prefix, weights=self.counts > 0, minlength=size)
+
+    def interpolated(
+        self, prefix: np.ndarray, keys: np.ndarray, shorter: np.ndarray
+    ) -> np.ndarray:
+        """Return the probabilities [N] where those of the next shorter context are
+        `shorter`.
+        """
+        gram = _find(self.keys, keys)
+        count = np.where(gram >= 0, self.counts[gram], 0)
+        total = np.where(prefix >= 0, self.totals[prefix], 0)
+        mass = self.discount * self.kinds[prefix] * shorter
+        with np.errstate(invalid="ignore", divide="ignore"):
+            p = (np.maximum(count - self.discount, 0) + mass) / total
+        return np.where(total > 0, p, shorter)
+
+# %% ../chapters/B29_baselines.ipynb #cell-032
 class NGram:
     """Interpolated Kneser-Ney over token ids (Kneser and Ney 1995, in the form of Chen
     and Goodman 1999, one discount an order).
@@ -125,38 +156,7 @@ class NGram:
         windows = np.column_stack([np.tile(context, (V, 1)), np.arange(V)])
         return self._probabilities(windows)
 
-# %% ../chapters/B29_baselines.ipynb #049c50f5
-class _Order:
-    """One line of the formula: counts of k-grams, their sums over the last id, and how
-    many last ids there are.
-    """
-
-    def __init__(self, grams: _Counts, k: int):
-        self.keys, self.counts = grams.keys[k], grams.counts[k]
-        once, twice = (self.counts == 1).sum(), (self.counts == 2).sum()
-        # Ney et al. 1994
-        self.discount = once / (once + 2 * twice) if once and twice else 0.5
-        prefix, size = self.keys // grams.vocab_size, 1
-        if k:
-            size = len(grams.keys[k - 1])
-        self.totals = np.bincount(prefix, weights=self.counts, minlength=size)
-        self.kinds = np.bincount(prefix, weights=self.counts > 0, minlength=size)
-
-    def interpolated(
-        self, prefix: np.ndarray, keys: np.ndarray, shorter: np.ndarray
-    ) -> np.ndarray:
-        """Return the probabilities [N] where those of the next shorter context are
-        `shorter`.
-        """
-        gram = _find(self.keys, keys)
-        count = np.where(gram >= 0, self.counts[gram], 0)
-        total = np.where(prefix >= 0, self.totals[prefix], 0)
-        mass = self.discount * self.kinds[prefix] * shorter
-        with np.errstate(invalid="ignore", divide="ignore"):
-            p = (np.maximum(count - self.discount, 0) + mass) / total
-        return np.where(total > 0, p, shorter)
-
-# %% ../chapters/B29_baselines.ipynb #efeec633
+# %% ../chapters/B29_baselines.ipynb #cell-057
 def xz_size(texts: Iterable[str], end: bytes = b"") -> int:
     """Return the bytes of an .xz file of the texts, joined by newlines, and `end`."""
     compressor = lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME)

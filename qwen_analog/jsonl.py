@@ -249,7 +249,7 @@ def refuse_what_is_no_file(path: str | Path) -> None:
     if not stat.S_ISREG(mode):
         raise OSError("it is no regular file")
 
-# %% ../chapters/B04_jsonl.ipynb #cell-026
+# %% ../chapters/B04_jsonl.ipynb #cell-048
 LONG_STRING = 1 << 16  # bytes of a string that is taken out of a long line
 REST_LIMIT = 8_000_000  # bytes of a long line beside such strings
 STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
@@ -283,7 +283,7 @@ def decode_string(line: bytearray, start: int, end: int) -> list[str]:
         )
     return parts
 
-# %% ../chapters/B04_jsonl.ipynb #cell-027
+# %% ../chapters/B04_jsonl.ipynb #cell-049
 def parse_long(line: bytearray) -> object:
     """Parse a line of megabytes as `parse_json` does, its long strings one by one: what
     else JSON builds may be many times its text.
@@ -305,7 +305,7 @@ def parse_long(line: bytearray) -> object:
         record[field] = "".join(parts)
     return record
 
-# %% ../chapters/B04_jsonl.ipynb #cell-028
+# %% ../chapters/B04_jsonl.ipynb #cell-050
 def take_long_strings_out(
     line: bytearray,
 ) -> tuple[bytearray, dict[str, tuple[int, int]]]:
@@ -328,7 +328,7 @@ def take_long_strings_out(
         raise ValueError(f"more than {REST_LIMIT:,} bytes beside its long strings")
     return skeleton, spans
 
-# %% ../chapters/B04_jsonl.ipynb #cell-038
+# %% ../chapters/B04_jsonl.ipynb #cell-056
 def find_files(paths: Sequence[str | Path]) -> list[str]:
     """Return the files that files, directories (searched for .jsonl, .jsonl.gz,
     .jsonl.zst) and globs name, sorted within each. DataError if none.
@@ -355,7 +355,7 @@ def find_files(paths: Sequence[str | Path]) -> list[str]:
             found.setdefault(file_identity(match), match)
     return list(found.values())
 
-# %% ../chapters/B04_jsonl.ipynb #cell-039
+# %% ../chapters/B04_jsonl.ipynb #cell-057
 def files_below(directory: str) -> list[str]:
     """Return the JSONL files of a directory, sorted; nothing hidden.
 

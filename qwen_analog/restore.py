@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['restore_checkpoint']
 
-# %% ../chapters/B22_restore.ipynb #a77bb3e0
+# %% ../chapters/B22_restore.ipynb #cell-005
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +20,117 @@ from .checkpoint import model_tensors, tensor_shapes, without_tensors
 from .model import QwenForCausalLM
 from .shards import ShardReader, on_all_ranks, verify
 
-# %% ../chapters/B22_restore.ipynb #18c92117
+# %% ../chapters/B22_restore.ipynb #cell-014
+class _FileReader:
+    """The tensors of a checkpoint.pt, which is mapped into memory, by name: of a
+    sharded target each rank copies its own part.
+    """
+
+    def __init__(self, checkpoint: dict):
+        weights = checkpoint["model_state_dict"]
+        self.tensors = {f"weights/{name}": weight for name, weight in weights.items()}
+        for packed, names in zip(
+            checkpoint["optimizer_state_dicts"], checkpoint["optimizer_parameters"]
+        ):
+            self.tensors |= split_tensors(packed, names)[0]
+        self.stored = tensor_shapes(self.tensors)
+
+    def fill(self, targets: dict[str, torch.Tensor]) -> None:
+        for name, target in targets.items():
+            tensor = self.tensors[name].to(target.device)
+            if isinstance(target, DTensor):  # nothing is sent
+                mesh, placements = target.device_mesh, target.placements
+                tensor = distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+            target.copy_(tensor)
+
+# %% ../chapters/B22_restore.ipynb #cell-017
+def _new_averages(
+    state: dict,
+    stored: dict[str, tuple[torch.Size, torch.dtype]],
+    model: QwenForCausalLM,
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> dict[str, torch.Tensor]:
+    """Return room for each stored tensor of the optimizers."""
+    parameters = dict(model.named_parameters())
+    on_device, follows = set(), set()
+    for optimizer, names in zip(optimizers, state["optimizer_parameters"]):
+        for group in optimizer.param_groups:
+            if group.get("fused") or group.get("capturable"):
+                on_device |= set(group["params"])
+        # torch's own optimizers want averages in the parameter's type, also where a
+        # run goes on in another precision
+        if type(optimizer) in (torch.optim.AdamW, torch.optim.Muon):
+            follows |= set(names)
+    room = {}
+    for name, (shape, dtype) in stored.items():
+        kind, owner, *_ = name.split("/")
+        if kind != "optimizer":
+            continue
+        parameter = parameters[owner]
+        if shape == parameter.shape:
+            kept = parameter.dtype if owner in follows else dtype
+            room[name] = torch.empty_like(parameter, dtype=kept, requires_grad=False)
+        else:
+            device = parameter.device if parameter in on_device else "cpu"
+            room[name] = torch.empty(shape, dtype=dtype, device=device)
+    return room
+
+# %% ../chapters/B22_restore.ipynb #cell-019
+def _attach(
+    averages: dict[str, torch.Tensor],
+    state: dict,
+    model: QwenForCausalLM,
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> None:
+    """Make the filled `averages`, and what is stored of the optimizers beside tensors,
+    their state.
+    """
+    new = {}
+    for packed, names in zip(
+        state["optimizer_state_dicts"], state["optimizer_parameters"]
+    ):
+        rest = split_tensors(packed, names)[1]["state"]
+        new |= {names[number]: values for number, values in rest.items()}
+    for name, tensor in averages.items():
+        _, owner, key = name.split("/")
+        new[owner][key] = tensor
+    parameters = dict(model.named_parameters())
+    for optimizer, names in zip(optimizers, parameter_names(model, optimizers)):
+        optimizer.state.clear()
+        for name in names:
+            if name in new:
+                optimizer.state[parameters[name]] = new[name]
+
+# %% ../chapters/B22_restore.ipynb #cell-025
+def _restore(
+    path: Path, model: QwenForCausalLM, optimizers: Sequence[torch.optim.Optimizer]
+) -> dict:
+    """Do what `restore_checkpoint` does, on one rank."""
+    directory = sharded_directory(path)
+    state = read_pt(state_file(path), check=False, mmap=directory is None)
+    state.setdefault("optimizer_state_dicts", [])
+    # which the first files of version 0.1.0 do not hold
+    state.setdefault("optimizer_parameters", parameter_names(model, optimizers))
+    _check_model(state, model, path)
+    if optimizers:
+        _check_optimizers(state, model, optimizers, path)
+    source = ShardReader(directory) if directory else _FileReader(state)
+    check_owners(source.stored, state, path)
+    _check_weights(source.stored, model, path)
+    targets, averages = model_tensors(model), {}
+    if optimizers:
+        _check_averages(path, state, source.stored, model, optimizers)
+        averages = _new_averages(state, source.stored, model, optimizers)
+        steps = {n: step for n, step in averages.items() if n.endswith("/step")}
+        source.fill(steps)
+        _check_steps(path, steps)  # before anything of the model is overwritten
+        targets |= {n: average for n, average in averages.items() if n not in steps}
+    source.fill(targets)
+    if optimizers:
+        _attach(averages, state, model, optimizers)
+    return without_tensors(state)
+
+# %% ../chapters/B22_restore.ipynb #cell-027
 @torch.no_grad()
 def restore_checkpoint(
     path: str | Path,
@@ -60,117 +170,7 @@ def _compare_checksums(path: Path) -> None:
     elif rank == 0:
         read_pt(state_file(path), "model_state_dict", mmap=True)
 
-# %% ../chapters/B22_restore.ipynb #c9a35925
-def _restore(
-    path: Path, model: QwenForCausalLM, optimizers: Sequence[torch.optim.Optimizer]
-) -> dict:
-    """Do what `restore_checkpoint` does, on one rank."""
-    directory = sharded_directory(path)
-    state = read_pt(state_file(path), check=False, mmap=directory is None)
-    state.setdefault("optimizer_state_dicts", [])
-    # which the first files of version 0.1.0 do not hold
-    state.setdefault("optimizer_parameters", parameter_names(model, optimizers))
-    _check_model(state, model, path)
-    if optimizers:
-        _check_optimizers(state, model, optimizers, path)
-    source = ShardReader(directory) if directory else _FileReader(state)
-    check_owners(source.stored, state, path)
-    _check_weights(source.stored, model, path)
-    targets, averages = model_tensors(model), {}
-    if optimizers:
-        _check_averages(path, state, source.stored, model, optimizers)
-        averages = _new_averages(state, source.stored, model, optimizers)
-        steps = {n: step for n, step in averages.items() if n.endswith("/step")}
-        source.fill(steps)
-        _check_steps(path, steps)  # before anything of the model is overwritten
-        targets |= {n: average for n, average in averages.items() if n not in steps}
-    source.fill(targets)
-    if optimizers:
-        _attach(averages, state, model, optimizers)
-    return without_tensors(state)
-
-# %% ../chapters/B22_restore.ipynb #e655a8c9
-class _FileReader:
-    """The tensors of a checkpoint.pt, which is mapped into memory, by name: of a
-    sharded target each rank copies its own part.
-    """
-
-    def __init__(self, checkpoint: dict):
-        weights = checkpoint["model_state_dict"]
-        self.tensors = {f"weights/{name}": weight for name, weight in weights.items()}
-        for packed, names in zip(
-            checkpoint["optimizer_state_dicts"], checkpoint["optimizer_parameters"]
-        ):
-            self.tensors |= split_tensors(packed, names)[0]
-        self.stored = tensor_shapes(self.tensors)
-
-    def fill(self, targets: dict[str, torch.Tensor]) -> None:
-        for name, target in targets.items():
-            tensor = self.tensors[name].to(target.device)
-            if isinstance(target, DTensor):  # nothing is sent
-                mesh, placements = target.device_mesh, target.placements
-                tensor = distribute_tensor(tensor, mesh, placements, src_data_rank=None)
-            target.copy_(tensor)
-
-# %% ../chapters/B22_restore.ipynb #d1f30c1d
-def _new_averages(
-    state: dict,
-    stored: dict[str, tuple[torch.Size, torch.dtype]],
-    model: QwenForCausalLM,
-    optimizers: Sequence[torch.optim.Optimizer],
-) -> dict[str, torch.Tensor]:
-    """Return room for each stored tensor of the optimizers."""
-    parameters = dict(model.named_parameters())
-    on_device, follows = set(), set()
-    for optimizer, names in zip(optimizers, state["optimizer_parameters"]):
-        for group in optimizer.param_groups:
-            if group.get("fused") or group.get("capturable"):
-                on_device |= set(group["params"])
-        # torch's own optimizers want averages in the parameter's type, also where a
-        # run goes on in another precision
-        if type(optimizer) in (torch.optim.AdamW, torch.optim.Muon):
-            follows |= set(names)
-    room = {}
-    for name, (shape, dtype) in stored.items():
-        kind, owner, *_ = name.split("/")
-        if kind != "optimizer":
-            continue
-        parameter = parameters[owner]
-        if shape == parameter.shape:
-            kept = parameter.dtype if owner in follows else dtype
-            room[name] = torch.empty_like(parameter, dtype=kept, requires_grad=False)
-        else:
-            device = parameter.device if parameter in on_device else "cpu"
-            room[name] = torch.empty(shape, dtype=dtype, device=device)
-    return room
-
-# %% ../chapters/B22_restore.ipynb #68092360
-def _attach(
-    averages: dict[str, torch.Tensor],
-    state: dict,
-    model: QwenForCausalLM,
-    optimizers: Sequence[torch.optim.Optimizer],
-) -> None:
-    """Make the filled `averages`, and what is stored of the optimizers beside tensors,
-    their state.
-    """
-    new = {}
-    for packed, names in zip(
-        state["optimizer_state_dicts"], state["optimizer_parameters"]
-    ):
-        rest = split_tensors(packed, names)[1]["state"]
-        new |= {names[number]: values for number, values in rest.items()}
-    for name, tensor in averages.items():
-        _, owner, key = name.split("/")
-        new[owner][key] = tensor
-    parameters = dict(model.named_parameters())
-    for optimizer, names in zip(optimizers, parameter_names(model, optimizers)):
-        optimizer.state.clear()
-        for name in names:
-            if name in new:
-                optimizer.state[parameters[name]] = new[name]
-
-# %% ../chapters/B22_restore.ipynb #e64a00bd
+# %% ../chapters/B22_restore.ipynb #cell-046
 # what a resume relies on: AdamW's count of steps, and averages in their parameter's
 # shape
 _ADAMW = {"step", "exp_avg", "exp_avg_sq"}
@@ -206,7 +206,7 @@ def _check_steps(path: Path, steps: dict[str, torch.Tensor]) -> None:
                 f" {value.item()}, which counts no steps"
             )
 
-# %% ../chapters/B22_restore.ipynb #b5d04694
+# %% ../chapters/B22_restore.ipynb #cell-047
 def _check_optimizers(
     state: dict,
     model: QwenForCausalLM,
@@ -238,7 +238,7 @@ def _check_optimizers(
             f"{path} was trained with other parameters in its optimizers"
         )
 
-# %% ../chapters/B22_restore.ipynb #33937a9c
+# %% ../chapters/B22_restore.ipynb #cell-048
 def _check_averages(
     path: Path,
     state: dict,
@@ -277,7 +277,7 @@ def _check_averages(
                         f" {list(parameters[name].shape)}"
                     )
 
-# %% ../chapters/B22_restore.ipynb #31f87bfb
+# %% ../chapters/B22_restore.ipynb #cell-049
 def _fits(
     parameter: torch.Size,
     key: str,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Traffic', 'Simulation', 'simulate']
 
-# %% ../chapters/B28_simulation.ipynb #p1900003
+# %% ../chapters/B28_simulation.ipynb #cell-007
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -27,7 +27,25 @@ from .parallel import build_model, default_dtype, make_mesh
 from .step import accumulate_gradients, micro_batches
 from .train_config import TrainConfig
 
-# %% ../chapters/B28_simulation.ipynb #p1900010
+# %% ../chapters/B28_simulation.ipynb #cell-013
+def _ring_bytes(name: str, args: tuple, replicas: int) -> dict[str, int]:
+    """Return what a process of a ring sends in operator `name` (Patarasuk & Yuan 2009).
+
+    Every part of a gathered or reduced tensor but its own passes through a process.
+    """
+    match name:
+        case "c10d::_allgather_base_":
+            return {"all-gather": args[0].nbytes - args[1].nbytes}
+        case "_c10d_functional::all_gather_into_tensor":
+            return {"all-gather": args[0].nbytes * (args[1] - 1)}
+        case "c10d::_reduce_scatter_base_":
+            return {"reduce-scatter": args[1].nbytes - args[0].nbytes}
+        case "c10d::allreduce_":
+            whole_tensors = sum(tensor.nbytes for tensor in args[0])
+            return {"all-reduce": 2 * (replicas - 1) * whole_tensors // replicas}
+    return {}
+
+# %% ../chapters/B28_simulation.ipynb #cell-015
 class Traffic(TorchDispatchMode):
     """Counts the bytes that one process sends, by kind of collective, while it is on.
 
@@ -52,59 +70,7 @@ class Traffic(TorchDispatchMode):
             self.tracker.mark("communication", written if several else [written])
         return out
 
-# %% ../chapters/B28_simulation.ipynb #36feb0f8
-def _ring_bytes(name: str, args: tuple, replicas: int) -> dict[str, int]:
-    """Return what a process of a ring sends in operator `name` (Patarasuk & Yuan 2009).
-
-    Every part of a gathered or reduced tensor but its own passes through a process.
-    """
-    match name:
-        case "c10d::_allgather_base_":
-            return {"all-gather": args[0].nbytes - args[1].nbytes}
-        case "_c10d_functional::all_gather_into_tensor":
-            return {"all-gather": args[0].nbytes * (args[1] - 1)}
-        case "c10d::_reduce_scatter_base_":
-            return {"reduce-scatter": args[1].nbytes - args[0].nbytes}
-        case "c10d::allreduce_":
-            whole_tensors = sum(tensor.nbytes for tensor in args[0])
-            return {"all-reduce": 2 * (replicas - 1) * whole_tensors // replicas}
-    return {}
-
-# %% ../chapters/B28_simulation.ipynb #p1900012
-@dataclass
-class Simulation:
-    """One optimizer step on one GPU, in bytes and operations."""
-
-    memory: dict[str, int]  # at the fullest moment, by category
-    flops: float
-    sent: dict[str, int]  # by kind of collective
-
-
-def simulate(config: TrainConfig, world_size: int = 1) -> Simulation:
-    """Run two optimizer steps of rank 0 of `world_size` on tensors without numbers.
-
-    The second step is the one measured, since the optimizer's state exists then; the
-    first counts FLOPs. At most two micro-batches are run; more repeat the last but one.
-    Blocks are not compiled.
-    """
-    with _pretended_group(world_size):
-        shard_size = config.shard_size or None
-        mesh = make_mesh(config.parallel, world_size, "cpu", shard_size)
-        replicas = mesh.size(0) if mesh is not None and mesh.ndim == 2 else 1
-        with FakeTensorMode():  # after the mesh, which holds real ranks
-            run = _DryRun(config, world_size, *_build(config, mesh))
-            counter = FlopCounterMode(display=False, custom_mapping=_FLOPS)
-            # not tracked: the counter itself keeps activations alive
-            run.step(counter, Traffic(replicas, run.tracker))
-            passes, update = (Traffic(replicas, run.tracker) for _ in range(2))
-            with run.tracker:
-                run.step(passes, update)
-            memory = run.tracker.peak
-    memory["activations"] = memory.pop("other", 0)
-    flops = counter.get_total_flops() * run.repeats
-    return Simulation(memory, flops, _bytes_of_a_step(run, passes.sent, update.sent))
-
-# %% ../chapters/B28_simulation.ipynb #375f5544
+# %% ../chapters/B28_simulation.ipynb #cell-017
 class _DryRun:
     """The training program's step. DDP's part, which is C++, is added by hand."""
 
@@ -139,25 +105,7 @@ class _DryRun:
                 self.tracker.mark("optimizer", _tensors(state.values()))
             optimizer.zero_grad(set_to_none=True)
 
-# %% ../chapters/B28_simulation.ipynb #e18b71f3
-def _tensors(values: Iterable) -> list[torch.Tensor]:
-    return [value for value in values if isinstance(value, torch.Tensor)]
-
-
-def _bytes_of_a_step(
-    run: _DryRun, passes: Counter[str], update: Counter[str]
-) -> dict[str, int]:
-    """Return the bytes sent in a whole step; gradients are all-reduced once."""
-    sent: Counter[str] = Counter()
-    for kind, size in passes.items():
-        sent[kind] = round(size * (1 if kind == "all-reduce" else run.repeats))
-    sent.update(update)
-    if run.ddp:
-        gradients = sum(p.nbytes for p in run.weights)
-        sent["all-reduce"] = 2 * (run.world_size - 1) * gradients // run.world_size
-    return dict(sent)
-
-# %% ../chapters/B28_simulation.ipynb #8b58e604
+# %% ../chapters/B28_simulation.ipynb #cell-019
 def _build(config: TrainConfig, mesh) -> tuple[QwenForCausalLM, nn.Module]:
     """Make the model, and the model as the passes call it."""
     shape = config.qwen_config()
@@ -189,7 +137,7 @@ def _unfused_optimizers(
                 group.update(fused=False, foreach=False)
     return optimizers
 
-# %% ../chapters/B28_simulation.ipynb #71b016a5
+# %% ../chapters/B28_simulation.ipynb #cell-021
 @contextmanager
 def _pretended_group(world_size: int) -> Iterator[None]:
     """A process group of `world_size` ranks, of which only this one exists."""
@@ -223,3 +171,55 @@ _FLOPS = {
         _attention_backward_flops
     ),
 }
+
+# %% ../chapters/B28_simulation.ipynb #cell-022
+def _tensors(values: Iterable) -> list[torch.Tensor]:
+    return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+def _bytes_of_a_step(
+    run: _DryRun, passes: Counter[str], update: Counter[str]
+) -> dict[str, int]:
+    """Return the bytes sent in a whole step; gradients are all-reduced once."""
+    sent: Counter[str] = Counter()
+    for kind, size in passes.items():
+        sent[kind] = round(size * (1 if kind == "all-reduce" else run.repeats))
+    sent.update(update)
+    if run.ddp:
+        gradients = sum(p.nbytes for p in run.weights)
+        sent["all-reduce"] = 2 * (run.world_size - 1) * gradients // run.world_size
+    return dict(sent)
+
+# %% ../chapters/B28_simulation.ipynb #cell-024
+@dataclass
+class Simulation:
+    """One optimizer step on one GPU, in bytes and operations."""
+
+    memory: dict[str, int]  # at the fullest moment, by category
+    flops: float
+    sent: dict[str, int]  # by kind of collective
+
+
+def simulate(config: TrainConfig, world_size: int = 1) -> Simulation:
+    """Run two optimizer steps of rank 0 of `world_size` on tensors without numbers.
+
+    The second step is the one measured, since the optimizer's state exists then; the
+    first counts FLOPs. At most two micro-batches are run; more repeat the last but one.
+    Blocks are not compiled.
+    """
+    with _pretended_group(world_size):
+        shard_size = config.shard_size or None
+        mesh = make_mesh(config.parallel, world_size, "cpu", shard_size)
+        replicas = mesh.size(0) if mesh is not None and mesh.ndim == 2 else 1
+        with FakeTensorMode():  # after the mesh, which holds real ranks
+            run = _DryRun(config, world_size, *_build(config, mesh))
+            counter = FlopCounterMode(display=False, custom_mapping=_FLOPS)
+            # not tracked: the counter itself keeps activations alive
+            run.step(counter, Traffic(replicas, run.tracker))
+            passes, update = (Traffic(replicas, run.tracker) for _ in range(2))
+            with run.tracker:
+                run.step(passes, update)
+            memory = run.tracker.peak
+    memory["activations"] = memory.pop("other", 0)
+    flops = counter.get_total_flops() * run.repeats
+    return Simulation(memory, flops, _bytes_of_a_step(run, passes.sent, update.sent))
