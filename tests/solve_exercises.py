@@ -40,7 +40,9 @@ def solve(notebook: nbformat.NotebookNode) -> None:
         number: cell
         for cell in notebook.cells
         if cell.cell_type == "code"
-        for number in re.findall(r"^(?:def|class) solution_(\d+)", cell.source, re.MULTILINE)
+        for number in re.findall(
+            r"^(?:def|class) solution_(\d+)", cell.source, re.MULTILINE
+        )
     }
     cells = []
     for cell in notebook.cells:
