@@ -10,9 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .kv_cache import KVCache
-from .rope import apply_rotary
-
 # %% ../chapters/06_attention.ipynb #e74cf804
 def causal_mask(
     query_length: int,
@@ -37,6 +34,9 @@ def document_mask(document_ids: torch.Tensor) -> torch.Tensor:
     same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
     return same & causal_mask(document_ids.shape[1], device=document_ids.device)
 
+# %% ../chapters/06_attention.ipynb #rotary-import
+from .rope import apply_rotary
+
 # %% ../chapters/06_attention.ipynb #67e7425f
 def document_positions(document_ids: torch.Tensor) -> torch.Tensor:
     """`document_ids` [B, T] -> [B, T] int64: positions from 0 in each document."""
@@ -45,6 +45,9 @@ def document_positions(document_ids: torch.Tensor) -> torch.Tensor:
     starts = torch.ones_like(document_ids, dtype=torch.bool)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     return index - (index * starts).cummax(dim=1).values
+
+# %% ../chapters/06_attention.ipynb #cache-import
+from .kv_cache import KVCache
 
 # %% ../chapters/08_gqa.ipynb #e48472ef
 def grouped_query_attention(
