@@ -61,7 +61,8 @@ def next_logits(
     last: int = 1,
 ) -> torch.Tensor:
     """Read `ids` [B, T] behind what `cache` holds; return the logits [B, last, V]
-    float32 of the `last` last positions. Row b opens with `padding[b]` tokens.
+    float32 of the `last` last positions. Row b opens with
+    `padding[b]` tokens of padding.
     """
     start = 0 if cache is None else cache.length
     positions = mask = None
@@ -72,10 +73,10 @@ def next_logits(
     )
     return logits.float()
 
-# %% ../chapters/16_generation.ipynb #cell-050
+# %% ../chapters/16_generation.ipynb #cell-051
 from .sampling import SamplingParams, new_generator, sample
 
-# %% ../chapters/16_generation.ipynb #cell-087
+# %% ../chapters/16_generation.ipynb #cell-088
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -86,7 +87,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .sampling import check_ids, check_whole
 from .tokenizer import Tokenizer
 
-# %% ../chapters/16_generation.ipynb #cell-089
+# %% ../chapters/16_generation.ipynb #cell-090
 def own_stop_ids(model: QwenForCausalLM) -> list[int]:
     """Return the ids at which the model's own generation settings end a text."""
     return list(model.generation_config.eos_token_id)
@@ -97,7 +98,7 @@ def stop_ids(model: QwenForCausalLM, tokenizer: Tokenizer) -> list[int]:
     ids = dict.fromkeys([*own_stop_ids(model), tokenizer.eos_token_id])
     return [i for i in ids if i < tokenizer.vocab_size]
 
-# %% ../chapters/16_generation.ipynb #cell-092
+# %% ../chapters/16_generation.ipynb #cell-093
 @dataclass(frozen=True)
 class _Wishes:
     """What the caller of `generate` wants, checked."""
@@ -110,7 +111,7 @@ class _Wishes:
     use_cache: bool = True
     return_logprobs: bool = False
 
-# %% ../chapters/16_generation.ipynb #cell-094
+# %% ../chapters/16_generation.ipynb #cell-095
 class DecodeStep(NamedTuple):
     """What one step has written: the id of each row, whether the row has ended with it
     or before, and the log-probability of each id, [B], if it was asked for.
@@ -120,7 +121,7 @@ class DecodeStep(NamedTuple):
     ended: list[bool]
     logprobs: torch.Tensor | None
 
-# %% ../chapters/16_generation.ipynb #cell-095
+# %% ../chapters/16_generation.ipynb #cell-096
 def _generator(model: QwenForCausalLM, seed: int | None) -> torch.Generator | None:
     """Return the random numbers of a seed; None, PyTorch's own, without one."""
     if seed is None:
@@ -135,7 +136,7 @@ def _logprobs(
     filled = torch.tensor(ended).to(logits.device, non_blocking=True)
     return -F.cross_entropy(logits, ids, reduction="none").masked_fill(filled, 0.0)
 
-# %% ../chapters/16_generation.ipynb #cell-097
+# %% ../chapters/16_generation.ipynb #cell-098
 def prefill(
     model: QwenForCausalLM,
     prompt: torch.Tensor,
@@ -162,7 +163,7 @@ def decode_one_token(
     """Read one more token of each row [B]; return the logits [B, V] of what follows."""
     return next_logits(model, token[:, None], cache, padding)[:, -1]
 
-# %% ../chapters/16_generation.ipynb #cell-099
+# %% ../chapters/16_generation.ipynb #cell-100
 def _repeated(
     prompt: torch.Tensor, padding: torch.Tensor | None, wishes: _Wishes
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -185,7 +186,7 @@ def _real_tokens(
         return None
     return torch.arange(tokens.shape[1], device=tokens.device) >= padding[:, None]
 
-# %% ../chapters/16_generation.ipynb #cell-101
+# %% ../chapters/16_generation.ipynb #cell-102
 class evaluating:
     """Keeps a model in eval mode inside `with`; afterwards each module is back in its
     own. It can be entered several times, one after the other.
@@ -203,7 +204,7 @@ class evaluating:
         for module in self.training:
             module.training = True
 
-# %% ../chapters/16_generation.ipynb #cell-103
+# %% ../chapters/16_generation.ipynb #cell-104
 @torch.no_grad()
 def _decode(
     model: QwenForCausalLM,
@@ -240,7 +241,7 @@ def _decode(
             elif tokens is not None:
                 logits = prefill(model, tokens, None, padding)
 
-# %% ../chapters/16_generation.ipynb #cell-105
+# %% ../chapters/16_generation.ipynb #cell-106
 def decode_steps(
     model: QwenForCausalLM,
     input_ids: torch.Tensor,
@@ -273,7 +274,7 @@ def decode_steps(
     padding = _count_padding(attention_mask, input_ids)
     return _decode(model, input_ids, padding, wishes) if max_new_tokens else iter(())
 
-# %% ../chapters/16_generation.ipynb #cell-106
+# %% ../chapters/16_generation.ipynb #cell-107
 def generate(
     model: QwenForCausalLM,
     input_ids: torch.Tensor,
@@ -312,7 +313,7 @@ def generate(
     prompts = input_ids.repeat_interleave(num_return_sequences, dim=0)  # [B * m, T]
     return _join(prompts, list(steps), return_logprobs)
 
-# %% ../chapters/16_generation.ipynb #cell-107
+# %% ../chapters/16_generation.ipynb #cell-108
 def _join(
     prompts: torch.Tensor, steps: list[DecodeStep], return_logprobs: bool
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -326,7 +327,7 @@ def _join(
     nothing = torch.empty(len(prompts), 0, device=prompts.device)
     return tokens, torch.cat((nothing, *columns), dim=1)
 
-# %% ../chapters/16_generation.ipynb #cell-109
+# %% ../chapters/16_generation.ipynb #cell-110
 def _generate_beams(
     model: QwenForCausalLM,
     input_ids: torch.Tensor,
@@ -363,13 +364,13 @@ def _generate_beams(
     ends = requested_stop_ids(model, eos_token_id, valid_vocab_size)
     return pad_sequence(beams, batch_first=True, padding_value=(ends or [0])[0])
 
-# %% ../chapters/16_generation.ipynb #cell-110
+# %% ../chapters/16_generation.ipynb #cell-111
 def _says_nothing(name: str, value: Any) -> bool:
     """Whether an option of `generate` leaves everything as it would be without it."""
     neutral = {"temperature": (0, 1), "repetition_penalty": (1,), "use_cache": (True,)}
     return value is None or value in neutral.get(name, ())
 
-# %% ../chapters/16_generation.ipynb #cell-112
+# %% ../chapters/16_generation.ipynb #cell-113
 def check_prompt(
     model: QwenForCausalLM, input_ids: torch.Tensor, max_new_tokens: int
 ) -> None:
@@ -398,7 +399,7 @@ def check_prompt(
             f" max_position_embeddings is {room}"
         )
 
-# %% ../chapters/16_generation.ipynb #cell-113
+# %% ../chapters/16_generation.ipynb #cell-114
 def requested_stop_ids(
     model: QwenForCausalLM,
     eos_token_id: int | Sequence[int] | None = None,
@@ -418,7 +419,7 @@ def requested_stop_ids(
         check_whole("eos_token_id", i, 0, last)
     return ids
 
-# %% ../chapters/16_generation.ipynb #cell-114
+# %% ../chapters/16_generation.ipynb #cell-115
 def _count_padding(
     attention_mask: torch.Tensor | None, input_ids: torch.Tensor
 ) -> torch.Tensor | None:
@@ -445,7 +446,7 @@ def _count_padding(
     padding = (1 - mask).sum(1)
     return padding if padding.any() else None
 
-# %% ../chapters/16_generation.ipynb #cell-117
+# %% ../chapters/16_generation.ipynb #cell-118
 def sampling_defaults(model: QwenForCausalLM) -> dict[str, Any]:
     """Return how `model.generation_config` wants the model sampled, as fields of
     `SamplingParams`; {} where it says nothing.
@@ -468,7 +469,7 @@ def sampling_defaults(model: QwenForCausalLM) -> dict[str, Any]:
         return {name: value for name, value in greedy.items() if value is not None}
     return {"temperature": 1.0, **settings} if own.do_sample else settings
 
-# %% ../chapters/16_generation.ipynb #cell-120
+# %% ../chapters/16_generation.ipynb #cell-121
 from typing import TYPE_CHECKING
 
 if not TYPE_CHECKING:
