@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['count_targets', 'forward_loss', 'accumulate_gradients', 'StepResult', 'train_step', 'micro_batches', 'evaluate']
 
-# %% ../chapters/14_training_step.ipynb #cell-035
+# %% ../chapters/14_training_step.ipynb #cell-088
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,7 +21,7 @@ from .distributed import DistributedContext
 from .parallel import clip_grad_norm, gradient_sync
 from .train_config import TrainConfig
 
-# %% ../chapters/14_training_step.ipynb #cell-036
+# %% ../chapters/14_training_step.ipynb #cell-089
 def count_targets(batches: Sequence[dict[str, torch.Tensor]]) -> int:
     return sum(int((batch["targets"] != IGNORE_INDEX).sum()) for batch in batches)
 
@@ -39,12 +39,12 @@ def forward_loss(
     # non_blocking: the program goes on while the batch is copied to a GPU
     inputs = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
     z_loss = config.z_loss if model.training else 0.0
-    half = config.precision == "bf16"
+    bf16 = config.precision == "bf16"
     # autocast's cache would hold rounded copies of all weights until the pass ends
-    with torch.autocast(device.type, torch.bfloat16, half, cache_enabled=False):
+    with torch.autocast(device.type, torch.bfloat16, bf16, cache_enabled=False):
         return model(**inputs, reduction="sum", z_loss=z_loss)
 
-# %% ../chapters/14_training_step.ipynb #cell-040
+# %% ../chapters/14_training_step.ipynb #cell-091
 def accumulate_gradients(
     model: nn.Module,
     batches: Sequence[dict[str, torch.Tensor]],
@@ -66,7 +66,7 @@ def accumulate_gradients(
         total += loss.detach()
     return total
 
-# %% ../chapters/14_training_step.ipynb #cell-049
+# %% ../chapters/14_training_step.ipynb #cell-095
 class StepResult(NamedTuple):
     """What one optimizer step was, over all processes."""
 
@@ -102,7 +102,7 @@ def train_step(
         optimizer.zero_grad(set_to_none=let_go)
     return StepResult(total / targets, grad_norm, finite)
 
-# %% ../chapters/14_training_step.ipynb #cell-084
+# %% ../chapters/14_training_step.ipynb #cell-103
 def micro_batches(
     sequences: Sequence[TokenSequence], config: TrainConfig
 ) -> list[dict[str, torch.Tensor]]:
@@ -131,7 +131,7 @@ def _own_share(
     sequences += [empty] * (-len(sequences) % context.world_size)
     return sequences[context.rank :: context.world_size]
 
-# %% ../chapters/14_training_step.ipynb #cell-085
+# %% ../chapters/14_training_step.ipynb #cell-104
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
