@@ -23,35 +23,12 @@ from .config import PRECISIONS, STRATEGIES, QwenConfig
 from .distributed import env_integer
 from .model import QwenForCausalLM
 
-# %% ../chapters/25_many_gpus.ipynb #cell-037
-_FSDP_PRECISION = {
-    "fp32": MixedPrecisionPolicy(),
-    "bf16": MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32),
-    "bf16-pure": MixedPrecisionPolicy(reduce_dtype=torch.float32),
-}
-
-
-def _shard(
-    model: QwenForCausalLM, mesh: DeviceMesh, precision: str, free_blocks: bool
-) -> None:
-    """Apply FSDP2 to each block, then to the rest, which is gathered once a pass.
-
-    `free_blocks` drops a block's gathered weights until the backward pass.
-    """
-    policy = _FSDP_PRECISION[precision]
-    for layer in model.model.layers:
-        fully_shard(
-            layer, mesh=mesh, mp_policy=policy, reshard_after_forward=free_blocks
-        )
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-
 # %% ../chapters/25_many_gpus.ipynb #cell-039
 def gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager:
     """Enclose the passes of one micro-batch; `enabled` for the step's last one only.
 
     Without it DDP keeps each process's own gradients, and a sharded model on a 2-D mesh
-    sums within a machine only. A sharded model's reduce-scatter is never put off
-    (`set_requires_gradient_sync`): each process would hold the whole model's gradients.
+    sums within a machine only.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(enabled)
@@ -129,6 +106,28 @@ def build_model(
     # gradients live in the buckets that are sent, so that they are held once
     ddp = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
     return model, ddp
+
+# %% ../chapters/25_many_gpus.ipynb #cell-037
+_FSDP_PRECISION = {
+    "fp32": MixedPrecisionPolicy(),
+    "bf16": MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32),
+    "bf16-pure": MixedPrecisionPolicy(reduce_dtype=torch.float32),
+}
+
+
+def _shard(
+    model: QwenForCausalLM, mesh: DeviceMesh, precision: str, free_blocks: bool
+) -> None:
+    """Apply FSDP2 to each block, then to the rest, which is gathered once a pass.
+
+    `free_blocks` drops a block's gathered weights until the backward pass.
+    """
+    policy = _FSDP_PRECISION[precision]
+    for layer in model.model.layers:
+        fully_shard(
+            layer, mesh=mesh, mp_policy=policy, reshard_after_forward=free_blocks
+        )
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 # %% ../chapters/25_many_gpus.ipynb #cell-083
 def _gather_ahead(model: QwenForCausalLM, prefetch: int) -> None:
