@@ -115,33 +115,31 @@ def clipping(part):
             return f"a gradient of size {size:g} moves weights by {moved:.2g}"
 
 
-def update_size(part):
-    """A step at full rate moves a weight by some hundredths of its size, or tenths."""
+def step_at(part, scale):
+    """Return a weight before and after one step at `scale` times the full rate."""
     torch.manual_seed(0)
     model = part.make_model()
     optimizer = part.make_optimizer(model)
     before = model.lm_head.weight.detach().clone()
     for group in optimizer.param_groups:
-        group["lr"] = max(part.rate(step) for step in range(part.steps))
+        group["lr"] = scale * max(part.rate(step) for step in range(part.steps))
     part.compute_loss(model, *part.next_batch(0)).backward()
     part.update(model, optimizer)
-    moved = (model.lm_head.weight.detach() - before).std() / before.std()
+    return before, model.lm_head.weight.detach()
+
+
+def update_size(part):
+    """A step at full rate moves a weight by some hundredths of its size, or tenths."""
+    before, after = step_at(part, 1)
+    moved = (after - before).std() / before.std()
     if not 0.01 < moved < 1:
         return f"one step moves weights by {moved:.1g} of their size"
 
 
 def small_steps(part):
     """At a thousandth of the rate, most weights still move."""
-    torch.manual_seed(0)
-    model = part.make_model()
-    optimizer = part.make_optimizer(model)
-    before = model.lm_head.weight.detach().clone()
-    optimizer.param_groups[0]["lr"] = (
-        max(part.rate(step) for step in range(part.steps)) / 1e3
-    )
-    part.compute_loss(model, *part.next_batch(0)).backward()
-    part.update(model, optimizer)
-    moved = (model.lm_head.weight != before).float().mean()
+    before, after = step_at(part, 1e-3)
+    moved = (after != before).float().mean()
     if moved < 0.5:
         return f"a small step moves {moved:.0%} of the weights"
 
