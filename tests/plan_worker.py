@@ -19,6 +19,17 @@ from qwen_analog.step import micro_batches, train_step
 from qwen_analog.train_config import TrainConfig
 
 torch.set_num_threads(1)
+done = torch.distributed.Work.wait
+
+
+def wait(work, *timeout):
+    """Wait for gloo's thread too: it holds a buffer until it comes to let it go."""
+    result = done(work, *timeout)
+    time.sleep(0.01)
+    return result
+
+
+torch.distributed.Work.wait = wait
 output = Path(sys.argv[1])
 with DistributedContext() as processes:
     for number, line in enumerate((output / "configs.jsonl").read_text().splitlines()):
@@ -55,22 +66,18 @@ with DistributedContext() as processes:
         held = sum(tensor.nbytes for tensor in tensors)
         if wrapped is not model:  # DDP's buckets hold the gradients already
             held += sum(p.nbytes for p in model.parameters())
-        peaks = []
-        # on a busy machine gloo's threads hold a buffer for longer: the least of
-        # several steps counts
-        for _ in range(5):
-            time.sleep(0.3)  # what they still hold is not this step's
-            with torch.profiler.profile(
-                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-            ) as profile:
-                train_step(wrapped, optimizers, batches, config, processes)
-            trace = output / f"trace_{processes.rank}.json"
-            profile.export_chrome_trace(str(trace))
-            changes = sorted(
-                (e["ts"], e["args"]["Bytes"])
-                for e in json.loads(trace.read_text())["traceEvents"]
-                if e.get("name") == "[memory]"
-            )
-            peaks.append(max(itertools.accumulate(size for _, size in changes)))
-        (output / f"peak_{number}_{processes.rank}").write_text(str(held + min(peaks)))
+        time.sleep(0.3)  # what gloo's threads still hold is not this step's
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile:
+            train_step(wrapped, optimizers, batches, config, processes)
+        trace = output / f"trace_{processes.rank}.json"
+        profile.export_chrome_trace(str(trace))
+        changes = sorted(
+            (e["ts"], e["args"]["Bytes"])
+            for e in json.loads(trace.read_text())["traceEvents"]
+            if e.get("name") == "[memory]"
+        )
+        peak = held + max(itertools.accumulate(size for _, size in changes))
+        (output / f"peak_{number}_{processes.rank}").write_text(str(peak))
         del model, wrapped, optimizers, state, tensors
