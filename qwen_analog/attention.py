@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['causal_mask', 'document_mask', 'document_positions', 'grouped_query_attention', 'HeadProjections', 'GQAttention']
 
-# %% ../chapters/06_attention.ipynb #57173edd
+# %% ../chapters/06_attention.ipynb #cell-025
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../chapters/06_attention.ipynb #e74cf804
+# %% ../chapters/06_attention.ipynb #cell-053
 def causal_mask(
     query_length: int,
     key_length: int | None = None,
@@ -28,16 +28,13 @@ def causal_mask(
     ones = torch.ones(query_length, key_length, dtype=torch.bool, device=device)
     return ones.tril(diagonal=key_length - query_length)
 
-# %% ../chapters/06_attention.ipynb #d8349cbf
+# %% ../chapters/06_attention.ipynb #cell-084
 def document_mask(document_ids: torch.Tensor) -> torch.Tensor:
     """`document_ids` [B, T] -> [B, 1, T, T] bool: causal, and within one document."""
     same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
     return same & causal_mask(document_ids.shape[1], device=document_ids.device)
 
-# %% ../chapters/06_attention.ipynb #rotary-import
-from .rope import apply_rotary
-
-# %% ../chapters/06_attention.ipynb #67e7425f
+# %% ../chapters/06_attention.ipynb #cell-088
 def document_positions(document_ids: torch.Tensor) -> torch.Tensor:
     """`document_ids` [B, T] -> [B, T] int64: positions from 0 in each document."""
     B, T = document_ids.shape
@@ -46,8 +43,9 @@ def document_positions(document_ids: torch.Tensor) -> torch.Tensor:
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     return index - (index * starts).cummax(dim=1).values
 
-# %% ../chapters/06_attention.ipynb #cache-import
+# %% ../chapters/06_attention.ipynb #cell-106
 from .kv_cache import KVCache
+from .rope import apply_rotary
 
 # %% ../chapters/08_gqa.ipynb #e48472ef
 def grouped_query_attention(

@@ -7,7 +7,7 @@ __all__ = ['pad_left', 'positions_and_mask', 'next_logits', 'own_stop_ids', 'sto
            'decode_one_token', 'evaluating', 'decode_steps', 'generate', 'check_prompt', 'requested_stop_ids',
            'sampling_defaults']
 
-# %% ../chapters/16_generation.ipynb #cell-029
+# %% ../chapters/16_generation.ipynb #cell-030
 from collections.abc import Sequence
 
 import torch
@@ -15,14 +15,14 @@ import torch
 from .kv_cache import KVCache
 from .model import QwenForCausalLM
 
-# %% ../chapters/16_generation.ipynb #cell-030
+# %% ../chapters/16_generation.ipynb #cell-031
 def pad_left(
     rows: Sequence[Sequence[int]], pad_id: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pad lists of ids of any lengths on the left.
 
-    Returns `input_ids` [B, T] and `attention_mask` [B, T], int64; the mask is 0 where
-    `pad_id` fills up.
+    Returns `input_ids` [B, T] and `attention_mask` [B, T], int64: 1 for a real token, 0
+    for padding, which is `pad_id`.
     """
     if not rows or not all(len(row) for row in rows):
         raise ValueError(
@@ -30,29 +30,29 @@ def pad_left(
         )
     T = max(map(len, rows))
     ids = [[pad_id] * (T - len(row)) + list(row) for row in rows]
-    mask = [[0] * (T - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids), torch.tensor(mask)
+    real = [[0] * (T - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids), torch.tensor(real)
 
-# %% ../chapters/16_generation.ipynb #cell-037
+# %% ../chapters/16_generation.ipynb #cell-047
 def positions_and_mask(
     padding: torch.Tensor, start: int, end: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return positions [B, T] and mask [B, 1, T, S] of the tokens start .. end - 1,
     where row b opens with padding[b] tokens of padding.
 
-    A token of padding sees itself, since a softmax over nothing would be nan; no other
-    token sees it.
+    The mask is True where a query sees a key. A token of padding sees itself, since a
+    softmax over nothing would be nan; no other token sees it.
     """
     keys = torch.arange(end, device=padding.device)  # [S]
     queries = keys[start:]  # [T]
     positions = (queries - padding[:, None]).clamp(min=0)  # [B, T]
-    before = keys <= queries[:, None]  # [T, S]
+    causal = keys <= queries[:, None]  # [T, S]
+    real_keys = keys >= padding[:, None]  # [B, S]
     itself = keys == queries[:, None]  # [T, S]
-    real = keys >= padding[:, None, None]  # [B, 1, S]
-    visible = before & (real | itself)  # [B, T, S]
+    visible = (causal & real_keys[:, None]) | itself  # [B, T, S]
     return positions, visible[:, None]
 
-# %% ../chapters/16_generation.ipynb #cell-040
+# %% ../chapters/16_generation.ipynb #cell-052
 def next_logits(
     model: QwenForCausalLM,
     ids: torch.Tensor,
@@ -61,22 +61,22 @@ def next_logits(
     last: int = 1,
 ) -> torch.Tensor:
     """Read `ids` [B, T] behind what `cache` holds; return the logits [B, last, V]
-    float32 of the `last` last positions. Row b opens with
-    `padding[b]` tokens of padding.
+    float32 of the `last` last positions. Row b opens with `padding[b]` tokens of
+    padding.
     """
     start = 0 if cache is None else cache.length
-    positions = mask = None
+    positions = visible = None
     if padding is not None:
-        positions, mask = positions_and_mask(padding, start, start + ids.shape[1])
+        positions, visible = positions_and_mask(padding, start, start + ids.shape[1])
     logits = model(
-        ids, position_ids=positions, mask=mask, cache=cache, logits_to_keep=last
+        ids, position_ids=positions, mask=visible, cache=cache, logits_to_keep=last
     )
     return logits.float()
 
-# %% ../chapters/16_generation.ipynb #cell-051
+# %% ../chapters/16_generation.ipynb #cell-063
 from .sampling import SamplingParams, new_generator, sample
 
-# %% ../chapters/16_generation.ipynb #cell-088
+# %% ../chapters/16_generation.ipynb #cell-102
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -87,7 +87,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .sampling import check_ids, check_whole
 from .tokenizer import Tokenizer
 
-# %% ../chapters/16_generation.ipynb #cell-090
+# %% ../chapters/16_generation.ipynb #cell-104
 def own_stop_ids(model: QwenForCausalLM) -> list[int]:
     """Return the ids at which the model's own generation settings end a text."""
     return list(model.generation_config.eos_token_id)
@@ -98,7 +98,7 @@ def stop_ids(model: QwenForCausalLM, tokenizer: Tokenizer) -> list[int]:
     ids = dict.fromkeys([*own_stop_ids(model), tokenizer.eos_token_id])
     return [i for i in ids if i < tokenizer.vocab_size]
 
-# %% ../chapters/16_generation.ipynb #cell-093
+# %% ../chapters/16_generation.ipynb #cell-107
 @dataclass(frozen=True)
 class _Wishes:
     """What the caller of `generate` wants, checked."""
@@ -111,7 +111,7 @@ class _Wishes:
     use_cache: bool = True
     return_logprobs: bool = False
 
-# %% ../chapters/16_generation.ipynb #cell-095
+# %% ../chapters/16_generation.ipynb #cell-109
 class DecodeStep(NamedTuple):
     """What one step has written: the id of each row, whether the row has ended with it
     or before, and the log-probability of each id, [B], if it was asked for.
@@ -121,7 +121,7 @@ class DecodeStep(NamedTuple):
     ended: list[bool]
     logprobs: torch.Tensor | None
 
-# %% ../chapters/16_generation.ipynb #cell-096
+# %% ../chapters/16_generation.ipynb #cell-110
 def _generator(model: QwenForCausalLM, seed: int | None) -> torch.Generator | None:
     """Return the random numbers of a seed; None, PyTorch's own, without one."""
     if seed is None:
@@ -136,7 +136,7 @@ def _logprobs(
     filled = torch.tensor(ended).to(logits.device, non_blocking=True)
     return -F.cross_entropy(logits, ids, reduction="none").masked_fill(filled, 0.0)
 
-# %% ../chapters/16_generation.ipynb #cell-098
+# %% ../chapters/16_generation.ipynb #cell-112
 def prefill(
     model: QwenForCausalLM,
     prompt: torch.Tensor,
@@ -163,7 +163,7 @@ def decode_one_token(
     """Read one more token of each row [B]; return the logits [B, V] of what follows."""
     return next_logits(model, token[:, None], cache, padding)[:, -1]
 
-# %% ../chapters/16_generation.ipynb #cell-100
+# %% ../chapters/16_generation.ipynb #cell-114
 def _repeated(
     prompt: torch.Tensor, padding: torch.Tensor | None, wishes: _Wishes
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -186,7 +186,7 @@ def _real_tokens(
         return None
     return torch.arange(tokens.shape[1], device=tokens.device) >= padding[:, None]
 
-# %% ../chapters/16_generation.ipynb #cell-102
+# %% ../chapters/16_generation.ipynb #cell-116
 class evaluating:
     """Keeps a model in eval mode inside `with`; afterwards each module is back in its
     own. It can be entered several times, one after the other.
@@ -204,7 +204,7 @@ class evaluating:
         for module in self.training:
             module.training = True
 
-# %% ../chapters/16_generation.ipynb #cell-104
+# %% ../chapters/16_generation.ipynb #cell-118
 @torch.no_grad()
 def _decode(
     model: QwenForCausalLM,
@@ -241,7 +241,7 @@ def _decode(
             elif tokens is not None:
                 logits = prefill(model, tokens, None, padding)
 
-# %% ../chapters/16_generation.ipynb #cell-106
+# %% ../chapters/16_generation.ipynb #cell-120
 def decode_steps(
     model: QwenForCausalLM,
     input_ids: torch.Tensor,
@@ -274,7 +274,7 @@ def decode_steps(
     padding = _count_padding(attention_mask, input_ids)
     return _decode(model, input_ids, padding, wishes) if max_new_tokens else iter(())
 
-# %% ../chapters/16_generation.ipynb #cell-107
+# %% ../chapters/16_generation.ipynb #cell-121
 def generate(
     model: QwenForCausalLM,
     input_ids: torch.Tensor,
@@ -313,7 +313,7 @@ def generate(
     prompts = input_ids.repeat_interleave(num_return_sequences, dim=0)  # [B * m, T]
     return _join(prompts, list(steps), return_logprobs)
 
-# %% ../chapters/16_generation.ipynb #cell-108
+# %% ../chapters/16_generation.ipynb #cell-122
 def _join(
     prompts: torch.Tensor, steps: list[DecodeStep], return_logprobs: bool
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -327,7 +327,7 @@ def _join(
     nothing = torch.empty(len(prompts), 0, device=prompts.device)
     return tokens, torch.cat((nothing, *columns), dim=1)
 
-# %% ../chapters/16_generation.ipynb #cell-110
+# %% ../chapters/16_generation.ipynb #cell-124
 def _generate_beams(
     model: QwenForCausalLM,
     input_ids: torch.Tensor,
@@ -364,13 +364,13 @@ def _generate_beams(
     ends = requested_stop_ids(model, eos_token_id, valid_vocab_size)
     return pad_sequence(beams, batch_first=True, padding_value=(ends or [0])[0])
 
-# %% ../chapters/16_generation.ipynb #cell-111
+# %% ../chapters/16_generation.ipynb #cell-125
 def _says_nothing(name: str, value: Any) -> bool:
     """Whether an option of `generate` leaves everything as it would be without it."""
     neutral = {"temperature": (0, 1), "repetition_penalty": (1,), "use_cache": (True,)}
     return value is None or value in neutral.get(name, ())
 
-# %% ../chapters/16_generation.ipynb #cell-113
+# %% ../chapters/16_generation.ipynb #cell-127
 def check_prompt(
     model: QwenForCausalLM, input_ids: torch.Tensor, max_new_tokens: int
 ) -> None:
@@ -399,7 +399,7 @@ def check_prompt(
             f" max_position_embeddings is {room}"
         )
 
-# %% ../chapters/16_generation.ipynb #cell-114
+# %% ../chapters/16_generation.ipynb #cell-128
 def requested_stop_ids(
     model: QwenForCausalLM,
     eos_token_id: int | Sequence[int] | None = None,
@@ -419,7 +419,7 @@ def requested_stop_ids(
         check_whole("eos_token_id", i, 0, last)
     return ids
 
-# %% ../chapters/16_generation.ipynb #cell-115
+# %% ../chapters/16_generation.ipynb #cell-129
 def _count_padding(
     attention_mask: torch.Tensor | None, input_ids: torch.Tensor
 ) -> torch.Tensor | None:
@@ -436,17 +436,17 @@ def _count_padding(
             "attention_mask must be a tensor of the shape of input_ids,"
             f" {list(input_ids.shape)}, not {found}"
         )
-    mask = attention_mask.to(torch.int64)
+    real = attention_mask.to(torch.int64)
     known = ((attention_mask == 0) | (attention_mask == 1)).all()
-    if not known or (mask.diff(dim=1) < 0).any() or not mask[:, -1].all():
+    if not known or (real.diff(dim=1) < 0).any() or not real[:, -1].all():
         raise ValueError(
             "attention_mask must be 0 for padding on the left and 1 from there to the"
             " end of the row: pad with pad_left"
         )
-    padding = (1 - mask).sum(1)
+    padding = (1 - real).sum(1)
     return padding if padding.any() else None
 
-# %% ../chapters/16_generation.ipynb #cell-118
+# %% ../chapters/16_generation.ipynb #cell-132
 def sampling_defaults(model: QwenForCausalLM) -> dict[str, Any]:
     """Return how `model.generation_config` wants the model sampled, as fields of
     `SamplingParams`; {} where it says nothing.
@@ -469,7 +469,7 @@ def sampling_defaults(model: QwenForCausalLM) -> dict[str, Any]:
         return {name: value for name, value in greedy.items() if value is not None}
     return {"temperature": 1.0, **settings} if own.do_sample else settings
 
-# %% ../chapters/16_generation.ipynb #cell-121
+# %% ../chapters/16_generation.ipynb #cell-135
 from typing import TYPE_CHECKING
 
 if not TYPE_CHECKING:

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['CacheMemory', 'KVCache']
 
-# %% ../chapters/07_kv_cache.ipynb #b413b74a
+# %% ../chapters/07_kv_cache.ipynb #cell-064
 import torch
 
-# %% ../chapters/07_kv_cache.ipynb #78eabd64
+# %% ../chapters/07_kv_cache.ipynb #cell-065
 def _with_room(old: torch.Tensor, held: int, room: int) -> torch.Tensor:
     """Copy the first `held` tokens of [layers, B, K, S, h] to a tensor for `room`."""
     new = old.new_empty((*old.shape[:3], room, old.shape[4]))
     new[:, :, :, :held] = old[:, :, :, :held]
     return new
 
-# %% ../chapters/07_kv_cache.ipynb #a7e1c003
+# %% ../chapters/07_kv_cache.ipynb #cell-066
 class CacheMemory:
     """Memory for keys and values, two tensors [layers, B, K, room, h].
 
@@ -54,7 +54,7 @@ class CacheMemory:
         self.keys = _with_room(self.keys, held, room)
         self.values = _with_room(self.values, held, room)
 
-# %% ../chapters/07_kv_cache.ipynb #67b5baff
+# %% ../chapters/07_kv_cache.ipynb #cell-068
 class KVCache(CacheMemory):
     """Keys and values of the tokens already read, layer by layer."""
 

@@ -6,7 +6,7 @@
 __all__ = ['SamplingParams', 'sample', 'check_whole', 'check_number', 'new_generator', 'distribution', 'LogitsError', 'check_ids',
            'filter_logits', 'penalize_repetition']
 
-# %% ../chapters/15_sampling.ipynb #cell-043
+# %% ../chapters/15_sampling.ipynb #cell-044
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import torch
 
 from .config import shown
 
-# %% ../chapters/15_sampling.ipynb #cell-044
+# %% ../chapters/15_sampling.ipynb #cell-045
 @dataclass(frozen=True)
 class SamplingParams:
     """How the next token is chosen; temperature 0 is greedy, None leaves a filter out.
@@ -36,7 +36,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         _check_params(self)
 
-
+# %% ../chapters/15_sampling.ipynb #cell-049
 def _column(
     values: Sequence[float], logits: torch.Tensor, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
@@ -45,7 +45,7 @@ def _column(
     # non_blocking: the host does not wait for the device
     return column.to(logits.device, non_blocking=True)[:, None]
 
-# %% ../chapters/15_sampling.ipynb #cell-046
+# %% ../chapters/15_sampling.ipynb #cell-050
 def _keep_top_k(logits: torch.Tensor, top_k: Sequence[int | None]) -> torch.Tensor:
     """Cut all but the k largest logits of each row [B, V]; ties with the k-th stay."""
     V = logits.shape[-1]
@@ -54,7 +54,7 @@ def _keep_top_k(logits: torch.Tensor, top_k: Sequence[int | None]) -> torch.Tens
     kth = largest.gather(-1, _column(counts, logits, torch.int64) - 1)  # [B, 1]
     return logits.masked_fill(logits < kth, -torch.inf)
 
-# %% ../chapters/15_sampling.ipynb #cell-048
+# %% ../chapters/15_sampling.ipynb #cell-056
 def _keep_top_p(logits: torch.Tensor, top_p: Sequence[float | None]) -> torch.Tensor:
     """Cut the least probable tokens of each row [B, V] that sum to at most 1 - p."""
     limits = [-1.0 if p is None else 1 - p for p in top_p]
@@ -63,14 +63,14 @@ def _keep_top_p(logits: torch.Tensor, top_p: Sequence[float | None]) -> torch.Te
     removed[..., -1] = False  # the most probable token always stays
     return logits.masked_fill(removed.scatter(-1, order, removed), -torch.inf)
 
-
+# %% ../chapters/15_sampling.ipynb #cell-058
 def _keep_min_p(logits: torch.Tensor, min_p: Sequence[float | None]) -> torch.Tensor:
     """Cut the tokens less than `min_p` times as probable as the most probable one."""
     shares = _column([p or 0.0 for p in min_p], logits)
     p = logits.softmax(-1)  # [B, V]
     return logits.masked_fill(p < shares * p.amax(-1, keepdim=True), -torch.inf)
 
-# %% ../chapters/15_sampling.ipynb #cell-050
+# %% ../chapters/15_sampling.ipynb #cell-060
 def _filter(logits: torch.Tensor, rows: Sequence[SamplingParams]) -> torch.Tensor:
     """Apply temperatures and filters, one setting a row, to `logits` [B, V]."""
     # a greedy row takes its largest logit, whatever is done here
@@ -83,7 +83,7 @@ def _filter(logits: torch.Tensor, rows: Sequence[SamplingParams]) -> torch.Tenso
         logits = _keep_min_p(logits, [row.min_p for row in rows])
     return logits
 
-# %% ../chapters/15_sampling.ipynb #cell-054
+# %% ../chapters/15_sampling.ipynb #cell-064
 def sample(
     logits: torch.Tensor,
     params: SamplingParams | Sequence[SamplingParams],
@@ -108,7 +108,7 @@ def sample(
         ids = torch.where(_column(greedy, logits, torch.bool)[:, 0], ids, drawn)
     return torch.where(logits.amax(-1).isfinite(), ids, -1)
 
-# %% ../chapters/15_sampling.ipynb #cell-086
+# %% ../chapters/15_sampling.ipynb #cell-095
 def _check_params(params: SamplingParams) -> None:
     least, most = math.ulp(0), torch.finfo(torch.float64).max
     wanted = "0 (greedy) or a positive number"
@@ -126,7 +126,7 @@ def _check_params(params: SamplingParams) -> None:
     if params.seed is not None:
         check_whole("seed", params.seed, 0, 2**64 - 1)
 
-# %% ../chapters/15_sampling.ipynb #cell-087
+# %% ../chapters/15_sampling.ipynb #cell-096
 def check_whole(name: str, value: Any, least: int, most: float = math.inf) -> None:
     """Raise ValueError unless `value` is a whole number from `least` to `most`."""
     if not _is_number(value, Integral) or not least <= value <= most:
@@ -147,14 +147,14 @@ def _is_number(value: Any, kind: type) -> bool:
     """Whether `value` is a number of this kind; True and False are none."""
     return isinstance(value, kind) and not isinstance(value, bool)
 
-# %% ../chapters/15_sampling.ipynb #cell-089
+# %% ../chapters/15_sampling.ipynb #cell-098
 def _rows(
     params: SamplingParams | Sequence[SamplingParams], count: int
 ) -> list[SamplingParams]:
     """Return one SamplingParams a row."""
     return [params] * count if isinstance(params, SamplingParams) else list(params)
 
-# %% ../chapters/15_sampling.ipynb #cell-090
+# %% ../chapters/15_sampling.ipynb #cell-099
 def _exponential(
     p: torch.Tensor,
     greedy: Sequence[bool],
@@ -183,7 +183,7 @@ def new_generator(
         generator.manual_seed(seed)
     return generator
 
-# %% ../chapters/15_sampling.ipynb #cell-092
+# %% ../chapters/15_sampling.ipynb #cell-101
 def _divide(logits: torch.Tensor, temperatures: Sequence[float]) -> torch.Tensor:
     """Divide each row [B, V] by its temperature; where that overflows, divide logits
     whose largest is 0, which have the same probabilities.
@@ -195,7 +195,7 @@ def _divide(logits: torch.Tensor, temperatures: Sequence[float]) -> torch.Tensor
     moved = (logits - logits.amax(-1, keepdim=True)) / column
     return torch.where(divided.amax(-1, keepdim=True).isfinite(), divided, moved)
 
-# %% ../chapters/15_sampling.ipynb #cell-095
+# %% ../chapters/15_sampling.ipynb #cell-104
 def _penalize(
     logits: torch.Tensor,
     history: torch.Tensor,
@@ -216,7 +216,7 @@ def _penalize(
     changed = changed.clamp(number.min, number.max)
     return torch.where(seen & logits.isfinite(), changed, logits)
 
-# %% ../chapters/15_sampling.ipynb #cell-096
+# %% ../chapters/15_sampling.ipynb #cell-105
 def _penalized(
     logits: torch.Tensor,
     rows: Sequence[SamplingParams],
@@ -229,7 +229,7 @@ def _penalized(
         return logits
     return _penalize(logits, history, penalties, attention_mask)
 
-# %% ../chapters/15_sampling.ipynb #cell-098
+# %% ../chapters/15_sampling.ipynb #cell-107
 def distribution(
     logits: torch.Tensor,
     params: SamplingParams | Sequence[SamplingParams],
@@ -252,7 +252,7 @@ def distribution(
     p = _filter(logits, rows).softmax(-1)
     return torch.where(_column(greedy, logits, torch.bool), certain, p)
 
-# %% ../chapters/15_sampling.ipynb #cell-101
+# %% ../chapters/15_sampling.ipynb #cell-110
 class LogitsError(ValueError):
     """The model's logits allow no choice in some rows of a batch: `rows` lists them."""
 
@@ -274,7 +274,7 @@ def check_ids(ids: list[int]) -> list[int]:
         raise LogitsError(broken, len(ids))
     return ids
 
-# %% ../chapters/15_sampling.ipynb #cell-104
+# %% ../chapters/15_sampling.ipynb #cell-113
 def filter_logits(
     logits: torch.Tensor,
     temperature: float = 1.0,
@@ -295,7 +295,7 @@ def filter_logits(
         )
     return _filter(logits, [params] * len(logits))
 
-# %% ../chapters/15_sampling.ipynb #cell-105
+# %% ../chapters/15_sampling.ipynb #cell-114
 def penalize_repetition(
     logits: torch.Tensor,
     token_ids: torch.Tensor,
