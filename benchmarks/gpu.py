@@ -98,10 +98,7 @@ def bandwidth(sizes: Sizes) -> float:
     """Bytes a second that a large sum reads."""
     count = 2**20 if sizes.tiny else 2**31
     data = torch.ones(count, dtype=torch.bfloat16, device=DEVICE)
-    found = data.nbytes / seconds(lambda: data.view(-1, 2**10).sum(-1))
-    del data
-    free()
-    return found
+    return data.nbytes / seconds(lambda: data.view(-1, 2**10).sum(-1))
 
 
 # ------------------------------------------------------------------ parts: each yields
@@ -269,6 +266,9 @@ class StaticCache:
         make = lambda: torch.zeros(shape, dtype=dtype, device=DEVICE)
         self.layers = [(make(), make()) for _ in range(config.num_hidden_layers)]
         self.position = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+        # a CUDA graph may write to tensors only where it knows that they stay in place
+        for tensor in (self.position, *sum(self.layers, ())):
+            torch._dynamo.mark_static_address(tensor)
 
     def update(self, layer: int, keys: torch.Tensor, values: torch.Tensor):
         k, v = self.layers[layer]
@@ -306,6 +306,8 @@ def static_decode(model: QwenForCausalLM, sizes: Sizes, compiled: bool):
 
 def decode(sizes: Sizes):
     read = bandwidth(sizes)
+    free()
+    yield {"case": "read bandwidth", "gb_per_second": read / 1e9}
     greedy = {"temperature": 0, "eos_token_id": []}
 
     def eager(form: str, rows: int) -> dict:
