@@ -24,7 +24,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .attention import GQAttention
+from .attention import GQAttention, PackedDocuments
 from .config import QwenConfig
 from .kv_cache import KVCache
 from .mlp import SwiGLU
@@ -58,7 +58,7 @@ class DecoderLayer(nn.Module):
         x: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        mask: torch.Tensor | None = None,
+        mask: torch.Tensor | PackedDocuments | None = None,
         cache: KVCache | None = None,
     ) -> torch.Tensor:
         """`x` [B, T, D] -> [B, T, D]; the other arguments go to `GQAttention`."""
@@ -101,7 +101,7 @@ class QwenModel(nn.Module):
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
+        mask: torch.Tensor | PackedDocuments | None = None,
         cache: KVCache | None = None,
     ) -> torch.Tensor:
         """`input_ids` [B, T] -> [B, T, D]; `mask` as for `GQAttention`.
@@ -163,7 +163,7 @@ from typing import Any
 
 from torch.utils.checkpoint import checkpoint
 
-from .attention import document_mask, document_positions
+from .attention import document_positions, separate_documents
 from .config import GenerationDefaults
 from .loss import linear_cross_entropy
 
@@ -273,7 +273,7 @@ class QwenForCausalLM(GenerationMixin, CheckpointMixin, PreTrainedModel):
         targets: torch.Tensor | None = None,
         *,
         position_ids: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
+        mask: torch.Tensor | PackedDocuments | None = None,
         document_ids: torch.Tensor | None = None,
         cache: KVCache | None = None,
         logits_to_keep: int = 0,
@@ -291,7 +291,7 @@ class QwenForCausalLM(GenerationMixin, CheckpointMixin, PreTrainedModel):
         _check_options(logits_to_keep, document_ids, position_ids, mask, cache)
         _check_length(self.config.max_position_embeddings, input_ids, cache)
         if document_ids is not None:
-            mask = document_mask(document_ids)
+            mask = separate_documents(document_ids)
             position_ids = document_positions(document_ids)
         hidden = _hidden_states(self.model, input_ids, position_ids, mask, cache)
         if targets is None:

@@ -78,14 +78,15 @@ def build_model(
     precision: str = "bf16",
     reshard_after_forward: bool = True,
     prefetch: int = 1,
-    compile: bool = False,
+    compile: bool | None = False,
 ) -> tuple[QwenForCausalLM, nn.Module]:
     """Return the model on `device`, and what training calls: DDP's wrapper or itself.
 
     `mesh` is `make_mesh`'s. The weights are bit for bit those of
     `torch.manual_seed(seed); QwenForCausalLM(config)` on a CPU, however many processes
     share them. Sharded only: `reshard_after_forward` frees a block's gathered weights
-    until the backward pass; weights are gathered `prefetch` blocks ahead. ValueError
+    until the backward pass; weights are gathered `prefetch` blocks ahead.
+    `compile` None compiles on a GPU only. ValueError
     for names that are unknown or do not fit together.
     """
     several = dist.is_initialized() and dist.get_world_size() > 1
@@ -98,7 +99,7 @@ def build_model(
         _gather_ahead(model, prefetch)
     model.to_empty(device=device)
     _initialize(model, seed)
-    if compile:
+    if compile or compile is None and device.type == "cuda":
         compile_layers(model)
     if not several or mesh is not None:
         return model, model

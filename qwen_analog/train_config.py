@@ -117,8 +117,9 @@ class HardwareSettings(_Settings):
     for the backward"""
     collective_timeout_minutes: float = Field(10.0, gt=0, le=100_000)
     """a process for which the others wait longer ends the run, with one line"""
-    compile: bool = False
-    """compile each block with torch.compile: minutes at the start, faster GPU steps"""
+    compile: bool | None = None
+    """compile each block with torch.compile: minutes at the start, faster GPU steps;
+    left out, on a GPU only"""
     peak_tflops: float = Field(0.0, ge=0)
     """what one device can do at most, for the MFU; 0: by its name, or measured"""
 
@@ -287,8 +288,8 @@ def _flag_options(name: str, field: FieldInfo) -> dict[str, Any]:
     if origin is list:
         words = {"data": "PATH", "skip_steps": "STEP", "sample_prompts": "TEXT"}
         return {"nargs": "+", "type": parts[0], "metavar": words[name], "help": text}
-    text += f" (default: {field.default})"
-    if kind is bool:
+    text += "" if field.default is None else f" (default: {field.default})"
+    if kind is bool or bool in parts:
         return {"action": argparse.BooleanOptionalAction, "default": None, "help": text}
     if origin is Literal:
         return {"choices": parts, "help": text}

@@ -211,6 +211,7 @@ def flag_for(name, value):
 
 
 OTHER = {
+    "compile": True,
     "model": "qwen2.5-0.5b",
     "optimizer": "muon",
     "schedule": "wsd",
