@@ -3,13 +3,16 @@ several processes, and the checking of exercises.
 """
 
 import json
+import pickle
 import subprocess
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 
+import cloudpickle
 import matplotlib.pyplot as plt
 import torch
 from torch import nn
@@ -167,11 +170,22 @@ results = {}
 """
 
 
+CALL = """
+import pickle
+with open({folder!r} + "/call", "rb") as file:
+    function, arguments = pickle.load(file)
+answer = pickle.dumps(function(*arguments))
+with open({folder!r} + f"/answer_{{rank}}", "wb") as file:
+    file.write(answer)
+"""
+
+
 def on_processes(count: int, program: str) -> list[dict]:
     """Run a program in `count` processes that know each other.
 
     It finds `rank` and `world_size`, and puts what it found out into `results`, which
-    are returned in the order of the ranks.
+    are returned in the order of the ranks. What the processes print is printed line by
+    line: the first line of each, then the second of each.
     """
     end = "\ndist.barrier()\ndist.destroy_process_group()\nprint(json.dumps(results))"
     with tempfile.TemporaryDirectory(dir=".") as folder:
@@ -190,4 +204,25 @@ def on_processes(count: int, program: str) -> list[dict]:
         outputs = [process.communicate() for process in processes]
     failed = any(process.returncode for process in processes)
     assert not failed, "".join(errors for _, errors in outputs)
-    return [json.loads(output) for output, _ in outputs]
+    printed = [output.splitlines() for output, _ in outputs]
+    results = [json.loads(lines.pop()) for lines in printed]
+    for lines in zip_longest(*printed):
+        for line in lines:
+            if line is not None:
+                print(line)
+    return results
+
+
+def on_ranks(count: int, function: Callable, *arguments) -> list | None:
+    """Call a function in `count` processes that know each other; return what each
+    returned, in the order of the ranks, or None where none returned anything.
+
+    The function may be a chapter's own: it goes to the processes with all that it uses.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        call = Path(folder) / "call"
+        call.write_bytes(cloudpickle.dumps((function, arguments)))
+        on_processes(count, CALL.format(folder=folder))
+        files = [Path(folder) / f"answer_{rank}" for rank in range(count)]
+        answers = [pickle.loads(file.read_bytes()) for file in files]
+    return None if all(answer is None for answer in answers) else answers

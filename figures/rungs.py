@@ -13,21 +13,21 @@ from matplotlib.patches import Rectangle
 HERE = Path(__file__).resolve().parent
 plt.style.use(HERE / "book.mplstyle")
 GROUPS = (("weights", "#0b63a5"), ("gradient", "#2a9d60"), ("moments", "#d1495b"))
-# which groups are halved, what is sent, and how many bytes are held of 64
+# which groups are halved, what is sent, and how many bytes are held of 32
 RUNGS = (
-    ("0  data parallel", (), "all-reduce the gradient", 64),
-    ("1  ZeRO-1", ("moments",), "reduce-scatter the gradient,\nall-gather weights", 48),
+    ("0  data parallel", (), "all-reduce the gradient", 32),
+    ("1  ZeRO-1", ("moments",), "reduce-scatter the gradient,\nall-gather weights", 24),
     (
         "2  ZeRO-2",
         ("gradient", "moments"),
         "the same, and the other half of\nthe gradient is dropped",
-        40,
+        20,
     ),
     (
         "3  ZeRO-3, FSDP",
         ("weights", "gradient", "moments"),
         "all-gather weights twice,\nreduce-scatter the gradient",
-        32,
+        16,
     ),
 )
 
@@ -46,11 +46,11 @@ for rung, (title, halved, sent, held) in enumerate(RUNGS):
     ax.text(-3.6, y, title, va="center", fontsize=10)
     for rank in range(2):
         for group, (name, color) in enumerate(GROUPS):
-            for weight in range(4):
-                inside = name not in halved or weight // 2 == rank
-                corner = (6.0 * rank + 1.8 * group + 0.4 * weight, y - 0.35)
+            for weight in range(2):
+                inside = name not in halved or weight == rank
+                corner = (6.0 * rank + 1.8 * group + 0.8 * weight, y - 0.35)
                 face = color if inside else "#eef1f3"
-                ax.add_patch(Rectangle(corner, 0.36, 0.7, facecolor=face))
+                ax.add_patch(Rectangle(corner, 0.76, 0.7, facecolor=face))
     ax.text(12.1, y, sent, va="center", fontsize=8.5, color="#3b454c")
     ax.text(17.9, y, f"{held} bytes", va="center", ha="right", fontsize=9)
 figure.savefig(HERE / "rungs.svg", metadata={"Date": None})

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['count_targets', 'forward_loss', 'accumulate_gradients', 'StepResult', 'train_step', 'micro_batches', 'evaluate']
 
-# %% ../chapters/14_training_step.ipynb #cell-088
+# %% ../chapters/14_training_step.ipynb #cell-086
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,7 +21,7 @@ from .distributed import DistributedContext
 from .parallel import clip_grad_norm, gradient_sync
 from .train_config import TrainConfig
 
-# %% ../chapters/14_training_step.ipynb #cell-089
+# %% ../chapters/14_training_step.ipynb #cell-087
 def count_targets(batches: Sequence[dict[str, torch.Tensor]]) -> int:
     return sum(int((batch["targets"] != IGNORE_INDEX).sum()) for batch in batches)
 
@@ -44,7 +44,7 @@ def forward_loss(
     with torch.autocast(device.type, torch.bfloat16, bf16, cache_enabled=False):
         return model(**inputs, reduction="sum", z_loss=z_loss)
 
-# %% ../chapters/14_training_step.ipynb #cell-091
+# %% ../chapters/14_training_step.ipynb #cell-089
 def accumulate_gradients(
     model: nn.Module,
     batches: Sequence[dict[str, torch.Tensor]],
@@ -66,7 +66,7 @@ def accumulate_gradients(
         total += loss.detach()
     return total
 
-# %% ../chapters/14_training_step.ipynb #cell-095
+# %% ../chapters/14_training_step.ipynb #cell-093
 class StepResult(NamedTuple):
     """What one optimizer step was, over all processes."""
 
@@ -102,7 +102,7 @@ def train_step(
         optimizer.zero_grad(set_to_none=let_go)
     return StepResult(total / targets, grad_norm, finite)
 
-# %% ../chapters/14_training_step.ipynb #cell-103
+# %% ../chapters/14_training_step.ipynb #cell-101
 def micro_batches(
     sequences: Sequence[TokenSequence], config: TrainConfig
 ) -> list[dict[str, torch.Tensor]]:
@@ -131,7 +131,7 @@ def _own_share(
     sequences += [empty] * (-len(sequences) % context.world_size)
     return sequences[context.rank :: context.world_size]
 
-# %% ../chapters/14_training_step.ipynb #cell-104
+# %% ../chapters/14_training_step.ipynb #cell-102
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
