@@ -144,13 +144,18 @@ class DistributedContext(Collectives):
         self.barrier()
 
     @contextmanager
-    def local_first(self) -> Iterator[None]:
-        """Let one process of each machine do the body first, for the others' cache."""
-        if self.local_rank > 0:
+    def one_first(self, directory: Path) -> Iterator[None]:
+        """Let one process of all that share `directory`, on one machine or on many, do
+        the body first, for the cache that the others find there."""
+        with _mark(directory) as mine:
+            marks = enumerate(self.all_gather_object(mine))
+            lower = [mark for rank, mark in marks if rank < self.rank]
+            is_first = not any((directory / mark).exists() for mark in lower)
+            if is_first:
+                yield
             self.barrier()
-        yield
-        if self.local_rank == 0:
-            self.barrier()
+        if not is_first:
+            yield
 
     def agree(self, values: dict, what: str) -> None:
         """Raise ValueError on all processes unless `values`, JSON, are alike on all."""
@@ -160,6 +165,20 @@ class DistributedContext(Collectives):
             raise ValueError(difference)
 
 # %% ../chapters/B20_processes.ipynb #c0b99cb7
+@contextmanager
+def _mark(directory: Path) -> Iterator[str]:
+    """While open, leave an empty file in `directory`, where that can be written."""
+    mark = directory / f"{secrets.token_hex(8)}.partial"
+    with suppress(OSError):
+        directory.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    try:
+        yield mark.name
+    finally:  # also has a network's file system read the directory anew
+        with suppress(OSError):
+            mark.unlink()
+
+
 def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 

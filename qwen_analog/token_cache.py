@@ -6,7 +6,8 @@
 __all__ = ['BATCH_BYTES', 'WORKER_BYTES', 'hash_key', 'held_out_threshold', 'is_held_out', 'mask_of_hashes', 'held_out_mask',
            'token_ids', 'utf8_size', 'tokenize_lines', 'table_schema', 'write_ids', 'write_rows', 'read_tokens',
            'TokenFileCache', 'write_token_file', 'delete_old_partials', 'file_digest', 'file_times', 'count_workers',
-           'batches_of', 'start_worker', 'tokenize_batch', 'tokenize_on_cores', 'tokenize_files', 'skipped_lines']
+           'batches_of', 'start_worker', 'tokenize_batch', 'tokenize_on_cores', 'cache_directory', 'tokenize_files',
+           'skipped_lines']
 
 # %% ../chapters/B05_token_cache.ipynb #cell-005
 import ctypes
@@ -190,8 +191,8 @@ def read_tokens(path: Path, heldout_fraction: float) -> "pyarrow.Table":
 class TokenFileCache:
     """Token files of `files`, each named by its origin and by its own SHA-256."""
 
-    def __init__(self, directory: str | Path, files: Sequence[str]):
-        self.directory = Path(directory) / "qwen_analog"
+    def __init__(self, directory: Path, files: Sequence[str]):
+        self.directory = directory
         self.files = files
         self.times = file_times(files)
 
@@ -354,6 +355,12 @@ def tokenize_on_cores(
         executor.shutdown(wait=False, cancel_futures=True)
 
 # %% ../chapters/B05_token_cache.ipynb #cell-034
+def cache_directory(cache_dir: str | Path | None = None) -> Path:
+    """Return where token files lie: in `cache_dir`, or in the cache of `datasets`."""
+    datasets = need("datasets")
+    return Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "qwen_analog"
+
+
 def tokenize_files(
     files: Sequence[str],
     tokenizer: Tokenizer,
@@ -375,7 +382,7 @@ def tokenize_files(
     held_out_threshold(heldout_fraction)
     workers = count_workers(files, num_workers)
     datasets = need("datasets")
-    cache = TokenFileCache(cache_dir or datasets.config.HF_DATASETS_CACHE, files)
+    cache = TokenFileCache(cache_directory(cache_dir), files)
     try:
         key = cache.key(tokenizer, skip_bad_lines)
         path = cache.find(key)
