@@ -151,6 +151,7 @@ class DistributedContext(Collectives):
             marks = enumerate(self.all_gather_object(mine))
             lower = [mark for rank, mark in marks if rank < self.rank]
             is_first = not any((directory / mark).exists() for mark in lower)
+            self.barrier()  # all have looked
             if is_first:
                 yield
             self.barrier()
