@@ -23,7 +23,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -143,20 +143,10 @@ class DistributedContext(Collectives):
         yield  # an error goes on to the context's end, which tells the others
         self.barrier()
 
-    @contextmanager
-    def one_first(self, directory: Path) -> Iterator[None]:
-        """Let one process of all that share `directory`, on one machine or on many, do
-        the body first, for the cache that the others find there."""
-        with _mark(directory) as mine:
-            marks = enumerate(self.all_gather_object(mine))
-            lower = [mark for rank, mark in marks if rank < self.rank]
-            is_first = not any((directory / mark).exists() for mark in lower)
-            self.barrier()  # all have looked
-            if is_first:
-                yield
-            self.barrier()
-        if not is_first:
-            yield
+    def one_first(self, directory: Path) -> AbstractContextManager[None]:
+        """Let one process of all that share `directory` do the body before the rest,
+        on one machine or on many, for the cache that the others find there."""
+        return _one_first(self, directory)
 
     def agree(self, values: dict, what: str) -> None:
         """Raise ValueError on all processes unless `values`, JSON, are alike on all."""
@@ -178,6 +168,19 @@ def _mark(directory: Path) -> Iterator[str]:
     finally:  # also has a network's file system read the directory anew
         with suppress(OSError):
             mark.unlink()
+
+
+@contextmanager
+def _one_first(context: Collectives, directory: Path) -> Iterator[None]:
+    with _mark(directory) as mark:
+        lower = context.all_gather_object(mark)[: context.rank]
+        is_first = not any([(directory / name).exists() for name in lower])
+        context.barrier()  # all have looked
+        if is_first:
+            yield
+        context.barrier()
+    if not is_first:
+        yield
 
 
 def _as_json(value: Any) -> Any:
