@@ -182,7 +182,7 @@ def _one_first(context: Collectives, directory: Path) -> Iterator[None]:
     if not is_first:
         yield
 
-
+# %% ../chapters/B20_processes.ipynb #one-first-2
 def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 

@@ -195,7 +195,7 @@ class Scenario:
 
 
 if __name__ == "__main__":
-    distributed.HEARTBEAT, distributed.GRACE, distributed.JOIN_TIMEOUT = 0.5, 8, 4.0
+    distributed.HEARTBEAT, distributed.GRACE, distributed.JOIN_TIMEOUT = 0.5, 8, 8.0
     scenarios, until = [Scenario(name) for name in sys.argv[2:]], time.monotonic() + 60
     while not all([scenario.ended(time.monotonic() > until) for scenario in scenarios]):
         time.sleep(0.05)
