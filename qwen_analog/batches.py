@@ -18,7 +18,7 @@ import torch
 from .data import PackedDataset, TokenSequence, held_out_dataset
 from .jsonl import DataError, find_files
 from .streaming import SharedDataset, StreamingDataset, open_stream
-from .token_cache import skipped_lines, tokenize_files
+from .token_cache import cache_directory, skipped_lines, tokenize_files
 from .distributed import DistributedContext
 from .step import micro_batches
 from .tokenizer import Tokenizer
@@ -162,7 +162,7 @@ def open_data(
 def _open_files(
     config: TrainConfig, tokenizer: Tokenizer, context: DistributedContext
 ) -> tuple[PackedDataset, PackedDataset | None]:
-    with context.local_first():
+    with context.one_first(cache_directory()):
         documents = tokenize_files(
             find_files(config.data),
             tokenizer,

@@ -23,7 +23,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -143,14 +143,10 @@ class DistributedContext(Collectives):
         yield  # an error goes on to the context's end, which tells the others
         self.barrier()
 
-    @contextmanager
-    def local_first(self) -> Iterator[None]:
-        """Let one process of each machine do the body first, for the others' cache."""
-        if self.local_rank > 0:
-            self.barrier()
-        yield
-        if self.local_rank == 0:
-            self.barrier()
+    def one_first(self, directory: Path) -> AbstractContextManager[None]:
+        """Let one process of all that share `directory` do the body before the rest,
+        on one machine or on many, for the cache that the others find there."""
+        return _one_first(self, directory)
 
     def agree(self, values: dict, what: str) -> None:
         """Raise ValueError on all processes unless `values`, JSON, are alike on all."""
@@ -160,6 +156,33 @@ class DistributedContext(Collectives):
             raise ValueError(difference)
 
 # %% ../chapters/B20_processes.ipynb #c0b99cb7
+@contextmanager
+def _mark(directory: Path) -> Iterator[str]:
+    """While open, leave an empty file in `directory`, where that can be written."""
+    mark = directory / f"{secrets.token_hex(8)}.partial"
+    with suppress(OSError):
+        directory.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    try:
+        yield mark.name
+    finally:  # also has a network's file system read the directory anew
+        with suppress(OSError):
+            mark.unlink()
+
+
+@contextmanager
+def _one_first(context: Collectives, directory: Path) -> Iterator[None]:
+    with _mark(directory) as mark:
+        lower = context.all_gather_object(mark)[: context.rank]
+        is_first = not any([(directory / name).exists() for name in lower])
+        context.barrier()  # all have looked
+        if is_first:
+            yield
+        context.barrier()
+    if not is_first:
+        yield
+
+# %% ../chapters/B20_processes.ipynb #one-first-2
 def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 

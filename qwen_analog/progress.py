@@ -47,17 +47,26 @@ class SpeedMeter:
         flops = flops_per_token(model.config, config.sequence_length)
         self.mfu_of_speed = flops / (peak * context.world_size)
         self.speeds: list[float] = []
+        self.seconds = self.waited = 0.0
 
-    def measure(self, seconds: float) -> dict[str, float]:
-        """Note a step that took so many seconds."""
+    def measure(self, seconds: float, waited: float = 0.0) -> dict[str, float]:
+        """Note a step that took so many seconds, `waited` of them for its data."""
         self.speeds.append(self.tokens_per_step / seconds)
-        return self._described(self.speeds[-1])
+        self.seconds += seconds
+        self.waited += waited
+        return self._described(self.speeds[-1], waited / seconds)
 
     def median(self) -> dict[str, float]:
-        return self._described(statistics.median(self.speeds) if self.speeds else 0.0)
+        """Describe all steps: their median speed, and the share of their waiting."""
+        if not self.speeds:
+            return self._described(0.0, 0.0)
+        return self._described(
+            statistics.median(self.speeds), self.waited / self.seconds
+        )
 
-    def _described(self, speed: float) -> dict[str, float]:
-        return {"tokens_per_second": speed, "mfu": self.mfu_of_speed * speed}
+    def _described(self, speed: float, share: float) -> dict[str, float]:
+        mfu = self.mfu_of_speed * speed
+        return {"tokens_per_second": speed, "mfu": mfu, "data_wait_share": share}
 
 # %% ../chapters/B27_progress.ipynb #cell-021
 class Metrics:

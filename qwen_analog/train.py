@@ -138,7 +138,7 @@ def take_step(run: Trainer, batch: Batch, began: float) -> None:
     loss, grad_norm, applied = train_step(
         run.wrapped, run.optimizers, batch.micro_batches, run.config, run.context
     )
-    speed = run.metrics.speed.measure(time.perf_counter() - began)
+    speed = run.metrics.speed.measure(time.perf_counter() - began, waited)
     values = {"tokens": run.tokens, "learning_rate": rate, "loss": loss}
     values |= {"grad_norm": grad_norm, **speed, "data_wait": waited}
     note_step(run, batch, values, applied)  # too many failures end the run

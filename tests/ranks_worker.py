@@ -30,7 +30,7 @@ def error_in_a_meeting(processes):
 
 
 def error_of_the_first(processes):
-    with processes.local_first():
+    with processes.one_first(FOLDER):
         raise OSError("No space left on device")
 
 
@@ -49,6 +49,7 @@ def interrupted(processes):
 
 def killed_in_a_collective(processes):
     processes.step = 7
+    processes.all_reduce_sum(1)  # both are at the step
     if processes.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     processes.all_reduce_sum(1)
@@ -77,7 +78,7 @@ def late(processes):
 
 def patient(processes):
     """Work of one process may take longer than the time-out, and so may work of all."""
-    with processes.local_first():
+    with processes.one_first(FOLDER):
         if processes.rank == 0:
             time.sleep(4.5)
     time.sleep(4.5)
@@ -85,6 +86,22 @@ def patient(processes):
     assert processes.broadcast({"a": (processes.rank, Path("x"))}) == {
         "a": (0, Path("x"))
     }
+
+
+def shared_cache(processes):
+    """One process works for a directory that both see, both at once for their own."""
+    shared, own = FOLDER / "shared", [FOLDER / "own 0", FOLDER / "own 1"]
+    with processes.one_first(shared):
+        if not (shared / "made").exists():
+            time.sleep(0.2)
+            (shared / "made").touch(exist_ok=False)
+    with processes.one_first(own[processes.rank]):
+        (own[processes.rank] / "begun").touch()
+        until = time.monotonic() + 3
+        while not all((directory / "begun").exists() for directory in own):
+            assert time.monotonic() < until, "one waits for the other"
+            time.sleep(0.01)
+    assert [path.name for path in shared.iterdir()] == ["made"]
 
 
 def other_settings(processes):
@@ -178,7 +195,7 @@ class Scenario:
 
 
 if __name__ == "__main__":
-    distributed.HEARTBEAT, distributed.GRACE, distributed.JOIN_TIMEOUT = 0.5, 8, 4.0
+    distributed.HEARTBEAT, distributed.GRACE, distributed.JOIN_TIMEOUT = 0.5, 8, 8.0
     scenarios, until = [Scenario(name) for name in sys.argv[2:]], time.monotonic() + 60
     while not all([scenario.ended(time.monotonic() > until) for scenario in scenarios]):
         time.sleep(0.05)

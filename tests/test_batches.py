@@ -187,10 +187,16 @@ def test_the_place_of_the_thread_is_not_the_place_of_the_run(monkeypatch):
 
 
 def test_the_wait_for_data_is_logged():
-    train(settings(save_every=100))
+    summary = train(settings(save_every=100))
     lines = Path("checkpoints/metrics.jsonl").read_text().splitlines()
     steps = [e for e in map(json.loads, lines) if "loss" in e]
     assert all(0 <= e["data_wait"] <= 128 / e["tokens_per_second"] for e in steps)
+    for e in steps:
+        share = e["data_wait"] * e["tokens_per_second"] / 128
+        assert e["data_wait_share"] == pytest.approx(share)
+    waited = sum(e["data_wait"] for e in steps)
+    seconds = sum(128 / e["tokens_per_second"] for e in steps)
+    assert summary["data_wait_share"] == pytest.approx(waited / seconds)
     assert len(steps) == 6
 
 

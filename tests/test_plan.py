@@ -131,6 +131,50 @@ def test_the_command(capsys):
         assert message in error and error.count("\n") == 1
 
 
+def test_a_plan_says_what_is_measured_and_what_assumed(tmp_path, capsys):
+    bench = tmp_path / "bench.json"
+    arguments = ["plan", "--model", "tiny", "--sequence-length", "128", "--gpu", "A100"]
+
+    def planned(device, overlap):
+        found = {"device": device, "training": {"mfu": 0.3}, "overlap": overlap}
+        bench.write_text(json.dumps(found))
+        assert cli([*arguments, "--bench", str(bench), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert cli([*arguments, "--mfu", "0.3", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert all(origin.startswith("assumed") for origin in plan["origins"].values())
+    same = planned("NVIDIA A100-SXM4-80GB", 0.75)
+    assert same["days"] == plan["days"]
+    assert same["origins"]["MFU"] == "measured on NVIDIA A100-SXM4-80GB"
+    assert "measured on NVIDIA A100" in same["origins"]["sending"]
+    assert "75%" in same["origins"]["sending"]
+    other = planned("NVIDIA H100", None)
+    assert "measured on NVIDIA H100, assumed" in other["origins"]["MFU"]
+    assert other["origins"]["sending"] == plan["origins"]["sending"]
+    assert cli(arguments) == 0
+    assert "  MFU          assumed\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"device": "x"}',
+        '{"device": "x", "training": {"mfu": 2}, "overlap": null}',
+    ]
+    + ['{"device": "x", "training": {"mfu": "0.4"}}']
+    + ['{"device": "x", "training": {"mfu": 0.4}, "overlap": -1}'],
+)
+def test_a_bench_without_an_mfu_is_refused(text, tmp_path, capsys):
+    (tmp_path / "b.json").write_text(text)
+    bench = ["--bench", str(tmp_path / "b.json")]
+    assert cli(["plan", "--model", "tiny", "--sequence-length", "128", *bench]) == 2
+    error = capsys.readouterr().err
+    assert "is no result of `qwen-analog bench`" in error and error.count("\n") == 1
+
+
 def test_the_readme_says_what_the_plan_says():
     """Each line of its table: the command's flags, memory of a GPU by arithmetic,
     tokens a second and days.
