@@ -30,7 +30,7 @@ from .loss import CHUNK_SIZE
 from .model import QwenForCausalLM
 from .optim import PIECE_SIZE
 
-# %% ../chapters/24_memory.ipynb #cell-036
+# %% ../chapters/24_memory.ipynb #cell-038
 _aten = torch.ops.aten
 _MATMUL = {_aten.mm.default, _aten.addmm.default}
 _ATTENTION = {
@@ -72,7 +72,7 @@ def set_activation_checkpointing(model: QwenForCausalLM, mode: str) -> None:
             lambda: create_selective_checkpoint_contexts(policy)
         )
 
-# %% ../chapters/24_memory.ipynb #cell-064
+# %% ../chapters/24_memory.ipynb #cell-068
 class _StorageLog:
     """When the memory behind each tensor was taken, resized and given back."""
 
@@ -112,7 +112,7 @@ class _StorageLog:
             rows.append(dict(now))
         return rows
 
-# %% ../chapters/24_memory.ipynb #cell-065
+# %% ../chapters/24_memory.ipynb #cell-069
 @contextmanager
 def _resizes_noted(log: _StorageLog) -> Iterator[None]:
     """Note `resize_`, by which FSDP frees what it gathered; no operator is called."""
@@ -126,7 +126,7 @@ def _resizes_noted(log: _StorageLog) -> Iterator[None]:
     yield
     torch.UntypedStorage.resize_ = resize
 
-# %% ../chapters/24_memory.ipynb #cell-066
+# %% ../chapters/24_memory.ipynb #cell-070
 class StorageTracker(TorchDispatchMode):
     """Notes what memory tensors take, by category, on any device, fake ones too."""
 
@@ -167,7 +167,7 @@ class StorageTracker(TorchDispatchMode):
     def peak(self) -> dict[str, int]:  # the row of the timeline with the largest sum
         return max(self.timeline(), key=lambda row: sum(row.values()))
 
-# %% ../chapters/24_memory.ipynb #cell-069
+# %% ../chapters/24_memory.ipynb #cell-073
 _STORED = {"fp32": 4, "bf16": 4, "bf16-pure": 2}  # bytes of a weight
 _COMPUTED = {"fp32": 4, "bf16": 2, "bf16-pure": 2}  # of what enters a matrix product
 
@@ -207,7 +207,7 @@ def saved_activations(
         kept["attention mask"] = batch_size * sequence_length**2 * c
     return kept
 
-# %% ../chapters/24_memory.ipynb #cell-070
+# %% ../chapters/24_memory.ipynb #cell-074
 def _cheap_results(N: int, D: int, F: int, precision: str) -> dict[str, int]:
     """Return what a block keeps that computes nothing again: norms, casts, silu."""
     stream, c = _STORED[precision], _COMPUTED[precision]
@@ -222,7 +222,7 @@ def _cheap_results(N: int, D: int, F: int, precision: str) -> dict[str, int]:
         "silu, product": 2 * N * F * c,
     }
 
-# %% ../chapters/24_memory.ipynb #cell-072
+# %% ../chapters/24_memory.ipynb #cell-076
 def flops_per_token(
     config: QwenConfig, sequence_length: int, activation_checkpointing: str = "none"
 ) -> float:
@@ -251,7 +251,7 @@ def _block_matrices(config: QwenConfig) -> int:
     heads = config.num_attention_heads + config.num_key_value_heads
     return 2 * D * h * heads + 3 * D * config.intermediate_size
 
-# %% ../chapters/24_memory.ipynb #cell-094
+# %% ../chapters/24_memory.ipynb #cell-095
 @dataclass
 class MemoryEstimate:
     """Bytes on one GPU by category, at the moment of a step that `moment` names."""
@@ -279,7 +279,7 @@ class MemoryEstimate:
         lines = [f"{name:14} {size / 1e9:9.3f} GB" for name, size in rows.items()]
         return "\n".join(lines) + f"   at {self.moment}"
 
-# %% ../chapters/24_memory.ipynb #cell-095
+# %% ../chapters/24_memory.ipynb #cell-096
 @dataclass(frozen=True)
 class MemorySettings:
     """What a step's memory depends on. ValueError for what cannot be."""
@@ -319,7 +319,7 @@ class MemorySettings:
         rounded = self.precision == "bf16" and self.sharded
         return "bf16-pure" if rounded else self.precision
 
-# %% ../chapters/24_memory.ipynb #cell-096
+# %% ../chapters/24_memory.ipynb #cell-097
 _OPTIMIZERS = ("adamw", "adamw-bf16", "muon", None)
 _COUNTS = ("batch_size", "sequence_length", "micro_batches", "shards", "replicas")
 
@@ -340,7 +340,7 @@ def _check_settings(s: MemorySettings) -> None:
             f"not {s.shards}"
         )
 
-# %% ../chapters/24_memory.ipynb #cell-097
+# %% ../chapters/24_memory.ipynb #cell-098
 def estimate_memory(config: QwenConfig, **settings) -> MemoryEstimate:
     """Return the bytes on one GPU at the fullest moment of a step; arithmetic alone.
 
@@ -374,7 +374,7 @@ def _inference_moments(s: MemorySettings) -> list[MemoryEstimate]:
     )
     return [prompt, draw]
 
-# %% ../chapters/24_memory.ipynb #cell-099
+# %% ../chapters/24_memory.ipynb #cell-100
 class _WeightBytes:
     """Bytes on one GPU that depend on the number of weights."""
 
@@ -404,7 +404,7 @@ class _WeightBytes:
         self.block_reduced = 4 * block * s.sharded
         self.root_reduced = 4 * root * s.sharded
 
-# %% ../chapters/24_memory.ipynb #cell-100
+# %% ../chapters/24_memory.ipynb #cell-101
 def _optimizer_bytes(s: MemorySettings, weights: int) -> tuple[int, int]:
     """Return what the optimizer keeps, and what its step takes besides."""
     config, stored = s.config, _STORED[s.precision]
@@ -418,7 +418,7 @@ def _optimizer_bytes(s: MemorySettings, weights: int) -> tuple[int, int]:
     piece = min(PIECE_SIZE, widest // s.shards)
     return 2 * weights * 2 // s.shards, (31 if stored == 2 else 23) * piece
 
-# %% ../chapters/24_memory.ipynb #cell-101
+# %% ../chapters/24_memory.ipynb #cell-102
 class _ActivationBytes:
     """Bytes on one GPU that depend on the number of tokens."""
 
@@ -443,7 +443,7 @@ class _ActivationBytes:
         self.chunk = 2 * min(CHUNK_SIZE, N) * s.config.vocab_size * 4  # float32 logits
         self.working = self.stream + _mlp_backward(s)
 
-# %% ../chapters/24_memory.ipynb #cell-102
+# %% ../chapters/24_memory.ipynb #cell-103
 def _mlp_backward(s: MemorySettings) -> int:
     """Return the most that an MLP's backward pass takes, of three moments."""
     c, F = _COMPUTED[s.precision], s.config.intermediate_size
@@ -469,7 +469,7 @@ def _training_moments(s: MemorySettings) -> list[MemoryEstimate]:
     moments = _forward_moments(s, w, a) | _backward_moments(s, w, a)
     return [MemoryEstimate(**static, **m, moment=name) for name, m in moments.items()]
 
-# %% ../chapters/24_memory.ipynb #cell-103
+# %% ../chapters/24_memory.ipynb #cell-104
 def _forward_moments(s: MemorySettings, w: _WeightBytes, a: _ActivationBytes) -> dict:
     """Return the sizes at the optimizer's step, the loss and its backward pass."""
     head = s.config.vocab_size * s.config.hidden_size  # weights
@@ -491,7 +491,7 @@ def _forward_moments(s: MemorySettings, w: _WeightBytes, a: _ActivationBytes) ->
         },
     }
 
-# %% ../chapters/24_memory.ipynb #cell-104
+# %% ../chapters/24_memory.ipynb #cell-105
 def _backward_moments(s: MemorySettings, w: _WeightBytes, a: _ActivationBytes) -> dict:
     """Return the sizes while gradients are made, from the last block to the first."""
     other_blocks = (s.config.num_hidden_layers - 1) * a.block
@@ -522,7 +522,7 @@ def _backward_moments(s: MemorySettings, w: _WeightBytes, a: _ActivationBytes) -
         },
     }
 
-# %% ../chapters/24_memory.ipynb #cell-111
+# %% ../chapters/24_memory.ipynb #cell-112
 from typing import TYPE_CHECKING
 
 if not TYPE_CHECKING:

@@ -23,7 +23,7 @@ from .config import PRECISIONS, STRATEGIES, QwenConfig
 from .distributed import env_integer
 from .model import QwenForCausalLM
 
-# %% ../chapters/25_many_gpus.ipynb #cell-039
+# %% ../chapters/25_many_gpus.ipynb #cell-037
 def gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager:
     """Enclose the passes of one micro-batch; `enabled` for the step's last one only.
 
@@ -36,13 +36,13 @@ def gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager:
         return model.no_sync()
     return nullcontext()
 
-# %% ../chapters/25_many_gpus.ipynb #cell-041
+# %% ../chapters/25_many_gpus.ipynb #cell-039
 def clip_grad_norm(model: nn.Module, max_norm: float) -> float:
     """Scale the gradients of all shards down to `max_norm`; return their norm."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
-# %% ../chapters/25_many_gpus.ipynb #cell-080
+# %% ../chapters/25_many_gpus.ipynb #cell-075
 def make_mesh(
     strategy: str, world_size: int, device_type: str, shard_size: int | None = None
 ) -> DeviceMesh | None:
@@ -67,7 +67,7 @@ def make_mesh(
     sizes = (world_size // shard_size, shard_size)
     return init_device_mesh(device_type, sizes, mesh_dim_names=("replicate", "shard"))
 
-# %% ../chapters/25_many_gpus.ipynb #cell-081
+# %% ../chapters/25_many_gpus.ipynb #cell-076
 def build_model(
     config: QwenConfig,
     seed: int,
@@ -108,7 +108,7 @@ def build_model(
     ddp = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
     return model, ddp
 
-# %% ../chapters/25_many_gpus.ipynb #cell-037
+# %% ../chapters/25_many_gpus.ipynb #cell-078
 _FSDP_PRECISION = {
     "fp32": MixedPrecisionPolicy(),
     "bf16": MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32),
@@ -130,7 +130,7 @@ def _shard(
         )
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
-# %% ../chapters/25_many_gpus.ipynb #cell-083
+# %% ../chapters/25_many_gpus.ipynb #cell-080
 def _gather_ahead(model: QwenForCausalLM, prefetch: int) -> None:
     """Gather `prefetch` blocks ahead, in both passes; drop all after evaluation."""
     layers = model.model.layers
@@ -152,7 +152,7 @@ def _reshard_unless_backward_follows(model: nn.Module, *_) -> None:
     if not torch.is_grad_enabled():
         reshard(model)
 
-# %% ../chapters/25_many_gpus.ipynb #cell-085
+# %% ../chapters/25_many_gpus.ipynb #cell-082
 def check_strategy(strategy: str, shard_size: int | None = None) -> None:
     """Raise ValueError for an unknown strategy, or a shard_size without "hsdp"."""
     if strategy not in STRATEGIES:
@@ -165,7 +165,7 @@ def check_strategy(strategy: str, shard_size: int | None = None) -> None:
             f"{strategy!r}"
         )
 
-# %% ../chapters/25_many_gpus.ipynb #cell-087
+# %% ../chapters/25_many_gpus.ipynb #cell-084
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """Give parameters that are made inside this type."""
@@ -191,7 +191,7 @@ def _check_layout(
             "returned for it"
         )
 
-# %% ../chapters/25_many_gpus.ipynb #cell-091
+# %% ../chapters/25_many_gpus.ipynb #cell-088
 class _DrawOnCPU(TorchDispatchMode):
     """Draws a parameter's random numbers on the CPU, for the whole of it; a sharded
     parameter keeps its own rows."""
@@ -226,13 +226,13 @@ def _initialize(model: QwenForCausalLM, seed: int) -> None:
                 reset()
         model.init_weights()
 
-# %% ../chapters/25_many_gpus.ipynb #cell-101
+# %% ../chapters/25_many_gpus.ipynb #cell-097
 def compile_layers(model: QwenForCausalLM) -> None:
     """Compile each block in place; one compiled block serves all, and names stay."""
     for layer in model.model.layers:
         layer.compile()
 
-# %% ../chapters/25_many_gpus.ipynb #cell-107
+# %% ../chapters/25_many_gpus.ipynb #cell-103
 from typing import TYPE_CHECKING
 
 if not TYPE_CHECKING:
