@@ -20,6 +20,19 @@ from .arguments import need
 from .config import shown
 
 # %% ../chapters/C1_quantization.ipynb #cell-011
+def _check_groups(K: int, group_size: int) -> None:
+    if group_size < 1 or K % group_size:
+        raise ValueError(
+            f"a row of {K} weights cannot be cut into groups of {group_size}"
+        )
+
+
+def _finite(scales: torch.Tensor) -> torch.Tensor:
+    if not scales.isfinite().all():
+        raise ValueError("weights that are not finite cannot be quantized")
+    return scales
+
+# %% ../chapters/C1_quantization.ipynb #cell-012
 SMALLEST = torch.finfo(torch.bfloat16).tiny  # a row of zeros needs a scale, too
 
 
@@ -30,7 +43,7 @@ def to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     levels = (weight / scales.float()[:, None]).round().clamp(-127, 127)
     return levels.to(torch.int8), _finite(scales)
 
-# %% ../chapters/C1_quantization.ipynb #cell-016
+# %% ../chapters/C1_quantization.ipynb #cell-017
 def to_int4(
     weight: torch.Tensor, group_size: int = 32
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -46,19 +59,6 @@ def to_int4(
     steps = (groups - zeros.float()[..., None]) / scales.float()[..., None]
     levels = (steps + 8).round().clamp(0, 15).flatten(1)  # [N, K]
     return levels.to(torch.uint8), _finite(scales), zeros
-
-# %% ../chapters/C1_quantization.ipynb #cell-017
-def _check_groups(K: int, group_size: int) -> None:
-    if group_size < 1 or K % group_size:
-        raise ValueError(
-            f"a row of {K} weights cannot be cut into groups of {group_size}"
-        )
-
-
-def _finite(scales: torch.Tensor) -> torch.Tensor:
-    if not scales.isfinite().all():
-        raise ValueError("weights that are not finite cannot be quantized")
-    return scales
 
 # %% ../chapters/C1_quantization.ipynb #cell-024
 class Frozen(nn.Module):
