@@ -17,11 +17,11 @@ from qwen_analog.quantize import (
     Int4Linear,
     Int8Linear,
     gguf_layer,
-    pack,
+    pack_levels,
     quantize,
     to_int4,
     to_int8,
-    unpack,
+    unpack_levels,
 )
 
 SHAPES = [(128, 96), (100, 64), (7, 32), (1, 320), (130, 576)]
@@ -127,7 +127,7 @@ def test_group_sizes(group_size):
 @pytest.mark.parametrize("block", [32, 64])
 def test_levels_come_back_from_bytes(block):
     levels = torch.randint(16, (100, 7)).byte()
-    found = unpack(pack(levels, block)).transpose(1, 2).flatten(0, 1)
+    found = unpack_levels(pack_levels(levels, block)).transpose(1, 2).flatten(0, 1)
     assert torch.equal(found[:100], levels) and not found[100:].any()
 
 
@@ -346,7 +346,7 @@ def too_large(self, rows, start, stop):
 
 
 PARTS = {
-    "halves swapped": ("unpack", lambda p: torch.cat((p >> 4, p & 15), dim=-1)),
+    "halves swapped": ("unpack_levels", lambda p: torch.cat((p >> 4, p & 15), dim=-1)),
     "neighbours": (
         "_nibbles",
         lambda p: torch.stack((p & 15, p >> 4), dim=-1).flatten(1),
