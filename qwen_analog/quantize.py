@@ -9,7 +9,7 @@ __all__ = ['SMALLEST', 'FORMATS', 'to_int8', 'to_int4', 'Frozen', 'QuantizedLine
 
 # %% ../chapters/C1_quantization.ipynb #cell-007
 import functools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import numpy as np
 import torch
@@ -87,7 +87,7 @@ class Frozen(nn.Module):
             " quantize it when it is opened"
         )
 
-    def _load_from_state_dict(self, state_dict, prefix, *others):
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         if any(key.startswith(prefix) for key in state_dict):
             raise ValueError(
                 "weights cannot be loaded into a quantized model: load them first, and"
@@ -98,6 +98,10 @@ class Frozen(nn.Module):
 class QuantizedLinear(Frozen):
     """A matrix [N, K] in few bits, in place of `nn.Linear`."""
 
+    weight: torch.Tensor
+    has_kernel: Callable[[], bool]
+    kernel: Callable[..., torch.Tensor]
+    piece: Callable[..., torch.Tensor]
     few_rows = 0  # up to so many rows of x the kernel is faster: measured
 
     def __init__(self, out_features: int, in_features: int, bias=None):
@@ -129,9 +133,11 @@ class Int8Linear(QuantizedLinear):
     """`nn.Linear` in eight bits, a scale for each output."""
 
     few_rows = 24
+    scales: torch.Tensor
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
-        super().__init__(*weight.shape, bias)
+        N, K = weight.shape
+        super().__init__(N, K, bias)
         levels, scales = to_int8(weight)
         self.register_buffer("weight", levels)  # [N, K] int8
         self.register_buffer("scales", scales)  # [N] bfloat16
@@ -168,13 +174,16 @@ def unpack_levels(packed: torch.Tensor) -> torch.Tensor:
 class Int4Matrix(QuantizedLinear):
     """Levels, scales and zeros, in the order in which torch's kernel wants them."""
 
+    scales_zeros: torch.Tensor
+
     def fill(self, levels, scales, zeros, bias) -> None:
-        super().__init__(*levels.shape, bias)
+        N, K = levels.shape
+        super().__init__(N, K, bias)
         self.block = cpu_block() or 64
-        self.group_size = levels.shape[1] // scales.shape[1]
+        self.group_size = K // scales.shape[1]
         self.register_buffer("weight", pack_levels(levels.to(torch.uint8), self.block))
         pairs = torch.stack((scales, zeros), dim=2).to(torch.bfloat16)  # [N, G, 2]
-        pairs = F.pad(_finite(pairs), (0, 0, 0, 0, 0, -len(levels) % self.block))
+        pairs = F.pad(_finite(pairs), (0, 0, 0, 0, 0, -N % self.block))
         self.register_buffer("scales_zeros", pairs.transpose(0, 1).contiguous())
         self.prepare()
 
@@ -242,9 +251,9 @@ class Int4Linear(Int4Matrix):
 # %% ../chapters/C1_quantization.ipynb #cell-034
 @functools.cache
 def cpu_block() -> int:
-    """Return how many rows torch's kernel for this CPU packs together as `pack_levels` does.
+    """Return how many rows torch's kernel for this CPU puts together in a block.
 
-    0 where it packs in another order: then matrices are widened for every product.
+    0 where it packs otherwise than `pack_levels`: then every product widens the matrix.
     """
     levels = torch.randint(16, (64, 2), generator=torch.Generator().manual_seed(0))
     theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.int(), 2)
