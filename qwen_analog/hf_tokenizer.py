@@ -18,6 +18,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def make_deterministic(backend) -> None:
     A file may leave merges out at random, and may list control tokens, such as
     <tool_call>, without calling them special: any text could then spell them.
     """
-    from transformers import AddedToken
+    from tokenizers import AddedToken
 
     if getattr(backend.model, "dropout", None):
         backend.model.dropout = None
@@ -63,12 +64,37 @@ class HFTokenizer(Tokenizer):
 
     def __init__(self, name: str | Path, local_files_only: bool = False):
         self.tokenizer, added = load_checked(str(name), local_files_only)
-        self.backend = self.tokenizer.backend_tokenizer
-        self.lock = threading.Lock()  # what is special is the backend's state
-        vocabulary = self.tokenizer.get_vocab()
-        self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        self.eos_token_id = vocabulary.get("<|endoftext|>", self.tokenizer.eos_token_id)
+        self._open(self.tokenizer.backend_tokenizer, self.tokenizer.eos_token)
         check_loaded(self, name, added)
+
+    @classmethod
+    def from_backend(cls, backend, name: str | Path, **settings: str) -> "HFTokenizer":
+        """Make one of a tokenizer of the library `tokenizers`, without a file.
+
+        `settings` are those of `transformers` (`eos_token` at least), which is not
+        imported before `tokenizer` is asked for.
+        """
+        made = cls.__new__(cls)
+        made.settings = settings
+        made._open(backend, settings["eos_token"])
+        check_loaded(made, name, {})
+        return made
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The same tokenizer as an object of `transformers`."""
+        fast = need("transformers").PreTrainedTokenizerFast
+        return fast(tokenizer_object=self.backend, **self.settings)
+
+    def _open(self, backend, eos_token: str | None) -> None:
+        # texts come one by one; else the library warns at each fork
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        make_deterministic(backend)
+        self.backend = backend
+        self.lock = threading.Lock()  # what is special is the backend's state
+        vocabulary = backend.get_vocab()
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self.eos_token_id = vocabulary.get("<|endoftext|>", vocabulary.get(eos_token))
         # what was encoded must not change it, so it is taken once
         self._fingerprint = sha256_of(self.backend.to_str().encode())
 
@@ -77,8 +103,7 @@ class HFTokenizer(Tokenizer):
             return backend_ids(self.backend, text, special)
 
     def decode(self, ids: Sequence[int]) -> str:
-        ids = checked_ids(self, ids)
-        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return self.backend.decode(checked_ids(self, ids), skip_special_tokens=False)
 
     def save(self, directory: str | Path) -> str:
         # beside a model's config.json transformers would choose another class
@@ -120,13 +145,9 @@ def check_loaded(tokenizer: HFTokenizer, name: str | Path, added: dict) -> None:
 def load_checked(name: str, local_files_only: bool) -> tuple[Any, dict[str, int]]:
     """Return the tokenizer of files that were checked, and the tokens that they add."""
     need("transformers")
-    # texts come one by one; else the library warns at each fork
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     folder = Path(name) if os.path.isdir(name) else cached_folder(name)
     added = check_directory(folder) if folder else {}
-    tokenizer = load_fast_tokenizer(name, local_files_only)
-    make_deterministic(tokenizer.backend_tokenizer)
-    return tokenizer, added
+    return load_fast_tokenizer(name, local_files_only), added
 
 # %% ../chapters/B09_hf_tokenizer.ipynb #cell-021
 def unique_keys(pairs: list[tuple]) -> dict:
