@@ -62,10 +62,12 @@ def make_deterministic(backend) -> None:
 class HFTokenizer(Tokenizer):
     """Any fast tokenizer of `transformers`, from a directory or by its hub name."""
 
+    settings: dict[str, str]
+
     def __init__(self, name: str | Path, local_files_only: bool = False):
         self.tokenizer, added = load_checked(str(name), local_files_only)
-        self._open(self.tokenizer.backend_tokenizer, self.tokenizer.eos_token)
-        check_loaded(self, name, added)
+        backend, eos_token = self.tokenizer.backend_tokenizer, self.tokenizer.eos_token
+        self._open(backend, eos_token, name, added)
 
     @classmethod
     def from_backend(cls, backend, name: str | Path, **settings: str) -> "HFTokenizer":
@@ -76,8 +78,7 @@ class HFTokenizer(Tokenizer):
         """
         made = cls.__new__(cls)
         made.settings = settings
-        made._open(backend, settings["eos_token"])
-        check_loaded(made, name, {})
+        made._open(backend, settings["eos_token"], name, {})
         return made
 
     @cached_property
@@ -86,7 +87,9 @@ class HFTokenizer(Tokenizer):
         fast = need("transformers").PreTrainedTokenizerFast
         return fast(tokenizer_object=self.backend, **self.settings)
 
-    def _open(self, backend, eos_token: str | None) -> None:
+    def _open(
+        self, backend, eos_token: str | None, name: str | Path, added: dict[str, int]
+    ) -> None:
         # texts come one by one; else the library warns at each fork
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         make_deterministic(backend)
@@ -95,6 +98,7 @@ class HFTokenizer(Tokenizer):
         vocabulary = backend.get_vocab()
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self.eos_token_id = vocabulary.get("<|endoftext|>", vocabulary.get(eos_token))
+        check_loaded(self, name, added)
         # what was encoded must not change it, so it is taken once
         self._fingerprint = sha256_of(self.backend.to_str().encode())
 

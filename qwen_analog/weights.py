@@ -26,10 +26,10 @@ from .tokenizer import Tokenizer
 class _NothingDrawn(TorchFunctionMode):
     """Draws no numbers for tensors that have none: torch would import its compiler."""
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (torch.nn.init.normal_, torch.Tensor.normal_):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.nn.init.normal_, torch.Tensor.normal_):
             return None
-        return function(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 def meta_model(config: QwenConfig) -> QwenForCausalLM:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from weights_helpers import IDS, TOKENIZER, small, write_gguf
 
-from qwen_analog import hardware, loading
+from qwen_analog import checkpoint, hardware, hf, loading
 from qwen_analog.archive import CheckpointError
 from qwen_analog.checkpoint import save_checkpoint
 from qwen_analog.hf import save_pretrained
@@ -188,9 +188,13 @@ def test_paths_with_blanks_and_a_tilde(tmp_path, monkeypatch, directory):
 def reads(monkeypatch):
     """What was read of models; nothing really is."""
     done = []
-    for name in ("load_model", "load_pretrained", "load_gguf"):
+    for place, name in (
+        (checkpoint, "load_model"),
+        (hf, "load_pretrained"),
+        (loading, "load_gguf"),
+    ):
         monkeypatch.setattr(
-            loading,
+            place,
             name,
             lambda *_, name=name: done.append(name) or (torch.nn.Linear(1, 1), 1),
         )
