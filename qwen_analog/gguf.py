@@ -100,7 +100,8 @@ def _dequantise(tensor: GGUFTensor, where: str) -> torch.Tensor:
         with np.errstate(all="ignore"):
             for i in range(0, len(data), step):
                 # the library takes 16 rows at a time: this is one long row
-                piece = quants.dequantize(data[i : i + step].ravel(), tensor.tensor_type)
+                row = data[i : i + step].ravel()
+                piece = quants.dequantize(row, tensor.tensor_type)
                 numbers[i : i + step] = piece.reshape(-1, block)
     except NotImplementedError:
         raise ValueError(
