@@ -83,7 +83,7 @@ def _tensor_names(config: QwenConfig, file: GGUFFile) -> dict[str, str]:
     )
     return names
 
-
+# %% ../chapters/18_real_weights.ipynb #18-037a
 _PIECE = 2**17  # bytes: what is made of them on the way to numbers stays in a cache
 
 
@@ -330,7 +330,7 @@ def gguf_tokenizer(file: GGUFFile) -> HFTokenizer:
         fast.post_processor = pair
         added = [tokenizers.AddedToken(token, normalized=False) for token in own]
         fast.add_tokens(added)
-        return HFTokenizer.from_backend(fast, file.path, **settings)
+        return HFTokenizer(file.path, backend=fast, settings=settings)
     except Exception as error:  # merges of tokens that are none, and much else
         raise ValueError(
             f"{file.path}: no tokenizer can be made from its metadata"

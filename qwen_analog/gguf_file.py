@@ -62,8 +62,7 @@ class GGUFReader:
         return int(self.array(dtype, 1)[0])
 
     def text(self) -> str:
-        size = int.from_bytes(self.raw(8), "little")
-        return self.raw(size).decode("utf-8")
+        return self.raw(int.from_bytes(self.raw(8), "little")).decode("utf-8")
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:

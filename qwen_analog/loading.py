@@ -142,11 +142,7 @@ def _read_config(kind: str, place: Any) -> QwenConfig:
 
 
 def _require_memory(
-    source: str | Path,
-    kind: str,
-    place: Any,
-    device: torch.device,
-    dtype: torch.dtype,
+    source: str | Path, kind: str, place: Any, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Raise ValueError where the weights do not fit on the CPU, then on the device."""
     weights = sum(parameter_counts(_read_config(kind, place)).values())

@@ -741,7 +741,8 @@ def test_pipe(directory):
         "import argparse; from qwen_analog.chat import *;"
         " from qwen_analog.arguments import add_chat_arguments; p ="
         " argparse.ArgumentParser(); add_chat_arguments(p);"
-        f" run(p.parse_args(['--model', {str(directory)!r}, '--temperature', '0', '--max-new-tokens', '8']))"
+        f" run(p.parse_args(['--model', {str(directory)!r},"
+        " '--temperature', '0', '--max-new-tokens', '8']))"
     )
     result = subprocess.run(
         [sys.executable, "-c", code],
