@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 # old module.name: new module.name
 MOVED = {
+    "chat.add_arguments": "arguments.add_chat_arguments",
     "chat.open_model": "loading.load",
     "checkpoint.CheckpointError": "archive.CheckpointError",
     "checkpoint.Checkpointer": "checkpointer.Checkpointer",
@@ -54,6 +55,7 @@ MOVED = {
     "evaluate.Evaluation": "scoring.Evaluation",
     "evaluate.MINIMAL_PAIRS": "scoring.MINIMAL_PAIRS",
     "evaluate.NGram": "baselines.NGram",
+    "evaluate.add_arguments": "arguments.add_eval_arguments",
     "evaluate.document_nats": "scoring.document_nll",
     "evaluate.evaluate_documents": "scoring.evaluate_documents",
     "evaluate.lm_eval_model": "lm_eval_adapter.lm_eval_model",
@@ -114,6 +116,7 @@ MOVED = {
     "parallel.end_with_torchrun": "distributed.end_with_torchrun",
     "plan.Simulation": "simulation.Simulation",
     "plan.Traffic": "simulation.Traffic",
+    "plan.add_arguments": "arguments.add_plan_arguments",
     "plan.ledger_of": "memory.estimate_for",
     "plan.simulate": "simulation.simulate",
     "serve.Answer": "engine.DeltaStream",

@@ -30,38 +30,26 @@ class Command(NamedTuple):
     add_arguments: str
 
 
-COMMANDS = {
-    "train": Command(
-        "pretrain on one to many processes", "train.run", "train_config.add_arguments"
-    ),
-    "plan": Command(
-        "memory, speed and days of a run, before it is paid for",
-        "plan.run",
-        "plan.add_arguments",
-    ),
-    "eval": Command(
-        "bits per byte and grammar of models, side by side",
-        "evaluate.run",
-        "evaluate.add_arguments",
-    ),
-    "chat": Command("talk with a model", "chat.run", "chat.add_arguments"),
-    "serve": Command(
-        "answer over HTTP, as OpenAI's API does", "serve.run", "serve.add_arguments"
-    ),
-}
+COMMANDS: dict[str, Command] = {}
+for _name, _run, _help in (
+    ("train", "train.run", "pretrain on one to many processes"),
+    ("plan", "plan.run", "memory, speed and days of a run, before it is paid for"),
+    ("eval", "evaluate.run", "bits per byte and grammar of models, side by side"),
+    ("chat", "chat.run", "talk with a model"),
+    ("serve", "serve.run", "answer over HTTP, as OpenAI's API does"),
+    ("generate", "commands.generate", "continue prompts with a model"),
+    ("export", "commands.export", "write a model for Hugging Face's transformers"),
+    ("import", "commands.import_", "make a checkpoint of others' weights"),
+    ("consolidate", "commands.consolidate", "one file out of a checkpoint's shards"),
+    ("trace", "commands.trace", "the documents of a step"),
+    ("prepare", "prepare.prepare", "write a corpus that pip brings, with a vocabulary"),
+    ("tokenizer", "prepare.tokenizer", "learn a vocabulary of your own text"),
+):
+    COMMANDS[_name] = Command(_help, _run, f"arguments.add_{_name}_arguments")
 
 # %% ../chapters/A1_commands.ipynb #d024f74d
-for _name, _module, _help in (
-    ("generate", "commands", "continue prompts with a model"),
-    ("export", "commands", "write a model for Hugging Face's transformers"),
-    ("import", "commands", "make a checkpoint of others' weights"),
-    ("consolidate", "commands", "one file out of a checkpoint's shards"),
-    ("trace", "commands", "the documents of a step"),
-    ("prepare", "prepare", "write a corpus that pip brings, with a vocabulary"),
-    ("tokenizer", "prepare", "learn a vocabulary of your own text"),
-):
-    _run = f"{_module}.import_" if _name == "import" else f"{_module}.{_name}"
-    COMMANDS[_name] = Command(_help, _run, f"{_module}.add_{_name}_arguments")
+for _name, _module in (("train", "train_config"), ("serve", "serve")):
+    COMMANDS[_name] = COMMANDS[_name]._replace(add_arguments=f"{_module}.add_arguments")
 
 
 def find(path: str) -> Callable:
@@ -99,20 +87,29 @@ def build_parser(chosen: str | None = None) -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Carry out the command in `argv`, or in sys.argv; return its exit code."""
     words = sys.argv[1:] if argv is None else argv
+
+    def action() -> None:
+        arguments = build_parser(words[0] if words else None).parse_args(words)
+        find(arguments.run)(arguments)
+
+    return _carry_out(words, action)
+
+# %% ../chapters/A1_commands.ipynb #a1-main-01
+def _carry_out(words: list[str], action: Callable[[], None]) -> int:
+    """Do `action` and report how it ended, whatever happens to the terminal."""
     handler = signal.getsignal(signal.SIGINT)
     quiet = handler if getattr(handler, "quiet", False) else None
 
-    def action() -> None:
+    def guarded() -> None:
         with _terminal(quiet):
-            arguments = build_parser(words[0] if words else None).parse_args(words)
-            find(arguments.run)(arguments)
+            action()
 
     # imported before Ctrl-C is an exception, which libraries do not expect meanwhile
     asks = {"-h", "--help"} & {*words}
     if quiet and not asks and words and words[0] in COMMANDS:
         with suppress(ImportError):
             find(COMMANDS[words[0]].run)
-    code = report_errors("qwen-analog", action)
+    code = report_errors("qwen-analog", guarded)
     _drop_output()
     if quiet:  # while Python takes itself down, there is nothing left to interrupt
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)

@@ -4,9 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLING', 'require_new', 'export', 'import_', 'source_and_directory', 'consolidate', 'given_sampling', 'sample',
-           'search', 'answer_length', 'require_room', 'generate', 'beginnings', 'trace', 'add_generate_arguments',
-           'add_beam_arguments', 'add_sampling_arguments', 'add_export_arguments', 'add_import_arguments',
-           'add_consolidate_arguments', 'add_trace_arguments']
+           'search', 'answer_length', 'require_room', 'generate', 'beginnings', 'trace']
 
 # %% ../chapters/B34_texts_and_weights.ipynb #cell-005
 import argparse
@@ -16,17 +14,9 @@ from pathlib import Path
 
 import torch
 
-from qwen_analog.arguments import (
-    add_ignore_memory,
-    add_model,
-    default_model,
-    number,
-    whole,
-)
-from .checkpoint import consolidate as join_shards, save_checkpoint
+from .arguments import default_model
 from .generate import sampling_defaults, stop_ids
 from .hardware import require_memory
-from .hf import save_pretrained
 from .jsonl import read_jsonl
 from .loading import load
 from .memory import estimate_memory
@@ -48,6 +38,8 @@ def require_new(directory: str) -> None:
 
 def export(arguments: argparse.Namespace) -> None:
     """Write a model in Hugging Face's layout: safetensors, config.json, tokenizer."""
+    from qwen_analog.hf import save_pretrained
+
     source, directory = source_and_directory(arguments)
     require_new(directory)
     model, tokenizer = load(source, "cpu", check_memory=not arguments.ignore_memory)
@@ -57,6 +49,8 @@ def export(arguments: argparse.Namespace) -> None:
 
 def import_(arguments: argparse.Namespace) -> None:
     """Make a checkpoint of a Hugging Face directory, a hub name or a .gguf file."""
+    from qwen_analog.checkpoint import save_checkpoint
+
     require_new(arguments.directory)
     check_memory = not arguments.ignore_memory
     model, tokenizer = load(arguments.source, "cpu", check_memory=check_memory)
@@ -73,6 +67,8 @@ def source_and_directory(arguments: argparse.Namespace) -> tuple[str, str]:
 # %% ../chapters/B34_texts_and_weights.ipynb #cell-017
 def consolidate(arguments: argparse.Namespace) -> None:
     """Add checkpoint.pt and model.safetensors to a checkpoint written in shards."""
+    from qwen_analog import checkpoint
+
     directory = Path(arguments.directory)
     shards = [path for path in (directory / "sharded").glob("*") if path.is_file()]
     require_memory(
@@ -82,7 +78,7 @@ def consolidate(arguments: argparse.Namespace) -> None:
         "use a machine with more",
         not arguments.ignore_memory,
     )
-    print(join_shards(directory))
+    print(checkpoint.consolidate(directory))
 
 # %% ../chapters/B34_texts_and_weights.ipynb #cell-019
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -215,121 +211,3 @@ def trace(arguments: argparse.Namespace) -> None:
         texts = beginnings(file, lines)
         for line in lines:
             print(f"{file}:{line}" + (f"  {texts[line]}" if line in texts else ""))
-
-# %% ../chapters/B34_texts_and_weights.ipynb #cell-054
-def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `qwen-analog generate`."""
-    add = parser.add_argument
-    add("prompt", nargs="+", help="text to continue")
-    add_model(parser, "--checkpoint")
-    add(
-        "--max-new-tokens",
-        type=whole(0),
-        metavar="N",
-        help="tokens to add (default: 100, or what the model has room for)",
-    )
-    add(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="end where this text appears; may be given several times",
-    )
-    add(
-        "--seed",
-        type=whole(0, 2**64 - 1),
-        metavar="N",
-        help="the same seed writes the same text",
-    )
-    add_sampling_arguments(parser)
-    add_beam_arguments(parser)
-    add_ignore_memory(parser)
-
-# %% ../chapters/B34_texts_and_weights.ipynb #cell-055
-def add_beam_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of beam search."""
-    parser.add_argument(
-        "--num-beams",
-        type=whole(1),
-        default=1,
-        metavar="N",
-        help="above 1: search for the likeliest text with so many beams, draw nothing",
-    )
-    parser.add_argument(
-        "--length-penalty",
-        type=number(-10, 10),
-        default=1.0,
-        metavar="A",
-        help="of beams: above 0 favours long texts (default: %(default)s)",
-    )
-
-# %% ../chapters/B34_texts_and_weights.ipynb #cell-056
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say how a token is drawn."""
-    share = number(0, 1, above=True)
-    flags = (
-        ("--temperature", number(), "T", "0 takes the likeliest token"),
-        ("--top-k", whole(1), "K", "draw from the K likeliest tokens"),
-        ("--top-p", share, "P", "draw from the likeliest that make up probability P"),
-        (
-            "--min-p",
-            number(0, 1),
-            "P",
-            "draw from those P times as likely as the first",
-        ),
-        ("--repetition-penalty", number(above=True), "F", "above 1: repeat less"),
-    )
-    for flag, kind, metavar, text in flags:
-        parser.add_argument(
-            flag, type=kind, metavar=metavar, help=f"{text} (default: the model's own)"
-        )
-
-# %% ../chapters/B34_texts_and_weights.ipynb #cell-057
-def add_export_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `qwen-analog export`."""
-    add_model(parser)
-    parser.add_argument(
-        "directory",
-        nargs="+",
-        metavar="DIRECTORY",
-        help="where to write; it must not exist yet",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="of the weights (default: %(default)s)",
-    )
-    add_ignore_memory(parser)
-
-
-def add_import_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `qwen-analog import`."""
-    parser.add_argument(
-        "source",
-        help="a Hugging Face directory, owner/name on the hub, a .gguf file, smollm2,"
-        " or a checkpoint",
-    )
-    parser.add_argument("directory", help="where to write; it must not exist yet")
-    add_ignore_memory(parser)
-
-# %% ../chapters/B34_texts_and_weights.ipynb #cell-058
-def add_consolidate_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `qwen-analog consolidate`."""
-    parser.add_argument(
-        "directory", help="checkpoints/step_N of a run with --parallel fsdp or hsdp"
-    )
-    add_ignore_memory(parser)
-
-
-def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `qwen-analog trace`."""
-    parser.add_argument(
-        "step", type=whole(0), help="number of the step, as in metrics.jsonl"
-    )
-    parser.add_argument(
-        "--output-dir",
-        default="checkpoints",
-        metavar="DIRECTORY",
-        help="of the run (default: %(default)s)",
-    )

@@ -8,15 +8,14 @@ __all__ = ['SMOLLM2_SHA256', 'load_gguf', 'smollm2_path', 'gguf_config', 'gguf_g
 # %% ../chapters/18_real_weights.ipynb #18-035
 import hashlib
 import importlib.util
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from .arguments import need
 from .config import GenerationDefaults, QwenConfig, shown
-from .files import write_json
 from .gguf_file import GGUFFile, GGUFTensor, read_gguf
 from .model import QwenForCausalLM
 from .rope import interleaved_to_half
@@ -32,23 +31,24 @@ from qwen_analog.weights import (
 
 # %% ../chapters/18_real_weights.ipynb #18-036
 def load_gguf(
-    path: str | Path, dtype: torch.dtype = torch.float32
+    path: str | Path | GGUFFile, dtype: torch.dtype = torch.float32
 ) -> tuple[QwenForCausalLM, HFTokenizer]:
     """Load a GGUF file (llama.cpp's format) of architecture llama or qwen2.
 
-    Quantised weights become numbers of `dtype` again. `model.generation_config` names
-    the file's end-of-text and end-of-turn ids. Raises ValueError, and loads nothing,
-    for a file that is damaged or does not fit this model.
+    `path` may also be what `read_gguf` returned for it. Quantised weights become
+    numbers of `dtype` again. `model.generation_config` names the file's end-of-text and
+    end-of-turn ids. Raises ValueError, and loads nothing, for a file that is damaged or
+    does not fit this model.
     """
-    file = read_gguf(path)
+    file = path if isinstance(path, GGUFFile) else read_gguf(path)
     config = gguf_config(file)
     names = _tensor_names(config, file)
     tokenizer = gguf_tokenizer(file)
-    check_vocabulary(config, tokenizer, path)
+    check_vocabulary(config, tokenizer, file.path)
     generation = gguf_generation(file, config.vocab_size)
     weights = {}
     for name, theirs in names.items():
-        weight = _dequantise(file.tensors[theirs], f"{path}: {theirs}")
+        weight = _dequantise(file.tensors[theirs], f"{file.path}: {theirs}")
         weights[name] = _our_row_order(name, weight, config).to(dtype).contiguous()
     return assemble(config, weights, generation), tokenizer
 
@@ -83,21 +83,31 @@ def _tensor_names(config: QwenConfig, file: GGUFFile) -> dict[str, str]:
     )
     return names
 
+# %% ../chapters/18_real_weights.ipynb #18-037a
+_PIECE = 2**17  # bytes: what is made of them on the way to numbers stays in a cache
+
 
 def _dequantise(tensor: GGUFTensor, where: str) -> torch.Tensor:
     """Return a tensor of the file as numbers, in memory of its own."""
-    from gguf import quants
+    from gguf import GGML_QUANT_SIZES, quants
 
+    block, block_bytes = GGML_QUANT_SIZES[tensor.tensor_type]
+    step = max(_PIECE // block_bytes, 1)  # blocks
+    data = tensor.data.reshape(-1, block_bytes)
+    numbers = np.empty((len(data), block), np.float32)
     try:
         # a damaged scale makes infinite weights, and no warning
         with np.errstate(all="ignore"):
-            numbers = quants.dequantize(tensor.data, tensor.tensor_type)
-            return torch.from_numpy(np.array(numbers))
-    # torch has no tensors of some of numpy's types
-    except (NotImplementedError, TypeError):
+            for i in range(0, len(data), step):
+                # the library takes 16 rows at a time: this is one long row
+                row = data[i : i + step].ravel()
+                piece = quants.dequantize(row, tensor.tensor_type)
+                numbers[i : i + step] = piece.reshape(-1, block)
+    except NotImplementedError:
         raise ValueError(
             f"{where} is of type {tensor.tensor_type.name}, which is not supported"
         ) from None
+    return torch.from_numpy(numbers).view(tensor.shape)
 
 # %% ../chapters/18_real_weights.ipynb #18-060
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -279,7 +289,7 @@ def _merges(file: GGUFFile) -> list[tuple[str, str]]:
 
 # %% ../chapters/18_real_weights.ipynb #18-070
 def _tokenizer_settings(file: GGUFFile) -> dict[str, str]:
-    """Return the tokenizer_config.json. ValueError for another kind of tokenizer."""
+    """Return what transformers is told. ValueError for another kind of tokenizer."""
     path, metadata = file.path, file.metadata
     kind, split = (metadata.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
     if kind != "gpt2" or split not in ("qwen2", "smollm"):
@@ -294,7 +304,7 @@ def _tokenizer_settings(file: GGUFFile) -> dict[str, str]:
         )
     tokens = _list_of(file, "tokens", str)
     end_of_text = tokens[_end_ids(file, len(tokens))[0]]
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end_of_text}
+    settings = {"eos_token": end_of_text}
     if "tokenizer.chat_template" in metadata:
         settings["chat_template"] = template
     return settings
@@ -305,22 +315,24 @@ def gguf_tokenizer(file: GGUFFile) -> HFTokenizer:
 
     They hold tokens, merges, the kind of split, and which tokens are control tokens.
     """
-    from tokenizers import AddedToken
-
+    tokenizers = need("tokenizers")
     settings, split = _tokenizer_settings(file), file.metadata["tokenizer.ggml.pre"]
     used, merges = _used_tokens(file), _merges(file)
     vocabulary = {token: i for token, (i, _) in used.items()}
     controls = [token for token, (_, kind) in used.items() if kind == _CONTROL]
     own = [token for token, (_, kind) in used.items() if kind == _USER_DEFINED]
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            fast = byte_level_bpe(vocabulary, merges, split, controls)
-            fast.add_tokens([AddedToken(token, normalized=False) for token in own])
-            fast.save(f"{folder}/tokenizer.json")
-            write_json(settings, f"{folder}/tokenizer_config.json")
-            return HFTokenizer(folder)
-        except Exception as error:  # merges of tokens that are none, and much else
-            reason = error_line(error).replace(folder, "made from it")
-            raise ValueError(
-                f"{file.path}: no tokenizer can be made from its metadata ({reason})"
-            ) from None
+    # two things that transformers would add: they are part of the fingerprint
+    if settings["eos_token"] not in controls + own:
+        controls.append(settings["eos_token"])
+    pair = tokenizers.processors.TemplateProcessing("$A:0", "$A:0 $B:1")
+    try:
+        fast = byte_level_bpe(vocabulary, merges, split, controls)
+        fast.post_processor = pair
+        added = [tokenizers.AddedToken(token, normalized=False) for token in own]
+        fast.add_tokens(added)
+        return HFTokenizer(file.path, backend=fast, settings=settings)
+    except Exception as error:  # merges of tokens that are none, and much else
+        raise ValueError(
+            f"{file.path}: no tokenizer can be made from its metadata"
+            f" ({error_line(error)})"
+        ) from None

@@ -45,21 +45,24 @@ class GGUFReader:
         self.data = data
         self.position = 0
 
-    def array(self, dtype: str, count: int) -> np.ndarray:
-        start, size = self.position, count * np.dtype(dtype).itemsize
-        if size > len(self.data) - start:
+    def raw(self, size: int) -> bytes:
+        start, end = self.position, self.position + size
+        if end > len(self.data):
             raise ValueError(
                 f"{size} bytes are announced at byte {start}, and the file has"
                 f" {len(self.data)}"
             )
-        self.position += size
-        return np.frombuffer(self.data, dtype, count, start)
+        self.position = end
+        return self.data[start:end]
+
+    def array(self, dtype: str, count: int) -> np.ndarray:
+        return np.frombuffer(self.raw(count * np.dtype(dtype).itemsize), dtype)
 
     def whole(self, dtype: str) -> int:
         return int(self.array(dtype, 1)[0])
 
     def text(self) -> str:
-        return self.array("<u1", self.whole("<u8")).tobytes().decode("utf-8")
+        return self.raw(int.from_bytes(self.raw(8), "little")).decode("utf-8")
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -167,7 +170,7 @@ def _read_metadata(reader: GGUFReader, count: int) -> dict[str, Any]:
 
 def _read_tables(path: Path, data: mmap.mmap) -> GGUFFile:
     reader = GGUFReader(data)
-    if reader.array("<u1", 4).tobytes() != b"GGUF":
+    if reader.raw(4) != b"GGUF":
         raise ValueError("it does not begin with GGUF")
     version, n_tensors, n_values = map(reader.whole, ("<u4", "<u8", "<u8"))
     if version not in (2, 3):

@@ -9,16 +9,13 @@ __all__ = ['find_source', 'open_source', 'read_config', 'load']
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from .checkpoint import load_model
-from .run_directory import newest_whole
-from .checkpoint import checkpoint_config
 from .config import QwenConfig, parameter_counts, shown
 from .gguf import gguf_config, load_gguf, smollm2_path
 from .gguf_file import read_gguf
-from .hf import is_hub_name, load_pretrained, read_hf_config
 from .hardware import require_memory
 from .model import QwenForCausalLM
 from .tokenizer import Tokenizer
@@ -55,6 +52,8 @@ def find_source(source: str | Path) -> tuple[str, str | Path]:
             f"there is no checkpoint at {source}: train one first, or name another"
             " model"
         )
+    from qwen_analog.hf import is_hub_name
+
     if not is_hub_name(name):
         raise ValueError(
             f"there is no directory {source} and no file of this name: {_SOURCES}"
@@ -75,6 +74,8 @@ def _mode(path: Path) -> int:
 
 
 def _find_in_directory(path: Path) -> tuple[str, Path]:
+    from qwen_analog.run_directory import newest_whole
+
     if (path / "checkpoint.pt").is_file() or (path / "sharded").is_dir():
         return "checkpoint", path
     if (path / "config.json").is_file():
@@ -100,36 +101,48 @@ def open_source(
     """Do as `load`, and return None for the tokenizer where a source holds none."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or torch.float32
-    kind, place = find_source(source)
+    kind, place = _look(source)
     if check_memory:
         _require_memory(source, kind, place, device, dtype)
     if kind == "checkpoint":
+        from qwen_analog.checkpoint import load_model
+
         model, tokenizer = load_model(place)
         return model.to(device, dtype), tokenizer
-    read = load_gguf if kind == "gguf" else load_pretrained
-    model, tokenizer = read(place, dtype)
+    if kind == "gguf":
+        model, tokenizer = load_gguf(place, dtype)
+    else:
+        from qwen_analog.hf import load_pretrained
+
+        model, tokenizer = load_pretrained(place, dtype)
     return model.to(device), tokenizer
 
 # %% ../chapters/B16_loading.ipynb #cell-022
 def read_config(source: str | Path) -> QwenConfig:
     """Return the configuration of a source's model; no weight is read or fetched."""
-    return _read_config(*find_source(source))
+    return _read_config(*_look(source))
 
 
-def _read_config(kind: str, place: str | Path) -> QwenConfig:
+def _look(source: str | Path) -> tuple[str, Any]:
+    """Do as `find_source`; a GGUF file is given as `read_gguf` reads it."""
+    kind, place = find_source(source)
+    return kind, read_gguf(place) if kind == "gguf" else place
+
+
+def _read_config(kind: str, place: Any) -> QwenConfig:
     if kind == "checkpoint":
+        from qwen_analog.checkpoint import checkpoint_config
+
         return checkpoint_config(place)
     if kind == "gguf":
-        return gguf_config(read_gguf(place))
+        return gguf_config(place)
+    from qwen_analog.hf import read_hf_config
+
     return read_hf_config(place)
 
 
 def _require_memory(
-    source: str | Path,
-    kind: str,
-    place: str | Path,
-    device: torch.device,
-    dtype: torch.dtype,
+    source: str | Path, kind: str, place: Any, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Raise ValueError where the weights do not fit on the CPU, then on the device."""
     weights = sum(parameter_counts(_read_config(kind, place)).values())

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.overrides import TorchFunctionMode
 
 from .config import GenerationDefaults, QwenConfig, shown
 from .files import read_json
@@ -22,9 +23,18 @@ from .model import QwenForCausalLM
 from .tokenizer import Tokenizer
 
 # %% ../chapters/B13_weights.ipynb #6116936a
+class _NothingDrawn(TorchFunctionMode):
+    """Draws no numbers for tensors that have none: torch would import its compiler."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.nn.init.normal_, torch.Tensor.normal_):
+            return None
+        return func(*args, **(kwargs or {}))
+
+
 def meta_model(config: QwenConfig) -> QwenForCausalLM:
     """Return a model on the meta device: names and shapes without memory."""
-    with torch.device("meta"):
+    with torch.device("meta"), _NothingDrawn():
         return QwenForCausalLM(config)
 
 

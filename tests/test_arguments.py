@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from helpers import ROOT
-from qwen_analog import arguments
+from qwen_analog import arguments, cli
 
 
 @pytest.mark.parametrize("module, extra", [("datasets", "train"), ("gguf", "hf")])
@@ -66,3 +66,35 @@ def test_nothing_heavy_is_imported_for_the_help(module):
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in cli.COMMANDS)])
+def test_the_help_of_every_command_needs_nothing_heavy(command):
+    code = (
+        "import sys; from qwen_analog.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'datasets'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {heavy}' if heavy else 0)"
+    )
+    words = [sys.executable, "-c", code, *command, "--help"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert " ".join(["usage: qwen-analog", *command]) in done.stdout
+
+
+def test_choices_in_flags_are_those_of_the_modules_that_offer_them():
+    from qwen_analog.evaluate import HELDOUT_FRACTION
+    from qwen_analog.hardware import GPUS
+    from qwen_analog.prepare import CORPORA
+
+    def actions(add):
+        parser = argparse.ArgumentParser()
+        add(parser)
+        return {action.dest: action for action in parser._actions}
+
+    assert actions(arguments.add_plan_arguments)["gpu"].choices == tuple(GPUS)
+    corpus = actions(arguments.add_prepare_arguments)["corpus"]
+    assert corpus.choices == tuple(CORPORA)
+    share = actions(arguments.add_eval_arguments)["heldout_fraction"]
+    assert f"{HELDOUT_FRACTION} for other models" in share.help

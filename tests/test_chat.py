@@ -15,7 +15,8 @@ from book import scramble_
 from helpers import SETTINGS
 
 from qwen_analog import chat as chat_module
-from qwen_analog.chat import Chat, add_arguments, run
+from qwen_analog.arguments import add_chat_arguments
+from qwen_analog.chat import Chat, run
 from qwen_analog.chat_template import chat_ids
 from qwen_analog.checkpoint import save_checkpoint
 from qwen_analog.config import QwenConfig
@@ -402,7 +403,7 @@ class Full(type(Path())):
 
 def terminal(monkeypatch, capsys, directory, typed, *options):
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    add_chat_arguments(parser)
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
     run(
         parser.parse_args(
@@ -619,7 +620,7 @@ def test_an_output_that_nobody_reads_ends_the_program(monkeypatch, capsys, direc
 def test_input_that_is_no_text(monkeypatch, capsys, directory):
     """Bytes that are no UTF-8, control characters, a closed input."""
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    add_chat_arguments(parser)
     arguments = parser.parse_args(
         ["--model", str(directory), "--max-new-tokens", "8", "--temperature", "0"]
     )
@@ -651,7 +652,7 @@ def test_input_that_is_no_text(monkeypatch, capsys, directory):
 )
 def test_flags_are_named(capsys, flag, value):
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    add_chat_arguments(parser)
     with pytest.raises(SystemExit):
         parser.parse_args([f"{flag}={value}"])
     assert f"argument {flag}: must be a " in capsys.readouterr().err
@@ -729,7 +730,7 @@ def test_a_model_without_chat_training_continues_text(monkeypatch, capsys, tmp_p
     Path("checkpoints").mkdir()
     Path("final").rename("checkpoints/final")
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    add_chat_arguments(parser)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     run(parser.parse_args([]))
     assert capsys.readouterr().out.startswith("checkpoints/final was not trained")
@@ -737,9 +738,11 @@ def test_a_model_without_chat_training_continues_text(monkeypatch, capsys, tmp_p
 
 def test_pipe(directory):
     code = (
-        "import argparse; from qwen_analog.chat import *; p ="
-        " argparse.ArgumentParser(); add_arguments(p); run(p.parse_args(['--model',"
-        f" {str(directory)!r}, '--temperature', '0', '--max-new-tokens', '8']))"
+        "import argparse; from qwen_analog.chat import *;"
+        " from qwen_analog.arguments import add_chat_arguments; p ="
+        " argparse.ArgumentParser(); add_chat_arguments(p);"
+        f" run(p.parse_args(['--model', {str(directory)!r},"
+        " '--temperature', '0', '--max-new-tokens', '8']))"
     )
     result = subprocess.run(
         [sys.executable, "-c", code],

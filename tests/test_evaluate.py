@@ -11,11 +11,12 @@ import torch
 from test_scoring import BYTES, CONFIG, MODEL, ids_of
 
 from qwen_analog import evaluate as module, scoring
+from qwen_analog.arguments import add_eval_arguments
 from qwen_analog.baselines import NGram, xz_bits_per_byte
 from qwen_analog.checkpoint import save_checkpoint
 from qwen_analog.jsonl import write_jsonl
 from qwen_analog.token_cache import held_out_mask, is_held_out
-from qwen_analog.evaluate import add_arguments, run
+from qwen_analog.evaluate import run
 from qwen_analog.hf import save_pretrained
 from qwen_analog.model import QwenForCausalLM
 from qwen_analog.scoring import (
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("folder")
 
 def evaluate(command, *more):
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    add_eval_arguments(parser)
     run(parser.parse_args([*command.split(), *more]))
 
 

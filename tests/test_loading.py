@@ -13,9 +13,11 @@ import pytest
 import torch
 from weights_helpers import IDS, TOKENIZER, small, write_gguf
 
-from qwen_analog import hardware, loading
+from qwen_analog import checkpoint, hardware, hf, loading
 from qwen_analog.archive import CheckpointError
 from qwen_analog.checkpoint import save_checkpoint
+from qwen_analog.gguf import smollm2_path
+from qwen_analog.gguf_file import read_gguf
 from qwen_analog.hf import save_pretrained
 from qwen_analog.loading import load, open_source, read_config
 from qwen_analog.model import QwenForCausalLM
@@ -188,9 +190,13 @@ def test_paths_with_blanks_and_a_tilde(tmp_path, monkeypatch, directory):
 def reads(monkeypatch):
     """What was read of models; nothing really is."""
     done = []
-    for name in ("load_model", "load_pretrained", "load_gguf"):
+    for place, name in (
+        (checkpoint, "load_model"),
+        (hf, "load_pretrained"),
+        (loading, "load_gguf"),
+    ):
         monkeypatch.setattr(
-            loading,
+            place,
             name,
             lambda *_, name=name: done.append(name) or (torch.nn.Linear(1, 1), 1),
         )
@@ -251,3 +257,22 @@ def test_a_gpu_is_taken_where_there_is_one_and_its_memory_asked(
     room(monkeypatch, cpu=need, cuda=need)
     load(directory)
     assert moved == [(torch.device("cpu"),), (torch.device("cuda"),)]
+
+
+def test_smollm2_opens_without_what_it_does_not_need():
+    code = (
+        "import sys, qwen_analog, qwen_analog.gguf_file as files\n"
+        "read, times = files.GGUFReader.value, []\n"
+        "def counted(self, kind):\n"
+        "    times.append(kind)\n"
+        "    return read(self, kind)\n"
+        "files.GGUFReader.value = counted\n"
+        "model, tokenizer = qwen_analog.load('smollm2')\n"
+        "assert tokenizer.decode(tokenizer.encode('so it is')) == 'so it is'\n"
+        "heavy = {'transformers', 'torch._dynamo', 'torch.distributed.checkpoint'}\n"
+        "print(len(times), sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    # each value of the metadata once: the vocabulary is most of what there is to read
+    metadata = read_gguf(smollm2_path()).metadata
+    assert done.stdout == f"{len(metadata)} []\n", done.stderr

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from qwen_analog import plan as module
+from qwen_analog.arguments import add_plan_arguments
 from qwen_analog.cli import main as cli
 from qwen_analog.hardware import GPUS
 from qwen_analog.memory import estimate_for, flops_per_token
-from qwen_analog.plan import add_arguments, cheapest_fit, fits, report, run
+from qwen_analog.plan import cheapest_fit, fits, report, run
 from qwen_analog.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -188,7 +189,7 @@ def test_the_readme_says_what_the_plan_says():
     assert len(rows) >= 4
     for gpus, name, flags, memory, speed, days in rows:
         parser = argparse.ArgumentParser()
-        add_arguments(parser)
+        add_plan_arguments(parser)
         arguments = parser.parse_args(flags.split())
         arguments.config = str(ROOT / "qwen_analog" / "train_config.json")
         config = module.given_settings(arguments)
@@ -233,6 +234,6 @@ def test_a_plan_knows_no_flag_that_it_would_not_heed(flag, capsys):
 def test_run_needs_no_data_and_no_tokenizer(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    add_plan_arguments(parser)
     run(parser.parse_args(["--model", "tiny", "--sequence-length", "64"]))
     assert "H100" in capsys.readouterr().out and not list(tmp_path.iterdir())
