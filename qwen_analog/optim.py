@@ -102,7 +102,7 @@ def build_optimizers(
     if kind != "muon":
         raise ValueError(f"kind must be 'adamw', 'adamw-bf16' or 'muon', not {kind!r}")
     hidden, rest = _split_for_muon(model)
-    muon = torch.optim.Muon(
+    muon = _StackedMuon(
         hidden, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw"
     )
     groups = _groups(rest, weight_decay)
@@ -200,6 +200,62 @@ def _split_for_muon(model: nn.Module) -> tuple[list, list]:
         table = not {"embed_tokens", "lm_head"}.isdisjoint(name.split("."))
         (hidden if p.ndim == 2 and not table else rest).append(p)
     return hidden, rest
+
+# %% ../chapters/13_optimizer.ipynb #cell-muon-1
+def _orthogonal(X: torch.Tensor, group: dict) -> torch.Tensor:
+    """Return `X` [n, A, B] with singular values of about one, bfloat16."""
+    a, b, c = group["ns_coefficients"]
+    tall = X.shape[1] > X.shape[2]
+    X = X.mT if tall else X  # the smaller product X X^T
+    X = X.bfloat16()
+    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):
+        A = X @ X.mT
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, B, X, beta=a)
+    return X.mT if tall else X
+
+
+def _stacks(group: dict) -> list[list[nn.Parameter]]:
+    """Split a group into parameters of one shape, `PIECE_SIZE` numbers at a time."""
+    by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+    for p in group["params"]:
+        if p.grad is not None:
+            by_shape.setdefault(p.shape, []).append(p)
+    stacks = []
+    for shape, same in by_shape.items():
+        n = max(1, PIECE_SIZE // shape.numel())
+        stacks += [same[i : i + n] for i in range(0, len(same), n)]
+    return stacks
+
+# %% ../chapters/13_optimizer.ipynb #cell-muon-2
+class _StackedMuon(torch.optim.Muon):
+    """torch's Muon, whose matrices of one shape are multiplied together.
+
+    Parts of a DTensor are left to torch, one by one.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None):  # type: ignore[override]
+        if any(isinstance(p, DTensor) for g in self.param_groups for p in g["params"]):
+            return super().step(closure)
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            self._init_group(group, [], [], [])  # the momentum, at the first step
+            for same in _stacks(group):
+                self._update(same, group)
+        return loss
+
+    def _update(self, same: list[nn.Parameter], group: dict) -> None:
+        gradients = [p.grad for p in same]
+        m = [self.state[p]["momentum_buffer"] for p in same]
+        torch._foreach_lerp_(m, gradients, 1 - group["momentum"])
+        ahead = torch._foreach_lerp(gradients, m, group["momentum"])
+        updates = _orthogonal(torch.stack(ahead), group)
+        rate = group["lr"] * 0.2 * max(same[0].shape) ** 0.5
+        torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
+        for p, update in zip(same, updates):
+            p.add_(update, alpha=-rate)
 
 # %% ../chapters/13_optimizer.ipynb #cell-093
 from typing import TYPE_CHECKING
