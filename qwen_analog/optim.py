@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PIECE_SIZE', 'parameter_groups', 'learning_rate_at', 'set_learning_rate', 'build_optimizers', 'stochastic_round_',
-           'AdamWBf16']
+           'AdamWBf16', 'Muon']
 
 # %% ../chapters/13_optimizer.ipynb #cell-023
 import math
@@ -102,9 +102,7 @@ def build_optimizers(
     if kind != "muon":
         raise ValueError(f"kind must be 'adamw', 'adamw-bf16' or 'muon', not {kind!r}")
     hidden, rest = _split_for_muon(model)
-    muon = _StackedMuon(
-        hidden, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
+    muon = Muon(hidden, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")
     groups = _groups(rest, weight_decay)
     return [muon, torch.optim.AdamW(groups, fused=True, **options)]
 
@@ -229,7 +227,7 @@ def _stacks(group: dict) -> list[list[nn.Parameter]]:
     return stacks
 
 # %% ../chapters/13_optimizer.ipynb #cell-muon-2
-class _StackedMuon(torch.optim.Muon):
+class Muon(torch.optim.Muon):
     """torch's Muon, whose matrices of one shape are multiplied together.
 
     Parts of a DTensor are left to torch, one by one.
@@ -247,14 +245,14 @@ class _StackedMuon(torch.optim.Muon):
         return loss
 
     def _update(self, same: list[nn.Parameter], group: dict) -> None:
-        gradients = [p.grad for p in same]
+        gradients = [p.grad for p in same if p.grad is not None]
         m = [self.state[p]["momentum_buffer"] for p in same]
         torch._foreach_lerp_(m, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, m, group["momentum"])
         updates = _orthogonal(torch.stack(ahead), group)
         rate = group["lr"] * 0.2 * max(same[0].shape) ** 0.5
-        torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
         for p, update in zip(same, updates):
+            p.mul_(1 - group["lr"] * group["weight_decay"])
             p.add_(update, alpha=-rate)
 
 # %% ../chapters/13_optimizer.ipynb #cell-093
