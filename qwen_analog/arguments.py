@@ -256,6 +256,11 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"part of the peak that training reaches {default}",
     )
     add(
+        "--bench",
+        metavar="FILE",
+        help="take it from a JSON file of what was measured on such a GPU",
+    )
+    add(
         "--tokens",
         type=number(0, 1e21, above=True),
         metavar="N",
