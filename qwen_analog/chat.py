@@ -34,7 +34,7 @@ class TokenCache:
     """A KV cache, and the ids of the tokens that it holds."""
 
     def __init__(self, model: QwenForCausalLM):
-        config, weight = model.config, model.lm_head.weight
+        config, weight = model.config, model.model.embed_tokens.weight
         self.model = model
         self.ids: list[int] = []
         self.cache = KVCache(
@@ -415,7 +415,10 @@ def run(arguments: argparse.Namespace) -> None:
     """
     _open_terminal()
     source = arguments.model or default_model()
-    model, tokenizer = load(source, check_memory=not arguments.ignore_memory)
+    check_memory, quantize = not arguments.ignore_memory, arguments.quantize
+    model, tokenizer = load(
+        source, check_memory=check_memory, inference=True, quantize=quantize
+    )
     names = ("max_new_tokens", "temperature", "top_p", "seed")
     given = {name: getattr(arguments, name) for name in names}
     options = {name: value for name, value in given.items() if value is not None}

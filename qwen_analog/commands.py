@@ -170,7 +170,10 @@ def generate(arguments: argparse.Namespace) -> None:
     """Continue prompts with a model."""
     check_memory = not arguments.ignore_memory
     source = arguments.model or default_model()
-    model, tokenizer = load(source, check_memory=check_memory)
+    quantize = arguments.quantize
+    model, tokenizer = load(
+        source, check_memory=check_memory, inference=True, quantize=quantize
+    )
     longest = max(len(tokenizer.encode(prompt)) + 1 for prompt in arguments.prompt)
     count = answer_length(source, model, longest, arguments.max_new_tokens)
     require_room(model, longest + count, check_memory)

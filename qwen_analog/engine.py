@@ -99,7 +99,7 @@ def _check_room(needed: int, max_length: int) -> None:
 
 def new_row_cache(model: QwenForCausalLM, num_rows: int, max_context: int) -> RowCache:
     """Make an empty `RowCache` of a model's shape, dtype and device."""
-    c, weight = model.config, model.lm_head.weight
+    c, weight = model.config, model.model.embed_tokens.weight
     shape = c.num_hidden_layers, num_rows, c.num_key_value_heads, c.head_dim
     return RowCache(*shape, max_context, weight.dtype, weight.device)
 

@@ -152,7 +152,8 @@ def _scores(
     source: str, files: Sequence[str], chosen: bytearray, arguments: argparse.Namespace
 ) -> tuple[dict[str, Any], Tokenizer]:
     """Print all figures of one model; return them and its tokenizer."""
-    model, tokenizer = load(source, check_memory=not arguments.ignore_memory)
+    check_memory, quantize = not arguments.ignore_memory, arguments.quantize
+    model, tokenizer = load(source, check_memory=check_memory, quantize=quantize)
     texts = texts_of(files, chosen, arguments.skip_bad_lines)
     sums = _read(model, tokenizer, source, texts, arguments)
     found = sums.evaluation

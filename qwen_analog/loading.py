@@ -160,16 +160,24 @@ def load(
     dtype: torch.dtype | None = None,
     *,
     check_memory: bool = True,
+    inference: bool = False,
+    quantize: str | None = None,
 ) -> tuple[QwenForCausalLM, Tokenizer]:
     """Load a model, in eval mode, and its tokenizer from whatever holds them.
 
     `source` is a checkpoint (the file or its directory), a run's directory (its newest
     whole checkpoint), a Hugging Face directory, owner/name on the hub, a .gguf file, or
     "smollm2" for the weights that pip brings. The default `device` is a GPU where there
-    is one, the default `dtype` float32. Raises ValueError that says what is wrong with
-    the source; with `check_memory` also where the model does not fit into the memory.
+    is one, the default `dtype` float32. `inference` lays the weights out for reading
+    and writing text only, and `quantize`, "int8" or "int4", makes them small as well:
+    see `qwen_analog.inference`. Raises ValueError that says what is wrong with the
+    source; with `check_memory` also where the model does not fit into the memory.
     """
     model, tokenizer = open_source(source, device, dtype, check_memory=check_memory)
+    if inference or quantize:
+        from qwen_analog.inference import optimize_for_inference
+
+        optimize_for_inference(model, quantize)
     if tokenizer is None:
         raise ValueError(
             f"{source} holds no tokenizer: QwenForCausalLM.from_pretrained loads the"

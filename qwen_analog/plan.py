@@ -75,7 +75,7 @@ def _alternatives(
 
 # %% ../chapters/28_plan.ipynb #origins-code
 class Measured(NamedTuple):
-    """What `qwen-analog bench` found on a device."""
+    """What was measured on a device."""
 
     device: str
     mfu: float  # of training
@@ -261,9 +261,9 @@ def _check(config: TrainConfig) -> None:
 
 # %% ../chapters/28_plan.ipynb #read-measured
 def read_measured(path: str) -> Measured:
-    """Read what `qwen-analog bench` has written; ValueError for what has no MFU."""
+    """Read a JSON file of measured figures; ValueError for one without an MFU."""
     refusal = ValueError(
-        f"{path} is no result of `qwen-analog bench`: it must hold device,"
+        f"{path} holds no measured figures: it must hold device,"
         " training.mfu above 0 and at most 1, and overlap from 0 to 1 or null"
     )
     try:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMALLEST', 'FORMATS', 'to_int8', 'to_int4', 'Frozen', 'QuantizedLinear', 'Int8Linear', 'pack_levels', 'unpack_levels',
-           'Int4Matrix', 'Int4Linear', 'cpu_block', 'quantize', 'q4_1_groups', 'gpu_order', 'gpu_product',
-           'q4_0_groups', 'q4_k_groups', 'gguf_layer']
+           'Int4Matrix', 'Int4Linear', 'cpu_block', 'quantize', 'check_format', 'q4_1_groups', 'gpu_order',
+           'gpu_product', 'q4_0_groups', 'q4_k_groups', 'gguf_layer']
 
 # %% ../chapters/B35_quantization.ipynb #cell-007
 import functools
@@ -272,13 +272,15 @@ def quantize(model: nn.Module, format: str, keep: Collection[str] = ()) -> nn.Mo
     `format` is "int8" or "int4"; `keep` names layers that stay as they are. Raises
     ValueError, and replaces nothing, for another format or a shape that does not fit.
     """
-    for name, linear in _linears(model, format, keep).items():
+    for name, linear in check_format(model, format, keep).items():
         model.set_submodule(name, FORMATS[format](linear.weight, linear.bias))
     model.requires_grad_(False)
     return model.eval()
 
 # %% ../chapters/B35_quantization.ipynb #cell-039
-def _linears(model: nn.Module, format: str, keep: Collection[str]) -> dict:
+def check_format(
+    model: nn.Module, format: str, keep: Collection[str] = ()
+) -> dict[str, nn.Linear]:
     """Return the layers to replace by their names. ValueError for what cannot be."""
     if format not in FORMATS:
         raise ValueError(f"quantize must be int8 or int4, not {shown(format)}")

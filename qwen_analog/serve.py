@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import add_ignore_memory, add_model, default_model
+from .arguments import add_ignore_memory, add_model, add_quantize
+from .arguments import default_model
 from .arguments import need, number, whole
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     _add_address(parser)
     _add_limits(parser)
+    add_quantize(parser)
     add_ignore_memory(parser)
 
 
@@ -80,8 +82,11 @@ def _build_engine(arguments: argparse.Namespace, source: str) -> "AsyncEngine":
     from qwen_analog.hardware import require_memory
     from qwen_analog.loading import load
 
-    model, tokenizer = load(source, check_memory=not arguments.ignore_memory)
-    config, weight = model.config, model.lm_head.weight
+    check_memory, quantize = not arguments.ignore_memory, arguments.quantize
+    model, tokenizer = load(
+        source, check_memory=check_memory, inference=True, quantize=quantize
+    )
+    config, weight = model.config, model.model.embed_tokens.weight
     context = min(arguments.max_context, config.max_position_embeddings)
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads
     values = per_token * config.head_dim * context * arguments.max_batch
