@@ -235,6 +235,8 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):  # type: ignore[override]
+        for p, state in self.state.items():  # a run may go on in another precision
+            state["momentum_buffer"] = state["momentum_buffer"].to(p.dtype)
         if any(isinstance(p, DTensor) for g in self.param_groups for p in g["params"]):
             return super().step(closure)
         loss = None if closure is None else torch.enable_grad()(closure)()
