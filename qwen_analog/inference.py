@@ -7,6 +7,7 @@ __all__ = ['can_pack', 'PackedLinear', 'FusedLayer', 'FusedModel', 'optimize_for
 
 # %% ../chapters/B36_inference.ipynb #cell-003
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import nn
 from .attention import grouped_query_attention
 from .kv_cache import KVCache
 from .model import DecoderLayer, QwenForCausalLM, QwenModel
+from .norm import RMSNorm
 from .quantize import FORMATS, check_format
 
 # %% ../chapters/B36_inference.ipynb #cell-014
@@ -88,23 +90,14 @@ class FusedLayer:
         q, k = qk.split((H, K), dim=1)
         if cache is not None:
             k, v = cache.update(self.layer_idx, k, v)  # [B, K, S, h]
-        return _attend(q, k, v, mask)  # [B, T, H h]
+        out = grouped_query_attention(q, k, v, mask)  # [B, H, T, h]
+        return out.transpose(1, 2).flatten(2)  # [B, T, H h]
 
 
-def _normed(x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+def _normed(x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
     return norm.weight * F.rms_norm(x, x.shape[-1:], None, norm.eps)
 
 # %% ../chapters/B36_inference.ipynb #cell-020
-def _attend(q, k, v, mask) -> torch.Tensor:
-    """`q` [B, H, T, h], `k`, `v` [B, K, S, h] -> [B, T, H h]."""
-    B, H, T, h = q.shape
-    if T == 1 and not isinstance(mask, tuple):
-        groups = q.reshape(B, k.shape[1], -1, h)  # [B, K, H / K, h]
-        out = F.scaled_dot_product_attention(groups, k, v, attn_mask=mask)
-        return out.reshape(B, 1, H * h)
-    return grouped_query_attention(q, k, v, mask).transpose(1, 2).flatten(2)
-
-# %% ../chapters/B36_inference.ipynb #cell-022
 class FusedModel(nn.Module):
     """`QwenModel` for inference only: the same numbers from fewer operations."""
 
@@ -115,7 +108,8 @@ class FusedModel(nn.Module):
         self.rotary_emb = model.rotary_emb
         self.layers = []
         while len(model.layers):  # one by one, so that no second copy is held
-            self.layers.append(FusedLayer(model.layers.pop(0), linear))
+            layer: Any = model.layers.pop(0)
+            self.layers.append(FusedLayer(layer, linear))
         self.training = False
 
     @torch.inference_mode()
@@ -134,24 +128,24 @@ class FusedModel(nn.Module):
         return self.norm(x)
 
     def train(self, mode: bool = True):
-        _refuse(mode, "be trained: train the model, and lay it out when it is used")
+        if mode:
+            raise _refusal("be trained: train the model, and lay it out to use it")
         return super().train(mode)
 
     def _apply(self, fn, recurse=True):
-        _refuse(True, "be moved or cast: do it before it is laid out")
+        raise _refusal("be moved or cast: do it before it is laid out")
 
     def _save_to_state_dict(self, *arguments):
-        _refuse(True, "be saved: save the model before it is laid out")
+        raise _refusal("be saved: save the model before it is laid out")
 
     def _load_from_state_dict(self, *arguments):
-        _refuse(True, "be loaded into: load the weights before")
+        raise _refusal("be loaded into: load the weights before")
 
 
-def _refuse(refused: bool, what: str) -> None:
-    if refused:
-        raise ValueError(f"a model laid out for inference cannot {what}")
+def _refusal(what: str) -> ValueError:
+    return ValueError(f"a model laid out for inference cannot {what}")
 
-# %% ../chapters/B36_inference.ipynb #cell-024
+# %% ../chapters/B36_inference.ipynb #cell-022
 def optimize_for_inference(
     model: QwenForCausalLM, quantize: str | None = None
 ) -> QwenForCausalLM:

@@ -145,15 +145,7 @@ def unweighted(x, norm):
     return torch.nn.functional.rms_norm(x, x.shape[-1:], None, norm.eps)
 
 
-def tiled(q, k, v, mask):
-    B, H, T, h = q.shape
-    if T > 1:
-        return ATTEND(q, k, v, mask)
-    q = q.reshape(B, -1, k.shape[1], h).transpose(1, 2).reshape(B, H, T, h)
-    return ATTEND(q, k, v, mask)
-
-
-STACKED, ATTEND = module._stacked, module._attend
+STACKED, ATTEND = module._stacked, module.grouped_query_attention
 
 
 @pytest.mark.mutant
@@ -163,8 +155,8 @@ STACKED, ATTEND = module._stacked, module._attend
         ("_stacked", swapped),
         ("_stacked", without_bias),
         ("_normed", unweighted),
-        ("_attend", tiled),
-        ("_attend", lambda q, k, v, mask: ATTEND(q, k, v, None)),
+        ("grouped_query_attention", lambda q, k, v, mask: ATTEND(q, k, v, None)),
+        ("grouped_query_attention", lambda q, k, v, mask: ATTEND(q, v, k, mask)),
     ],
 )
 def test_broken_parts_are_noticed(monkeypatch, name, broken):
