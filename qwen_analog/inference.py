@@ -56,6 +56,10 @@ def _stacked(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
     return weight, torch.cat(biases) if biases else None
 
 # %% ../chapters/B36_inference.ipynb #cell-018
+def _normed(x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+    return norm.weight * F.rms_norm(x, x.shape[-1:], None, norm.eps)
+
+# %% ../chapters/B36_inference.ipynb #cell-020
 class FusedLayer:
     """A block's weights for inference; `linear` makes a layer of matrix and bias."""
 
@@ -93,12 +97,30 @@ class FusedLayer:
         out = grouped_query_attention(q, k, v, mask)  # [B, H, T, h]
         return out.transpose(1, 2).flatten(2)  # [B, T, H h]
 
+# %% ../chapters/B36_inference.ipynb #cell-022
+class _Unchangeable(nn.Module):
+    """What is neither trained, moved nor saved."""
 
-def _normed(x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
-    return norm.weight * F.rms_norm(x, x.shape[-1:], None, norm.eps)
+    def train(self, mode: bool = True):
+        if mode:
+            raise _refusal("be trained: train the model, and lay it out to use it")
+        return super().train(mode)
 
-# %% ../chapters/B36_inference.ipynb #cell-020
-class FusedModel(nn.Module):
+    def _apply(self, fn, recurse=True):
+        raise _refusal("be moved or cast: do it before it is laid out")
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        raise _refusal("be saved: save the model before it is laid out")
+
+    def _load_from_state_dict(self, *arguments, **options):
+        raise _refusal("be loaded into: load the weights before")
+
+
+def _refusal(what: str) -> ValueError:
+    return ValueError(f"a model laid out for inference cannot {what}")
+
+# %% ../chapters/B36_inference.ipynb #cell-023
+class FusedModel(_Unchangeable):
     """`QwenModel` for inference only: the same numbers from fewer operations."""
 
     def __init__(self, model: QwenModel, linear: Callable):
@@ -127,25 +149,7 @@ class FusedModel(nn.Module):
             x = layer(x, cos[:, None], sin[:, None], mask, cache)
         return self.norm(x)
 
-    def train(self, mode: bool = True):
-        if mode:
-            raise _refusal("be trained: train the model, and lay it out to use it")
-        return super().train(mode)
-
-    def _apply(self, fn, recurse=True):
-        raise _refusal("be moved or cast: do it before it is laid out")
-
-    def _save_to_state_dict(self, *arguments):
-        raise _refusal("be saved: save the model before it is laid out")
-
-    def _load_from_state_dict(self, *arguments):
-        raise _refusal("be loaded into: load the weights before")
-
-
-def _refusal(what: str) -> ValueError:
-    return ValueError(f"a model laid out for inference cannot {what}")
-
-# %% ../chapters/B36_inference.ipynb #cell-022
+# %% ../chapters/B36_inference.ipynb #cell-025
 def optimize_for_inference(
     model: QwenForCausalLM, quantize: str | None = None
 ) -> QwenForCausalLM:
@@ -162,9 +166,9 @@ def optimize_for_inference(
         check_format(model, quantize)
     linear = PackedLinear if quantize is None else FORMATS[quantize]
     model.eval().requires_grad_(False)
-    head = linear(model.lm_head.weight, None)
-    model.model = FusedModel(model.model, linear)
-    model.lm_head = _Head(head, model.lm_head.weight)
+    weight = model.lm_head.weight
+    model.set_submodule("lm_head", _Head(linear(weight, None), weight))
+    model.set_submodule("model", FusedModel(model.model, linear))
     return model
 
 

@@ -221,9 +221,7 @@ def test_the_key_from_the_environment(monkeypatch, checkpoint, capsys):
 def test_a_cache_that_does_not_fit(checkpoint, monkeypatch):
     parser = new_parser()
     monkeypatch.setattr(hardware, "available_memory", lambda device: 1000)
-    monkeypatch.setattr(
-        loading, "load", lambda source, check_memory: (MODEL, TOKENIZER)
-    )
+    monkeypatch.setattr(loading, "load", lambda source, **options: (MODEL, TOKENIZER))
     with pytest.raises(
         ValueError, match="--max-batch or --max-context, or pass --ignore-memory"
     ) as error:
