@@ -147,6 +147,7 @@ class PackedDocuments(NamedTuple):
 
 def packed_documents(document_ids: torch.Tensor) -> PackedDocuments:
     """Find the bounds of `document_ids` [B, T]; the host waits for the device once."""
+    _load_varlen()
     first = torch.ones_like(document_ids, dtype=torch.bool)
     first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     starts = first.flatten().nonzero().flatten()  # [N]
@@ -169,12 +170,19 @@ from functools import partial
 from inspect import signature
 from typing import Any
 
-from torch.nn.attention.varlen import varlen_attn
-
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
-_varlen: Any = varlen_attn
-if "enable_gqa" in signature(varlen_attn).parameters:  # not in every version of PyTorch
-    _varlen = partial(varlen_attn, enable_gqa=True)
+_varlen: Any = None
+
+
+def _load_varlen() -> None:
+    """Import the kernel when it is first needed: PyTorch's compiler comes with it."""
+    global _varlen
+    if _varlen is None:
+        from torch.nn.attention.varlen import varlen_attn
+
+        _varlen = varlen_attn
+        if "enable_gqa" in signature(varlen_attn).parameters:  # not in every version
+            _varlen = partial(varlen_attn, enable_gqa=True)
 
 
 def _attend_documents(

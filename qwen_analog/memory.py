@@ -31,6 +31,8 @@ from .model import QwenForCausalLM
 from .optim import PIECE_SIZE
 
 # %% ../chapters/24_memory.ipynb #kept-by-policy
+import torch.nn.attention.varlen  # makes the operation of packed documents known
+
 _aten = torch.ops.aten
 _MATMUL = {_aten.mm.default, _aten.addmm.default}
 _ATTENTION = {

@@ -217,7 +217,7 @@ def test_packed_documents_in_a_model(
 def test_float32_keeps_documents_apart_by_a_mask(device, ids, monkeypatch):
     wanted, gradients = training(training_model("cpu", FULL), ids, "cpu", "fp32")
     monkeypatch.setattr(model_module, "separate_documents", packed_documents)
-    monkeypatch.setattr(attention, "_varlen", None)
+    monkeypatch.setattr(attention, "_attend_documents", None)
     loss, found = training(training_model(device, FULL), ids, device, "fp32")
     assert gap(loss, wanted) < 1e-4
     assert max(gap(g, gradients[n]) for n, g in found.items()) < 1e-3
