@@ -281,7 +281,7 @@ class StaticCache:
 def static_decode(model: QwenForCausalLM, sizes: Sizes, compiled: bool):
     """gpt-fast's recipe: one compiled step over a static cache, a graph on a GPU."""
     length = max(256, sizes.new) if not sizes.tiny else 64
-    cache = StaticCache(model.config, length, model.lm_head.weight.dtype)
+    cache = StaticCache(model.config, length, model.model.embed_tokens.weight.dtype)
     keys = torch.arange(length, device=DEVICE)
 
     def one(token):
