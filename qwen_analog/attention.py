@@ -133,6 +133,25 @@ class GQAttention(HeadProjections):
         out = grouped_query_attention(q, k, v, mask)  # [B, H, T, h]
         return self.o_proj(out.transpose(1, 2).flatten(2))  # [B, T, D]
 
+# %% ../chapters/08_gqa.ipynb #gpu-load-varlen
+from functools import partial
+from inspect import signature
+from typing import Any
+
+_SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+_varlen: Any = None
+
+
+def _load_varlen() -> None:
+    """Import the kernel when it is first needed: PyTorch's compiler comes with it."""
+    global _varlen
+    if _varlen is None:
+        from torch.nn.attention.varlen import varlen_attn
+
+        _varlen = varlen_attn
+        if "enable_gqa" in signature(varlen_attn).parameters:  # not in every version
+            _varlen = partial(varlen_attn, enable_gqa=True)
+
 # %% ../chapters/08_gqa.ipynb #gpu-bounds
 from typing import NamedTuple
 
@@ -166,25 +185,6 @@ def separate_documents(document_ids: torch.Tensor) -> torch.Tensor | PackedDocum
     return document_mask(document_ids)
 
 # %% ../chapters/08_gqa.ipynb #gpu-varlen
-from functools import partial
-from inspect import signature
-from typing import Any
-
-_SIXTEEN_BITS = (torch.bfloat16, torch.float16)
-_varlen: Any = None
-
-
-def _load_varlen() -> None:
-    """Import the kernel when it is first needed: PyTorch's compiler comes with it."""
-    global _varlen
-    if _varlen is None:
-        from torch.nn.attention.varlen import varlen_attn
-
-        _varlen = varlen_attn
-        if "enable_gqa" in signature(varlen_attn).parameters:  # not in every version
-            _varlen = partial(varlen_attn, enable_gqa=True)
-
-
 def _attend_documents(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: PackedDocuments
 ) -> torch.Tensor:

@@ -252,7 +252,11 @@ class Muon(torch.optim.Muon):
         torch._foreach_lerp_(m, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, m, group["momentum"])
         updates = _orthogonal(torch.stack(ahead), group)
-        rate = group["lr"] * 0.2 * max(same[0].shape) ** 0.5
+        A, B = same[0].shape
+        size = max(1, A / B) ** 0.5
+        if group["adjust_lr_fn"] == "match_rms_adamw":
+            size = 0.2 * max(A, B) ** 0.5
+        rate = group["lr"] * size
         for p, update in zip(same, updates):
             p.mul_(1 - group["lr"] * group["weight_decay"])
             p.add_(update, alpha=-rate)
