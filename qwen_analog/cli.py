@@ -30,6 +30,8 @@ class Command(NamedTuple):
     add_arguments: str
 
 
+# two modules keep their flags themselves
+_FLAGS = {"train": "train_config.add_arguments", "serve": "serve.add_arguments"}
 COMMANDS: dict[str, Command] = {}
 for _name, _run, _help in (
     ("train", "train.run", "pretrain on one to many processes"),
@@ -45,13 +47,10 @@ for _name, _run, _help in (
     ("prepare", "prepare.prepare", "write a corpus that pip brings, with a vocabulary"),
     ("tokenizer", "prepare.tokenizer", "learn a vocabulary of your own text"),
 ):
-    COMMANDS[_name] = Command(_help, _run, f"arguments.add_{_name}_arguments")
+    _flags = _FLAGS.get(_name, f"arguments.add_{_name}_arguments")
+    COMMANDS[_name] = Command(_help, _run, _flags)
 
 # %% ../chapters/A1_commands.ipynb #d024f74d
-for _name, _module in (("train", "train_config"), ("serve", "serve")):
-    COMMANDS[_name] = COMMANDS[_name]._replace(add_arguments=f"{_module}.add_arguments")
-
-
 def find(path: str) -> Callable:
     """Import and return a function of the package, named as module.function."""
     module, _, function = path.partition(".")

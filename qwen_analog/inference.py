@@ -17,7 +17,7 @@ from .attention import grouped_query_attention
 from .kv_cache import KVCache
 from .model import DecoderLayer, QwenForCausalLM, QwenModel
 from .norm import RMSNorm
-from .quantize import FORMATS, check_format
+from .quantize import FORMATS, Frozen, check_format
 
 # %% ../chapters/B36_inference.ipynb #cell-014
 def can_pack(weight: torch.Tensor) -> bool:
@@ -34,19 +34,19 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
         super().__init__()
-        self.matrix = weight.detach()
+        self.weight = weight.detach()
         self.bias = None if bias is None else bias.detach()
         self.packed = can_pack(weight)
         if self.packed:
             reorder = torch.ops.mkldnn._reorder_linear_weight
-            self.matrix = reorder(self.matrix.contiguous(), 1)
+            self.weight = reorder(self.weight.contiguous(), 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [..., K] -> [..., N]."""
         if not self.packed:
-            return F.linear(x, self.matrix, self.bias)
+            return F.linear(x, self.weight, self.bias)
         product = torch.ops.mkldnn._linear_pointwise
-        return product(x, self.matrix, self.bias, "none", [], "")
+        return product(x, self.weight, self.bias, "none", [], "")
 
 # %% ../chapters/B36_inference.ipynb #cell-016
 def _stacked(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -98,30 +98,10 @@ class FusedLayer:
         return out.transpose(1, 2).flatten(2)  # [B, T, H h]
 
 # %% ../chapters/B36_inference.ipynb #cell-022
-class _Unchangeable(nn.Module):
-    """What is neither trained, moved nor saved."""
-
-    def train(self, mode: bool = True):
-        if mode:
-            raise _refusal("be trained: train the model, and lay it out to use it")
-        return super().train(mode)
-
-    def _apply(self, fn, recurse=True):
-        raise _refusal("be moved or cast: do it before it is laid out")
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        raise _refusal("be saved: save the model before it is laid out")
-
-    def _load_from_state_dict(self, *arguments, **options):
-        raise _refusal("be loaded into: load the weights before")
-
-
-def _refusal(what: str) -> ValueError:
-    return ValueError(f"a model laid out for inference cannot {what}")
-
-# %% ../chapters/B36_inference.ipynb #cell-023
-class FusedModel(_Unchangeable):
+class FusedModel(Frozen):
     """`QwenModel` for inference only: the same numbers from fewer operations."""
+
+    called = "a model laid out for inference"
 
     def __init__(self, model: QwenModel, linear: Callable):
         super().__init__()
@@ -149,7 +129,10 @@ class FusedModel(_Unchangeable):
             x = layer(x, cos[:, None], sin[:, None], mask, cache)
         return self.norm(x)
 
-# %% ../chapters/B36_inference.ipynb #cell-025
+    def _apply(self, fn, recurse=True):
+        raise self.refusal("moved or cast: do it to")
+
+# %% ../chapters/B36_inference.ipynb #cell-024
 def optimize_for_inference(
     model: QwenForCausalLM, quantize: str | None = None
 ) -> QwenForCausalLM:
@@ -166,21 +149,6 @@ def optimize_for_inference(
         check_format(model, quantize)
     linear = PackedLinear if quantize is None else FORMATS[quantize]
     model.eval().requires_grad_(False)
-    weight = model.lm_head.weight
-    model.set_submodule("lm_head", _Head(linear(weight, None), weight))
+    model.set_submodule("lm_head", linear(model.lm_head.weight, None))
     model.set_submodule("model", FusedModel(model.model, linear))
     return model
-
-
-class _Head(nn.Module):
-    """The head's product, and its plain matrix, of which a loss is made."""
-
-    def __init__(self, product: nn.Module, like: torch.Tensor):
-        super().__init__()
-        self.product = product
-        self.weight = like
-        self.training = False
-
-    @torch.inference_mode()
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.product(x)

@@ -165,7 +165,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import document_positions, separate_documents
 from .config import GenerationDefaults
-from .loss import linear_cross_entropy
+from .loss import cross_entropy, linear_cross_entropy
 
 # %% ../chapters/11_model.ipynb #cell-064
 class GenerationMixin:
@@ -296,6 +296,8 @@ class QwenForCausalLM(GenerationMixin, CheckpointMixin, PreTrainedModel):
         hidden = _hidden_states(self.model, input_ids, position_ids, mask, cache)
         if targets is None:
             return self.lm_head(hidden[:, -logits_to_keep:])  # -0 is 0: all of them
+        if not isinstance(self.lm_head, nn.Linear):  # it has no plain matrix
+            return cross_entropy(self.lm_head(hidden), targets, reduction)
         head = self.lm_head.weight
         return linear_cross_entropy(hidden, head, targets, reduction, z_loss=z_loss)
 

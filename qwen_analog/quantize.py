@@ -62,14 +62,28 @@ def to_int4(
 
 # %% ../chapters/B35_quantization.ipynb #cell-024
 class Frozen(nn.Module):
-    """Buffers that are moved, but never cast, trained, saved or overwritten."""
+    """What is used, but neither trained nor saved; `called` is its name in refusals."""
+
+    called = "quantized weights"
+
+    def refusal(self, what: str) -> ValueError:
+        return ValueError(f"{self.called} cannot be {what} the plain model")
 
     def train(self, mode: bool = True):
         if mode:
-            raise ValueError(
-                "quantized weights cannot be trained: train the model they were made of"
-            )
+            raise self.refusal("trained: train")
         return super().train(mode)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        raise self.refusal("saved: save")
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        if any(key.startswith(prefix) for key in state_dict):
+            raise self.refusal("overwritten: load the weights into")
+
+
+class _Moved(Frozen):
+    """Buffers that are moved, but never cast."""
 
     def _apply(self, fn, recurse=True):
         for name, buffer in self._buffers.items():
@@ -81,21 +95,8 @@ class Frozen(nn.Module):
     def prepare(self) -> None:
         """Make what a device needs besides; called after each move."""
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        raise ValueError(
-            "quantized weights are not saved: save the model they were made of, and"
-            " quantize it when it is opened"
-        )
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        if any(key.startswith(prefix) for key in state_dict):
-            raise ValueError(
-                "weights cannot be loaded into a quantized model: load them first, and"
-                " quantize then"
-            )
-
 # %% ../chapters/B35_quantization.ipynb #cell-026
-class QuantizedLinear(Frozen):
+class QuantizedLinear(_Moved):
     """A matrix [N, K] in few bits, in place of `nn.Linear`."""
 
     weight: torch.Tensor

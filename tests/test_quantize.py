@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from weights_helpers import IDS, small
 
@@ -229,9 +230,9 @@ REFUSALS = {
     "quantize must be int8 or int4, not 'int2'": lambda m: quantize(m, "int2"),
     "keep names no linear layer: 'head'": lambda m: quantize(m, "int8", ["head"]),
     "there is no linear layer": lambda m: quantize(quantize(m, "int8"), "int8"),
-    "cannot be trained": lambda m: quantize(m, "int4").train(),
-    "are not saved: save the model": lambda m: quantize(m, "int4").state_dict(),
-    "cannot be loaded into a quantized model": lambda m: quantize(
+    "cannot be trained: train the plain model": lambda m: quantize(m, "int4").train(),
+    "cannot be saved: save the plain model": lambda m: quantize(m, "int4").state_dict(),
+    "cannot be overwritten": lambda m: quantize(
         copy.deepcopy(m), "int4"
     ).load_state_dict(m.state_dict()),
 }
@@ -245,9 +246,17 @@ def test_refusals(message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("format", module.FORMATS)
+def test_a_loss_is_that_of_the_logits(format):
+    model = quantize(small(hidden_size=96, intermediate_size=64), format)
+    ids = torch.arange(12).view(2, 6)
+    wanted = F.cross_entropy(model(ids).float().flatten(0, 1), ids.flatten())
+    torch.testing.assert_close(model(ids, targets=ids), wanted)
+
+
 def test_nothing_is_written(tmp_path):
     model = quantize(small(hidden_size=96, intermediate_size=64), "int8")
-    with pytest.raises(ValueError, match="are not saved"):
+    with pytest.raises(ValueError, match="cannot be saved"):
         model.save_pretrained(tmp_path / "model")
     assert not list(tmp_path.rglob("*.safetensors"))
 
