@@ -101,18 +101,41 @@ def _carry_out(words: list[str], action: Callable[[], None]) -> int:
 
     def guarded() -> None:
         with _terminal(quiet):
+            with _interrupted_later():
+                _import_command(words)
             action()
 
-    # imported before Ctrl-C is an exception, which libraries do not expect meanwhile
-    asks = {"-h", "--help"} & {*words}
-    if quiet and not asks and words and words[0] in COMMANDS:
-        with suppress(ImportError):
-            find(COMMANDS[words[0]].run)
+    if quiet:  # Ctrl-C ends the program at once; later it is an exception
+        _import_command(words)
     code = report_errors("qwen-analog", guarded)
     _drop_output()
     if quiet:  # while Python takes itself down, there is nothing left to interrupt
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     return code
+
+
+def _import_command(words: list[str]) -> None:
+    asks = {"-h", "--help"} & {*words}
+    if not asks and words and words[0] in COMMANDS:
+        with suppress(ImportError):
+            find(COMMANDS[words[0]].run)
+
+# %% ../chapters/A1_commands.ipynb #a1-main-02
+@contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """Hold Ctrl-C back: libraries that are being imported may swallow the exception."""
+    handler, seen = signal.getsignal(signal.SIGINT), []
+    main = threading.current_thread() is threading.main_thread()
+    if handler is not signal.default_int_handler or not main:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: seen.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if seen:
+        raise KeyboardInterrupt
 
 # %% ../chapters/A1_commands.ipynb #70e5e211
 def _drop_output() -> None:

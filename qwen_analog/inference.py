@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['can_pack', 'PackedLinear', 'FusedLayer', 'FusedModel', 'optimize_for_inference']
 
-# %% ../chapters/B36_inference.ipynb #cell-003
+# %% ../chapters/B36_inference.ipynb #cell-005
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +19,7 @@ from .model import DecoderLayer, QwenForCausalLM, QwenModel
 from .norm import RMSNorm
 from .quantize import FORMATS, Frozen, check_format
 
-# %% ../chapters/B36_inference.ipynb #cell-014
+# %% ../chapters/B36_inference.ipynb #cell-016
 def can_pack(weight: torch.Tensor) -> bool:
     """Whether oneDNN has a packed product for `weight` on this machine."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
@@ -48,18 +48,18 @@ class PackedLinear(nn.Module):
         product = torch.ops.mkldnn._linear_pointwise
         return product(x, self.weight, self.bias, "none", [], "")
 
-# %% ../chapters/B36_inference.ipynb #cell-016
+# %% ../chapters/B36_inference.ipynb #cell-018
 def _stacked(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the matrices [N1 + N2 + ..., K] and biases of layers with one input."""
     weight = torch.cat([linear.weight.detach() for linear in linears])
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
     return weight, torch.cat(biases) if biases else None
 
-# %% ../chapters/B36_inference.ipynb #cell-018
+# %% ../chapters/B36_inference.ipynb #cell-020
 def _normed(x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
     return norm.weight * F.rms_norm(x, x.shape[-1:], None, norm.eps)
 
-# %% ../chapters/B36_inference.ipynb #cell-020
+# %% ../chapters/B36_inference.ipynb #cell-022
 class FusedLayer:
     """A block's weights for inference; `linear` makes a layer of matrix and bias."""
 
@@ -97,7 +97,7 @@ class FusedLayer:
         out = grouped_query_attention(q, k, v, mask)  # [B, H, T, h]
         return out.transpose(1, 2).flatten(2)  # [B, T, H h]
 
-# %% ../chapters/B36_inference.ipynb #cell-022
+# %% ../chapters/B36_inference.ipynb #cell-024
 class FusedModel(Frozen):
     """`QwenModel` for inference only: the same numbers from fewer operations."""
 
@@ -132,7 +132,7 @@ class FusedModel(Frozen):
     def _apply(self, fn, recurse=True):
         raise self.refusal("moved or cast: do it to")
 
-# %% ../chapters/B36_inference.ipynb #cell-024
+# %% ../chapters/B36_inference.ipynb #cell-026
 def optimize_for_inference(
     model: QwenForCausalLM, quantize: str | None = None
 ) -> QwenForCausalLM:

@@ -10,8 +10,9 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -242,3 +243,32 @@ def test_a_finished_command_is_not_killed_while_python_ends(here, monkeypatch):
         ]
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_is_held_back_while_a_command_is_imported(monkeypatch, capfd):
+    def swallowing(path):
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        return lambda arguments: None
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(cli, "find", swallowing)
+    try:
+        assert cli.main(["plan"]) == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "interrupted" in capfd.readouterr().err
+
+
+def test_a_command_in_a_thread(monkeypatch):
+    monkeypatch.setattr(cli, "find", lambda path: lambda arguments: None)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    codes = []
+    try:
+        thread = threading.Thread(target=lambda: codes.append(cli.main(["plan"])))
+        thread.start()
+        thread.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert codes == [0]
