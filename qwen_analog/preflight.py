@@ -19,6 +19,7 @@ from .batches import check_data
 from .archive import CheckpointError
 from .checkpoint import read_state
 from .config import QwenConfig, parameter_counts
+from .finetune import answer_end
 from .loading import load
 from .hardware import require_memory
 from .memory import estimate_for
@@ -48,6 +49,8 @@ def check_fit(config: TrainConfig, tokenizer: Tokenizer) -> None:
             f"sequence_length {config.sequence_length} is longer than"
             f" max_position_embeddings {limit}"
         )
+    if config.format == "chat":
+        answer_end(tokenizer)
     for prompt in config.sample_prompts:
         length = 1 + len(tokenizer.encode(prompt)) + config.sample_tokens
         if length > limit:

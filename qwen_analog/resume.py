@@ -74,7 +74,8 @@ def restore(
 
 # %% ../chapters/B25_resume.ipynb #cell-026
 # settings without which the next sequences, or the next update, would be others
-_UNCHANGED = ("optimizer", "stream", "sequence_length", "seed", "heldout_fraction")
+_UNCHANGED = ("optimizer", "format", "stream", "sequence_length", "seed")
+_UNCHANGED += ("heldout_fraction",)
 
 
 def check_resumable(
