@@ -164,7 +164,7 @@ FLOORS = [
     "attention tokenizer sampling jsonl shards train_config baselines",
     "hf_tokenizer token_cache data corpora model",
     "generate memory parallel monitor quantize streaming weights checkpoint "
-    "tokenizer_json chat_template",
+    "tokenizer_json chat_template lora",
     "inference scoring restore text_stream step search run_directory gguf_file hf",
     "gguf checkpointer batches resume lm_eval_adapter scheduler simulation",
     "loading engine progress",
