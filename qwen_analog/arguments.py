@@ -286,7 +286,7 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
         "corpus",
         choices=("wiki", "stdlib", "questions", "style"),
         help="wiki: 10,033 introductions of Wikipedia articles; stdlib: Python's own"
-        " source. For finetune, without a vocabulary: questions, \"What is ...?\" and"
+        ' source. For finetune, without a vocabulary: questions, "What is ...?" and'
         " the first sentence of each introduction; style, 60 short conversations",
     )
     parser.add_argument(

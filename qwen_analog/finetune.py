@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .chat_template import chat_ids
+from .chat_template import chat_ids, marked_chat
 from .config import shown
 from .data import FileFingerprint, PackedDataset, TokenSequence
 from .jsonl import DataError, Line, parse_json, read_lines
@@ -33,24 +33,24 @@ def answer_spans(
     """Return the ids of a conversation, and where in them each answer stands, with the
     id `end` that closes it.
 
-    Raises ValueError where a part of the conversation alone reads otherwise than in it:
-    what is learned would not be what the model is given later.
+    Where the chat template marks answers, they are what it marks. Raises ValueError
+    where a part of the conversation alone reads otherwise than in it: what is learned
+    would not be what the model is given later.
     """
+    marked = marked_chat(tokenizer, messages)
+    if marked is not None:
+        return marked
     ids, spans = chat_ids(tokenizer, messages, add_generation_prompt=False), []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         asked = chat_ids(tokenizer, messages[:i])  # what the model is given
         told = chat_ids(tokenizer, messages[: i + 1], add_generation_prompt=False)
-        stop = len(told) - told[::-1].index(end) if end in told[len(asked) :] else 0
-        if (
-            stop <= len(asked)
-            or ids[: len(asked)] != asked
-            or ids[:stop] != told[:stop]
-        ):
+        stop = len(told) - told[::-1].index(end)
+        if ids[: len(asked)] != asked or ids[:stop] != told[:stop]:
             raise ValueError(
-                f"message {i + 1}: the chat template writes what stands before this"
-                " answer, or the answer, otherwise once more follows"
+                f"message {i + 1}: the chat template writes this answer, or what stands"
+                " before it, otherwise once more follows"
             )
         spans.append(slice(len(asked), stop))
     return ids, spans
@@ -66,14 +66,20 @@ def answer_end(tokenizer: Tokenizer) -> int:
     answer = {"role": "assistant", "content": "!"}
     asked = chat_ids(tokenizer, [question])
     told = chat_ids(tokenizer, [question, answer], add_generation_prompt=False)
-    # text never becomes a control token
-    controls = [i for i in told if i not in tokenizer.encode(tokenizer.decode([i]))]
-    if told[: len(asked)] != asked or not set(controls) & {*told[len(asked) :]}:
+    if told[: len(asked)] != asked:
         raise ValueError(
-            "the chat template cannot be trained on: it begins an answer in another way"
-            " than it asks for one, or ends it with no control token"
+            "the chat template cannot be trained on: it asks for an answer otherwise"
+            " than it begins one"
         )
-    return controls[-1]
+    marked = marked_chat(tokenizer, [question, answer])
+    learned = told[marked[1][-1]] if marked else told[len(asked) :]
+    # text never becomes a control token
+    ends = [i for i in learned if i not in tokenizer.encode(tokenizer.decode([i]))]
+    if not ends:
+        raise ValueError(
+            "the chat template cannot be trained on: no control token ends an answer"
+        )
+    return ends[-1]
 
 # %% ../chapters/B38_finetuning.ipynb #cell-005
 @dataclass

@@ -250,7 +250,8 @@ def settings_of_checkpoint(
         if name in before and name not in given
     }
     config = TrainConfig.create({**given, **unnamed}, f"the settings in {path}")
-    there = Path(config.tokenizer.partition(":")[2]).exists()
+    kind, _, name = config.tokenizer.partition(":")
+    there = kind != "source" and Path(name).exists()
     if before.get("tokenizer") != config.tokenizer or there:
         tokenizer = load_tokenizer(config.tokenizer)
     else:
