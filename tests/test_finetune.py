@@ -316,5 +316,14 @@ def test_other_runs_are_refused(conversations, capsys):
     again = ["--resume", "checkpoints/step_4", "--output-dir", "other"]
     said = refused(capsys, "train", *again, "--format", "text")
     assert "another format" in said
-    said = refused(capsys, "finetune", "--init-from", "base", "--data", "hf:a/b")
+    said = refused(
+        capsys,
+        "finetune",
+        "--init-from",
+        "base",
+        "--data",
+        "hf:a/b",
+        "--sequence-length",
+        64,
+    )
     assert "format chat reads files" in said
