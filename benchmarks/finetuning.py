@@ -17,6 +17,7 @@ import torch
 
 from qwen_analog import finetune, load
 from qwen_analog.chat_template import chat_ids
+from qwen_analog.checkpoint import load_checkpoint
 from qwen_analog.corpora import question_documents, style_documents
 from qwen_analog.data import held_out_dataset
 from qwen_analog.distributed import DistributedContext
@@ -29,8 +30,8 @@ from qwen_analog.train import train
 from qwen_analog.train_config import FINETUNING, TrainConfig
 
 TARGET = Path(__file__).with_name("finetuning.json")
-QUESTIONS, ANSWER = 40, 60  # that are asked, and the longest answer in tokens
-STEPS = 150
+QUESTIONS, ANSWER = 30, 60  # that are asked, and the longest answer in tokens
+STEPS = 80
 OTHERS = (
     "What is a bridge?",
     "How do I learn to swim?",
@@ -169,6 +170,7 @@ def on_questions(book, folder, wiki, base):
     prompts = [asked(tokenizer, question) for question in questions]
     plain = [tokenizer.encode(f"Question: {q}\nAnswer:") for q in questions]
     shared = held_out, texts, config
+    book.write("base", {"steps": load_checkpoint(base)["step"]})
     if "before" not in book.parts:
         values = measure(model, tokenizer, questions, prompts, *shared)
         book.write("before", values)
@@ -177,7 +179,6 @@ def on_questions(book, folder, wiki, base):
         ("everything", everything, 1e-3),
         ("no end", all_but_the_end, 1e-3),
         ("rate x 10", nothing, 1e-2),
-        ("rate / 10", nothing, 1e-4),
     ):
         if name in book.parts:
             continue
@@ -199,7 +200,7 @@ def on_style(book, folder, wiki):
         data=[path],
         sequence_length=256,
         micro_batch_size=2,
-        max_steps=40,
+        max_steps=30,
         learning_rate=5e-5,
         heldout_fraction=0.1,
         eval_sequences=8,

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'answer_spans', 'answer_end', 'Example', 'encode_conversation', 'fill_rows', 'join', 'ChatDataset',
-           'read_messages', 'read_example', 'read_conversations', 'fingerprint', 'chat_datasets', 'end_at_answers']
+           'end_at_answers', 'read_messages', 'read_example', 'read_conversations', 'chat_fingerprint', 'chat_datasets']
 
-# %% ../chapters/B38_finetuning.ipynb #cell-002
+# %% ../chapters/B38_finetuning.ipynb #cell-005
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from .text_stream import LONGEST_TOKEN
 from .token_cache import held_out_mask
 from .tokenizer import Tokenizer
 
-# %% ../chapters/B38_finetuning.ipynb #cell-003
+# %% ../chapters/B38_finetuning.ipynb #cell-012
 def answer_spans(
     tokenizer: Tokenizer, messages: Sequence[dict[str, str]], end: int
 ) -> tuple[list[int], list[slice]]:
@@ -55,7 +55,7 @@ def answer_spans(
         spans.append(slice(len(asked), stop))
     return ids, spans
 
-# %% ../chapters/B38_finetuning.ipynb #cell-004
+# %% ../chapters/B38_finetuning.ipynb #cell-014
 def answer_end(tokenizer: Tokenizer) -> int:
     """Return the control token that ends an answer in the tokenizer's chat form.
 
@@ -81,7 +81,7 @@ def answer_end(tokenizer: Tokenizer) -> int:
         )
     return ends[-1]
 
-# %% ../chapters/B38_finetuning.ipynb #cell-005
+# %% ../chapters/B38_finetuning.ipynb #cell-022
 @dataclass
 class Example:
     """A conversation as tokens, up to the end of its last answer."""
@@ -96,7 +96,7 @@ class Example:
         """Return N, the tokens that have a next one."""
         return len(self.ids) - 1
 
-# %% ../chapters/B38_finetuning.ipynb #cell-006
+# %% ../chapters/B38_finetuning.ipynb #cell-023
 def encode_conversation(
     tokenizer: Tokenizer,
     messages: Sequence[dict[str, str]],
@@ -113,7 +113,7 @@ def encode_conversation(
     size = sum(len(answer.encode()) for answer in answers)
     return Example(ids, learned, size, key, source)
 
-# %% ../chapters/B38_finetuning.ipynb #cell-007
+# %% ../chapters/B38_finetuning.ipynb #cell-026
 def fill_rows(lengths: Sequence[int], order: Sequence[int], room: int) -> list[list]:
     """Put things of `lengths` into rows of `room`, in order: a row ends where the next
     one does not fit.
@@ -145,7 +145,7 @@ def join(examples: Sequence[Example], length: int) -> TokenSequence:
     parts = map(torch.from_numpy, (input_ids, targets, document_ids))
     return TokenSequence(*parts, sources=[example.source for example in examples])
 
-# %% ../chapters/B38_finetuning.ipynb #cell-008
+# %% ../chapters/B38_finetuning.ipynb #cell-032
 class ChatDataset(PackedDataset):
     """Conversations in a new random order each epoch, whole, several in a sequence.
 
@@ -188,7 +188,14 @@ class ChatDataset(PackedDataset):
         """Yield the sequences of the first epoch, at most `limit`."""
         yield from (self[k] for k in range(len(self.epoch_rows(0)))[:limit])
 
-# %% ../chapters/B38_finetuning.ipynb #cell-009
+# %% ../chapters/B38_finetuning.ipynb #cell-034
+def end_at_answers(model: QwenForCausalLM, tokenizer: Tokenizer) -> None:
+    """Let what the model writes end where its answers will, beside where it did."""
+    settings = model.generation_config.to_dict()
+    ends = [answer_end(tokenizer), *model.generation_config.eos_token_id]
+    model.generation_config = {**settings, "eos_token_id": list(dict.fromkeys(ends))}
+
+# %% ../chapters/B38_finetuning.ipynb #cell-064
 ROLES = ("system", "user", "assistant")
 
 
@@ -242,7 +249,7 @@ def _check_message(message: object) -> None:
         raise ValueError(f"the {role} says nothing")
     refuse_surrogates("content", content)
 
-# %% ../chapters/B38_finetuning.ipynb #cell-010
+# %% ../chapters/B38_finetuning.ipynb #cell-065
 def read_example(
     line: Line, tokenizer: Tokenizer, end: int, sequence_length: int
 ) -> Example:
@@ -291,8 +298,8 @@ def read_conversations(
         raise DataError(f"no conversation in {', '.join(files)}")
     return examples, skipped
 
-# %% ../chapters/B38_finetuning.ipynb #cell-011
-def fingerprint(examples: Sequence[Example], held_out: np.ndarray) -> dict:
+# %% ../chapters/B38_finetuning.ipynb #cell-068
+def chat_fingerprint(examples: Sequence[Example], held_out: np.ndarray) -> dict:
     """Say what identifies conversations, as `data.fingerprint` does of texts."""
     files: dict[str, FileFingerprint] = {}
     for example in examples:
@@ -311,17 +318,10 @@ def chat_datasets(
 ) -> tuple[ChatDataset, ChatDataset | None]:
     """Return the conversations to train on, and those held out, if there are any."""
     held_out = held_out_mask([example.key for example in examples], fraction)
-    mark = fingerprint(examples, held_out)
+    mark = chat_fingerprint(examples, held_out)
     parts = [
         [example for example, out in zip(examples, held_out) if out == side]
         for side in (False, True)
     ]
     training, kept = (ChatDataset(p, sequence_length, seed, mark) for p in parts)
     return training, kept if parts[1] else None
-
-# %% ../chapters/B38_finetuning.ipynb #cell-012
-def end_at_answers(model: QwenForCausalLM, tokenizer: Tokenizer) -> None:
-    """Let what the model writes end where its answers will, beside where it did."""
-    settings = model.generation_config.to_dict()
-    ends = [answer_end(tokenizer), *model.generation_config.eos_token_id]
-    model.generation_config = {**settings, "eos_token_id": list(dict.fromkeys(ends))}

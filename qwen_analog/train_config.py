@@ -385,7 +385,7 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     )
     add_settings(parser, **defaults)
 
-# %% ../chapters/B38_finetuning.ipynb #cell-013
+# %% ../chapters/B38_finetuning.ipynb #cell-070
 # what `qwen-analog finetune` sets otherwise than a pretraining does
 FINETUNING = {
     "format": "chat",

@@ -166,8 +166,8 @@ FLOORS = [
     "generate memory parallel monitor quantize streaming weights checkpoint "
     "tokenizer_json chat_template lora",
     "inference scoring restore text_stream step search run_directory gguf_file hf",
-    "gguf checkpointer batches resume lm_eval_adapter scheduler simulation",
-    "loading engine progress",
+    "gguf checkpointer finetune resume lm_eval_adapter scheduler simulation",
+    "loading engine progress batches",
     "preflight chat evaluate plan protocol",
     "train server",
     "serve commands prepare",
