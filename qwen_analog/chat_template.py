@@ -91,6 +91,16 @@ def _contents(messages: Sequence[dict[str, str]]) -> str:
     return "".join(message["content"] for message in messages)
 
 
+def _private_character(text: str) -> str:
+    """Return a character for private use that `text` does not hold."""
+    for code in range(0xE000, 0xF900):
+        if chr(code) not in text:
+            return chr(code)
+    raise ValueError(
+        "the messages hold every private character (U+E000 to U+F8FF): leave one out"
+    )
+
+# %% ../chapters/B11_chat_template.ipynb #marked-fill
 def _fill(
     tokenizer: HFTokenizer,
     template: str,
@@ -106,7 +116,7 @@ def _fill(
     values |= {"tools": None, "documents": None}
     return render(template, values, most=10**6 + 8 * size)
 
-
+# %% ../chapters/B11_chat_template.ipynb #marked-chat
 def marked_chat(
     tokenizer: Tokenizer, messages: Sequence[dict[str, str]]
 ) -> tuple[list[int], list[slice]] | None:
@@ -133,16 +143,6 @@ def marked_chat(
             raise ValueError(f"the mark behind {before[-20:]!r} lies within a token")
         bounds.append(len(start))
     return ids, [slice(*pair) for pair in zip(bounds[::2], bounds[1::2])]
-
-
-def _private_character(text: str) -> str:
-    """Return a character for private use that `text` does not hold."""
-    for code in range(0xE000, 0xF900):
-        if chr(code) not in text:
-            return chr(code)
-    raise ValueError(
-        "the messages hold every private character (U+E000 to U+F8FF): leave one out"
-    )
 
 # %% ../chapters/B11_chat_template.ipynb #10bf1625
 def template_of(tokenizer: Tokenizer) -> str | None:
