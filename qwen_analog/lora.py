@@ -41,12 +41,12 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Parameter(torch.zeros(N, rank, **like))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` [..., K] -> [..., N]."""
-        y = F.linear(x, self.weight, self.bias)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """`input` [..., K] -> [..., N]."""
+        y = F.linear(input, self.weight, self.bias)
         if not self.enabled:
             return y
-        x = F.dropout(x.to(self.lora_A.dtype), self.dropout, self.training)
+        x = F.dropout(input.to(self.lora_A.dtype), self.dropout, self.training)
         thin = F.linear(x, self.lora_A)  # [..., r]
         return y + (self.scaling * F.linear(thin, self.lora_B)).to(y.dtype)
 
@@ -122,6 +122,7 @@ def merge_lora(model: QwenForCausalLM) -> QwenForCausalLM:
     return model.requires_grad_(True) if layers else model
 
 # %% ../chapters/B39_lora.ipynb #cell-063
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -166,9 +167,6 @@ def save_lora(
     return directory
 
 # %% ../chapters/B39_lora.ipynb #cell-065
-import shutil
-
-
 def _adapter_config(model: QwenForCausalLM, base: str | Path | None) -> dict[str, Any]:
     """Return PEFT's settings: what most layers have, and by name what others have."""
     layers = lora_layers(model)
@@ -194,7 +192,7 @@ def _adapter_config(model: QwenForCausalLM, base: str | Path | None) -> dict[str
         "use_rslora": False,
     }
 
-
+# %% ../chapters/B39_lora.ipynb #cell-066
 def _whole(value: float) -> float | int:
     """16.0 is written as 16; rounding of `alpha / rank * rank` is taken back."""
     return round(value) if math.isclose(value, round(value)) else value
@@ -209,7 +207,7 @@ def _target_modules(model: QwenForCausalLM) -> list[str]:
     full = [name for name in adapted if name.rpartition(".")[2] in plain]
     return [*short, *full]
 
-# %% ../chapters/B39_lora.ipynb #cell-067
+# %% ../chapters/B39_lora.ipynb #cell-068
 def load_lora(model: QwenForCausalLM, directory: str | Path) -> QwenForCausalLM:
     """Freeze the model and put the adapters of a PEFT directory on it; return it.
 
@@ -232,7 +230,7 @@ def load_lora(model: QwenForCausalLM, directory: str | Path) -> QwenForCausalLM:
         model.set_submodule(name, layer)
     return model
 
-# %% ../chapters/B39_lora.ipynb #cell-068
+# %% ../chapters/B39_lora.ipynb #cell-069
 def _alpha_of(name: str, config: dict[str, Any]) -> float:
     """Return the alpha of a layer: that of the first pattern that fits, or of all."""
     for pattern, alpha in (config.get("alpha_pattern") or {}).items():
@@ -279,7 +277,7 @@ def _fits(layer: nn.Linear, A: torch.Tensor | None, B: torch.Tensor | None) -> b
     rank, (N, K) = len(A), layer.weight.shape
     return rank > 0 and A.shape == (rank, K) and B.shape == (N, rank)
 
-# %% ../chapters/B39_lora.ipynb #cell-070
+# %% ../chapters/B39_lora.ipynb #cell-071
 def read_adapter_config(directory: Path) -> dict[str, Any]:
     """Return a directory's adapter_config.json; ValueError names what is not supported.
 
@@ -310,7 +308,7 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
             )
     return config
 
-# %% ../chapters/B39_lora.ipynb #cell-071
+# %% ../chapters/B39_lora.ipynb #cell-072
 import re
 
 # what is used, and what says nothing of how the adapters are computed
@@ -341,17 +339,17 @@ _HARMLESS = {
 }
 
 
-def _is_positive(value: object) -> bool:
+def _is_positive(value: Any) -> bool:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return number and 0 < value < math.inf
 
 
-def _is_share(value: object) -> bool:
+def _is_share(value: Any) -> bool:
     return value == 0 or _is_positive(value) and value < 1
 
-# %% ../chapters/B39_lora.ipynb #cell-072
+# %% ../chapters/B39_lora.ipynb #cell-073
 def _check_adapter(
-    rank: object, alpha: object, targets: Sequence[str], dropout: object
+    rank: int, alpha: float, targets: Sequence[str], dropout: float
 ) -> None:
     if not isinstance(rank, int) or not _is_positive(rank):
         raise ValueError(
