@@ -4,27 +4,33 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'answer_spans', 'answer_end', 'Example', 'encode_conversation', 'fill_rows', 'join', 'ChatDataset',
-           'end_at_answers', 'read_messages', 'read_example', 'read_conversations', 'chat_fingerprint', 'chat_datasets']
+           'end_at_answers', 'read_messages', 'read_example', 'read_conversations', 'chat_fingerprint', 'chat_datasets',
+           'add_adapters', 'save_adapters']
 
 # %% ../chapters/B38_finetuning.ipynb #cell-005
 import hashlib
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from .chat_template import chat_ids, marked_chat
+from .checkpoint import load_checkpoint
 from .config import shown
 from .data import FileFingerprint, PackedDataset, TokenSequence
 from .jsonl import DataError, Line, parse_json, read_lines
 from .jsonl import refuse_surrogates, whole_number
+from .lora import add_lora, save_lora
 from .loss import IGNORE_INDEX
 from .model import QwenForCausalLM
 from .text_stream import LONGEST_TOKEN
 from .token_cache import held_out_mask
 from .tokenizer import Tokenizer
+from .train_config import TrainConfig
 
 # %% ../chapters/B38_finetuning.ipynb #cell-012
 def answer_spans(
@@ -325,3 +331,23 @@ def chat_datasets(
     ]
     training, kept = (ChatDataset(p, sequence_length, seed, mark) for p in parts)
     return training, kept if parts[1] else None
+
+# %% ../chapters/B38_finetuning.ipynb #cell-074
+def add_adapters(model: QwenForCausalLM, config: TrainConfig) -> None:
+    """Add the adapters that the settings ask for."""
+    if config.lora_rank:
+        add_lora(model, config.lora_rank, config.lora_alpha, config.lora_targets)
+
+
+def save_adapters(config: TrainConfig) -> None:
+    """Write the adapters of a finished run as PEFT does, into output_dir/adapter."""
+    output = Path(config.output_dir)
+    checkpoint = load_checkpoint(output / "final")
+    with torch.device("meta"):
+        model = QwenForCausalLM(config.qwen_config())
+    add_adapters(model, config)
+    model.load_state_dict(checkpoint["model_state_dict"], strict=False, assign=True)
+    kind, _, source = config.tokenizer.partition(":")
+    base = source if kind == "source" else None
+    shutil.rmtree(output / "adapter", ignore_errors=True)  # of an earlier end
+    save_lora(model, output / "adapter", base)

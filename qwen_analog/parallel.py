@@ -7,7 +7,7 @@ __all__ = ['gradient_sync', 'clip_grad_norm', 'make_mesh', 'build_model', 'resha
            'compile_layers']
 
 # %% ../chapters/25_many_gpus.ipynb #cell-009
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -79,6 +79,7 @@ def build_model(
     reshard_after_forward: bool = True,
     prefetch: int = 1,
     compile: bool | None = False,
+    prepare: Callable[[QwenForCausalLM], object] | None = None,
 ) -> tuple[QwenForCausalLM, nn.Module]:
     """Return the model on `device`, and what training calls: DDP's wrapper or itself.
 
@@ -86,14 +87,16 @@ def build_model(
     `torch.manual_seed(seed); QwenForCausalLM(config)` on a CPU, however many processes
     share them. Sharded only: `reshard_after_forward` frees a block's gathered weights
     until the backward pass; weights are gathered `prefetch` blocks ahead.
-    `compile` None compiles on a GPU only. ValueError
-    for names that are unknown or do not fit together.
+    `compile` None compiles on a GPU only. `prepare` may change the model before it is
+    laid out. ValueError for names that are unknown or do not fit together.
     """
     several = dist.is_initialized() and dist.get_world_size() > 1
     _check_layout(strategy, mesh, precision, several)
     dtype = torch.bfloat16 if precision == "bf16-pure" else torch.float32
     with torch.device("meta"), default_dtype(dtype):
         model = QwenForCausalLM(config)
+    if prepare is not None:
+        prepare(model)
     if mesh is not None:
         _shard(model, mesh, precision, reshard_after_forward)
         _gather_ahead(model, prefetch)

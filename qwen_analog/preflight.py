@@ -51,6 +51,11 @@ def check_fit(config: TrainConfig, tokenizer: Tokenizer) -> None:
         )
     if config.format == "chat":
         answer_end(tokenizer)
+    if config.lora_rank and config.precision == "bf16-pure":
+        raise ValueError(
+            "lora_rank: adapters are float32, and precision bf16-pure has nothing else"
+            " than bfloat16: choose bf16"
+        )
     for prompt in config.sample_prompts:
         length = 1 + len(tokenizer.encode(prompt)) + config.sample_tokens
         if length > limit:
@@ -156,6 +161,11 @@ def prepare_start(
         elif path:
             start = _start_from_checkpoint(config, notes, path)
         else:
+            if config.lora_rank:
+                raise ValueError(
+                    "lora_rank: adapters need a model that has learned something: name"
+                    " it with --init-from"
+                )
             tokenizer = load_tokenizer(config.tokenizer)
             start = Start(with_vocabulary(config, tokenizer), tokenizer, notes)
         config = start.config

@@ -163,7 +163,7 @@ from .arguments import report_errors
 from .batches import Dataset, next_batch, open_data
 from .checkpointer import Checkpointer
 from .data import PackedDataset, data_difference
-from .finetune import end_at_answers
+from .finetune import add_adapters, end_at_answers, save_adapters
 from .hardware import peak_memory
 from .jsonl import DataError
 from .memory import set_activation_checkpointing
@@ -265,8 +265,11 @@ def build(
         precision=config.precision,
         reshard_after_forward=config.reshard_after_forward,
         compile=config.compile,
+        prepare=partial(add_adapters, config=config),
     )
     if start.source is not None:
+        torch.manual_seed(config.seed)
+        add_adapters(start.source, config)
         copy_weights(start.source, model)
         model.generation_config = start.source.generation_config
         start.source = None  # its memory is free again
@@ -450,6 +453,8 @@ def train_from(
         print(describe_run(trainer))
     trainer.run()
     summary = summarize(trainer)
+    if context.rank == 0 and config.lora_rank and trainer.step == config.max_steps:
+        save_adapters(config)
     if context.rank == 0:
         finish(config, summary)
     return summary

@@ -9,10 +9,20 @@ import pytest
 import torch
 import trl
 from helpers import refused
-from training import folder, final_weights, read_the_same, settings, training_state  # noqa: F401
-from transformers import PreTrainedTokenizerFast
+from training import (  # noqa: F401
+    distance,
+    final_weights,
+    folder,
+    read_the_same,
+    run,
+    settings,
+    training_state,
+)
+from safetensors.torch import load_file
 from weights_helpers import TOKENIZER, small
 
+from qwen_analog import QwenForCausalLM
+from qwen_analog.archive import CheckpointError
 from qwen_analog.attention import document_mask
 from qwen_analog.checkpoint import load_model, save_checkpoint
 from qwen_analog.finetune import (
@@ -27,6 +37,7 @@ from qwen_analog.finetune import (
 )
 from qwen_analog.hf_tokenizer import HFTokenizer
 from qwen_analog.jsonl import DataError
+from qwen_analog.lora import load_lora
 from qwen_analog.loss import IGNORE_INDEX
 from qwen_analog.train import train
 
@@ -276,8 +287,8 @@ def conversations(folder):  # noqa: F811
 
 def chat_settings(**changes):
     values = settings(format="chat", data=["chat.jsonl"], sequence_length=64)
-    given = values.model_dump(exclude={"model", "tokenizer"}) | changes
-    return type(values).create(given)
+    given = values.model_dump(exclude={"model", "tokenizer"}, exclude_unset=True)
+    return type(values).create(given | changes)
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(conversations):
@@ -327,3 +338,66 @@ def test_other_runs_are_refused(conversations, capsys):
         64,
     )
     assert "format chat reads files" in said
+
+
+LORA = {"lora_rank": 2, "lora_targets": ["q_proj", "down_proj"], "learning_rate": 0.05}
+
+
+def test_adapters_resume_exactly_and_open_merged(conversations):
+    train(chat_settings(output_dir="whole", **LORA), init_from="base")
+    shutil.copytree("whole", "checkpoints")
+    for gone in ("final", "step_4", "adapter"):
+        shutil.rmtree(f"checkpoints/{gone}")
+    train(chat_settings(), "auto", from_checkpoint=True)
+    whole, resumed = final_weights("whole"), final_weights("checkpoints")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    base, _ = load_model("base")
+    before = base.state_dict()
+    assert all(torch.equal(whole[name], before[name]) for name in before)  # frozen
+    thin = {name for name in whole if "lora" in name}
+    assert len(thin) == 2 * 2 * base.config.num_hidden_layers
+
+    # a checkpoint opens merged, as the adapters of PEFT's files over the base
+    merged, _ = load_model("checkpoints/final")
+    assert merged.state_dict().keys() == before.keys()
+    load_lora(base, "checkpoints/adapter")
+    ids = torch.arange(12)[None]
+    torch.testing.assert_close(base(ids), merged(ids), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(load_model("base")[0](ids), merged(ids), atol=1e-3)
+    exported = QwenForCausalLM.from_pretrained("checkpoints/final")
+    assert torch.equal(exported(ids), merged(ids))
+    files = load_file("checkpoints/final/model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(files[name], merged.state_dict()[name])
+    assert not any("lora" in name for name in files)
+
+
+def test_what_adapters_cannot_do_is_refused(conversations, capsys):
+    for changes, said in (
+        ({"lora_targets": ["lm_head"]}, "lm_head is none of"),
+        ({"lora_targets": []}, "at least 1 item"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            chat_settings(lora_rank=2, **changes)
+    with pytest.raises(ValueError, match="adapters need a model"):
+        train(settings(lora_rank=2))
+    with pytest.raises(ValueError, match="adapters are float32"):
+        train(chat_settings(lora_rank=2, precision="bf16-pure"), init_from="base")
+    train(chat_settings(**LORA), init_from="base")
+    with pytest.raises(CheckpointError, match="another lora_rank"):
+        changes = dict(LORA, lora_rank=4, output_dir="other", max_steps=9)
+        train(chat_settings(**changes), "checkpoints/final", from_checkpoint=True)
+
+
+def test_adapters_are_one_on_any_layout(conversations):
+    train(chat_settings(output_dir="one", **LORA), init_from="base")
+    config = chat_settings(
+        output_dir="two", parallel="fsdp", micro_batch_size=2, **LORA
+    )
+    Path("two.json").write_text(config.model_dump_json(exclude_unset=True))
+    arguments = ["--config", "two.json", "--init-from", "base"]
+    done = run("-m", "qwen_analog.train", *arguments, processes=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert distance(final_weights("one"), final_weights("two")) < 1e-4
+    assert (Path("two") / "adapter" / "adapter_model.safetensors").is_file()
