@@ -1,15 +1,17 @@
 """Fine-tune the model of `make train` on questions, rightly and wrongly, and SmolLM2 on
 a style; keep what each has learned and forgotten in finetuning.json.
 
-    python benchmarks/finetuning.py questions data/wiki/wiki.jsonl checkpoints/final
-    python benchmarks/finetuning.py style data/wiki/wiki.jsonl
+    python benchmarks/finetuning.py questions RUNS data/wiki/wiki.jsonl MODEL
+    python benchmarks/finetuning.py style RUNS data/wiki/wiki.jsonl
 
-A part that is in the file already is left out. The chapter on fine-tuning shows them.
+MODEL is checkpoints/final. The runs are kept in the directory RUNS. A run that is
+there, or a part that is in the file already, is left out. The chapter on fine-tuning
+shows them.
 """
 
 import json
+import re
 import sys
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -141,7 +143,9 @@ def measure(model, tokenizer, questions, prompts, held_out, texts, config):
     end = answer_end(tokenizer)
     said = answers(model, tokenizer, prompts, end)
     first = zip(questions, said)
+    defined = (s and re.search(r"\b(is|are|was|were) (an?|the)\b", t) for t, s in said)
     return {
+        "defined": sum(map(bool, defined)) / len(said),
         "stopped": sum(stopped for _, stopped in said) / len(said),
         "question_back": sum(text.strip().endswith("?") for text, _ in said)
         / len(said),
@@ -158,7 +162,7 @@ def corpus(tokenizer, path, config):
 
 def on_questions(book, folder, wiki, base):
     config = settings(data=[f"{folder}/questions.jsonl"])
-    write_jsonl(question_documents(), config.data[0])
+    write_jsonl(question_documents(), config.data[0])  # makes the directory
     model, tokenizer = load(base, "cpu")
     examples, _ = read_conversations(config.data, tokenizer, config.sequence_length)
     fraction = config.heldout_fraction
@@ -176,16 +180,17 @@ def on_questions(book, folder, wiki, base):
         book.write("before", values)
     for name, change, rate in (
         ("answers", nothing, 1e-3),
-        ("everything", everything, 1e-3),
         ("no end", all_but_the_end, 1e-3),
         ("rate x 10", nothing, 1e-2),
+        ("everything", everything, 1e-3),
     ):
         if name in book.parts:
             continue
         place = f"{folder}/{rate}{change.__name__}"
-        with learned(change):
-            changes = {"learning_rate": rate, "output_dir": place}
-            train(settings(data=config.data, **changes), init_from=base)
+        changes = {"learning_rate": rate, "output_dir": place}
+        if not Path(place, "final").exists():
+            with learned(change):
+                train(settings(data=config.data, **changes), init_from=base)
         model, tokenizer = load(place, "cpu")
         book.write(name, measure(model, tokenizer, questions, prompts, *shared))
         if name == "answers":
@@ -212,7 +217,7 @@ def on_style(book, folder, wiki):
     for name in ("smollm2 before", "smollm2 after"):
         if name in book.parts:
             continue
-        if name.endswith("after"):
+        if name.endswith("after") and not Path(config.output_dir, "final").exists():
             train(config, init_from="smollm2")
         source = config.output_dir if name.endswith("after") else "smollm2"
         model, tokenizer = load(source, "cpu")
@@ -225,10 +230,6 @@ def on_style(book, folder, wiki):
 PARTS = {"questions": on_questions, "style": on_style}
 
 
-def main(part, *sources):
-    with tempfile.TemporaryDirectory() as folder:
-        PARTS[part](Book(), folder, *sources)
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    part, folder, *sources = sys.argv[1:]
+    PARTS[part](Book(), folder, *sources)

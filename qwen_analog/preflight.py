@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .batches import check_data
 from .archive import CheckpointError
+from .chat_template import chat_ids
 from .checkpoint import read_state
 from .config import QwenConfig, parameter_counts
 from .finetune import answer_end
@@ -57,7 +58,10 @@ def check_fit(config: TrainConfig, tokenizer: Tokenizer) -> None:
             " than bfloat16: choose bf16"
         )
     for prompt in config.sample_prompts:
-        length = 1 + len(tokenizer.encode(prompt)) + config.sample_tokens
+        ids = [tokenizer.eos_token_id, *tokenizer.encode(prompt)]
+        if config.format == "chat":
+            ids = chat_ids(tokenizer, [{"role": "user", "content": prompt}])
+        length = len(ids) + config.sample_tokens
         if length > limit:
             raise ValueError(
                 f"sample_prompts: {prompt!r:.40} and sample_tokens"

@@ -24,7 +24,9 @@ from weights_helpers import TOKENIZER, small
 from qwen_analog import QwenForCausalLM
 from qwen_analog.archive import CheckpointError
 from qwen_analog.attention import document_mask
-from qwen_analog.checkpoint import load_model, save_checkpoint
+from qwen_analog.checkpoint import load_checkpoint, load_model, save_checkpoint
+from qwen_analog.cli import main
+from qwen_analog.corpora import first_sentence
 from qwen_analog.finetune import (
     ChatDataset,
     answer_end,
@@ -281,7 +283,7 @@ def conversations(folder):  # noqa: F811
         for i in range(60)
     ]
     Path("chat.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    save_checkpoint("base", small(), TOKENIZER)
+    save_checkpoint("base", small(max_position_embeddings=200), TOKENIZER)
     return folder
 
 
@@ -348,7 +350,7 @@ def test_adapters_resume_exactly_and_open_merged(conversations):
     shutil.copytree("whole", "checkpoints")
     for gone in ("final", "step_4", "adapter"):
         shutil.rmtree(f"checkpoints/{gone}")
-    train(chat_settings(), "auto", from_checkpoint=True)
+    train(chat_settings(**LORA), "auto", from_checkpoint=True)
     whole, resumed = final_weights("whole"), final_weights("checkpoints")
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -401,3 +403,44 @@ def test_adapters_are_one_on_any_layout(conversations):
     assert done.returncode == 0, done.stderr[-2000:]
     assert distance(final_weights("one"), final_weights("two")) < 1e-4
     assert (Path("two") / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_commands_prepare_train_and_answer(conversations, capsys):
+    assert main(["prepare", "style", "--output", "style"]) == 0
+    rows = [json.loads(x) for x in Path("style/style.jsonl").read_text().splitlines()]
+    assert len(rows) == 60
+    for row in rows:
+        question, answer = row["messages"]
+        assert question["role"] == "user" and answer["role"] == "assistant"
+        assert answer["content"].endswith("?")
+    assert "60 conversations" in capsys.readouterr().out
+    assert "exists already" in refused(capsys, "prepare", "style", "--output", "style")
+
+    short = {"max_steps": 2, "sequence_length": 64, "precision": "fp32"}
+    Path("short.json").write_text(json.dumps({**short, "sample_tokens": 3}))
+    words = ["finetune", "--config", "short.json", "--data", "chat.jsonl"]
+    samples = ["--sample-prompts", "1?", "2?", "--tensorboard"]
+    assert main([*words, "--init-from", "base", *samples]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n> ") == 2
+    state = load_checkpoint("finetuned/final")["train_config"]
+    assert (state["format"], state["learning_rate"]) == ("chat", 2e-5)
+    flags = ["--lora-rank", "2", "--output-dir", "thin"]
+    assert main([*words, "--init-from", "base", *flags]) == 0
+    assert load_checkpoint("thin/final")["train_config"]["learning_rate"] == 2e-4
+    assert main(["finetune", "--resume", "auto"]) == 0  # all done, in finetuned
+    assert "nothing to train" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("Rain is water. It falls.", "Rain is water."),
+        ("The St. Lawrence is a river. It is long.", "The St. Lawrence is a river."),
+        ("In 550 BC. At", "In 550 BC."),
+        ("A. A. Milne was\nan author.", "A. A. Milne was."),
+        ("It costs 5.5  pounds (3.2 kg). More.", "It costs 5.5 pounds (3.2 kg)."),
+    ],
+)
+def test_the_first_sentence(text, sentence):
+    assert first_sentence(text) == sentence
