@@ -132,7 +132,7 @@ def check_data(config: TrainConfig) -> None:
     if not any(path.startswith("hf:") for path in config.data):
         find_files(config.data)
 
-
+# %% ../chapters/B18_batches.ipynb #open-data
 def open_data(
     config: TrainConfig,
     tokenizer: Tokenizer,

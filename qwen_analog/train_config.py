@@ -190,7 +190,7 @@ def _shape(model: dict[str, Any] | str) -> QwenConfig:
         return QwenConfig.from_preset(model)
     return QwenConfig.from_dict(model)
 
-# %% ../chapters/B17_settings.ipynb #cell-022
+# %% ../chapters/B17_settings.ipynb #adapter-settings
 # the layers of a block that may get adapters
 _ATTENTION, _MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 LORA_TARGETS = [f"{name}_proj" for name in (*_ATTENTION, *_MLP)]
@@ -214,7 +214,7 @@ class AdapterSettings(_Settings):
             raise ValueError(f"{min(unknown)} is none of {names}")
         return value
 
-
+# %% ../chapters/B17_settings.ipynb #cell-022
 class TrainConfig(
     OutputSettings,
     AdapterSettings,
