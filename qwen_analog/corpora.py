@@ -50,7 +50,7 @@ def stdlib_documents() -> Iterator[dict]:
         if text.strip():
             yield {"title": name.as_posix(), "text": text}
 
-# %% ../chapters/B38_finetuning.ipynb #cell-076
+# %% ../chapters/B38_finetuning.ipynb #cell-077
 import re
 from importlib.resources import files
 

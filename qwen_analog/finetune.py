@@ -234,7 +234,7 @@ def read_messages(record: object) -> list[dict[str, str]]:
         raise ValueError("no message of the assistant, so nothing to learn")
     return [{"role": m["role"], "content": m["content"]} for m in messages]
 
-
+# %% ../chapters/B38_finetuning.ipynb #cell-065
 def _as_messages(value: object, role: str) -> list:
     return value if isinstance(value, list) else [{"role": role, "content": value}]
 
@@ -255,7 +255,7 @@ def _check_message(message: object) -> None:
         raise ValueError(f"the {role} says nothing")
     refuse_surrogates("content", content)
 
-# %% ../chapters/B38_finetuning.ipynb #cell-065
+# %% ../chapters/B38_finetuning.ipynb #cell-066
 def read_example(
     line: Line, tokenizer: Tokenizer, end: int, sequence_length: int
 ) -> Example:
@@ -304,7 +304,7 @@ def read_conversations(
         raise DataError(f"no conversation in {', '.join(files)}")
     return examples, skipped
 
-# %% ../chapters/B38_finetuning.ipynb #cell-068
+# %% ../chapters/B38_finetuning.ipynb #cell-069
 def chat_fingerprint(examples: Sequence[Example], held_out: np.ndarray) -> dict:
     """Say what identifies conversations, as `data.fingerprint` does of texts."""
     files: dict[str, FileFingerprint] = {}
@@ -332,7 +332,7 @@ def chat_datasets(
     training, kept = (ChatDataset(p, sequence_length, seed, mark) for p in parts)
     return training, kept if parts[1] else None
 
-# %% ../chapters/B38_finetuning.ipynb #cell-074
+# %% ../chapters/B38_finetuning.ipynb #cell-075
 def add_adapters(model: QwenForCausalLM, config: TrainConfig) -> None:
     """Add the adapters that the settings ask for."""
     if config.lora_rank:
