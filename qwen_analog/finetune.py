@@ -153,11 +153,7 @@ def join(examples: Sequence[Example], length: int) -> TokenSequence:
 
 # %% ../chapters/B38_finetuning.ipynb #cell-032
 class ChatDataset(PackedDataset):
-    """Conversations in a new random order each epoch, whole, several in a sequence.
-
-    Sequence k is a pure function of (examples, seed, k); they are taken one after the
-    other, as those of pretraining are.
-    """
+    """Whole conversations, several a sequence, in a new random order each epoch."""
 
     def __init__(
         self,
