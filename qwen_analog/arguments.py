@@ -518,7 +518,7 @@ def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the run (default: %(default)s)",
     )
 
-# %% ../chapters/B38_finetuning.ipynb #cell-072
+# %% ../chapters/B38_finetuning.ipynb #cell-073
 def add_finetune_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `qwen-analog finetune`: those of `train`, other defaults."""
     from qwen_analog.train_config import FINETUNING, add_arguments

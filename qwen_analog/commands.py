@@ -214,7 +214,7 @@ def trace(arguments: argparse.Namespace) -> None:
         for line in lines:
             print(f"{file}:{line}" + (f"  {texts[line]}" if line in texts else ""))
 
-# %% ../chapters/B38_finetuning.ipynb #cell-073
+# %% ../chapters/B38_finetuning.ipynb #cell-074
 def finetune(arguments: argparse.Namespace) -> None:
     """Train a model to answer as the conversations in `--data` do."""
     from qwen_analog.resume import settings_on_top

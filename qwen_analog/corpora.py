@@ -50,7 +50,7 @@ def stdlib_documents() -> Iterator[dict]:
         if text.strip():
             yield {"title": name.as_posix(), "text": text}
 
-# %% ../chapters/B38_finetuning.ipynb #cell-077
+# %% ../chapters/B38_finetuning.ipynb #cell-078
 import re
 from importlib.resources import files
 

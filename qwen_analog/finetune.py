@@ -273,7 +273,7 @@ def read_example(
         )
     return example
 
-
+# %% ../chapters/B38_finetuning.ipynb #cell-067
 def read_conversations(
     files: Sequence[str],
     tokenizer: Tokenizer,
@@ -300,7 +300,7 @@ def read_conversations(
         raise DataError(f"no conversation in {', '.join(files)}")
     return examples, skipped
 
-# %% ../chapters/B38_finetuning.ipynb #cell-069
+# %% ../chapters/B38_finetuning.ipynb #cell-070
 def chat_fingerprint(examples: Sequence[Example], held_out: np.ndarray) -> dict:
     """Say what identifies conversations, as `data.fingerprint` does of texts."""
     files: dict[str, FileFingerprint] = {}
@@ -328,7 +328,7 @@ def chat_datasets(
     training, kept = (ChatDataset(p, sequence_length, seed, mark) for p in parts)
     return training, kept if parts[1] else None
 
-# %% ../chapters/B38_finetuning.ipynb #cell-075
+# %% ../chapters/B38_finetuning.ipynb #cell-076
 def add_adapters(model: QwenForCausalLM, config: TrainConfig) -> None:
     """Add the adapters that the settings ask for."""
     if config.lora_rank:

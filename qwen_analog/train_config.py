@@ -415,7 +415,7 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     )
     add_settings(parser, **defaults)
 
-# %% ../chapters/B38_finetuning.ipynb #cell-071
+# %% ../chapters/B38_finetuning.ipynb #cell-072
 # what `qwen-analog finetune` sets otherwise than a pretraining does
 FINETUNING = {
     "format": "chat",
