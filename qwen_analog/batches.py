@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 
 from .data import PackedDataset, TokenSequence, held_out_dataset
+from .finetune import chat_datasets, read_conversations
 from .jsonl import DataError, find_files
 from .streaming import SharedDataset, StreamingDataset, open_stream
 from .token_cache import cache_directory, skipped_lines, tokenize_files
@@ -125,10 +126,13 @@ def check_data(config: TrainConfig) -> None:
         raise DataError(
             'no data: name JSONL files with --data, each line {"text": "..."}'
         )
+    streamed = config.stream or any(path.startswith("hf:") for path in config.data)
+    if streamed and config.format == "chat":
+        raise DataError("format chat reads files, all of them first: no hf:, no stream")
     if not any(path.startswith("hf:") for path in config.data):
         find_files(config.data)
 
-
+# %% ../chapters/B18_batches.ipynb #open-data
 def open_data(
     config: TrainConfig,
     tokenizer: Tokenizer,
@@ -143,6 +147,7 @@ def open_data(
     check_data(config)
     streamed = config.stream or config.data[0].startswith("hf:")
     open_dataset = _open_stream if streamed else _open_files
+    open_dataset = _open_conversations if config.format == "chat" else open_dataset
     dataset, held_out = open_dataset(config, tokenizer, context)
     if config.heldout_fraction and held_out is None:
         if insist:
@@ -175,6 +180,16 @@ def _open_files(
         print(f"skipped {bad} bad lines, the first at {first}", file=sys.stderr)
     dataset = PackedDataset(documents, config.sequence_length, config.seed)
     return dataset, held_out_dataset(documents, config.sequence_length)
+
+
+def _open_conversations(
+    config: TrainConfig, tokenizer: Tokenizer, context: DistributedContext
+) -> tuple[PackedDataset, PackedDataset | None]:
+    length, files = config.sequence_length, find_files(config.data)
+    examples, bad = read_conversations(files, tokenizer, length, config.skip_bad_lines)
+    if bad and context.rank == 0:
+        print(f"skipped {len(bad)} bad lines, the first {bad[0]}", file=sys.stderr)
+    return chat_datasets(examples, length, config.seed, config.heldout_fraction)
 
 
 def _open_stream(

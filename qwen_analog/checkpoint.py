@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OF_OPTIMIZERS', 'parameter_names', 'model_tensors', 'split_tensors', 'snapshot', 'save_checkpoint', 'join_tensors',
-           'begin', 'write_error', 'write_pt', 'write_safetensors', 'hf_config', 'describe', 'read_pt',
-           'load_checkpoint', 'check_owners', 'sharded_directory', 'state_file', 'without_tensors', 'read_state',
-           'checkpoint_config', 'load_model', 'tensor_shapes', 'misfit', 'load_own_tokenizer', 'write_consolidated',
-           'consolidate', 'verify_checkpoint']
+           'begin', 'write_error', 'write_pt', 'merge_adapters', 'write_safetensors', 'hf_config', 'describe',
+           'read_pt', 'load_checkpoint', 'check_owners', 'sharded_directory', 'state_file', 'without_tensors',
+           'read_state', 'checkpoint_config', 'load_model', 'tensor_shapes', 'misfit', 'load_own_tokenizer',
+           'write_consolidated', 'consolidate', 'verify_checkpoint']
 
 # %% ../chapters/26_checkpoints.ipynb #94b13917
 import copy
@@ -191,12 +191,28 @@ def _check_contents(contents: dict, file: Path) -> QwenConfig:
     return config
 
 # %% ../chapters/26_checkpoints.ipynb #52807467
+def merge_adapters(checkpoint: dict, file: Path) -> dict[str, torch.Tensor]:
+    """Return a checkpoint's weights, adapters added to those that they belong to."""
+    weights = dict(checkpoint["model_state_dict"])
+    stems = [n.removesuffix("lora_A") for n in weights if n.endswith(".lora_A")]
+    try:
+        settings = checkpoint["train_config"] if stems else {}
+        for stem in stems:
+            scaling = settings["lora_alpha"] / settings["lora_rank"]
+            A, B = weights.pop(f"{stem}lora_A"), weights.pop(f"{stem}lora_B")
+            weight = weights[f"{stem}weight"]
+            weights[f"{stem}weight"] = weight + scaling * (B @ A)
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise damaged(file, f"holds adapters that fit no weight ({error})") from None
+    return weights
+
+
 def write_safetensors(checkpoint: dict, file: Path) -> None:
     """Write the weights of a checkpoint; tied ones once."""
     tied = checkpoint["config"]["tie_word_embeddings"]
     weights = {
         name: weight.contiguous()
-        for name, weight in checkpoint["model_state_dict"].items()
+        for name, weight in merge_adapters(checkpoint, file).items()
         if not (tied and name == "lm_head.weight")
     }
     save_file(weights, file, metadata={"format": "pt"})
@@ -370,7 +386,7 @@ def load_model(path: str | Path) -> tuple[QwenForCausalLM, Tokenizer]:
 # %% ../chapters/26_checkpoints.ipynb #33188b8d
 def _model_of(checkpoint: dict, file: Path) -> QwenForCausalLM:
     """Return the model in eval mode, with weights that keep no file mapped."""
-    weights = dict(checkpoint["model_state_dict"])
+    weights = merge_adapters(checkpoint, file)
     model = _empty_model(checkpoint["config"], weights, file)
     if len({weight.dtype for weight in weights.values()}) > 1:
         raise CheckpointError(

@@ -35,6 +35,7 @@ _FLAGS = {"train": "train_config.add_arguments", "serve": "serve.add_arguments"}
 COMMANDS: dict[str, Command] = {}
 for _name, _run, _help in (
     ("train", "train.run", "pretrain on one to many processes"),
+    ("finetune", "commands.finetune", "train a model to answer, on conversations"),
     ("plan", "plan.run", "memory, speed and days of a run, before it is paid for"),
     ("eval", "evaluate.run", "bits per byte and grammar of models, side by side"),
     ("chat", "chat.run", "talk with a model"),

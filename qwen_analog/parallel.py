@@ -7,7 +7,7 @@ __all__ = ['make_mesh', 'build_model', 'reshard', 'gradient_sync', 'clip_grad_no
            'compile_layers']
 
 # %% ../chapters/25_many_gpus.ipynb #j73e807ea
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -60,34 +60,33 @@ def build_model(
     reshard_after_forward: bool = True,
     prefetch: int = 1,
     compile: bool | None = False,
+    prepare: Callable[[QwenForCausalLM], object] | None = None,
 ) -> tuple[QwenForCausalLM, nn.Module]:
     """Return the model on `device`, and what training calls: DDP's wrapper or itself.
 
     `mesh` is `make_mesh`'s. The weights are bit for bit those of
     `torch.manual_seed(seed); QwenForCausalLM(config)` on a CPU, however many processes
-    share them. Sharded only: `reshard_after_forward` frees a block's gathered weights
-    until the backward pass; weights are gathered `prefetch` blocks ahead.
-    `compile` None compiles on a GPU only. ValueError
-    for names that are unknown or do not fit together.
+    share them; `prepare` may change it before that. Sharded only:
+    `reshard_after_forward` frees a block's gathered weights until the backward pass;
+    weights are gathered `prefetch` blocks ahead. `compile` None compiles on a GPU only.
+    ValueError for names that are unknown or do not fit together.
     """
     several = dist.is_initialized() and dist.get_world_size() > 1
     _check_layout(strategy, mesh, precision, several)
     dtype = torch.bfloat16 if precision == "bf16-pure" else torch.float32
     with torch.device("meta"), default_dtype(dtype):
         model = QwenForCausalLM(config)
+    if prepare:
+        prepare(model)
     if mesh is not None:
         _shard(model, mesh, precision, reshard_after_forward)
         _gather_ahead(model, prefetch)
-    model.to_empty(device=device)
-    _initialize(model, seed)
+    _initialize(model.to_empty(device=device), seed)
     if compile or compile is None and device.type == "cuda":
         compile_layers(model)
     if not several or mesh is not None:
         return model, model
-    ids = [device.index] if device.type == "cuda" else None
-    # gradients live in the buckets that are sent, so that they are held once
-    ddp = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-    return model, ddp
+    return model, _replicated(model, device)
 
 # %% ../chapters/25_many_gpus.ipynb #cell-078
 _FSDP_PRECISION = {
@@ -95,6 +94,12 @@ _FSDP_PRECISION = {
     "bf16": MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32),
     "bf16-pure": MixedPrecisionPolicy(reduce_dtype=torch.float32),
 }
+
+
+def _replicated(model: QwenForCausalLM, device: torch.device) -> nn.Module:
+    ids = [device.index] if device.type == "cuda" else None
+    # gradients live in the buckets that are sent, so that they are held once
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
 
 def _shard(

@@ -17,8 +17,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .batches import check_data
 from .archive import CheckpointError
+from .chat_template import chat_ids
 from .checkpoint import read_state
 from .config import QwenConfig, parameter_counts
+from .finetune import answer_end
 from .loading import load
 from .hardware import require_memory
 from .memory import estimate_for
@@ -48,8 +50,18 @@ def check_fit(config: TrainConfig, tokenizer: Tokenizer) -> None:
             f"sequence_length {config.sequence_length} is longer than"
             f" max_position_embeddings {limit}"
         )
+    if config.format == "chat":
+        answer_end(tokenizer)
+    if config.lora_rank and config.precision == "bf16-pure":
+        raise ValueError(
+            "lora_rank: adapters are float32, and precision bf16-pure has nothing else"
+            " than bfloat16: choose bf16"
+        )
     for prompt in config.sample_prompts:
-        length = 1 + len(tokenizer.encode(prompt)) + config.sample_tokens
+        ids = [tokenizer.eos_token_id, *tokenizer.encode(prompt)]
+        if config.format == "chat":
+            ids = chat_ids(tokenizer, [{"role": "user", "content": prompt}])
+        length = len(ids) + config.sample_tokens
         if length > limit:
             raise ValueError(
                 f"sample_prompts: {prompt!r:.40} and sample_tokens"
@@ -153,6 +165,11 @@ def prepare_start(
         elif path:
             start = _start_from_checkpoint(config, notes, path)
         else:
+            if config.lora_rank:
+                raise ValueError(
+                    "lora_rank: adapters need a model that has learned something: name"
+                    " it with --init-from"
+                )
             tokenizer = load_tokenizer(config.tokenizer)
             start = Start(with_vocabulary(config, tokenizer), tokenizer, notes)
         config = start.config

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from .arguments import one_line
 from .batches import Batch
+from .chat_template import chat_ids
 from .checkpoint import load_model
 from .distributed import DistributedContext
 from .files import write_json
@@ -26,7 +27,7 @@ from .hardware import peak_flops, peak_memory
 from .memory import flops_per_token
 from .model import QwenForCausalLM
 from .monitor import RunLog, plot_losses
-from .text_stream import complete
+from .text_stream import complete, stream
 from .train_config import TrainConfig
 
 # %% ../chapters/B27_progress.ipynb #cell-015
@@ -187,4 +188,9 @@ def write_samples(config: TrainConfig) -> None:
         options: dict[str, Any] = {"temperature": 0.7, "top_p": 0.95}
         options |= {"max_new_tokens": config.sample_tokens, "seed": config.seed}
         for prompt in config.sample_prompts:
-            print("\n" + complete(model, tokenizer, prompt, **options))
+            if config.format == "text":
+                print("\n" + complete(model, tokenizer, prompt, **options))
+                continue
+            ids = chat_ids(tokenizer, [{"role": "user", "content": prompt}])
+            answer = "".join(stream(model, tokenizer, ids, **options))
+            print(f"\n> {prompt}\n{answer}")

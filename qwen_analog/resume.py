@@ -74,7 +74,8 @@ def restore(
 
 # %% ../chapters/B25_resume.ipynb #cell-026
 # settings without which the next sequences, or the next update, would be others
-_UNCHANGED = ("optimizer", "stream", "sequence_length", "seed", "heldout_fraction")
+_UNCHANGED = ("optimizer", "format", "stream", "sequence_length", "seed")
+_UNCHANGED += ("heldout_fraction", "lora_rank", "lora_alpha", "lora_targets")
 
 
 def check_resumable(
@@ -249,7 +250,8 @@ def settings_of_checkpoint(
         if name in before and name not in given
     }
     config = TrainConfig.create({**given, **unnamed}, f"the settings in {path}")
-    there = Path(config.tokenizer.partition(":")[2]).exists()
+    kind, _, name = config.tokenizer.partition(":")
+    there = kind != "source" and Path(name).exists()
     if before.get("tokenizer") != config.tokenizer or there:
         tokenizer = load_tokenizer(config.tokenizer)
     else:

@@ -6,7 +6,7 @@
 __all__ = ['TrainerState', 'train_loop', 'Trainer', 'take_step', 'stop_signals', 'RunData', 'open_run_data', 'print_note',
            'check_dataset_kind', 'build', 'copy_weights', 'Saver', 'batch_or_save', 'advance', 'note_step',
            'schedule_learning_rate', 'nonfinite_error', 'train', 'train_from', 'describe_run', 'summarize', 'run',
-           'main']
+           'run_settings', 'main']
 
 # %% ../chapters/29_pretraining.ipynb #cell-007
 import runpy
@@ -163,6 +163,7 @@ from .arguments import report_errors
 from .batches import Dataset, next_batch, open_data
 from .checkpointer import Checkpointer
 from .data import PackedDataset, data_difference
+from .finetune import add_adapters, end_at_answers, save_adapters
 from .hardware import peak_memory
 from .jsonl import DataError
 from .memory import set_activation_checkpointing
@@ -264,11 +265,16 @@ def build(
         precision=config.precision,
         reshard_after_forward=config.reshard_after_forward,
         compile=config.compile,
+        prepare=partial(add_adapters, config=config),
     )
     if start.source is not None:
+        torch.manual_seed(config.seed)
+        add_adapters(start.source, config)
         copy_weights(start.source, model)
         model.generation_config = start.source.generation_config
         start.source = None  # its memory is free again
+    if config.format == "chat":
+        end_at_answers(model, start.tokenizer)
     set_activation_checkpointing(model, config.activation_checkpointing)
     optimizers = build_optimizers(
         model,
@@ -447,6 +453,8 @@ def train_from(
         print(describe_run(trainer))
     trainer.run()
     summary = summarize(trainer)
+    if context.rank == 0 and config.lora_rank and trainer.step == config.max_steps:
+        save_adapters(config)
     if context.rank == 0:
         finish(config, summary)
     return summary
@@ -496,11 +504,16 @@ def run(arguments: argparse.Namespace) -> None:
     """Train as the arguments say, then print what the finished model makes of
     `sample_prompts`.
     """
+    run_settings(given_settings(arguments), arguments)
+
+
+def run_settings(config: TrainConfig, arguments: argparse.Namespace) -> None:
+    """Train as `config` says, begun as the arguments say."""
     out: Any = _Screen(sys.stdout)
     err: Any = _Screen(sys.stderr)
     with redirect_stdout(out), redirect_stderr(err):
         train(
-            given_settings(arguments),
+            config,
             arguments.resume,
             from_checkpoint=not arguments.config,
             init_from=arguments.init_from,

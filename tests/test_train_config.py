@@ -211,6 +211,8 @@ def flag_for(name, value):
 
 
 OTHER = {
+    "format": "chat",
+    "lora_targets": ["q_proj", "up_proj"],
     "compile": True,
     "model": "qwen2.5-0.5b",
     "optimizer": "muon",

@@ -1,0 +1,446 @@
+"""Conversations as training data, beside transformers and TRL; runs that are killed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import trl
+from helpers import refused
+from training import (  # noqa: F401
+    distance,
+    final_weights,
+    folder,
+    read_the_same,
+    run,
+    settings,
+    training_state,
+)
+from safetensors.torch import load_file
+from weights_helpers import TOKENIZER, small
+
+from qwen_analog import QwenForCausalLM
+from qwen_analog.archive import CheckpointError
+from qwen_analog.attention import document_mask
+from qwen_analog.checkpoint import load_checkpoint, load_model, save_checkpoint
+from qwen_analog.cli import main
+from qwen_analog.corpora import first_sentence
+from qwen_analog.finetune import (
+    ChatDataset,
+    answer_end,
+    answer_spans,
+    chat_datasets,
+    encode_conversation,
+    fill_rows,
+    join,
+    read_conversations,
+)
+from qwen_analog.hf_tokenizer import HFTokenizer
+from qwen_analog.jsonl import DataError
+from qwen_analog.lora import load_lora
+from qwen_analog.loss import IGNORE_INDEX
+from qwen_analog.train import train
+
+pytest_plugins = ["weights_helpers"]
+
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+CONVERSATIONS = [
+    [("user", "Hi"), ("assistant", "Hello!")],
+    [("system", "Be brief."), ("user", "Hi"), ("assistant", "Yes?")],
+    [("user", "a"), ("assistant", "b\nc"), ("user", "d"), ("assistant", "e")],
+    [("user", "one"), ("user", "two"), ("assistant", "three")],
+    [("user", "<|im_end|>"), ("assistant", "no <|im_start|> here <|im_end|>")],
+]
+
+
+def messages(turns):
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def with_template(files, text):
+    tokenizer = HFTokenizer(files)
+    tokenizer.tokenizer.chat_template = text
+    return tokenizer
+
+
+def learned(tokenizer, turns):
+    ids, spans = answer_spans(tokenizer, messages(turns), answer_end(tokenizer))
+    mask = np.zeros(len(ids), int)
+    for span in spans:
+        mask[span] = 1
+    return ids, mask.tolist()
+
+
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+UNMARKED = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+
+
+@pytest.mark.parametrize("turns", CONVERSATIONS[:-1])
+@pytest.mark.parametrize("template", [MARKED, "qwen2_5_training.jinja"])
+def test_the_learned_tokens_are_those_of_transformers(turns, template, tokenizer_files):
+    if template.endswith(".jinja"):
+        template = (TEMPLATES / template).read_text()
+    tokenizer = with_template(tokenizer_files, template)
+    theirs = tokenizer.tokenizer.apply_chat_template(
+        messages(turns), return_assistant_tokens_mask=True, return_dict=True
+    )
+    ids, mask = learned(tokenizer, turns)
+    assert (ids, mask) == (theirs["input_ids"], theirs["assistant_masks"])
+
+
+@pytest.mark.parametrize("turns", CONVERSATIONS)
+def test_prefixes_find_what_marks_say(turns, tokenizer_files):
+    """Without marks the answers are found by rendering prefixes: the same tokens."""
+    marked = learned(with_template(tokenizer_files, MARKED), turns)
+    assert learned(with_template(tokenizer_files, UNMARKED), turns) == marked
+    ids, mask = learned(TOKENIZER, turns)  # Qwen's form, without a template
+    answers = [text for role, text in turns if role == "assistant"]
+    said = TOKENIZER.decode([i for i, m in zip(ids, mask) if m])
+    assert said == "".join(f"{answer}<|im_end|>" for answer in answers)
+
+
+def _ids_and_mask(rendered):
+    return {name: rendered[name] for name in ("input_ids", "assistant_masks")}
+
+
+def test_the_collated_labels_are_trls(tokenizer_files):
+    """TRL packs whole conversations too; its labels of padding are -100 as well."""
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    tokenizer = with_template(tokenizer_files, MARKED)
+    end = answer_end(tokenizer)
+    turns = [messages(c) for c in CONVERSATIONS[:-1]]
+    examples = [encode_conversation(tokenizer, m, end) for m in turns]
+    rendered = [
+        tokenizer.tokenizer.apply_chat_template(
+            m, return_assistant_tokens_mask=True, return_dict=True
+        )
+        for m in turns
+    ]
+    labelled = [
+        {
+            "input_ids": r["input_ids"][: len(e.ids)],  # without what stands behind
+            "labels": [i if m else -100 for i, m in zip(*r.values())][: len(e.ids)],
+        }
+        for r, e in zip(map(_ids_and_mask, rendered), examples)
+    ]
+    theirs = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(
+        labelled
+    )
+    row = join(examples, sum(map(len, examples)) + 3)
+    # their labels are shifted in the model, ours in the data
+    inside = theirs["position_ids"][0][1:] != 0
+    labels = theirs["labels"][0][1:][inside]
+    positions = theirs["position_ids"][0][:-1][inside]
+    assert torch.equal(row.input_ids[:-3], theirs["input_ids"][0][:-1][inside])
+    assert torch.equal(row.targets[:-3], labels)
+    starts = row.document_ids.diff(prepend=torch.tensor([-1])) != 0
+    assert torch.equal(starts[:-3], positions == 0)
+    assert (row.targets[-3:] == IGNORE_INDEX).all() and starts[-3]
+
+
+def test_templates_that_cannot_be_trained_on_are_refused(tokenizer_files):
+    endless = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    with pytest.raises(ValueError, match="no control token ends an answer"):
+        answer_end(with_template(tokenizer_files, endless))
+    other = UNMARKED.replace("_prompt %}<|im_start|>assistant", "_prompt %}assistant")
+    with pytest.raises(ValueError, match="asks for an answer otherwise"):
+        answer_end(with_template(tokenizer_files, other))
+    forgets = UNMARKED.replace("in messages", "in messages[-2:]")
+    with pytest.raises(ValueError, match="message 2: .* otherwise once more follows"):
+        learned(with_template(tokenizer_files, forgets), CONVERSATIONS[2])
+    unended = MARKED.replace(
+        "<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>"
+    )
+    with pytest.raises(ValueError, match="no control token ends an answer"):
+        answer_end(with_template(tokenizer_files, unended))
+
+
+BAD = [
+    ("{", "not JSON"),
+    ("[]", "not a JSON object"),
+    ('{"text": "x"}', 'no field "messages"'),
+    ('{"messages": {}}', '"messages" is not a list'),
+    ('{"messages": []}', "nothing to learn"),
+    ('{"messages": ["x"]}', "message 1: not a JSON object"),
+    ('{"messages": [{"role": "tool", "content": "x"}]}', "message 1: its role is 'to"),
+    ('{"messages": [{"role": "user", "content": ["x"]}]}', "message 1: its content is"),
+    ('{"prompt": " ", "completion": "x"}', "message 1: the user says nothing"),
+    ('{"prompt": "x", "completion": ""}', "message 2: the assistant says nothing"),
+    ('{"prompt": "x", "completion": "y", "tools": [{}]}', '"tools" are not supported'),
+    ('{"prompt": "x", "completion": "\\nyes"}', "message 2: the chat template writes"),
+    ('{"prompt": "x", "completion": "\\ud800"}', "half a surrogate pair"),
+    (json.dumps({"prompt": "x", "completion": "y " * 99}), "more than sequence_length"),
+    (json.dumps({"prompt": "x", "completion": "y" * 9999}), "more than sequence_len"),
+    (json.dumps({"prompt": "x", "completion": "y" * 2**20}), "longer than a sequence"),
+]
+
+
+@pytest.mark.parametrize("line, reason", BAD)
+def test_a_bad_line_is_named(line, reason, tmp_path):
+    good = json.dumps({"prompt": "x", "completion": "y"})
+    path = tmp_path / "chat.jsonl"
+    path.write_text(f"{good}\n{line}\n{good}\n")
+    with pytest.raises(DataError) as caught:
+        read_conversations([str(path)], TOKENIZER, 110)
+    said = str(caught.value)
+    assert said.startswith(f"{path}, line 2: ") and reason in said and "\n" not in said
+    examples, skipped = read_conversations([str(path)], TOKENIZER, 110, True)
+    assert len(examples) == 2 and reason in skipped[0]
+    path.write_text(line + "\n")
+    with pytest.raises(DataError, match="no conversation in"):
+        read_conversations([str(path)], TOKENIZER, 110, True)
+
+
+def test_odd_shapes_that_are_taken(tmp_path):
+    turns = [
+        [("system", ""), ("user", "a"), ("assistant", "b")],
+        [("user", "a"), ("assistant", "b"), ("user", "never answered")],
+        [("assistant", "I begin.")],
+        [("user", "a"), ("assistant", "b"), ("assistant", "c"), ("system", "d")],
+    ]
+    lines = [{"messages": messages(t), "id": 7} for t in turns]
+    asked = [{"role": "user", "content": "a"}]
+    answered = [{"role": "assistant", "content": "b", "tool_calls": []}]
+    lines += [{"prompt": asked, "completion": answered, "tools": None}]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    examples, _ = read_conversations([str(path)], TOKENIZER, 200)
+    end = answer_end(TOKENIZER)
+    assert [int((e.ids[e.learned] == end).sum()) for e in examples] == [1, 1, 1, 2, 1]
+    assert all(e.learned[-1] and e.ids[-1] == end for e in examples)
+
+
+def test_rows_hold_whole_conversations_once_an_epoch(tmp_path):
+    lengths = [5, 3, 8, 1, 2, 7]
+    rows = fill_rows(lengths, [5, 0, 1, 2, 3, 4], 8)
+    assert rows == [[5], [0, 1], [2], [3, 4]]
+    path = tmp_path / "chat.jsonl"
+    path.write_text(
+        "".join(
+            json.dumps({"prompt": "x", "completion": "y" * n}) + "\n" for n in range(9)
+        )[len(json.dumps({"prompt": "x", "completion": ""})) + 1 :]
+    )
+    examples, _ = read_conversations([str(path)], TOKENIZER, 200)
+    data, held = chat_datasets(examples, 200, seed=1, fraction=0.3)
+    assert held and len(data.examples) + len(held.examples) == 8
+    assert not {e.key for e in data.examples} & {e.key for e in held.examples}
+    for epoch in range(3):
+        first = sum(len(data.epoch_rows(e)) for e in range(epoch))
+        sequences = [data[first + k] for k in range(len(data.epoch_rows(epoch)))]
+        sources = [source for s in sequences for source in s.sources]
+        assert sorted(sources) == [e.source for e in data.examples]
+        assert sum(int((s.targets != IGNORE_INDEX).sum()) for s in sequences) == (
+            data.tokens_per_epoch
+        )
+    assert data.epoch_rows(0) != data.epoch_rows(1)
+    again = ChatDataset(data.examples, 200, seed=1)
+    again.load_state_dict({"position": 2})
+    taken = data.take(4)
+    assert [s.sources for s in again.take(2)] == [s.sources for s in taken[2:]]
+
+
+def test_packed_conversations_do_not_see_each_other():
+    """A row's loss is the sum of its conversations' own."""
+    end = answer_end(TOKENIZER)
+    turns = [[("system", ""), ("user", "a" * n), ("assistant", "b")] for n in (1, 3)]
+    examples = [encode_conversation(TOKENIZER, messages(t), end) for t in turns]
+    model = small().double()
+
+    def loss(batch):
+        row = {k: getattr(batch, k)[None] for k in ("input_ids", "targets")}
+        ids = batch.document_ids[None]
+        return model(**row, document_ids=ids, reduction="sum").item()
+
+    row = join(examples, sum(map(len, examples)) + 5)
+    alone = sum(loss(join([e], len(e))) for e in examples)
+    assert loss(row) == pytest.approx(alone, rel=1e-9)
+    together = row.document_ids.zero_()
+    assert document_mask(together[None]).any()
+    assert loss(row) != pytest.approx(alone, rel=1e-6)
+
+
+@pytest.fixture
+def conversations(folder):  # noqa: F811
+    """A model to begin with, and conversations of unequal length."""
+    lines = [
+        {
+            "messages": messages(
+                [
+                    ("system", ""),
+                    ("user", f"{i}?"),
+                    ("assistant", f"{i}!" * (1 + i % 4)),
+                ]
+            )
+        }
+        for i in range(60)
+    ]
+    Path("chat.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    save_checkpoint("base", small(max_position_embeddings=200), TOKENIZER)
+    return folder
+
+
+def chat_settings(**changes):
+    values = settings(format="chat", data=["chat.jsonl"], sequence_length=64)
+    given = values.model_dump(exclude={"model", "tokenizer"}, exclude_unset=True)
+    return type(values).create(given | changes)
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(conversations):
+    train(chat_settings(output_dir="whole"), init_from="base")
+    shutil.copytree("whole", "checkpoints")
+    for gone in ("final", "step_6"):
+        shutil.rmtree(f"checkpoints/{gone}", ignore_errors=True)
+    shutil.rmtree("checkpoints/step_4")  # killed behind step 2
+    train(chat_settings(), "auto", from_checkpoint=True)
+    whole, resumed = training_state("whole/final"), training_state("checkpoints/final")
+    for name, weight in whole["model_state_dict"].items():
+        assert torch.equal(weight, resumed["model_state_dict"][name]), name
+    assert whole["data"] == resumed["data"] == {"position": 24}
+    assert read_the_same("whole", "checkpoints")
+    base, _ = load_model("base")
+    assert not torch.equal(
+        final_weights("whole")["model.norm.weight"], base.model.norm.weight
+    )
+
+
+def test_the_model_ends_where_answers_do(conversations):
+    train(chat_settings(), init_from="base")
+    model, tokenizer = load_model("checkpoints/final")
+    assert model.generation_config.eos_token_id[0] == answer_end(tokenizer)
+
+
+def test_other_runs_are_refused(conversations, capsys):
+    chat = ["--data", "chat.jsonl", "--config", "chat.json"]
+    Path("chat.json").write_text(chat_settings().model_dump_json(exclude_unset=True))
+    assert "--init-from" in refused(capsys, "finetune", *chat)
+    train(chat_settings(), init_from="base")
+    texts = settings(output_dir="texts")
+    train(texts)
+    said = refused(capsys, "finetune", "--resume", "texts/step_4")
+    assert "a run on texts" in said
+    again = ["--resume", "checkpoints/step_4", "--output-dir", "other"]
+    said = refused(capsys, "train", *again, "--format", "text")
+    assert "another format" in said
+    said = refused(
+        capsys,
+        "finetune",
+        "--init-from",
+        "base",
+        "--data",
+        "hf:a/b",
+        "--sequence-length",
+        64,
+    )
+    assert "format chat reads files" in said
+
+
+LORA = {"lora_rank": 2, "lora_targets": ["q_proj", "down_proj"], "learning_rate": 0.05}
+
+
+def test_adapters_resume_exactly_and_open_merged(conversations):
+    train(chat_settings(output_dir="whole", **LORA), init_from="base")
+    shutil.copytree("whole", "checkpoints")
+    for gone in ("final", "step_4", "adapter"):
+        shutil.rmtree(f"checkpoints/{gone}")
+    train(chat_settings(**LORA), "auto", from_checkpoint=True)
+    whole, resumed = final_weights("whole"), final_weights("checkpoints")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    base, _ = load_model("base")
+    before = base.state_dict()
+    assert all(torch.equal(whole[name], before[name]) for name in before)  # frozen
+    thin = {name for name in whole if "lora" in name}
+    assert len(thin) == 2 * 2 * base.config.num_hidden_layers
+
+    # a checkpoint opens merged, as the adapters of PEFT's files over the base
+    merged, _ = load_model("checkpoints/final")
+    assert merged.state_dict().keys() == before.keys()
+    load_lora(base, "checkpoints/adapter")
+    ids = torch.arange(12)[None]
+    torch.testing.assert_close(base(ids), merged(ids), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(load_model("base")[0](ids), merged(ids), atol=1e-3)
+    exported = QwenForCausalLM.from_pretrained("checkpoints/final")
+    assert torch.equal(exported(ids), merged(ids))
+    files = load_file("checkpoints/final/model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(files[name], merged.state_dict()[name])
+    assert not any("lora" in name for name in files)
+
+
+def test_what_adapters_cannot_do_is_refused(conversations, capsys):
+    for changes, said in (
+        ({"lora_targets": ["lm_head"]}, "lm_head is none of"),
+        ({"lora_targets": []}, "at least 1 item"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            chat_settings(lora_rank=2, **changes)
+    with pytest.raises(ValueError, match="adapters need a model"):
+        train(settings(lora_rank=2))
+    with pytest.raises(ValueError, match="adapters are float32"):
+        train(chat_settings(lora_rank=2, precision="bf16-pure"), init_from="base")
+    train(chat_settings(**LORA), init_from="base")
+    with pytest.raises(CheckpointError, match="another lora_rank"):
+        changes = dict(LORA, lora_rank=4, output_dir="other", max_steps=9)
+        train(chat_settings(**changes), "checkpoints/final", from_checkpoint=True)
+
+
+def test_adapters_are_one_on_any_layout(conversations):
+    train(chat_settings(output_dir="one", **LORA), init_from="base")
+    config = chat_settings(
+        output_dir="two", parallel="fsdp", micro_batch_size=2, **LORA
+    )
+    Path("two.json").write_text(config.model_dump_json(exclude_unset=True))
+    arguments = ["--config", "two.json", "--init-from", "base"]
+    done = run("-m", "qwen_analog.train", *arguments, processes=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert distance(final_weights("one"), final_weights("two")) < 1e-4
+    assert (Path("two") / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_commands_prepare_train_and_answer(conversations, capsys):
+    assert main(["prepare", "style", "--output", "style"]) == 0
+    rows = [json.loads(x) for x in Path("style/style.jsonl").read_text().splitlines()]
+    assert len(rows) == 60
+    for row in rows:
+        question, answer = row["messages"]
+        assert question["role"] == "user" and answer["role"] == "assistant"
+        assert answer["content"].endswith("?")
+    assert "60 conversations" in capsys.readouterr().out
+    assert "exists already" in refused(capsys, "prepare", "style", "--output", "style")
+
+    short = {"max_steps": 2, "sequence_length": 64, "precision": "fp32"}
+    Path("short.json").write_text(json.dumps({**short, "sample_tokens": 3}))
+    words = ["finetune", "--config", "short.json", "--data", "chat.jsonl"]
+    samples = ["--sample-prompts", "1?", "2?", "--tensorboard"]
+    assert main([*words, "--init-from", "base", *samples]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n> ") == 2
+    state = load_checkpoint("finetuned/final")["train_config"]
+    assert (state["format"], state["learning_rate"]) == ("chat", 2e-5)
+    flags = ["--lora-rank", "2", "--output-dir", "thin"]
+    assert main([*words, "--init-from", "base", *flags]) == 0
+    assert load_checkpoint("thin/final")["train_config"]["learning_rate"] == 2e-4
+    assert main(["finetune", "--resume", "auto"]) == 0  # all done, in finetuned
+    assert "nothing to train" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("Rain is water. It falls.", "Rain is water."),
+        ("The St. Lawrence is a river. It is long.", "The St. Lawrence is a river."),
+        ("In 550 BC. At", "In 550 BC."),
+        ("A. A. Milne was\nan author.", "A. A. Milne was."),
+        ("It costs 5.5  pounds (3.2 kg). More.", "It costs 5.5 pounds (3.2 kg)."),
+    ],
+)
+def test_the_first_sentence(text, sentence):
+    assert first_sentence(text) == sentence
