@@ -310,7 +310,8 @@ def tasks(folder):
     texts to be written are what transformers' model writes.
     """
     torch.manual_seed(0)
-    config = QwenConfig(**{**CONFIG.to_dict(), "max_position_embeddings": 128})
+    changed = {"max_position_embeddings": 128, "vocab_size": BYTES.vocab_size}
+    config = QwenConfig(**{**CONFIG.to_dict(), **changed})
     model = scramble_(QwenForCausalLM(config)).eval()
     save_pretrained(model, BYTES, "theirs")
     questions = [
