@@ -43,13 +43,33 @@ def scramble_(module: nn.Module, seed: int = 0) -> nn.Module:
     return module
 
 
+def hugging_face(config) -> nn.Module:
+    """Make Hugging Face's Qwen2 of the shape of a `QwenConfig`; its weights are new."""
+    from qwen_analog.checkpoint import hf_config
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    values = hf_config(config)
+    del values["architectures"], values["model_type"]
+    theirs = Qwen2ForCausalLM(Qwen2Config(**values)).eval()
+    # `.to` would round its rotary frequencies as if they were weights
+    rotary = theirs.model.rotary_emb
+    rotary._apply = lambda function, recurse=True: rotary
+    return theirs
+
+
+def _tensor(output) -> torch.Tensor:
+    """What a part has computed: Hugging Face hands it over inside of something else."""
+    if hasattr(output, "logits"):
+        return output.logits
+    return output[0] if isinstance(output, tuple) else output
+
+
 def _run(
     part: Callable, inputs: tuple[torch.Tensor, ...], upstream: torch.Tensor | None
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return a part's output and the gradients of its inputs and parameters."""
     leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
-    output = part(*leaves)
-    output = output[0] if isinstance(output, tuple) else output
+    output = _tensor(part(*leaves))
     named = {f"input {i}": x for i, x in enumerate(leaves) if x.requires_grad}
     if isinstance(part, nn.Module):
         named |= dict(part.named_parameters())
@@ -99,8 +119,7 @@ def compare(
         module.bfloat16()
     cast = [x.bfloat16() if x.is_floating_point() else x for x in inputs]
     with torch.no_grad():
-        outputs = [part(*cast) for part in parts]
-        outputs = [o[0] if isinstance(o, tuple) else o for o in outputs]
+        outputs = [_tensor(part(*cast)) for part in parts]
         assert torch.equal(*outputs), "bfloat16 outputs differ"
         print("bfloat16  equal to the bit")
         for module, values in zip(modules, before):

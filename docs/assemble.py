@@ -193,14 +193,15 @@ IMAGE = re.compile(
 
 
 def numbered_figures(source: str, first: int) -> str:
-    """Number the pictures that stand alone; an image's title is its caption."""
+    """Number the pictures that stand alone; an image's title is its caption, or the
+    first sentence of its alternative text."""
     count = first - 1
 
     def figure(match: re.Match) -> str:
         nonlocal count
         count += 1
         alt = " ".join(match["alt"].split())
-        caption = " ".join(filter(None, [f"**Figure {count}**", match["title"]]))
+        caption = f"**Figure {count}** {match['title'] or alt.partition('. ')[0]}"
         return f"```{{figure}} {match['path']}\n:alt: {alt}\n\n{caption}\n```\n"
 
     return IMAGE.sub(figure, source)

@@ -127,6 +127,21 @@ def run_step(engine: "Engine") -> Step | None:
     write_tokens(engine, done)
     return done
 
+# %% ../chapters/22_batching.ipynb #cell-077
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Collection, Iterator
+from itertools import count
+
+from .arguments import one_line
+from .generate import pad_left, sampling_defaults, stop_ids
+from .sampling import check_ids, check_whole, new_generator, sample
+from .scheduler import Delta, Group, Request
+from .text_stream import TextStream
+from .tokenizer import Tokenizer
+
 # %% ../chapters/22_batching.ipynb #cell-043
 def read_prompts(engine: "Engine", done: Step) -> None:
     """Read `prefill_chunk` tokens of the prompts that are not in the cache yet."""
@@ -146,21 +161,6 @@ def write_tokens(engine: "Engine", done: Step) -> None:
         with _failing(scheduler, sequence):
             runner.advance(sequence, 1)
             _append(scheduler, sequence, drawn, engine.stop_ids)
-
-# %% ../chapters/22_batching.ipynb #cell-077
-import asyncio
-import contextlib
-import logging
-import threading
-from collections.abc import Callable, Collection, Iterator
-from itertools import count
-
-from .arguments import one_line
-from .generate import pad_left, sampling_defaults, stop_ids
-from .sampling import check_ids, check_whole, new_generator, sample
-from .scheduler import Delta, Group, Request
-from .text_stream import TextStream
-from .tokenizer import Tokenizer
 
 # %% ../chapters/22_batching.ipynb #cell-078
 class ModelRunner:

@@ -32,7 +32,7 @@ def cross_entropy(
     )
     return _reduce(total, targets, reduction)
 
-
+# %% ../chapters/12_loss.ipynb #jb18d3761
 def _widened(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 

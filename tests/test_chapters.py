@@ -82,7 +82,7 @@ def test_a_plot_has_a_caption(path):
 def test_figures_exist(path):
     for cell in nbformat.read(path, 4).cells:
         for part in cell.source.split("](../figures/")[1:]:
-            name = part.split(")")[0]
+            name = re.split(r"[)\s]", part)[0]  # a title may follow
             assert (ROOT / "figures" / name).is_file() and (
                 ROOT / "figures" / name
             ).with_suffix(".py").is_file(), name
@@ -93,7 +93,7 @@ def test_prose_names_chapters_and_links_them(path):
     for cell in nbformat.read(path, 4).cells:
         assert not re.search(r"\bchapters? \d", cell.source, re.IGNORECASE), cell.source
         if cell.cell_type == "markdown":
-            for target in re.findall(r"\]\(([^)#]+)[^)]*\)", cell.source):
+            for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", cell.source):
                 if "://" not in target:
                     assert (path.parent / target).exists(), target
 

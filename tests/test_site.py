@@ -461,6 +461,8 @@ def test_a_picture_alone_is_a_numbered_figure():
     figure = assemble.numbered_figures(source, 2)
     assert "```{figure} ../figures/rope.svg\n:alt: Two arrows" in figure
     assert "**Figure 2** One pair" in figure
+    bare = assemble.numbered_figures("![Two arrows. One is long.](a.svg)", 4)
+    assert bare.endswith("\n\n**Figure 4** Two arrows\n```\n")
 
 
 def test_a_plot_with_a_caption_is_a_numbered_figure():
