@@ -314,14 +314,16 @@ def tasks(folder):
     config = QwenConfig(**{**CONFIG.to_dict(), **changed})
     model = scramble_(QwenForCausalLM(config)).eval()
     save_pretrained(model, BYTES, "theirs")
+    written = {f"thing {i}": after(model, f"thing {i} is") for i in range(80)}
+    titles = [title for title, text in written.items() if text is not None][:10]
     questions = [
         {
-            "title": f"thing {i}",
+            "title": title,
             "answers": ["an animal", f"the {i}th of them", "not at all large"],
             "right": i % 3,
-            "wanted": "nothing" if i % 2 else after(model, f"thing {i} is"),
+            "wanted": "nothing" if i % 2 else written[title],
         }
-        for i in range(10)
+        for i, title in enumerate(titles)
     ]
     write_jsonl(questions, "questions.jsonl")
     for name, text in TASKS.items():
@@ -330,12 +332,15 @@ def tasks(folder):
 
 
 def after(model, text):
-    """What the model writes greedily after a text, up to a line's end."""
+    """What the model writes greedily after a text, up to a line's end; None where a
+    control token is in it.
+    """
     ids = torch.tensor([BYTES.encode(text)])
     eos = BYTES.eos_token_id
     ids = generate(model, ids, 8, temperature=0, eos_token_id=eos)[0, ids.shape[1] :]
-    written = BYTES.decode([i for i in ids.tolist() if i != eos])
-    return written.partition("\n")[0]
+    if any(i >= 256 for i in ids.tolist()):
+        return None
+    return BYTES.decode(ids.tolist()).partition("\n")[0]
 
 
 def test_tasks_are_scored_as_the_harness_scores_transformers(tasks):
