@@ -333,3 +333,36 @@ def test_the_committed_figures_can_be_paired():
     difference, error = paired_difference(*rows)
     assert error < 0.75 * model["standard_error"]
     assert difference > 3 * error
+
+
+def test_models_answer_a_task(capsys):
+    from test_lm_eval_adapter import CHOICES
+
+    questions = [
+        {"title": f"no {i}", "answers": ["a", "bc"], "right": i % 2} for i in range(6)
+    ]
+    write_jsonl(questions, "questions.jsonl")
+    Path("task.yaml").write_text(CHOICES)
+    save_checkpoint("one", MODEL, BYTES)
+    command = "--tasks task.yaml --json e.json --model one one"
+    evaluate(command.replace("one one", "one ./one"))
+    printed = capsys.readouterr().out
+    assert "one: choices acc_norm" in printed and "6 questions" in printed
+    assert "./one - one: choices acc +0.000 +- 0.000, question by question" in printed
+    written = json.loads(Path("e.json").read_text())
+    assert len(written["models"]["one"]["tasks"]["choices"]["by_question"]["acc"]) == 6
+    assert written["settings"]["tasks"] == ["task.yaml"]
+
+
+@pytest.mark.parametrize(
+    "flags, flag, instead",
+    [
+        ("--tasks t.yaml --data d.jsonl", "--data", "--tasks"),
+        ("--tasks t.yaml --pairs", "--pairs", "--tasks"),
+        ("--limit 3", "--limit", "held-out text"),
+        ("--num-fewshot 0", "--num-fewshot", "held-out text"),
+    ],
+)
+def test_flags_without_effect_are_refused(flags, flag, instead):
+    with pytest.raises(ValueError, match=f"{flag} means nothing with {instead}"):
+        evaluate(flags)

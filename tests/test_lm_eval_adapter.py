@@ -1,15 +1,21 @@
 """lm-eval through the adapter: the harness's conventions, its names of options."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_scoring import BYTES, MODEL, TEXTS, hugging_faces, ids_of, nll_after
+from book import scramble_
+from test_scoring import BYTES, CONFIG, MODEL, TEXTS, hugging_faces, ids_of, nll_after
 
 from qwen_analog import lm_eval_adapter as module
+from qwen_analog.config import QwenConfig
 from qwen_analog.generate import generate
-from qwen_analog.lm_eval_adapter import lm_eval_model
+from qwen_analog.hf import save_pretrained
+from qwen_analog.jsonl import write_jsonl
+from qwen_analog.lm_eval_adapter import lm_eval_model, paired_scores, run_tasks
+from qwen_analog.model import QwenForCausalLM
 from qwen_analog.scoring import document_nll, token_nll
 from qwen_analog.bpe import train_bpe
 from qwen_analog.tokenizer import TiktokenTokenizer
@@ -259,3 +265,137 @@ def test_lm_eval_runs_a_task(tmp_path):
         correct += int(np.argmin(nats)) == q["answer"]
     assert results["results"]["tiny"]["acc,none"] == correct / len(questions)
     assert 0 < correct < len(questions)
+
+
+# tasks from files
+
+CHOICES = """\
+task: choices
+dataset_path: json
+dataset_kwargs: {data_files: {test: questions.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{title}} is"
+doc_to_choice: answers
+doc_to_target: right
+metric_list: [{metric: acc}, {metric: acc_norm}]
+"""
+LAST_WORD = """\
+task: last_word
+dataset_path: json
+dataset_kwargs: {data_files: {test: questions.jsonl}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{title}} is"
+doc_to_target: " {{answers[right]}}"
+metric_list: [{metric: perplexity}, {metric: acc}]
+"""
+WRITTEN = """\
+task: written
+dataset_path: json
+dataset_kwargs: {data_files: {test: questions.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{title}} is"
+doc_to_target: "{{wanted}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 8, do_sample: false}
+metric_list: [{metric: exact_match}]
+"""
+TASKS = {"choices.yaml": CHOICES, "last_word.yaml": LAST_WORD, "written.yaml": WRITTEN}
+
+
+@pytest.fixture
+def tasks(folder):
+    """A model of 128 positions, and three tasks of ten questions in files; five of the
+    texts to be written are what transformers' model writes.
+    """
+    torch.manual_seed(0)
+    changed = {"max_position_embeddings": 128, "vocab_size": BYTES.vocab_size}
+    config = QwenConfig(**{**CONFIG.to_dict(), **changed})
+    model = scramble_(QwenForCausalLM(config)).eval()
+    save_pretrained(model, BYTES, "theirs")
+    written = {f"thing {i}": after(model, f"thing {i} is") for i in range(80)}
+    titles = [title for title, text in written.items() if text is not None][:10]
+    questions = [
+        {
+            "title": title,
+            "answers": ["an animal", f"the {i}th of them", "not at all large"],
+            "right": i % 3,
+            "wanted": "nothing" if i % 2 else written[title],
+        }
+        for i, title in enumerate(titles)
+    ]
+    write_jsonl(questions, "questions.jsonl")
+    for name, text in TASKS.items():
+        Path(name).write_text(text)
+    return model
+
+
+def after(model, text):
+    """What the model writes greedily after a text, up to a line's end; None where a
+    control token is in it.
+    """
+    ids = torch.tensor([BYTES.encode(text)])
+    eos = BYTES.eos_token_id
+    ids = generate(model, ids, 8, temperature=0, eos_token_id=eos)[0, ids.shape[1] :]
+    if any(i >= 256 for i in ids.tolist()):
+        return None
+    return BYTES.decode(ids.tolist()).partition("\n")[0]
+
+
+def test_tasks_are_scored_as_the_harness_scores_transformers(tasks):
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    ours = run_tasks(tasks, BYTES, list(TASKS))
+    theirs = simple_evaluate(
+        model=HFLM(pretrained="theirs", dtype="float32", device="cpu", batch_size=4),
+        tasks=list(TASKS),
+        bootstrap_iters=0,
+        task_manager=TaskManager(include_defaults=False),
+    )
+    for name, task in ours.items():
+        assert task["questions"] == 10
+        for metric, (value, _) in task["scores"].items():
+            expected = theirs["results"][name][f"{metric},none"]
+            assert value == pytest.approx(expected, rel=1e-4), (name, metric)
+    assert 0 < ours["written"]["scores"]["exact_match"][0] <= 0.6
+    samples = theirs["samples"]["choices"]
+    assert ours["choices"]["by_question"]["acc"] == [row["acc"] for row in samples]
+    # another beginning, other probabilities
+    begun = run_tasks(tasks, BYTES, ["last_word.yaml"], add_bos_token=True)
+    perplexity = begun["last_word"]["scores"]["perplexity"][0]
+    assert perplexity != pytest.approx(ours["last_word"]["scores"]["perplexity"][0])
+
+
+def test_limit_and_solved_questions(tasks):
+    few = run_tasks(tasks, BYTES, ["choices.yaml"], limit=4)
+    assert few["choices"]["questions"] == 4
+    assert len(few["choices"]["by_question"]["acc"]) == 4
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "task.yaml: there is no such task file"),
+        (CHOICES.replace("questions.jsonl", "lost.jsonl"), "task.yaml: no task.*lost"),
+        ("task: [", "task.yaml: no task can be made of it"),
+        ("metric_list: []", "task.yaml: no task can be made of it"),
+    ],
+)
+def test_a_task_that_cannot_be_read_is_named(tasks, text, message):
+    if text is not None:
+        Path("task.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message) as raised:
+        run_tasks(tasks, BYTES, ["task.yaml"])
+    assert "\n" not in str(raised.value)
+
+
+def test_paired_scores():
+    difference, error = paired_scores([1, 1, 0, 0], [1, 1, 0, 1])
+    assert difference == 0.25 and error == pytest.approx(0.25)
+    with pytest.raises(ValueError, match="at least 2: 1 and 1"):
+        paired_scores([1], [0])
+    with pytest.raises(ValueError, match="same questions twice.*2 and 3"):
+        paired_scores([1, 0], [0, 1, 1])
