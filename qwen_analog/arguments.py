@@ -197,8 +197,9 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     """Add the flag that makes the matrices of a model small."""
     parser.add_argument(
         "--quantize",
-        choices=("int8", "int4"),
-        help="round the model's matrices to so many bits when it is opened",
+        choices=("int8", "int4", "stored"),
+        help="round the model's matrices to so many bits when it is opened, or keep"
+        " those of a GGUF file as they are stored",
     )
 
 
