@@ -385,8 +385,9 @@ def load_gguf_stored(
     for name, theirs in kept.items():
         tensor, module = file.tensors[theirs], name.removesuffix(".weight")
         rows = _our_row_order(name, torch.from_numpy(np.array(tensor.data)), config)
-        bias = model.get_submodule(module).bias
-        model.set_submodule(module, Blocks(rows, tensor.tensor_type.name, bias))
+        linear: Any = model.get_submodule(module)
+        blocks = Blocks(rows, tensor.tensor_type.name, linear.bias)
+        model.set_submodule(module, blocks)
     return model, tokenizer
 
 # %% ../chapters/B16_loading.ipynb #n6b76d74c
