@@ -117,8 +117,19 @@ def _carry_out(words: list[str], action: Callable[[], None]) -> int:
 def _import_command(words: list[str]) -> None:
     asks = {"-h", "--help"} & {*words}
     if not asks and words and words[0] in COMMANDS:
+        _choose_waiting(words[0])
         with suppress(ImportError):
             find(COMMANDS[words[0]].run)
+
+
+def _choose_waiting(command: str) -> None:
+    """Let waiting threads spin where a command only computes; the user's choice wins.
+
+    Their library reads these variables once, when torch is imported.
+    """
+    own = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys()
+    if command == "generate" and not own and "torch" not in sys.modules:
+        os.environ["OMP_WAIT_POLICY"] = "ACTIVE"
 
 # %% ../chapters/A1_commands.ipynb #a1-main-02
 @contextmanager
