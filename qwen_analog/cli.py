@@ -123,13 +123,14 @@ def _import_command(words: list[str]) -> None:
 
 
 def _choose_waiting(command: str) -> None:
-    """Let waiting threads spin where a command only computes; the user's choice wins.
+    """Let waiting threads spin a moment and then sleep; the user's own choice wins.
 
     Their library reads these variables once, when torch is imported.
     """
     own = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys()
-    if command == "generate" and not own and "torch" not in sys.modules:
-        os.environ["OMP_WAIT_POLICY"] = "ACTIVE"
+    one_user = command in ("generate", "chat")
+    if one_user and not own and "torch" not in sys.modules:
+        os.environ["GOMP_SPINCOUNT"] = "10000"
 
 # %% ../chapters/A1_commands.ipynb #a1-main-02
 @contextmanager

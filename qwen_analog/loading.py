@@ -156,7 +156,7 @@ def _read_config(kind: str, place: Any) -> QwenConfig:
 
     return read_hf_config(place)
 
-
+# %% ../chapters/B16_loading.ipynb #n5988668b
 def _require_memory(
     source: str | Path,
     kind: str,

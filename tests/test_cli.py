@@ -285,7 +285,8 @@ os.environ.update(word.split("=") for word in sys.argv[1].split())
 class Import:
     def find_spec(self, name, *_):
         if name == "torch":
-            print(os.environ.get("OMP_WAIT_POLICY"), flush=True)
+            names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+            print(*map(os.environ.get, names), flush=True)
             os._exit(0)
 
 
@@ -299,14 +300,14 @@ main(sys.argv[2:])
 @pytest.mark.parametrize(
     ("own", "words", "expected"),
     [
-        ("", "generate x", "ACTIVE"),
-        ("OMP_WAIT_POLICY=PASSIVE", "generate x", "PASSIVE"),
-        ("GOMP_SPINCOUNT=9", "generate x", "None"),
-        ("KMP_BLOCKTIME=0", "generate x", "None"),
-        ("", "chat", "None"),
-        ("", "serve", "None"),
-        ("", "eval --data d.jsonl", "None"),
-        ("", "train --data d.jsonl", "None"),
+        ("", "generate x", "None 10000"),
+        ("", "chat", "None 10000"),
+        ("OMP_WAIT_POLICY=PASSIVE", "generate x", "PASSIVE None"),
+        ("GOMP_SPINCOUNT=9", "chat", "None 9"),
+        ("KMP_BLOCKTIME=0", "generate x", "None None"),
+        ("", "serve", "None None"),
+        ("", "eval --data d.jsonl", "None None"),
+        ("", "train --data d.jsonl", "None None"),
     ],
 )
 def test_how_threads_wait_is_chosen_before_torch_is_imported(own, words, expected):
@@ -325,4 +326,4 @@ def test_how_threads_wait_is_not_chosen_too_late(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     assert "torch" in sys.modules
     assert main(["generate", "x", "--model", "/nothing/here"]) == 2
-    assert "OMP_WAIT_POLICY" not in os.environ
+    assert "GOMP_SPINCOUNT" not in os.environ
