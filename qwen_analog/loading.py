@@ -14,7 +14,13 @@ from typing import Any
 import torch
 
 from .config import QwenConfig, parameter_counts, shown
-from .gguf import gguf_config, load_gguf, smollm2_path
+from qwen_analog.gguf import (
+    gguf_config,
+    load_gguf,
+    load_gguf_stored,
+    smollm2_path,
+    stored_bytes,
+)
 from .gguf_file import read_gguf
 from .hardware import require_memory
 from .model import QwenForCausalLM
@@ -97,20 +103,30 @@ def open_source(
     dtype: torch.dtype | None = None,
     *,
     check_memory: bool = True,
+    stored: bool = False,
 ) -> tuple[QwenForCausalLM, Tokenizer | None]:
-    """Do as `load`, and return None for the tokenizer where a source holds none."""
+    """Do as `load`, and return None for the tokenizer where a source holds none.
+
+    With `stored`, matrices of a GGUF file stay in its bytes: `load_gguf_stored`.
+    """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or torch.float32
     kind, place = _look(source)
+    if stored and kind != "gguf":
+        raise ValueError(
+            f"{source} is no GGUF file, which alone can be kept as it is stored:"
+            " quantize it to int8 or int4"
+        )
     if check_memory:
-        _require_memory(source, kind, place, device, dtype)
+        _require_memory(source, kind, place, device, dtype, stored)
     if kind == "checkpoint":
         from qwen_analog.checkpoint import load_model
 
         model, tokenizer = load_model(place)
         return model.to(device, dtype), tokenizer
     if kind == "gguf":
-        model, tokenizer = load_gguf(place, dtype)
+        read = load_gguf_stored if stored else load_gguf
+        model, tokenizer = read(place, dtype)
     else:
         from qwen_analog.hf import load_pretrained
 
@@ -140,18 +156,27 @@ def _read_config(kind: str, place: Any) -> QwenConfig:
 
     return read_hf_config(place)
 
-
+# %% ../chapters/B16_loading.ipynb #n5988668b
 def _require_memory(
-    source: str | Path, kind: str, place: Any, device: torch.device, dtype: torch.dtype
+    source: str | Path,
+    kind: str,
+    place: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    stored: bool,
 ) -> None:
     """Raise ValueError where the weights do not fit on the CPU, then on the device."""
-    weights = sum(parameter_counts(_read_config(kind, place)).values())
-    # a checkpoint is read as it was stored, and then converted
-    stored = max(dtype.itemsize, 4) if kind == "checkpoint" else dtype.itemsize
+    if stored:
+        size = read_size = stored_bytes(place, dtype)
+    else:
+        weights = sum(parameter_counts(_read_config(kind, place)).values())
+        size = weights * dtype.itemsize
+        # a checkpoint is read as it was stored, and then converted
+        read_size = max(size, 4 * weights) if kind == "checkpoint" else size
     what, cure = f"the model of {source}", "choose a smaller one"
-    require_memory(weights * stored, "cpu", what, cure)
+    require_memory(read_size, "cpu", what, cure)
     if device.type != "cpu":
-        require_memory(weights * dtype.itemsize, device, what, cure)
+        require_memory(size, device, what, cure)
 
 # %% ../chapters/B16_loading.ipynb #cell-024
 def load(
@@ -170,14 +195,22 @@ def load(
     "smollm2" for the weights that pip brings. The default `device` is a GPU where there
     is one, the default `dtype` float32. `inference` lays the weights out for reading
     and writing text only, and `quantize`, "int8" or "int4", makes them small as well:
-    see `qwen_analog.inference`. Raises ValueError that says what is wrong with the
-    source; with `check_memory` also where the model does not fit into the memory.
+    see `qwen_analog.inference`. "stored" keeps the small ones of a GGUF file as they
+    are. Raises ValueError that says what is wrong with the source; with `check_memory`
+    also where the model does not fit into the memory.
     """
-    model, tokenizer = open_source(source, device, dtype, check_memory=check_memory)
+    if quantize not in (None, "int8", "int4", "stored"):
+        raise ValueError(
+            f"quantize must be int8, int4 or stored, not {shown(quantize)}"
+        )
+    stored = quantize == "stored"
+    model, tokenizer = open_source(
+        source, device, dtype, check_memory=check_memory, stored=stored
+    )
     if inference or quantize:
         from qwen_analog.inference import optimize_for_inference
 
-        optimize_for_inference(model, quantize)
+        optimize_for_inference(model, None if stored else quantize)
     if tokenizer is None:
         raise ValueError(
             f"{source} holds no tokenizer: QwenForCausalLM.from_pretrained loads the"

@@ -272,3 +272,58 @@ def test_a_command_in_a_thread(monkeypatch):
     finally:
         signal.signal(signal.SIGINT, before)
     assert codes == [0]
+
+
+AT_IMPORT = """
+import os, sys
+
+for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+    os.environ.pop(name, None)  # the environment of these tests
+os.environ.update(word.split("=") for word in sys.argv[1].split())
+
+
+class Import:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+            print(*map(os.environ.get, names), flush=True)
+            os._exit(0)
+
+
+sys.meta_path.insert(0, Import())
+from qwen_analog.cli import main
+
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("own", "words", "expected"),
+    [
+        ("", "generate x", "None 10000"),
+        ("", "chat", "None 10000"),
+        ("OMP_WAIT_POLICY=PASSIVE", "generate x", "PASSIVE None"),
+        ("GOMP_SPINCOUNT=9", "chat", "None 9"),
+        ("KMP_BLOCKTIME=0", "generate x", "None None"),
+        ("", "serve", "None None"),
+        ("", "eval --data d.jsonl", "None None"),
+        ("", "train --data d.jsonl", "None None"),
+    ],
+)
+def test_how_threads_wait_is_chosen_before_torch_is_imported(own, words, expected):
+    found = subprocess.run(
+        [sys.executable, "-c", AT_IMPORT, own, *words.split()],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert found.stdout.strip() == expected, found.stderr
+
+
+def test_how_threads_wait_is_not_chosen_too_late(monkeypatch):
+    """Where torch is there already, only what the process starts would see it."""
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(name, raising=False)
+    assert "torch" in sys.modules
+    assert main(["generate", "x", "--model", "/nothing/here"]) == 2
+    assert "GOMP_SPINCOUNT" not in os.environ

@@ -411,5 +411,5 @@ def test_q4_0_with_another_zero_is_noticed(monkeypatch):
         levels, d, zeros = true(blocks)
         return levels, d, zeros + d
 
-    monkeypatch.setattr(module, "q4_0_groups", mutant)
+    monkeypatch.setitem(module.STORED, "Q4_0", mutant)
     assert noticed([check_gguf])

@@ -144,7 +144,10 @@ def write_gguf(
     quantise=None,
     **changes,
 ) -> Path:
-    """`model` as llama.cpp's converter writes it."""
+    """`model` as llama.cpp's converter writes it.
+
+    `quantise` is a type for all matrices, or gives one for a matrix's name.
+    """
     kind, config = "qwen2" if model.config.attention_bias else "llama", model.config
     writer = gguf.GGUFWriter(path, changes.get("architecture", kind))
     writer.add_context_length(config.max_position_embeddings)
@@ -213,11 +216,12 @@ def write_gguf(
                 .reshape(weight.shape)
             )
         data = weight.detach().numpy()
-        if quantise is not None and data.ndim == 2:
+        type_ = quantise(name) if callable(quantise) else quantise
+        if type_ is not None and data.ndim == 2:
             writer.add_tensor(
                 known.get_name(name, (".weight", ".bias")),
-                gguf.quants.quantize(data, quantise),
-                raw_dtype=quantise,
+                gguf.quants.quantize(data, type_),
+                raw_dtype=type_,
             )
         else:
             writer.add_tensor(known.get_name(name, (".weight", ".bias")), data)
