@@ -159,35 +159,39 @@ SCALED_ROTATIONS["llama3"] = Llama3RotaryEmbedding
 def llama3_scaling(factors: torch.Tensor, theta: float) -> dict | None:
     """Return the `rope_scaling` that divides speeds by `factors` [h / 2] (Llama 3).
 
-    None where nothing is slowed down. Only the turns at both ends of the blend show in
-    `factors`, so `low_freq_factor` is taken to be 1; with a single pair in the blend,
-    or none, `high_freq_factor` to be 4, as in all published models. Raises ValueError
-    for factors of another rule.
+    None where nothing is slowed down. Raises ValueError for factors of another rule.
     """
-    factors = factors.double()
     if torch.equal(factors, torch.ones_like(factors)):
         return None
-    plain = RotaryEmbedding(2 * len(factors), theta)
-    turns = plain.inverse_frequencies().double() / (2 * math.pi)  # a token
+    if factors.isfinite().all() and factors.min() >= 1:
+        plain = RotaryEmbedding(2 * len(factors), theta).inverse_frequencies()
+        settings = _llama3_settings(factors.double(), plain.double() / (2 * math.pi))
+        rotation = Llama3RotaryEmbedding(2 * len(factors), theta, **settings)
+        if torch.allclose(rotation.inverse_frequencies() * factors, plain, rtol=1e-4):
+            return {"rope_type": "llama3", **settings}
+    raise ValueError("these factors of rotation are not those of Llama 3's scaling")
+
+
+def _llama3_settings(factors: torch.Tensor, turns: torch.Tensor) -> dict:
+    """Return settings that fit `factors` of pairs with so many `turns` a token.
+
+    Only the ends of the blend show, so `low_freq_factor` is taken to be 1; with less
+    than two pairs in the blend `high_freq_factor` is taken to be 4, as published.
+    """
     factor = factors.max()
-    kept = (1 / factors - 1 / factor) / (1 - 1 / factor)  # a line in `turns`, cut off
+    kept = (1 / factors - 1 / factor) / (1 - 1 / factor)  # a line in turns, cut off
     blended = (kept > 1e-4) & (kept < 1 - 1e-4)
     t, share = turns[blended], kept[blended]
     if len(t) > 1:
         slope = (share[0] - share[-1]) / (t[0] - t[-1])
-        low = t[-1] - share[-1] / slope
+        low = (t[-1] - share[-1] / slope).clamp(min=1e-9)  # where the line begins
         high = low + 1 / slope
     else:
         low = t[0] / (1 + 3 * share[0]) if len(t) else turns[kept <= 1e-4].max()
         high = 4 * low
-    settings = {
+    return {
         "factor": round(factor.item(), 4),
         "low_freq_factor": 1.0,
         "high_freq_factor": round((high / low).item(), 4),
         "original_max_position_embeddings": round(1 / low.item()),
     }
-    again = Llama3RotaryEmbedding(2 * len(factors), theta, **settings)
-    speeds = plain.inverse_frequencies().double() / factors
-    if not torch.allclose(again.inverse_frequencies().double(), speeds, rtol=1e-4):
-        raise ValueError("these factors of rotation are not those of Llama 3's scaling")
-    return {"rope_type": "llama3", **settings}
