@@ -205,6 +205,12 @@ def saved_activations(
         rest = {"q, k before rotation": q_k, "output projection": output}
         return block_input | products | rest
     kept = {"q, k": q_k} | products | _cheap_results(N, D, F, precision)
+    if config.qk_norm:
+        # of float32 there is one copy, which "selective" has kept as well
+        name = "q, k before rotation" if c == 4 else "norms of q, k: inputs"
+        kept[name] = N * (H + K) * h * 4
+        kept["norms of q, k: 1 / rms"] = N * (H + K) * 4
+        kept["norms of q, k: normalised"] = q_k
     if document_masks:
         kept["attention mask"] = batch_size * sequence_length**2 * c
     return kept
