@@ -315,10 +315,11 @@ def _tokenizer_settings(file: GGUFFile) -> dict[str, str]:
     """Return what transformers is told. ValueError for another kind of tokenizer."""
     path, metadata = file.path, file.metadata
     kind, split = (metadata.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
-    if kind != "gpt2" or split not in ("qwen2", "smollm"):
+    if kind != "gpt2" or split not in ("qwen2", "smollm", "llama-bpe"):
         raise ValueError(
             f"{path}: tokenizer.ggml.model {shown(kind)} with tokenizer.ggml.pre"
-            f" {shown(split)} is not supported, only 'gpt2' with 'qwen2' or 'smollm'"
+            f" {shown(split)} is not supported, only 'gpt2' with 'qwen2', 'smollm' or"
+            " 'llama-bpe'"
         )
     template = metadata.get("tokenizer.chat_template", "")
     if not isinstance(template, str):
@@ -328,6 +329,9 @@ def _tokenizer_settings(file: GGUFFile) -> dict[str, str]:
     tokens = _list_of(file, "tokens", str)
     end_of_text = tokens[_end_ids(file, len(tokens))[0]]
     settings = {"eos_token": end_of_text}
+    begin = metadata.get("tokenizer.ggml.bos_token_id")
+    if split == "llama-bpe" and begin in range(len(tokens)):  # templates begin with it
+        settings["bos_token"] = tokens[begin]
     if "tokenizer.chat_template" in metadata:
         settings["chat_template"] = template
     return settings

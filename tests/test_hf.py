@@ -83,9 +83,7 @@ def test_llama_3s_scaling_comes_in(kind, spelling, tmp_path, tokenizer_files):
         tmp_path, tokenizer_files, kind, rope_parameters=rotation, **sizes
     )
     if spelling == "rope_scaling":
-        edit(
-            tmp_path, rope_parameters="delete", rope_theta=1e4, rope_scaling=LLAMA3
-        )
+        edit(tmp_path, rope_parameters="delete", rope_theta=1e4, rope_scaling=LLAMA3)
     model, _ = load_pretrained(tmp_path)
     assert model.config.rope_scaling == LLAMA3
     assert model.config.max_position_embeddings == 128

@@ -373,8 +373,8 @@ def norm_after_rotation(patch, ours):
         nonlocal layers
         norm = next(layers, None)
         if norm is None:
-            norms = [(m.self_attn.q_norm, m.self_attn.k_norm) for m in ours.model.layers]
-            layers = iter([norm for both in norms for norm in both])
+            parts = [layer.self_attn for layer in ours.model.layers]
+            layers = iter([norm for a in parts for norm in (a.q_norm, a.k_norm)])
             norm = next(layers)
         return norm(real(x, cos, sin))
 
@@ -428,12 +428,12 @@ QWEN3_MUTANTS = {
 def speeds(change):
     """Replace the kept share and the speeds of Llama 3's rotation."""
 
-    def inverse_frequencies(self, device=None):
+    def changed(self, device=None):
         plain = rope.RotaryEmbedding.inverse_frequencies(self, device)
         turns = self.original_length * plain / (2 * math.pi)
         return change(self, plain, turns)
 
-    return replace(rope.Llama3RotaryEmbedding, "inverse_frequencies", inverse_frequencies)
+    return replace(rope.Llama3RotaryEmbedding, "inverse_frequencies", changed)
 
 
 def blend(self, plain, turns, low=None, high=None):
