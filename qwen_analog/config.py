@@ -70,7 +70,8 @@ def parameter_counts(config: ModelShape) -> dict[str, int]:
 class QwenConfig(ModelShape):
     """The numbers that fix a model's shape; ValueError names an impossible one.
 
-    `head_dim` None is hidden_size / num_attention_heads, `rope_scaling` YaRN's or Llama 3's.
+    `head_dim` None is hidden_size / num_attention_heads; `rope_scaling` is YaRN's or
+    Llama 3's; `qk_norm` gives queries and keys norms of their own.
     """
 
     def __post_init__(self):

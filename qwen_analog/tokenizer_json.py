@@ -54,7 +54,8 @@ def byte_level_bpe(
     """Return a byte-level BPE tokenizer of the `tokenizers` library.
 
     `split` names what comes before the merges: "qwen2", "smollm" or "llama-bpe" (Llama
-    3's, numbers of up to three digits, no normal form). `controls` are spelled as they are in `vocabulary`, or get the ids after it.
+    3's: numbers of up to three digits, no normal form). `controls` are spelled as they
+    are in `vocabulary`, or get the ids after it.
     """
     from tokenizers import AddedToken, Regex, Tokenizer
     from tokenizers import decoders, models, normalizers, pre_tokenizers

@@ -9,7 +9,13 @@ import pytest
 import tiktoken
 import torch
 from helpers import SHAPE
-from training import folder, settings  # noqa: F401
+from training import (  # noqa: F401
+    distance,
+    final_weights,
+    folder,
+    launched,
+    settings,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from weights_helpers import (
     LLAMA3,
@@ -40,8 +46,7 @@ def test_what_is_trained_is_written_and_read_by_transformers(kind):
     """Trained, resumed to the bit, exported, and read back on both sides."""
     model = {**SHAPE, "vocab_size": 278, **KINDS[kind]}
     train(settings(model=model, output_dir="one"))
-    train(settings(model=model, output_dir="two", max_steps=4))
-    train(settings(model=model, output_dir="two"), resume="two/step_2")
+    train(settings(model=model, output_dir="two"), resume_from="one/step_4")
     one, two = load_checkpoint("one/final"), load_checkpoint("two/final")
     assert one["config"].items() >= model.items()
     for name, weight in one["model_state_dict"].items():
@@ -168,3 +173,15 @@ def test_the_tokenizer_of_llama_3s_gguf_files(tmp_path, monkeypatch):
     assert chat_ids(tokenizer, MESSAGES) == ids
     for text in TEXTS:
         assert tokenizer.encode(text) == reference.encode_ordinary(text), text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_train_qwen3_as_one_does(strategy):
+    model = {**SHAPE, "vocab_size": 278, **QWEN3}
+    train(settings(model=model, output_dir="one"))
+    launched(2, model=model, output_dir="two", micro_batch_size=2, strategy=strategy)
+    one, two = final_weights("one"), final_weights("two")
+    assert distance(one, two) < 1e-4
+    trained = "model.layers.0.self_attn.q_norm.weight"
+    assert (one[trained] - 1).abs().max() > 0.01
