@@ -192,7 +192,7 @@ def gguf_config(file: GGUFFile) -> QwenConfig:
 
 # %% ../chapters/18_real_weights.ipynb #18-063a
 def _rope_scaling(file: GGUFFile, config: QwenConfig) -> dict | None:
-    """Return the scaling that the file's factors of rotation mean, Llama 3's or none."""
+    """Return what the file's factors of rotation mean: Llama 3's scaling, or none."""
     tensor, where = file.tensors[_ROPE_FACTORS], f"{file.path}: {_ROPE_FACTORS}"
     if list(tensor.shape) != [config.head_dim // 2]:
         raise ValueError(

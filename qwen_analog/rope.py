@@ -116,7 +116,7 @@ SCALED_ROTATIONS: dict[str, type[RotaryEmbedding]] = {"yarn": YarnRotaryEmbeddin
 def rotary_embedding(
     head_dim: int, theta: float, scaling: dict | None = None
 ) -> RotaryEmbedding:
-    """Make the rotations of a configuration, stretched where it has a `rope_scaling`."""
+    """Make the rotations of a configuration, stretched where `rope_scaling` says so."""
     if scaling is None:
         return RotaryEmbedding(head_dim, theta)
     options = {name: value for name, value in scaling.items() if name != "rope_type"}
