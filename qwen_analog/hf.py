@@ -79,7 +79,7 @@ def from_hf_config(values: dict[str, Any], where: str | Path) -> QwenConfig:
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
-# %% ../chapters/B14_hugging_face.ipynb #3de116b1
+# %% ../chapters/B14_hugging_face.ipynb #3de116b1a
 _OTHER_FAMILIES = {
     "qwen2_moe": "mixture of experts",
     "qwen3_moe": "mixture of experts",
@@ -98,7 +98,7 @@ _OTHER_FAMILIES = {
 }
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
-
+# %% ../chapters/B14_hugging_face.ipynb #3de116b1
 def _refuse_other_models(values: dict[str, Any], where: str | Path) -> None:
     """Raise ValueError, which names the field, for what this model does not compute."""
     kind, activation = values.get("model_type"), values.get("hidden_act", "silu")
@@ -122,7 +122,7 @@ def _refuse_other_models(values: dict[str, Any], where: str | Path) -> None:
         if present:
             raise ValueError(f"{where}: {name} is not supported")
 
-
+# %% ../chapters/B14_hugging_face.ipynb #3de116b1c
 def _has_sliding_window(values: dict[str, Any]) -> bool:
     kinds = values.get("layer_types")
     if values.get("model_type") == "mistral":  # which has no switch for it
