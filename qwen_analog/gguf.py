@@ -328,7 +328,7 @@ def _tokenizer_settings(file: GGUFFile) -> dict[str, str]:
     end_of_text = tokens[_end_ids(file, len(tokens))[0]]
     settings = {"eos_token": end_of_text}
     begin = metadata.get("tokenizer.ggml.bos_token_id")
-    if split == "llama-bpe" and begin in range(len(tokens)):  # templates begin with it
+    if split == "llama-bpe" and type(begin) is int and 0 <= begin < len(tokens):
         settings["bos_token"] = tokens[begin]
     if "tokenizer.chat_template" in metadata:
         settings["chat_template"] = template
