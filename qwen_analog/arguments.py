@@ -197,8 +197,9 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     """Add the flag that makes the matrices of a model small."""
     parser.add_argument(
         "--quantize",
-        choices=("int8", "int4"),
-        help="round the model's matrices to so many bits when it is opened",
+        choices=("int8", "int4", "stored"),
+        help="round the model's matrices to so many bits when it is opened, or keep"
+        " those of a GGUF file as they are stored",
     )
 
 
@@ -341,7 +342,7 @@ def _add_vocabulary(
         " (default: %(default)s)",
     )
 
-# %% ../chapters/B31_evaluate.ipynb #cell-074
+# %% ../chapters/B31_evaluate.ipynb #cell-079
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `qwen-analog eval`."""
     add = parser.add_argument
@@ -356,7 +357,6 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--data",
         nargs="+",
-        default=["data/wiki/wiki.jsonl"],
         metavar="PATH",
         help="JSONL files, directories or patterns (default: data/wiki/wiki.jsonl)",
     )
@@ -373,10 +373,11 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", metavar="FILE", help=text)
     for name, text in _SWITCHES.items():
         add(name, action="store_true", help=text)
+    _add_tasks(parser)
     add_quantize(parser)
     add_ignore_memory(parser)
 
-# %% ../chapters/B31_evaluate.ipynb #cell-075
+# %% ../chapters/B31_evaluate.ipynb #cell-080
 _SWITCHES = {
     "--skip-bad-lines": "leave bad lines out, instead of stopping at the first",
     "--pairs": "the minimal-pair grammar probe as well",
@@ -397,6 +398,26 @@ def _add_windows(parser: argparse.ArgumentParser) -> None:
         type=whole(1),
         metavar="N",
         help="tokens between two windows of a document (default: half the context)",
+    )
+
+# %% ../chapters/B31_evaluate.ipynb #cell-081
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        metavar="FILE",
+        help="instead of held-out text: tasks of lm-eval, as its YAML files or by name"
+        " (pip install 'qwen-analog[eval]')",
+    )
+    text = "solved questions before each question of a task (default: the task's own)"
+    parser.add_argument("--num-fewshot", type=whole(0), metavar="N", help=text)
+    text = "the first N questions of each task only"
+    parser.add_argument("--limit", type=whole(1), metavar="N", help=text)
+    parser.add_argument(
+        "--add-bos-token",
+        action="store_true",
+        help="begin each question of a task with the end-of-text token, as documents"
+        " begin in training here; lm-eval does not",
     )
 
 # %% ../chapters/B34_texts_and_weights.ipynb #cell-054

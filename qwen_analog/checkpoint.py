@@ -221,14 +221,16 @@ def write_safetensors(checkpoint: dict, file: Path) -> None:
 
 # %% ../chapters/26_checkpoints.ipynb #09f9a34b
 def hf_config(config: QwenConfig) -> dict:
-    """Return the `config.json` that Hugging Face reads: Qwen2's, or Llama's where
-    attention has no bias.
+    """Return the `config.json` that Hugging Face reads: Qwen3's where queries and keys
+    have norms, else Qwen2's, or Llama's where attention has no bias.
     """
-    qwen = config.attention_bias
+    kind = "Qwen3" if config.qk_norm else "Qwen2" if config.attention_bias else "Llama"
+    values = config.to_dict()
+    del values["qk_norm"]  # the type says it
     return {
-        **config.to_dict(),
-        "architectures": ["Qwen2ForCausalLM" if qwen else "LlamaForCausalLM"],
-        "model_type": "qwen2" if qwen else "llama",
+        **values,
+        "architectures": [f"{kind}ForCausalLM"],
+        "model_type": kind.lower(),
         "hidden_act": "silu",
         "attention_dropout": 0.0,
         "use_cache": True,

@@ -118,8 +118,20 @@ def _carry_out(words: list[str], action: Callable[[], None]) -> int:
 def _import_command(words: list[str]) -> None:
     asks = {"-h", "--help"} & {*words}
     if not asks and words and words[0] in COMMANDS:
+        _choose_waiting(words[0])
         with suppress(ImportError):
             find(COMMANDS[words[0]].run)
+
+
+def _choose_waiting(command: str) -> None:
+    """Let waiting threads spin a moment and then sleep; the user's own choice wins.
+
+    Their library reads these variables once, when torch is imported.
+    """
+    own = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys()
+    one_user = command in ("generate", "chat")
+    if one_user and not own and "torch" not in sys.modules:
+        os.environ["GOMP_SPINCOUNT"] = "10000"
 
 # %% ../chapters/A1_commands.ipynb #a1-main-02
 @contextmanager

@@ -34,6 +34,7 @@ class ModelShape:
     tie_word_embeddings: bool = True
     attention_bias: bool = True
     initializer_range: float = 0.02
+    qk_norm: bool = False
 
     def __post_init__(self):
         if self.head_dim is None:
@@ -55,9 +56,10 @@ def parameter_counts(config: ModelShape) -> dict[str, int]:
     q = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
     biases = q + 2 * kv if config.attention_bias else 0
+    head_norms = 2 * config.head_dim if config.qk_norm else 0
     return {
         "embedding": V * D,
-        "attention": L * (D * q + 2 * D * kv + biases + q * D),
+        "attention": L * (D * q + 2 * D * kv + biases + head_norms + q * D),
         "mlp": L * 3 * D * F,
         "norms": (2 * L + 1) * D,
         "lm_head": 0 if config.tie_word_embeddings else V * D,
@@ -68,7 +70,8 @@ def parameter_counts(config: ModelShape) -> dict[str, int]:
 class QwenConfig(ModelShape):
     """The numbers that fix a model's shape; ValueError names an impossible one.
 
-    `head_dim` None is hidden_size / num_attention_heads, `rope_scaling` is YaRN's.
+    `head_dim` None is hidden_size / num_attention_heads; `rope_scaling` is YaRN's or
+    Llama 3's; `qk_norm` gives queries and keys norms of their own.
     """
 
     def __post_init__(self):
@@ -114,7 +117,7 @@ _RANGES = {
     "rms_norm_eps": (0, 1),
     "initializer_range": (0, 1000),
 }
-_FLAGS = ("tie_word_embeddings", "attention_bias")
+_FLAGS = ("tie_word_embeddings", "attention_bias", "qk_norm")
 
 
 def shown(value: object) -> str:
@@ -179,37 +182,40 @@ def _checked_head_dim(config: ModelShape) -> int:
     return head_dim
 
 # %% ../chapters/10_config.ipynb #78e71f5a
-_YARN_LARGEST = {
-    "factor": 1e6,
-    "original_max_position_embeddings": 2**31,
-    "beta_fast": 1e6,
-    "beta_slow": 1e6,
-    "attention_factor": 1e6,
-}
+_LARGEST_SCALING = {"factor": 1e6, "original_max_position_embeddings": 2**31}
+_OF_YARN = ("beta_fast", "beta_slow", "attention_factor")
+_OF_LLAMA3 = ("low_freq_factor", "high_freq_factor")
 
 
 def _check_rope_scaling(given: object) -> None:
-    if not isinstance(given, dict) or given.get("rope_type") != "yarn":
+    kind = given.get("rope_type") if isinstance(given, dict) else None
+    if not isinstance(given, dict) or kind not in ("yarn", "llama3"):
         raise ValueError(
-            'rope_scaling must be null or {"rope_type": "yarn", "factor": ..., '
-            f'"original_max_position_embeddings": ...}}, not {shown(given)}'
+            'rope_scaling must be null or {"rope_type": "yarn" or "llama3", "factor":'
+            f' ..., "original_max_position_embeddings": ...}}, not {shown(given)}'
         )
-    for name in ("factor", "original_max_position_embeddings"):
-        if name not in given:
-            raise ValueError(f"rope_scaling needs {name!r}")
+    known = [*_LARGEST_SCALING, *(_OF_YARN if kind == "yarn" else _OF_LLAMA3)]
+    for name in known:
+        if name not in given and name not in _OF_YARN:
+            raise ValueError(f"rope_scaling needs {name!r} for type {kind}")
     numbers = {name: value for name, value in given.items() if name != "rope_type"}
     for name, value in numbers.items():
-        if name not in _YARN_LARGEST:
+        if name not in known:
             raise ValueError(
                 f"rope_scaling has an unknown entry {shown(name)}; "
-                f"known: rope_type, {', '.join(sorted(_YARN_LARGEST))}"
+                f"known: rope_type, {', '.join(sorted(known))}"
             )
-        most = _YARN_LARGEST[name]
+        most = _LARGEST_SCALING.get(name, 1e6)
         if not (_is_number(value) and 1e-6 <= value <= most):
             raise ValueError(
                 f"rope_scaling's {name} must be a positive number, at most {most:g},"
                 f" not {shown(value)}"
             )
+    if kind == "llama3" and given["low_freq_factor"] >= given["high_freq_factor"]:
+        raise ValueError(
+            f"rope_scaling's high_freq_factor {shown(given['high_freq_factor'])} must"
+            f" be above its low_freq_factor {shown(given['low_freq_factor'])}"
+        )
 
 # %% ../chapters/10_config.ipynb #c1cae9b3
 def _check_names(values: object, known: list[str]) -> None:

@@ -18,7 +18,7 @@ from .arguments import need
 from .config import GenerationDefaults, QwenConfig, shown
 from .gguf_file import GGUFFile, GGUFTensor, read_gguf
 from .model import QwenForCausalLM
-from .rope import interleaved_to_half
+from .rope import interleaved_to_half, llama3_scaling
 from .hf_tokenizer import HFTokenizer
 from .tokenizer_json import byte_level_bpe
 from qwen_analog.weights import (
@@ -33,7 +33,7 @@ from qwen_analog.weights import (
 def load_gguf(
     path: str | Path | GGUFFile, dtype: torch.dtype = torch.float32
 ) -> tuple[QwenForCausalLM, HFTokenizer]:
-    """Load a GGUF file (llama.cpp's format) of architecture llama or qwen2.
+    """Load a GGUF file (llama.cpp's format) of architecture llama, qwen2 or qwen3.
 
     `path` may also be what `read_gguf` returned for it. Quantised weights become
     numbers of `dtype` again. `model.generation_config` names the file's end-of-text and
@@ -55,7 +55,7 @@ def load_gguf(
 
 def _our_row_order(name: str, weight: torch.Tensor, config: QwenConfig) -> torch.Tensor:
     """In the Llama layout llama.cpp rotates neighbouring rows; undo their order."""
-    if config.attention_bias:
+    if config.attention_bias or config.qk_norm:
         return weight
     if name.endswith("q_proj.weight"):
         return interleaved_to_half(weight, config.num_attention_heads)
@@ -64,22 +64,26 @@ def _our_row_order(name: str, weight: torch.Tensor, config: QwenConfig) -> torch
     return weight
 
 # %% ../chapters/18_real_weights.ipynb #18-037
+_ROPE_FACTORS = "rope_freqs.weight"
+
+
 def _tensor_names(config: QwenConfig, file: GGUFFile) -> dict[str, str]:
     """Return the file's name of each weight, once all of them are there."""
     import gguf
 
-    kind = gguf.MODEL_ARCH.QWEN2 if config.attention_bias else gguf.MODEL_ARCH.LLAMA
+    kind = _architecture(file)
     # a file may announce any number of layers
     layers = min(config.num_hidden_layers, len(file.tensors))
-    known = gguf.get_tensor_name_map(kind, layers)
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], layers)
     shapes = weight_shapes(config)
     names = {
         name: known.get_name(name, (".weight", ".bias")) or name for name in shapes
     }
+    found = {name: tensor.shape for name, tensor in file.tensors.items()}
+    if kind == "llama":
+        found.pop(_ROPE_FACTORS, None)  # which the configuration holds
     check_tensors(
-        {name: tensor.shape for name, tensor in file.tensors.items()},
-        {names[name]: shape for name, shape in shapes.items()},
-        file.path,
+        found, {names[name]: shape for name, shape in shapes.items()}, file.path
     )
     return names
 
@@ -168,7 +172,7 @@ def gguf_config(file: GGUFFile) -> QwenConfig:
             raise ValueError(f"{file.path}: the metadata has no {key}")
     keys["vocab_size"] = "tokenizer.ggml.tokens"
     fields["vocab_size"] = len(_list_of(file, "tokens", str))
-    fields["attention_bias"] = kind == "qwen2"
+    fields["attention_bias"], fields["qk_norm"] = kind == "qwen2", kind == "qwen3"
     fields["tie_word_embeddings"] = "output.weight" not in file.tensors
     try:
         config = QwenConfig(**fields)
@@ -182,17 +186,34 @@ def gguf_config(file: GGUFFile) -> QwenConfig:
                 f"{file.path}: {name} differs from the {config.head_dim} of a head, all"
                 " of which is rotated here"
             )
+    if kind == "llama" and _ROPE_FACTORS in file.tensors:
+        config.rope_scaling = _rope_scaling(file, config)
     return config
+
+# %% ../chapters/18_real_weights.ipynb #18-063a
+def _rope_scaling(file: GGUFFile, config: QwenConfig) -> dict | None:
+    """Return what the file's factors of rotation mean: Llama 3's scaling, or none."""
+    tensor, where = file.tensors[_ROPE_FACTORS], f"{file.path}: {_ROPE_FACTORS}"
+    if list(tensor.shape) != [config.head_dim // 2]:
+        raise ValueError(
+            f"{where} must hold {config.head_dim // 2} numbers, one for each pair, not"
+            f" {shown(list(tensor.shape))}"
+        )
+    try:
+        return llama3_scaling(_dequantise(tensor, where), config.rope_theta)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 # %% ../chapters/18_real_weights.ipynb #18-064
 def _architecture(file: GGUFFile) -> str:
-    """Return "llama" or "qwen2". ValueError for what this model does not have."""
+    """Return the kind of model. ValueError for what this model does not have."""
     path, metadata = file.path, file.metadata
     kind = metadata.get("general.architecture")
-    if kind not in ("llama", "qwen2"):
+    if kind not in ("llama", "qwen2", "qwen3"):
+        experts = " (mixture of experts)" if str(kind).endswith("moe") else ""
         raise ValueError(
-            f"{path}: general.architecture {shown(kind)} is not supported, only 'llama'"
-            " and 'qwen2'"
+            f"{path}: general.architecture {shown(kind)}{experts} is not supported,"
+            " only 'llama', 'qwen2' and 'qwen3'"
         )
     if metadata.get("split.count", 0) not in (0, 1):
         raise ValueError(
@@ -292,10 +313,11 @@ def _tokenizer_settings(file: GGUFFile) -> dict[str, str]:
     """Return what transformers is told. ValueError for another kind of tokenizer."""
     path, metadata = file.path, file.metadata
     kind, split = (metadata.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
-    if kind != "gpt2" or split not in ("qwen2", "smollm"):
+    if kind != "gpt2" or split not in ("qwen2", "smollm", "llama-bpe"):
         raise ValueError(
             f"{path}: tokenizer.ggml.model {shown(kind)} with tokenizer.ggml.pre"
-            f" {shown(split)} is not supported, only 'gpt2' with 'qwen2' or 'smollm'"
+            f" {shown(split)} is not supported, only 'gpt2' with 'qwen2', 'smollm' or"
+            " 'llama-bpe'"
         )
     template = metadata.get("tokenizer.chat_template", "")
     if not isinstance(template, str):
@@ -305,6 +327,9 @@ def _tokenizer_settings(file: GGUFFile) -> dict[str, str]:
     tokens = _list_of(file, "tokens", str)
     end_of_text = tokens[_end_ids(file, len(tokens))[0]]
     settings = {"eos_token": end_of_text}
+    begin = metadata.get("tokenizer.ggml.bos_token_id")
+    if split == "llama-bpe" and type(begin) is int and 0 <= begin < len(tokens):
+        settings["bos_token"] = tokens[begin]
     if "tokenizer.chat_template" in metadata:
         settings["chat_template"] = template
     return settings

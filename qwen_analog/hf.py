@@ -61,15 +61,16 @@ def from_hf_config(values: dict[str, Any], where: str | Path) -> QwenConfig:
     fields["num_key_value_heads"] = (
         values["num_attention_heads"] if heads is None else heads
     )
-    fields["head_dim"] = values.get("head_dim")
-    fields["attention_bias"] = values["model_type"] == "qwen2"
+    kind = values["model_type"]
+    fields["head_dim"] = values.get("head_dim", 128 if kind == "qwen3" else None)
+    fields["attention_bias"], fields["qk_norm"] = kind == "qwen2", kind == "qwen3"
     fields["tie_word_embeddings"] = values.get("tie_word_embeddings", False)
     fields["initializer_range"] = values.get("initializer_range", 0.02)
     fields["rope_theta"], scaling = _rope(values, where)
     fields["rope_scaling"] = scaling
     try:
         config = QwenConfig(**fields)
-        if scaling is None:
+        if scaling is None or scaling["rope_type"] != "yarn":
             return config
         # files keep the trained length there, and YaRN is for more
         reach = int(scaling["factor"] * scaling["original_max_position_embeddings"])
@@ -78,17 +79,39 @@ def from_hf_config(values: dict[str, Any], where: str | Path) -> QwenConfig:
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
+# %% ../chapters/B14_hugging_face.ipynb #3de116b1a
+_OTHER_FAMILIES = {
+    "qwen2_moe": "mixture of experts",
+    "qwen3_moe": "mixture of experts",
+    "mixtral": "mixture of experts",
+    "gpt_oss": "mixture of experts",
+    "deepseek_v3": "mixture of experts",
+    "qwen3_next": "linear attention",
+    "gemma": "norms that multiply by 1 + weight",
+    "gemma2": "norms that multiply by 1 + weight",
+    "gemma3_text": "norms that multiply by 1 + weight",
+    "olmo2": "norms behind the block, and over all heads at once",
+    "olmo3": "norms behind the block, and over all heads at once",
+    "smollm3": "layers without rotation",
+    "phi3": "one matrix for queries, keys and values",
+    "granite": "multipliers of embedding, residuals and logits",
+}
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
 # %% ../chapters/B14_hugging_face.ipynb #3de116b1
 def _refuse_other_models(values: dict[str, Any], where: str | Path) -> None:
     """Raise ValueError, which names the field, for what this model does not compute."""
     kind, activation = values.get("model_type"), values.get("hidden_act", "silu")
-    if kind not in ("qwen2", "llama"):
+    if kind not in ("qwen2", "qwen3", "llama", "mistral"):
+        other = _OTHER_FAMILIES.get(kind) if isinstance(kind, str) else None
         raise ValueError(
-            f"{where}: model_type {shown(kind)} is not supported, only 'qwen2' and"
-            " 'llama'"
+            f"{where}: model_type {shown(kind)}{f' ({other})' if other else ''} is not"
+            " supported, only 'qwen2', 'qwen3', 'llama' and 'mistral'"
         )
-    o_proj_bias = kind == "llama" and values.get("attention_bias")
+    o_proj_bias = kind != "qwen2" and values.get("attention_bias")
+    experts = [name for name in _EXPERTS if values.get(name)]
     refused = {
+        f"mixture of experts ({', '.join(experts)})": experts,
         "attention_bias: true (a bias on o_proj)": o_proj_bias,
         "mlp_bias: true": values.get("mlp_bias"),
         f"hidden_act {shown(activation)}": activation not in ("silu", "swish"),
@@ -99,9 +122,11 @@ def _refuse_other_models(values: dict[str, Any], where: str | Path) -> None:
         if present:
             raise ValueError(f"{where}: {name} is not supported")
 
-
+# %% ../chapters/B14_hugging_face.ipynb #3de116b1c
 def _has_sliding_window(values: dict[str, Any]) -> bool:
     kinds = values.get("layer_types")
+    if values.get("model_type") == "mistral":  # which has no switch for it
+        return values.get("sliding_window", 4096) is not None
     if kinds is not None:
         if not isinstance(kinds, list):
             return True
@@ -114,7 +139,7 @@ def _has_sliding_window(values: dict[str, Any]) -> bool:
 
 # %% ../chapters/B14_hugging_face.ipynb #17119d37
 def _rope(values: dict[str, Any], where: str | Path) -> tuple[Any, dict | None]:
-    """Return theta and YaRN's settings.
+    """Return theta and the settings of YaRN or of Llama 3's scaling.
 
     They are in `rope_parameters` since transformers 5, in `rope_theta` and
     `rope_scaling` before.
@@ -135,7 +160,7 @@ def _rope(values: dict[str, Any], where: str | Path) -> tuple[Any, dict | None]:
         )
     if kind == "default":
         return theta, None
-    if kind != "yarn":
+    if kind not in ("yarn", "llama3"):
         raise ValueError(
             f"{where}: rope_scaling of type {shown(kind)} is not supported"
         )
@@ -147,7 +172,7 @@ def _rope(values: dict[str, Any], where: str | Path) -> tuple[Any, dict | None]:
 def load_pretrained(
     source: str | Path, dtype: torch.dtype = torch.float32
 ) -> tuple[QwenForCausalLM, Tokenizer | None]:
-    """Load a Qwen2, Qwen2.5 or Llama directory that transformers wrote.
+    """Load a Qwen2, Qwen2.5, Qwen3, Llama or Mistral directory of transformers.
 
     `source` is the directory, or its name on the hub. The model is in eval mode on the
     CPU, its weights converted to `dtype`; the tokenizer is None where the directory
@@ -333,7 +358,13 @@ def _config_json(
     config: QwenConfig, dtype: torch.dtype, generation: GenerationDefaults
 ) -> dict[str, Any]:
     """Return `hf_config` with what only a whole model's directory says."""
-    if not config.attention_bias and config.hidden_size % config.num_attention_heads:
+    if config.attention_bias and config.qk_norm:
+        raise ValueError(
+            "transformers has no model with attention_bias and qk_norm whose o_proj is"
+            " without a bias"
+        )
+    llama = not config.attention_bias and not config.qk_norm
+    if llama and config.hidden_size % config.num_attention_heads:
         raise ValueError(
             f"transformers' Llama wants hidden_size {config.hidden_size} to be a"
             f" multiple of num_attention_heads {config.num_attention_heads}"

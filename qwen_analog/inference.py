@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .attention import grouped_query_attention
+from .attention import NormedAttention, grouped_query_attention
 from .kv_cache import KVCache
 from .model import DecoderLayer, QwenForCausalLM, QwenModel
 from .norm import RMSNorm
@@ -67,6 +67,14 @@ def _one_layer(make: Callable, *linears: Any) -> nn.Module:
 def _normed(x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
     return norm.weight * F.rms_norm(x, x.shape[-1:], None, norm.eps)
 
+
+def _head_norm(attention: NormedAttention, H: int, K: int) -> RMSNorm:
+    """Return the norms of queries and keys as one of [H + K, 1, h] weights."""
+    q, k = attention.q_norm.weight.detach(), attention.k_norm.weight.detach()
+    norm = RMSNorm(attention.head_dim, attention.q_norm.eps)
+    norm.weight = nn.Parameter(torch.cat((q.expand(H, -1), k.expand(K, -1)))[:, None])
+    return norm
+
 # %% ../chapters/B36_inference.ipynb #cell-022
 class FusedLayer:
     """A block's weights for inference; `linear` makes one layer of several."""
@@ -83,6 +91,8 @@ class FusedLayer:
         self.head_dim = h = attention.head_dim
         self.layer_idx = attention.layer_idx
         self.heads = q.out_features // h, k.out_features // h
+        normed = isinstance(attention, NormedAttention)
+        self.head_norm = _head_norm(attention, *self.heads) if normed else None
 
     def __call__(self, x, cos, sin, mask=None, cache: KVCache | None = None):
         """`x` [B, T, D] -> [B, T, D]; `cos`, `sin` [B, 1, T, h] of `FusedModel`."""
@@ -97,6 +107,8 @@ class FusedLayer:
         qkv = self.qkv_proj(_normed(x, self.attention_norm))
         qkv = qkv.view(B, T, H + 2 * K, self.head_dim).transpose(1, 2)
         qk, v = qkv.split((H + K, K), dim=1)  # [B, heads, T, h]
+        if self.head_norm is not None:
+            qk = _normed(qk, self.head_norm)
         a, b = qk.chunk(2, dim=-1)
         qk = qk * cos + torch.cat((b, a), dim=-1) * sin
         q, k = qk.split((H, K), dim=1)

@@ -161,11 +161,24 @@ def saved_activations(
         rest = {"q, k before rotation": q_k, "output projection": output}
         return block_input | products | rest
     kept = {"q, k": q_k} | products | _cheap_results(N, D, F, precision)
+    if config.qk_norm:
+        kept |= _norms_of_heads(N * (H + K), h, c)
     if document_masks:
         kept["attention mask"] = batch_size * sequence_length**2 * c
     return kept
 
 # %% ../chapters/24_memory.ipynb #cell-074
+def _norms_of_heads(heads: int, h: int, c: int) -> dict[str, int]:
+    """Return what norms of queries and keys keep besides, for heads of all tokens."""
+    # of float32 there is one copy, which "selective" has kept as well
+    name = "q, k before rotation" if c == 4 else "norms of q, k: inputs"
+    return {
+        name: heads * h * 4,
+        "norms of q, k: 1 / rms": heads * 4,
+        "norms of q, k: normalised": heads * h * c,
+    }
+
+
 def _cheap_results(N: int, D: int, F: int, precision: str) -> dict[str, int]:
     """Return what a block keeps that computes nothing again: norms, casts, silu."""
     stream, c = _STORED[precision], _COMPUTED[precision]

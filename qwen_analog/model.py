@@ -20,11 +20,12 @@ if not __package__ and "__file__" in globals():
 
 # %% ../chapters/11_model.ipynb #cell-031
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 
-from .attention import GQAttention, PackedDocuments
+from .attention import GQAttention, NormedAttention, PackedDocuments
 from .config import QwenConfig
 from .kv_cache import KVCache
 from .mlp import SwiGLU
@@ -69,7 +70,10 @@ class DecoderLayer(nn.Module):
 # %% ../chapters/11_model.ipynb #cell-035
 def decoder_parts(config: QwenConfig, layer_idx: int) -> tuple:
     """Make what `DecoderLayer` joins: attention, mlp and the norms in front of them."""
-    attention = GQAttention(
+    make: Callable[..., GQAttention] = GQAttention
+    if config.qk_norm:
+        make = partial(NormedAttention, eps=config.rms_norm_eps)
+    attention = make(
         config.hidden_size,
         config.num_attention_heads,
         config.num_key_value_heads,

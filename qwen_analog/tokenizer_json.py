@@ -53,17 +53,22 @@ def byte_level_bpe(
 ) -> "tokenizers.Tokenizer":
     """Return a byte-level BPE tokenizer of the `tokenizers` library.
 
-    `split` names what comes before the merges: "qwen2" or "smollm". `controls` are
-    spelled as they are in `vocabulary`, or get the ids after it.
+    `split` names what comes before the merges: "qwen2", "smollm" or "llama-bpe" (Llama
+    3's: numbers of up to three digits, no normal form). `controls` are spelled as they
+    are in `vocabulary`, or get the ids after it.
     """
     from tokenizers import AddedToken, Regex, Tokenizer
     from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-    fast = Tokenizer(models.BPE(vocabulary, list(merges)))
+    whole = split == "llama-bpe"  # a piece that is a token is not merged step by step
+    fast = Tokenizer(models.BPE(vocabulary, list(merges), ignore_merges=whole))
+    by_byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     if split == "qwen2":
         fast.normalizer = normalizers.NFC()
         first = pre_tokenizers.Split(Regex(QWEN_PATTERN), "isolated")
-        by_byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    elif split == "llama-bpe":
+        pattern = QWEN_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+        first = pre_tokenizers.Split(Regex(pattern), "isolated")
     else:
         first = pre_tokenizers.Digits(individual_digits=True)
         by_byte = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -11,7 +11,7 @@ from collections import Counter
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from qwen_analog import config as module
 from qwen_analog.config import (
@@ -24,6 +24,13 @@ from qwen_analog.config import (
 from qwen_analog.model import QwenForCausalLM
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 WRONG = [
     ("vocab_size", 0),
     ("hidden_size", 2048.0),
@@ -49,6 +56,14 @@ WRONG = [
     ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
     ("rope_scaling", {**YARN, "factor": 0}),
     ("rope_scaling", {**YARN, "mscale": 1.0}),
+    ("rope_scaling", {**YARN, "low_freq_factor": 1.0}),
+    ("rope_scaling", {**LLAMA3, "beta_fast": 32.0}),
+    ("rope_scaling", {**LLAMA3, "low_freq_factor": 0}),
+    ("rope_scaling", {**LLAMA3, "low_freq_factor": 4.0}),
+    ("rope_scaling", {k: v for k, v in LLAMA3.items() if k != "high_freq_factor"}),
+    ("rope_scaling", {**LLAMA3, "rope_type": ["llama3"]}),
+    ("qk_norm", 1),
+    ("qk_norm", None),
     ("tie_word_embeddings", 1),
     ("attention_bias", "yes"),
     ("hidden_size", 10**12),
@@ -64,6 +79,8 @@ RIGHT = [
     {"rope_scaling": {**YARN, "beta_fast": 16}},
     {"tie_word_embeddings": False},
     {"attention_bias": False},
+    {"rope_scaling": LLAMA3},
+    {"qk_norm": True, "attention_bias": False, "head_dim": 128},
 ]
 
 
@@ -136,9 +153,12 @@ MUTANTS = {
     "theta is not checked": without("_RANGES", "rope_theta"),
     "eps is not checked": without("_RANGES", "rms_norm_eps"),
     "the initial range is not checked": without("_RANGES", "initializer_range"),
-    "no flag is checked": without("_FLAGS", "tie_word_embeddings", "attention_bias"),
+    "no flag is checked": without("_FLAGS", *module._FLAGS),
     "ties are not checked": without("_FLAGS", "tie_word_embeddings"),
     "biases are not checked": without("_FLAGS", "attention_bias"),
+    "norms of queries are not checked": without("_FLAGS", "qk_norm"),
+    "YaRN's names for Llama 3": ("_OF_LLAMA3", module._OF_LLAMA3 + module._OF_YARN),
+    "Llama 3's names for YaRN": ("_OF_YARN", module._OF_LLAMA3 + module._OF_YARN),
     "theta may be infinite": (
         "_RANGES",
         {**module._RANGES, "rope_theta": (1, float("inf"))},
@@ -239,6 +259,7 @@ def odd_shapes():
                 intermediate_size=draw.randint(1, 99),
                 tie_word_embeddings=draw.random() < 0.5,
                 attention_bias=draw.random() < 0.5,
+                qk_norm=i % 2 == 1,
             ),
         )
 
@@ -261,6 +282,8 @@ def first_difference(ledger, counted):
 
 def hugging_face(config):
     values = config.to_dict()
+    if values.pop("qk_norm"):
+        return Qwen3ForCausalLM(Qwen3Config(**values))
     del values["attention_bias"]  # always true there
     return Qwen2ForCausalLM(Qwen2Config(**values))
 
@@ -285,6 +308,10 @@ WRONG_COUNTS = {
     "counts a tied head": ("0 if config.tie_word_embeddings else V * D", "V * D"),
     "forgets an untied head": ("0 if config.tie_word_embeddings else V * D", "0"),
     "biases always": (" if config.attention_bias else 0", ""),
+    "forgets the norms of heads": (" if config.qk_norm else 0", " if False else 0"),
+    "norms of heads always": (" if config.qk_norm else 0", ""),
+    "a norm of queries only": ("2 * config.head_dim if", "config.head_dim if"),
+    "a norm weight for each head": ("2 * config.head_dim if", "q + kv if"),
     "o is D x D": ("+ q * D)", "+ D * D)"),
     "h = D / H": ("config.num_attention_heads * config.head_dim", "D"),
 }

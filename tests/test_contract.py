@@ -24,6 +24,10 @@ COUNTS = {
     "qwen2.5-1.5b": 1_543_714_304,
     "qwen2.5-3b": 3_085_938_688,
     "qwen2.5-7b": 7_615_616_512,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
 }
 
 
@@ -46,6 +50,20 @@ def test_parameter_counts(name):
         model.count_parameters()
         == sum(parameter_counts(config).values())
         == COUNTS[name]
+    )
+
+
+def test_positions_of_fields_keep_their_meaning():
+    """Fields that came later stand behind those that were there."""
+    names = [field.name for field in dataclasses.fields(QwenConfig)]
+    assert names[-3:] == ["attention_bias", "initializer_range", "qk_norm"]
+    assert QwenConfig(512, 64, 2, 4, 2) == QwenConfig(
+        vocab_size=512,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        qk_norm=False,
     )
 
 
@@ -81,6 +99,7 @@ def test_every_field_refuses_nonsense_in_one_line_that_names_it(field):
         "rope_scaling": [None],
         "tie_word_embeddings": [True],
         "attention_bias": [True],
+        "qk_norm": [True],
     }
     for value in NONSENSE:
         if any(value is right for right in fine.get(field, ())):

@@ -1,5 +1,6 @@
 """Models out of GGUF files: as llama.cpp writes them, quantised, wrong; SmolLM2."""
 
+import dataclasses
 import struct
 import sys
 import warnings
@@ -12,9 +13,12 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from weights_helpers import (
     IDS,
+    LLAMA3,
+    QWEN3,
     TEXTS,
     TOKENIZER,
     first_difference,
+    one_line,
     small,
     spelled,
     write_gguf,
@@ -24,6 +28,7 @@ from qwen_analog import gguf as gguf_module
 from qwen_analog.chat_template import chat_ids, has_chat_format
 from qwen_analog.gguf import load_gguf, smollm2_path
 from qwen_analog.hf import load_pretrained, save_pretrained
+from qwen_analog.rope import rotary_embedding
 from qwen_analog.tokenizer_json import QWEN_CHAT_TEMPLATE
 
 pytest_plugins = ["weights_helpers"]
@@ -35,12 +40,18 @@ pytest_plugins = ["weights_helpers"]
         {},
         {"attention_bias": False},
         {"attention_bias": False, "tie_word_embeddings": False},
+        QWEN3,
+        {**QWEN3, "tie_word_embeddings": False},
+        {"attention_bias": False, "rope_scaling": LLAMA3},
     ],
     ids=str,
 )
 def test_gguf_comes_back(changes, tmp_path):
     model = small(hidden_size=96, intermediate_size=64, **changes)
     again, tokenizer = load_gguf(write_gguf(tmp_path / "m.gguf", model))
+    assert again.config == dataclasses.replace(
+        model.config, rms_norm_eps=again.config.rms_norm_eps
+    )
     assert (
         torch.equal(again(IDS), model(IDS))
         and again.generation_config
@@ -62,6 +73,63 @@ def test_gguf_comes_back(changes, tmp_path):
         load_gguf(tmp_path / "m.gguf", torch.bfloat16)[0].lm_head.weight.dtype
         == torch.bfloat16
     )
+
+
+@pytest.mark.parametrize(
+    "theta, head_dim, scaling",
+    [
+        (5e5, 64, {"factor": 32.0, "original_max_position_embeddings": 8192}),
+        (5e5, 128, {"original_max_position_embeddings": 8192}),
+        (1e4, 8, {"original_max_position_embeddings": 16}),
+        (1e4, 20, {"high_freq_factor": 6.0}),
+        (1e4, 16, {"original_max_position_embeddings": 100}),
+        (1e4, 64, {"low_freq_factor": 2.0, "original_max_position_embeddings": 256}),
+    ],
+)
+def test_gguf_factors_become_llama_3s_settings(theta, head_dim, scaling, tmp_path):
+    """Which need not be the same, for they are known up to a common factor only, and
+    where few pairs lie between; the speeds are the same.
+    """
+    scaling = {**LLAMA3, **scaling}
+    model = small(
+        attention_bias=False,
+        rope_theta=theta,
+        head_dim=head_dim,
+        rope_scaling=scaling,
+        num_hidden_layers=1,
+    )
+    config = load_gguf(write_gguf(tmp_path / "m.gguf", model))[0].config
+    speeds = [
+        rotary_embedding(head_dim, theta, s).inverse_frequencies()
+        for s in (scaling, config.rope_scaling)
+    ]
+    assert torch.allclose(*speeds, rtol=1e-5)
+    if scaling["low_freq_factor"] == 1 and theta == 5e5:
+        assert config.rope_scaling == scaling
+
+
+@pytest.mark.parametrize(
+    "factors, message",
+    [
+        ([1.0] * 8, None),
+        ([1.0] * 7, "8 numbers"),
+        ([8.0] * 4 + [1.0] * 4, "not those of Llama 3"),
+        ([1.0] * 5 + [2.0, 4.0, 8.0], "not those of Llama 3"),
+        ([1.0] * 7 + [float("nan")], "not those of Llama 3"),
+        ([1.0] * 7 + [0.0], "not those of Llama 3"),
+        ([1.0] * 7 + [float("inf")], "not those of Llama 3"),
+        ([0.5] * 8, "not those of Llama 3"),
+    ],
+)
+def test_gguf_factors_of_another_rule(factors, message, tmp_path):
+    model = small(attention_bias=False, hidden_size=96, num_hidden_layers=1)
+    path = write_gguf(tmp_path / "m.gguf", model, factors=factors)
+    if message is None:
+        assert load_gguf(path)[0].config.rope_scaling is None
+        return
+    with pytest.raises(ValueError, match=message) as error:
+        load_gguf(path)
+    assert one_line(error).startswith(f"{path}: rope_freqs.weight")
 
 
 def test_gguf_quantised(tmp_path):
@@ -103,6 +171,11 @@ def test_gguf_of_a_type_that_cannot_be_read(tmp_path, monkeypatch):
     "changes, message",
     [
         ({"architecture": "gemma3"}, "architecture 'gemma3' is not supported"),
+        (
+            {"architecture": "qwen3moe"},
+            "architecture 'qwen3moe' (mixture of experts) is not supported",
+        ),
+        ({"factors": [1.0] * 8}, "not of this model: rope_freqs.weight"),
         (
             {"extra": {"rope.scaling.type": "yarn"}},
             "qwen2.rope.scaling.type 'yarn' is not supported",

@@ -22,7 +22,9 @@ from transformers import (
 from helpers import SHAPE
 from weights_helpers import (
     IDS,
+    LLAMA3,
     MESSAGES,
+    QWEN3,
     TEXTS,
     TOKENIZER,
     edit,
@@ -48,17 +50,19 @@ pytest_plugins = ["weights_helpers"]
 
 @pytest.mark.parametrize("shard", ["5GB", "40KB"])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "mistral"])
 def test_a_directory_that_transformers_wrote(
     kind, tied, shard, tmp_path, tokenizer_files
 ):
-    reference = theirs(tmp_path, tokenizer_files, kind, tied, shard)
+    head_dim = {"head_dim": 20} if kind in ("qwen3", "mistral") else {}
+    reference = theirs(tmp_path, tokenizer_files, kind, tied, shard, **head_dim)
     assert ((tmp_path / "model.safetensors.index.json").is_file()) == (shard == "40KB")
     model, tokenizer = load_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.allclose(model(IDS), reference(IDS).logits, atol=2e-5)
     assert (
         model.config.attention_bias == (kind == "qwen2")
+        and model.config.qk_norm == (kind == "qwen3")
         and model.config.tie_word_embeddings == tied
         and model.config.rope_theta == 5e4
     )
@@ -67,6 +71,119 @@ def test_a_directory_that_transformers_wrote(
     ) == tied and not model.training
     assert all(p.device.type == "cpu" and p.requires_grad for p in model.parameters())
     assert tokenizer.encode(TEXTS[1]) == TOKENIZER.encode(TEXTS[1])
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "mistral"])
+@pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling"])
+def test_llama_3s_scaling_comes_in(kind, spelling, tmp_path, tokenizer_files):
+    """As transformers 5 writes it and as published files spell it."""
+    rotation = {**LLAMA3, "rope_theta": 1e4}
+    sizes = {"hidden_size": 96, "max_position_embeddings": 128}
+    reference = theirs(
+        tmp_path, tokenizer_files, kind, rope_parameters=rotation, **sizes
+    )
+    if spelling == "rope_scaling":
+        edit(tmp_path, rope_parameters="delete", rope_theta=1e4, rope_scaling=LLAMA3)
+    model, _ = load_pretrained(tmp_path)
+    assert model.config.rope_scaling == LLAMA3
+    assert model.config.max_position_embeddings == 128
+    ids = torch.arange(120)[None]
+    with torch.no_grad():
+        assert torch.allclose(model(ids), reference(ids).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes, kind",
+    [
+        (QWEN3, "qwen3"),
+        ({**QWEN3, "tie_word_embeddings": False, "num_key_value_heads": 6}, "qwen3"),
+        ({**QWEN3, "rope_scaling": LLAMA3}, "qwen3"),
+        ({"attention_bias": False, "rope_scaling": LLAMA3}, "llama"),
+        ({"rope_scaling": LLAMA3}, "qwen2"),
+    ],
+)
+def test_what_is_written_is_what_transformers_reads(changes, kind, tmp_path):
+    model = small(**changes, max_position_embeddings=128)
+    save_pretrained(model, TOKENIZER, tmp_path / "m")
+    values = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert values["model_type"] == kind and "qk_norm" not in values
+    reference, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "m", output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    ids = torch.arange(120)[None]
+    with torch.no_grad():
+        assert torch.allclose(model(ids), reference(ids).logits, atol=1e-4)
+    again, _ = load_pretrained(tmp_path / "m")
+    assert again.config == model.config
+    assert all(map(torch.equal, again.parameters(), model.parameters()))
+    auto = AutoTokenizer.from_pretrained(tmp_path / "m")
+    for text in TEXTS:
+        assert auto(text, split_special_tokens=True).input_ids == TOKENIZER.encode(text)
+
+
+def test_norms_of_queries_beside_biases_cannot_be_written(tmp_path):
+    model = small(qk_norm=True, attention_bias=True)
+    with pytest.raises(ValueError, match="attention_bias and qk_norm"):
+        save_pretrained(model, TOKENIZER, tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind, head_dim", [("qwen3", 128), ("qwen2", 8)])
+def test_a_head_dim_that_a_file_leaves_out(kind, head_dim, tmp_path, tokenizer_files):
+    theirs(tmp_path, tokenizer_files, kind)
+    edit(tmp_path, head_dim="delete")
+    assert read_hf_config(tmp_path).head_dim == head_dim
+
+
+@pytest.mark.parametrize(
+    "kind, changes, message",
+    [
+        ("qwen3", {"attention_bias": True}, "attention_bias: true"),
+        ("qwen3", {"model_type": "qwen3_moe"}, "'qwen3_moe' (mixture of experts)"),
+        ("qwen3", {"num_experts": 8}, "mixture of experts (num_experts)"),
+        (
+            "qwen3",
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+            "sliding-window attention",
+        ),
+        (
+            "qwen3",
+            {"layer_types": ["full_attention", "sliding_attention"] * 2},
+            "sliding-window attention",
+        ),
+        ("mistral", {"sliding_window": 4096}, "sliding-window attention"),
+        ("mistral", {"sliding_window": "delete"}, "sliding-window attention"),
+        ("llama", {"model_type": "olmo2"}, "over all heads at once"),
+        ("llama", {"model_type": "gemma2"}, "1 + weight"),
+        ("llama", {"rope_parameters": {**LLAMA3, "rope_type": "dynamic"}}, "'dynamic'"),
+        (
+            "llama",
+            {"rope_parameters": {**LLAMA3, "high_freq_factor": 1.0}},
+            "high_freq_factor 1.0 must be above its low_freq_factor 1.0",
+        ),
+    ],
+)
+def test_what_is_no_part_of_the_family_is_named(
+    kind, changes, message, tmp_path, tokenizer_files
+):
+    theirs(tmp_path, tokenizer_files, kind)
+    edit(tmp_path, **changes)
+    for read in (load_pretrained, read_hf_config):
+        with pytest.raises(ValueError) as error:
+            read(tmp_path)
+        assert message in one_line(error) and "config.json" in str(error.value)
+
+
+def test_weights_without_norms_of_queries(tmp_path, tokenizer_files):
+    theirs(tmp_path, tokenizer_files, "qwen3")
+    edit(tmp_path, model_type="llama")
+    with pytest.raises(ValueError, match="not of this model: .*q_norm.weight"):
+        load_pretrained(tmp_path)
+    theirs(tmp_path, tokenizer_files, "llama")
+    edit(tmp_path, model_type="qwen3")
+    with pytest.raises(ValueError, match="missing: .*q_norm.weight"):
+        load_pretrained(tmp_path)
 
 
 def test_a_tied_file_may_hold_the_head_and_an_old_llama_file_its_frequencies(

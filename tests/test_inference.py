@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from book import scramble_
+from weights_helpers import LLAMA3, QWEN3
 
 from qwen_analog import QwenConfig, QwenForCausalLM, inference as module
 from qwen_analog.generate import next_logits
@@ -62,14 +63,18 @@ def agree(model, dtype=torch.float32):
         {"num_key_value_heads": 1, "head_dim": 32},
         {"tie_word_embeddings": False},
         {"attention_bias": False},
+        QWEN3,
+        {**QWEN3, "tie_word_embeddings": False, "num_key_value_heads": 1},
+        {"attention_bias": False, "rope_scaling": LLAMA3},
     ],
 )
 def test_logits_are_the_models(changes):
     assert agree(make(**changes))
 
 
-def test_bfloat16_is_bit_equal():
-    model = make().bfloat16()
+@pytest.mark.parametrize("changes", [{}, QWEN3])
+def test_bfloat16_is_bit_equal(changes):
+    model = make(**changes).bfloat16()
     if not can_pack(model.lm_head.weight):
         pytest.skip("this processor has no packed product in bfloat16")
     assert torch.equal(logits_of(model), logits_of(laid_out(model)))
@@ -81,8 +86,9 @@ def test_without_packing(monkeypatch):
 
 
 @pytest.mark.parametrize("format", ["int8", "int4"])
-def test_quantized_is_what_quantize_makes(format):
-    model = make()
+@pytest.mark.parametrize("changes", [{}, {**QWEN3, "head_dim": 32}])
+def test_quantized_is_what_quantize_makes(changes, format):
+    model = make(**changes)
     expected = logits_of(quantize(copy.deepcopy(model), format))
     found = logits_of(laid_out(model, format))
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-1)
@@ -145,6 +151,19 @@ def unweighted(x, norm):
     return torch.nn.functional.rms_norm(x, x.shape[-1:], None, norm.eps)
 
 
+def norms_swapped(attention, H, K):
+    norm = HEAD_NORM(attention, H, K)
+    norm.weight = torch.nn.Parameter(norm.weight.flip(0))
+    return norm
+
+
+def scale_of_queries(attention, H, K):
+    norm = HEAD_NORM(attention, H, K)
+    norm.weight = torch.nn.Parameter(norm.weight[:1])
+    return norm
+
+
+HEAD_NORM = module._head_norm
 STACKED, ATTEND = module._stacked, module.grouped_query_attention
 
 
@@ -166,3 +185,12 @@ def test_broken_parts_are_noticed(monkeypatch, name, broken):
     except RuntimeError:  # the shapes no longer fit
         return
     assert not same
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize(
+    "broken", [norms_swapped, scale_of_queries, lambda attention, H, K: None]
+)
+def test_broken_norms_of_heads_are_noticed(monkeypatch, broken):
+    monkeypatch.setattr(module, "_head_norm", broken)
+    assert not agree(make(**QWEN3))

@@ -51,6 +51,7 @@ WIDE = QwenConfig(
     max_position_embeddings=512,
     tie_word_embeddings=False,
 )
+QWEN3 = replace(NARROW, qk_norm=True, attention_bias=False, head_dim=20)
 
 
 def batch(config, B, T):
@@ -191,7 +192,9 @@ def counted(model, *passed):
 
 
 @pytest.mark.parametrize("mode", ACTIVATION_CHECKPOINTING)
-@pytest.mark.parametrize("config", [NARROW, WIDE], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    "config", [NARROW, WIDE, QWEN3], ids=["tied", "untied", "qwen3"]
+)
 def test_flops_are_those_that_are_counted(config, mode):
     model = QwenForCausalLM(config)
     set_activation_checkpointing(model, mode)
@@ -219,8 +222,8 @@ def test_the_card_in_numbers():
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-pure"])
 @pytest.mark.parametrize(
     "config,B,T",
-    [(NARROW, 2, 128), (WIDE, 2, 128), (WIDE, 1, 32)],
-    ids=["logits", "activations", "weights"],
+    [(NARROW, 2, 128), (WIDE, 2, 128), (WIDE, 1, 32), (QWEN3, 2, 128)],
+    ids=["logits", "activations", "weights", "qwen3"],
 )
 def test_ledger_against_measured(config, B, T, precision, mode):
     for micro_batches, documents in ((1, True), (2, False)):
@@ -257,14 +260,15 @@ def test_ledger_against_measured(config, B, T, precision, mode):
 
 @pytest.mark.parametrize("documents", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-pure"])
-def test_what_a_block_keeps_is_what_is_listed(precision, documents):
+@pytest.mark.parametrize("config", [NARROW, QWEN3], ids=["qwen2", "qwen3"])
+def test_what_a_block_keeps_is_what_is_listed(config, precision, documents):
     """The autograd hooks' list for one block, without weights, cos and sin, against
     `saved_activations`.
     """
-    model = QwenForCausalLM(NARROW).to(
+    model = QwenForCausalLM(config).to(
         torch.bfloat16 if precision == "bf16-pure" else torch.float32
     )
-    ids, document_ids = batch(NARROW, 2, 48)
+    ids, document_ids = batch(config, 2, 48)
     marks, saved = [], []
     layers = model.model.layers
     for layer in layers:
@@ -279,7 +283,7 @@ def test_what_a_block_keeps_is_what_is_listed(precision, documents):
     ):
         model(ids, ids, document_ids=document_ids if documents else None)
     weights = {p.numel() for p in layers[1].parameters()}
-    cos = NARROW.head_dim * 48 * (2 if documents else 1)
+    cos = config.head_dim * 48 * (2 if documents else 1)
     sizes = {
         t.untyped_storage()._cdata: t.untyped_storage().nbytes()
         for t in saved[marks[1] : marks[2]]
@@ -287,17 +291,18 @@ def test_what_a_block_keeps_is_what_is_listed(precision, documents):
     }
     assert sum(sizes.values()) == sum(
         saved_activations(
-            NARROW, 2, 48, precision=precision, document_masks=documents
+            config, 2, 48, precision=precision, document_masks=documents
         ).values()
     )
 
 
 @pytest.mark.parametrize("mode", ACTIVATION_CHECKPOINTING)
-def test_a_block_more_keeps_what_the_mode_keeps(mode):
+@pytest.mark.parametrize("config", [NARROW, QWEN3], ids=["qwen2", "qwen3"])
+def test_a_block_more_keeps_what_the_mode_keeps(config, mode):
     held = []
     for layers in (1, 2):
         model = QwenForCausalLM(
-            QwenConfig.from_dict({**NARROW.to_dict(), "num_hidden_layers": layers})
+            QwenConfig.from_dict({**config.to_dict(), "num_hidden_layers": layers})
         )
         set_activation_checkpointing(model, mode)
         ids, documents = batch(NARROW, 2, 48)
@@ -307,7 +312,7 @@ def test_a_block_more_keeps_what_the_mode_keeps(mode):
         del loss
     assert held[1] - held[0] == sum(
         saved_activations(
-            NARROW, 2, 48, precision="fp32", activation_checkpointing=mode
+            config, 2, 48, precision="fp32", activation_checkpointing=mode
         ).values()
     )
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -325,15 +326,16 @@ def test_wrong_models_are_one_line(wrong):
     assert "\n" not in str(caught.value)
 
 
-def check_initial(initialize):
+def check_initial(initialize, **changes):
     """Must give the constructor's weights, bit for bit, to a model made on the meta
     device, and leave the generator where it does.
     """
+    config = replace(small(True), **changes)
     torch.manual_seed(7)
-    expected = QwenForCausalLM(small(True))
+    expected = QwenForCausalLM(config)
     after = torch.get_rng_state()
     with torch.device("meta"):
-        model = QwenForCausalLM(small(True))
+        model = QwenForCausalLM(config)
     model.to_empty(device="cpu")
     initialize(model, 7)
     assert model.lm_head.weight is model.model.embed_tokens.weight, "no longer tied"
@@ -357,8 +359,9 @@ def without_tying(model, seed):
     _initialize(model, seed)
 
 
-def test_the_initial_weights_are_the_constructors():
-    check_initial(_initialize)
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "attention_bias": False}])
+def test_the_initial_weights_are_the_constructors(changes):
+    check_initial(_initialize, **changes)
 
 
 @pytest.mark.mutant

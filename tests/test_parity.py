@@ -1,5 +1,5 @@
-"""Logits, gradients and state_dict against Hugging Face's Qwen2, on scrambled weights;
-and mutants these checks must kill.
+"""Logits, gradients and state_dict against Hugging Face's Qwen2, Qwen3 and Llama, on
+scrambled weights; and mutants these checks must kill.
 """
 
 import math
@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from book import scramble_
 from test_mlp import SiLU
 from test_rope import interleaved
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from qwen_analog import (
     QwenConfig,
@@ -47,6 +54,27 @@ SHAPES = {
         },
     ),
     "one layer, odd FFN": dict(num_hidden_layers=1, intermediate_size=37),
+    "Qwen3": dict(qk_norm=True, attention_bias=False, head_dim=20, rms_norm_eps=0.1),
+    "Qwen3, untied, one KV head": dict(
+        qk_norm=True,
+        attention_bias=False,
+        head_dim=16,
+        tie_word_embeddings=False,
+        num_key_value_heads=1,
+    ),
+    "Llama": dict(attention_bias=False, tie_word_embeddings=False),
+    "Llama 3": dict(
+        attention_bias=False,
+        head_dim=20,
+        rope_theta=1e4,
+        rope_scaling={
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 96,
+        },
+    ),
 }
 BOUND = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
@@ -60,8 +88,12 @@ def pair(dtype, **overrides):
         "rope_theta": values.pop("rope_theta"),
         **(values.pop("rope_scaling") or {}),
     }
-    del values["attention_bias"]
-    theirs = Qwen2ForCausalLM(Qwen2Config(**values, rope_parameters=rotation))
+    if values.pop("qk_norm"):
+        theirs = Qwen3ForCausalLM(Qwen3Config(**values, rope_parameters=rotation))
+    elif values.pop("attention_bias"):
+        theirs = Qwen2ForCausalLM(Qwen2Config(**values, rope_parameters=rotation))
+    else:
+        theirs = LlamaForCausalLM(LlamaConfig(**values, rope_parameters=rotation))
     scramble_(theirs)
     with torch.no_grad():
         theirs.model.embed_tokens.weight *= (
@@ -115,8 +147,21 @@ def test_logits_and_gradients(shape, dtype):
     assert disagreement(*pair(dtype, **SHAPES[shape])) < BOUND[dtype]
 
 
-def test_state_dict_both_ways():
-    ours, theirs = pair(torch.float32)
+@torch.no_grad()
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_with_a_cache(shape):
+    ours, theirs = pair(torch.float64, **SHAPES[shape])
+    cache, theirs_cache = ours.new_cache(2, 17), None
+    for part in tokens().split((9, 1, 7), dim=1):
+        expected = theirs(part, past_key_values=theirs_cache, use_cache=True)
+        theirs_cache = expected.past_key_values
+        found = ours(part, cache=cache)
+        assert (found - expected.logits).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("shape", ["plain", "Qwen3", "Llama 3"])
+def test_state_dict_both_ways(shape):
+    ours, theirs = pair(torch.float32, **SHAPES[shape])
     assert set(ours.state_dict()) == set(theirs.state_dict())
     theirs.load_state_dict(scramble_(ours, seed=3).state_dict())
     torch.testing.assert_close(
@@ -305,10 +350,132 @@ MUTANTS = {
 }
 
 
+def project(rule):
+    """Give q, k of Qwen3's attention another rule; it gets the layer and q, k, v."""
+
+    def changed(self, x):
+        return rule(self, *attention.HeadProjections.project(self, x))
+
+    return replace(attention.NormedAttention, "project", changed)
+
+
+def over_all_heads(norm, x):
+    """Divide by one root mean square for a token's heads together."""
+    mean_square = x.pow(2).mean((1, 3), keepdim=True)
+    return norm.weight * x * torch.rsqrt(mean_square + norm.eps)
+
+
+def norm_after_rotation(patch, ours):
+    project(lambda layer, q, k, v: (q, k, v))(patch, ours)
+    real, layers = rope.apply_rotary, iter([])
+
+    def rotate(x, cos, sin):
+        nonlocal layers
+        norm = next(layers, None)
+        if norm is None:
+            parts = [layer.self_attn for layer in ours.model.layers]
+            layers = iter([norm for a in parts for norm in (a.q_norm, a.k_norm)])
+            norm = next(layers)
+        return norm(real(x, cos, sin))
+
+    patch.setattr(attention, "apply_rotary", rotate)
+
+
+def each_layer(change):
+    def mutate(patch, ours):
+        for layer in ours.model.layers:
+            change(layer.self_attn)
+
+    return mutate
+
+
+def small_eps(layer):
+    layer.q_norm.eps = layer.k_norm.eps = 1e-6
+
+
+def swapped_scales(layer):
+    layer.q_norm, layer.k_norm = layer.k_norm, layer.q_norm
+
+
+def scale_of_queries(layer):
+    layer.k_norm = layer.q_norm
+
+
+QWEN3_MUTANTS = {
+    "no norms": project(lambda layer, q, k, v: (q, k, v)),
+    "no norm of keys": project(lambda layer, q, k, v: (layer.q_norm(q), k, v)),
+    "no norm of queries": project(lambda layer, q, k, v: (q, layer.k_norm(k), v)),
+    "values too": project(
+        lambda layer, q, k, v: (layer.q_norm(q), layer.k_norm(k), layer.k_norm(v))
+    ),
+    "over all heads at once": project(
+        lambda layer, q, k, v: (
+            over_all_heads(layer.q_norm, q),
+            over_all_heads(layer.k_norm, k),
+            v,
+        )
+    ),
+    "after the rotation": norm_after_rotation,
+    "scales swapped": each_layer(swapped_scales),
+    "the scale of queries for keys": each_layer(scale_of_queries),
+    "a fixed eps": each_layer(small_eps),
+    "weight 1 + w": project(
+        lambda layer, q, k, v: (layer.q_norm(q) * 2, layer.k_norm(k) * 2, v)
+    ),
+}
+
+
+def speeds(change):
+    """Replace the kept share and the speeds of Llama 3's rotation."""
+
+    def changed(self, device=None):
+        plain = rope.RotaryEmbedding.inverse_frequencies(self, device)
+        turns = self.original_length * plain / (2 * math.pi)
+        return change(self, plain, turns)
+
+    return replace(rope.Llama3RotaryEmbedding, "inverse_frequencies", changed)
+
+
+def blend(self, plain, turns, low=None, high=None):
+    low, high = low or self.low, high or self.high
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * plain / self.factor + kept * plain
+
+
+LLAMA3_MUTANTS = {
+    "not slowed down": speeds(lambda self, plain, turns: plain),
+    "fast pairs too": speeds(lambda self, plain, turns: plain / self.factor),
+    "fast pairs only": speeds(
+        lambda self, plain, turns: torch.where(turns > self.high, plain / 8, plain)
+    ),
+    "no blend": speeds(
+        lambda self, plain, turns: torch.where(turns < self.high, plain / 8, plain)
+    ),
+    "blend kept": speeds(
+        lambda self, plain, turns: torch.where(turns < self.low, plain / 8, plain)
+    ),
+    "turns of the new length": speeds(
+        lambda self, plain, turns: blend(self, plain, turns * self.factor)
+    ),
+    "radians for turns": speeds(
+        lambda self, plain, turns: blend(self, plain, turns * 2 * math.pi)
+    ),
+    "another end of the blend": speeds(
+        lambda self, plain, turns: blend(self, plain, turns, high=3.0)
+    ),
+    "scores sharpened": lambda patch, ours: setattr(
+        ours.model.rotary_emb, "attention_scale", 0.1 * math.log(8) + 1
+    ),
+}
+OF_SHAPE = {"plain": MUTANTS, "Qwen3": QWEN3_MUTANTS, "Llama 3": LLAMA3_MUTANTS}
+
+
 @pytest.mark.mutant
-@pytest.mark.parametrize("mutant", MUTANTS)
-def test_mutant_is_killed(mutant, monkeypatch, record_property):
-    ours, theirs = pair(torch.float64)
+@pytest.mark.parametrize(
+    "shape, mutant", [(shape, name) for shape in OF_SHAPE for name in OF_SHAPE[shape]]
+)
+def test_mutant_is_killed(shape, mutant, monkeypatch, record_property):
+    ours, theirs = pair(torch.float64, **SHAPES[shape])
     theirs.set_attn_implementation(
         "eager"
     )  # the reference must not run through a patched function
@@ -316,7 +483,7 @@ def test_mutant_is_killed(mutant, monkeypatch, record_property):
         layer.mlp.act_fn = SiLU()
     assert disagreement(ours, theirs) < BOUND[torch.float64]
     ours.zero_grad(), theirs.zero_grad()
-    MUTANTS[mutant](monkeypatch, ours)
+    OF_SHAPE[shape][mutant](monkeypatch, ours)
     found = distances(ours, theirs)
     record_property("mutant", (mutant, found))  # conftest.py prints the table
     assert max(found.values()) > 100 * BOUND[torch.float64]

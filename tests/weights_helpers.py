@@ -1,16 +1,27 @@
 """Small models, their files as others write them, and the lines of refusals."""
 
 import json
+import math
 import shutil
 import struct
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from book import scramble_
 from helpers import ROOT
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from qwen_analog.config import QwenConfig
 from qwen_analog.gguf import load_gguf
@@ -81,6 +92,16 @@ SIZES = dict(
 )
 
 
+QWEN3 = dict(qk_norm=True, attention_bias=False, head_dim=20)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
 def small(**changes) -> QwenForCausalLM:
     config = QwenConfig(**{**SIZES, "rope_theta": 1e4, **changes})
     return scramble_(QwenForCausalLM(config)).eval()
@@ -106,8 +127,12 @@ def theirs(
     """A directory as transformers writes it, its model returned."""
     config_class, model_class = {
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
         "llama": (LlamaConfig, LlamaForCausalLM),
+        "mistral": (MistralConfig, MistralForCausalLM),
     }[kind]
+    if kind == "mistral":
+        changes = {"sliding_window": None, **changes}
     config = config_class(
         **{
             **SIZES,
@@ -137,6 +162,23 @@ def one_line(error) -> str:
     return message
 
 
+def rope_factors(config: QwenConfig) -> list[float]:
+    """What llama.cpp's converter writes for Llama 3's scaling, pair by pair."""
+    scaling, factors = config.rope_scaling, []
+    factor, length = scaling["factor"], scaling["original_max_position_embeddings"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    for i in range(0, config.head_dim, 2):
+        wavelength = 2 * math.pi * config.rope_theta ** (i / config.head_dim)
+        if wavelength < length / high:
+            factors.append(1.0)
+        elif wavelength > length / low:
+            factors.append(factor)
+        else:
+            smooth = (length / wavelength - low) / (high - low)
+            factors.append(1 / ((1 - smooth) / factor + smooth))
+    return factors
+
+
 def write_gguf(
     path: Path,
     model: QwenForCausalLM,
@@ -148,7 +190,8 @@ def write_gguf(
 
     `quantise` is a type for all matrices, or gives one for a matrix's name.
     """
-    kind, config = "qwen2" if model.config.attention_bias else "llama", model.config
+    config = model.config
+    kind = "qwen3" if config.qk_norm else "qwen2" if config.attention_bias else "llama"
     writer = gguf.GGUFWriter(path, changes.get("architecture", kind))
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -158,6 +201,8 @@ def write_gguf(
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
     for key, value in changes.get("extra", {}).items():
         writer.add_key_value(
             f"{kind}.{key}",
@@ -194,9 +239,13 @@ def write_gguf(
     writer.add_int32("general.sampling.top_k", 9)
     writer.add_chat_template(QWEN_CHAT_TEMPLATE)
     known = gguf.get_tensor_name_map(
-        gguf.MODEL_ARCH.QWEN2 if kind == "qwen2" else gguf.MODEL_ARCH.LLAMA,
-        config.num_hidden_layers,
+        gguf.MODEL_ARCH[kind.upper()], config.num_hidden_layers
     )
+    factors = changes.get("factors")
+    if config.rope_scaling is not None:
+        factors = rope_factors(config)
+    if factors is not None:
+        writer.add_tensor("rope_freqs.weight", np.array(factors, dtype=np.float32))
     for name, weight in model.state_dict().items():
         if (
             name == "lm_head.weight"

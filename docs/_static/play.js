@@ -511,9 +511,10 @@ play.parameterCounts = function (c) {
     c.num_key_value_heads * c.head_dim,
   ];
   const [V, D, L] = [c.vocab_size, c.hidden_size, c.num_hidden_layers];
+  const small = (c.attention_bias ? q + 2 * kv : 0) + (c.qk_norm ? 2 * c.head_dim : 0);
   return {
     embedding: V * D,
-    attention: L * (2 * D * q + 2 * D * kv + (c.attention_bias ? q + 2 * kv : 0)),
+    attention: L * (2 * D * q + 2 * D * kv + small),
     mlp: L * 3 * D * c.intermediate_size,
     norms: (2 * L + 1) * D,
     lm_head: c.tie_word_embeddings ? 0 : V * D,
@@ -549,6 +550,12 @@ play.savedActivations = function (c, s, precision, mode) {
     "inputs of gate, up": mlpCasts * N * D * size,
     "silu, product": 2 * N * F * size,
   };
+  if (c.qk_norm) {
+    const name = size === 4 ? "q, k before rotation" : "norms of q, k: inputs";
+    kept[name] = N * (H + K) * h * 4;
+    kept["norms of q, k: 1 / rms"] = N * (H + K) * 4;
+    kept["norms of q, k: normalised"] = qk;
+  }
   if (s.document_masks) {
     kept["attention mask"] = s.batch_size * s.sequence_length ** 2 * size;
   }

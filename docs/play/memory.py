@@ -19,7 +19,7 @@ from qwen_analog.optim import PIECE_SIZE
 HERE = Path(__file__).resolve().parent
 FIELDS = (
     "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads"
-    " head_dim intermediate_size tie_word_embeddings attention_bias"
+    " head_dim intermediate_size tie_word_embeddings attention_bias qk_norm"
 ).split()
 
 

@@ -1,0 +1,111 @@
+"""Train small models that differ in one of Qwen3's changes each, and write their losses
+and largest attention scores to qwen3.json, which a chapter reads.
+
+    python benchmarks/qwen3.py
+"""
+
+import json
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+from torch import nn
+
+from qwen_analog import QwenConfig, QwenForCausalLM
+from qwen_analog.rope import apply_rotary
+
+BASE = dict(
+    vocab_size=256,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=128,
+    max_position_embeddings=64,
+    rope_theta=1e4,
+    initializer_range=0.1,
+    tie_word_embeddings=False,
+)
+ARMS = {
+    "biases": dict(attention_bias=True),
+    "neither": dict(attention_bias=False),
+    "norms": dict(attention_bias=False, qk_norm=True),
+    "norms and biases": dict(attention_bias=True, qk_norm=True),
+    # twice the head_dim; F is smaller by what attention is larger
+    "wide heads": dict(
+        attention_bias=False, qk_norm=True, head_dim=32, intermediate_size=64
+    ),
+    # one matrix for embedding and head; F is larger by what is saved
+    "tied": dict(
+        attention_bias=False,
+        qk_norm=True,
+        tie_word_embeddings=True,
+        intermediate_size=171,
+    ),
+}
+RATES, SEEDS, STEPS = (3e-3, 1e-2, 3e-2), 4, 200
+TEXT = torch.tensor(list("\n".join(topics[key] for key in sorted(topics)).encode()))
+TRAINING, HELD_OUT = TEXT[:-16_384], TEXT[-16_384:].view(-1, 64)
+
+
+@torch.no_grad()
+def largest_score(model: QwenForCausalLM, ids: torch.Tensor) -> float:
+    """Return the largest |q k| / sqrt(h) of all heads that the mask lets through."""
+    found = []
+    x = model.model.embed_tokens(ids)
+    cos, sin = model.model.rotary_emb(torch.arange(ids.shape[1])[None], x.dtype)
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        q, k, _ = attention.project(layer.input_layernorm(x))
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        scores = q @ k.mT / attention.head_dim**0.5  # [B, H, T, T]
+        found.append(scores.tril().abs().max().item())
+        x = layer(x, cos, sin)
+    return max(found)
+
+
+def run(seed: int, rate: float, **changes) -> dict:
+    """Train one model; return its loss on held-out text and its scores on the way."""
+    torch.manual_seed(seed)
+    model = QwenForCausalLM(QwenConfig(**{**BASE, **changes}))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0
+    )
+    scores = [largest_score(model, HELD_OUT[:16])]
+    for step in range(STEPS):
+        starts = torch.randint(len(TRAINING) - 64, (16,))
+        window = TRAINING[starts[:, None] + torch.arange(65)]  # [B, T + 1]
+        optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / 20)
+        loss = model(window[:, :-1], targets=window[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 20 == 19:
+            scores.append(largest_score(model, HELD_OUT[:16]))
+    with torch.no_grad():
+        loss = model(HELD_OUT[:, :-1], targets=HELD_OUT[:, 1:]).item()
+    return {
+        "loss": round(loss, 4),
+        "scores": [round(score, 2) for score in scores],
+        "weights": model.count_parameters(),
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    runs = []
+    for rate in RATES:
+        for arm, changes in ARMS.items():
+            for seed in range(SEEDS):
+                found = run(seed, rate, **changes)
+                runs.append({"arm": arm, "rate": rate, "seed": seed, **found})
+                print(runs[-1]["arm"], rate, seed, found["loss"], flush=True)
+    target = Path(__file__).with_name("qwen3.json")
+    lines = ",\n ".join(json.dumps(row) for row in runs)
+    target.write_text(f"[\n {lines}\n]\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
