@@ -312,6 +312,12 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         help="compiled training steps as well, where there is a C++ compiler"
         f" {default}",
     )
+    add(
+        "--only",
+        nargs="+",
+        metavar="WORD",
+        help="leave out those whose names hold none of these words",
+    )
     add("--output", metavar="FILE", help="write all that was measured as JSON")
     add("--plot", metavar="FILE", help="draw a roofline (.png, .svg or .pdf)")
 

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['LARGE', 'BYTES', 'ALLOWED', 'RATE', 'wait', 'alternating', 'fastest', 'read_bandwidth', 'product_speed',
            'vector_bandwidth', 'Work', 'draw_roofline', 'decode_work', 'prefill_work', 'train_work', 'off_by', 'Place',
-           'drawn_model', 'write_model', 'Writer', 'open_ours', 'open_transformers', 'open_ctranslate2', 'litgpt_model',
-           'open_litgpt', 'writers_for', 'opened', 'refused_writers', 'train_ours', 'step_of', 'train_transformers',
-           'train_litgpt', 'trainers_for', 'refused_trainers', 'alone', 'model_shapes', 'measure_ceilings',
-           'device_name', 'open_given', 'Bench', 'bench_writers', 'bench_trainers', 'bench_starts', 'measure',
-           'as_table', 'run']
+           'drawn_model', 'write_model', 'Writer', 'open_ours', 'hugging_face_model', 'open_transformers',
+           'open_ctranslate2', 'litgpt_model', 'open_litgpt', 'chosen', 'writers_for', 'opened', 'compared_writers',
+           'train_ours', 'step_of', 'train_transformers', 'train_litgpt', 'trainers_for', 'compared_trainers', 'alone',
+           'model_shapes', 'measure_ceilings', 'device_name', 'open_given', 'Bench', 'bench_writers', 'bench_trainers',
+           'bench_starts', 'measure', 'as_table', 'run']
 
 # %% ../chapters/B37_speed.ipynb #cell-005
 import argparse
@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .arguments import need, one_line
+from .arguments import default_model, need, one_line
 from .checkpoint import hf_config
 from .config import QwenConfig, parameter_counts
 from .distributed import DistributedContext
@@ -260,11 +260,17 @@ def open_ours(place: Place, form: str | None = None) -> Writer:
     return Writer(quantize or str(place.dtype)[6:], model, read, write)
 
 
+def hugging_face_model(place: Place, dtype: torch.dtype) -> Any:
+    """Return Hugging Face's model, on the CPU."""
+    library = need("transformers")
+    library.utils.logging.disable_progress_bar()
+    auto = library.AutoModelForCausalLM
+    return auto.from_pretrained(place.folder / "model", dtype=dtype)
+
+
 def open_transformers(place: Place) -> Writer:
     """Open Hugging Face's model."""
-    auto = need("transformers").AutoModelForCausalLM
-    model = auto.from_pretrained(place.folder / "model", dtype=place.dtype)
-    model = model.to(place.device).eval()
+    model = hugging_face_model(place, place.dtype).to(place.device).eval()
 
     def write(ids: torch.Tensor, n: int) -> torch.Tensor:
         seen = torch.ones_like(ids)
@@ -286,8 +292,7 @@ def _convert(place: Place, form: str) -> Path:
     if folder.exists():
         return folder
     loaders = importlib.import_module("ctranslate2.converters.transformers")
-    auto = need("transformers").AutoModelForCausalLM
-    model = auto.from_pretrained(place.folder / "model", dtype=torch.float32)
+    model = hugging_face_model(place, torch.float32)
     qwen = model.config.model_type == "qwen2"
     loader = loaders.Qwen2Loader() if qwen else loaders.LlamaLoader()
     with torch.no_grad():
@@ -401,6 +406,16 @@ def open_litgpt(place: Place) -> Writer:
     return Writer(str(place.dtype)[6:], model, model, write)
 
 # %% ../chapters/B37_speed.ipynb #cell-063
+def chosen(openers: dict[str, Callable], words: list[str] | None) -> dict:
+    """Return those whose names hold one of the words; all, where none are given."""
+    if words is None:
+        return openers
+    found = {n: o for n, o in openers.items() if any(word in n for word in words)}
+    if not found:
+        raise ValueError(f"--only {' '.join(words)}: there are {', '.join(openers)}")
+    return found
+
+
 def writers_for(dtype: torch.dtype) -> dict[str, Callable[[Place], Writer]]:
     """Return how to open each model that is compared, by the name it is shown by."""
     found: dict[str, Callable] = {
@@ -428,15 +443,16 @@ def opened(openers: dict[str, Callable], *arguments) -> tuple[dict, dict[str, st
     return found, left_out
 
 # %% ../chapters/B37_speed.ipynb #cell-064
-def refused_writers(writers: dict[str, Writer], ids: torch.Tensor) -> dict[str, dict]:
+def compared_writers(writers: dict[str, Writer], ids: torch.Tensor) -> dict[str, dict]:
     """Compare all logits with those of the first; say how far each is off.
 
     "off" is relative to the size of the first's, "allowed" depends on the weights.
     """
-    expected = next(iter(writers.values())).logits(ids)
-    found = {}
+    found, expected = {}, None
     for name, writer in writers.items():
-        off, allowed = off_by(writer.logits(ids), expected), ALLOWED[writer.form]
+        logits = writer.logits(ids)
+        expected = logits if expected is None else expected
+        off, allowed = off_by(logits, expected), ALLOWED[writer.form]
         found[name] = {"off": off, "allowed": allowed, "refused": not off <= allowed}
     return found
 
@@ -492,9 +508,7 @@ def train_transformers(
     place: Place, batch: dict, precision: str, compiled: bool
 ) -> Callable:
     """Return a training step of Hugging Face's model."""
-    auto = need("transformers").AutoModelForCausalLM
-    model = auto.from_pretrained(place.folder / "model", dtype=torch.float32)
-    model = model.to(place.device)
+    model = hugging_face_model(place, torch.float32).to(place.device)
     run = torch.compile(model) if compiled else model
 
     def loss_of(ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -532,10 +546,10 @@ def trainers_for(dtype: torch.dtype, compiled: bool) -> dict[str, Callable]:
     }
 
 # %% ../chapters/B37_speed.ipynb #cell-069
-def refused_trainers(steps: dict[str, Callable]) -> dict[str, dict]:
+def compared_trainers(steps: dict[str, Callable]) -> dict[str, dict]:
     """Take three steps with each and compare their losses with the first one's."""
     losses = {name: [step() for _ in range(3)] for name, step in steps.items()}
-    expected = next(iter(losses.values()))
+    expected = next(iter(losses.values()), [])
     found = {}
     for name, own in losses.items():
         off = max(abs(a / b - 1) for a, b in zip(own, expected))
@@ -553,6 +567,7 @@ def _first_work(
         opener(place).write(ids, 1)
     wait(place.device)
     sender.send(peak_memory(place.device))
+    sender.close()
 
 
 def alone(place: Place, opener: Callable, ids: torch.Tensor) -> dict:
@@ -617,15 +632,20 @@ def device_name(device: torch.device) -> str:
 
 def open_given(arguments: argparse.Namespace) -> QwenForCausalLM:
     """Return the model that the flags name: a source's, or one with random weights."""
-    if arguments.model:
-        return open_source(arguments.model, "cpu", getattr(torch, arguments.dtype))[0]
+    flags = ("model", "preset", "config")
+    given = [f"--{flag}" for flag in flags if getattr(arguments, flag)]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} name several models: choose one")
+    if arguments.preset:
+        return drawn_model(QwenConfig.from_preset(arguments.preset))
     if arguments.config:
         values = read_json(Path(arguments.config))
         try:
             return drawn_model(QwenConfig.from_dict(values))
         except ValueError as error:
             raise ValueError(f"{arguments.config}: {error}") from None
-    return drawn_model(QwenConfig.from_preset(arguments.preset))
+    source = arguments.model or default_model()
+    return open_source(source, "cpu", getattr(torch, arguments.dtype))[0]
 
 # %% ../chapters/B37_speed.ipynb #cell-076
 class Bench:
@@ -670,22 +690,24 @@ class Bench:
 
     def add(self, work: str, rows: int, seconds: dict, least: dict, per: int) -> None:
         """Add a case for each that was timed: `per` tokens in each of its `seconds`."""
-        middle = {name: statistics.median(values) for name, values in seconds.items()}
-        others = [name for name in middle if not name.startswith("qwen_analog")]
-        best = min((middle[name] for name in others), default=None)
-        for name, value in middle.items():
-            need_, limit = least[name]
+        others = [name for name in seconds if not name.startswith("qwen_analog")]
+        for name, values in seconds.items():
+            value, (asked, limit) = statistics.median(values), least[name]
+            ratios = {
+                other: statistics.median(b / a for a, b in zip(values, seconds[other]))
+                for other in others
+            }
             self.cases.append(
                 {
                     "work": work,
                     "rows": rows,
                     "who": name,
                     "seconds": value,
-                    "all_seconds": seconds[name],
+                    "all_seconds": values,
                     "tokens_per_second": per / value,
-                    "of_best_other": best and best / value,
-                    "flops": need_.flops,
-                    "bytes": need_.bytes,
+                    "times_as_fast_as": ratios,
+                    "flops": asked.flops,
+                    "bytes": asked.bytes,
                     "of_limit": limit / value,
                 }
             )
@@ -695,12 +717,13 @@ class Bench:
 def bench_writers(bench: Bench) -> None:
     """Time the reading of prompts and the writing of tokens."""
     given, place, n = bench.arguments, bench.place, bench.arguments.new_tokens
-    writers, left_out = opened(writers_for(place.dtype), place)
+    openers = chosen(writers_for(place.dtype), given.only)
+    writers, left_out = opened(openers, place)
     bench.left_out |= left_out
-    checks = refused_writers(writers, bench.ids(2)[:, :32])
+    checks = compared_writers(writers, bench.ids(2)[:, :32])
     texts = {name: w.write(bench.ids(1)[:, :32], 16) for name, w in writers.items()}
-    first = next(iter(texts.values())).cpu()
     for name, text in texts.items():
+        first = next(iter(texts.values())).cpu()
         equal = (text.cpu() == first).long().cumprod(dim=1).sum().item()
         checks[name]["equal_tokens"] = f"{equal} of {first.numel()}"
     writers = bench.passed(writers, checks, "logits")
@@ -743,10 +766,10 @@ def bench_trainers(bench: Bench) -> None:
     for rows in given.batch:
         ids = bench.ids(rows, 1)
         batch = {"input_ids": ids[:, :-1], "targets": ids[:, 1:]}
-        openers = trainers_for(place.dtype, compiled)
+        openers = chosen(trainers_for(place.dtype, compiled), given.only)
         steps, left_out = opened(openers, place, batch)
         bench.left_out |= left_out
-        steps = bench.passed(steps, refused_trainers(steps), f"losses, {rows} rows")
+        steps = bench.passed(steps, compared_trainers(steps), f"losses, {rows} rows")
         seconds = alternating(steps, given.repeats, place.device)
         least = {}
         for name in steps:
@@ -759,7 +782,8 @@ def bench_trainers(bench: Bench) -> None:
 
 def bench_starts(bench: Bench) -> None:
     """Let each that writes begin in a process of its own."""
-    for name, opener in writers_for(bench.place.dtype).items():
+    openers = chosen(writers_for(bench.place.dtype), bench.arguments.only)
+    for name, opener in openers.items():
         if name not in bench.left_out:
             found = alone(bench.place, opener, bench.ids(1))
             bench.cases.append({"work": "start", "rows": 1, "who": name, **found})
@@ -841,19 +865,21 @@ def as_table(found: dict) -> str:
 
 def _heading(work: str, rows: int) -> str:
     if work == "start":
-        return f"{'start':28} {'seconds':>10} {'peak MB':>9}"
-    title = f"{work}, {rows} row{'s' * (rows > 1)}"
-    return f"{title:28} {'tokens/s':>10} {'x others':>9} {'of limit':>9}"
+        return f"{'start':30} {'seconds':>10} {'peak MB':>9}"
+    title, times = f"{work}, {rows} row{'s' * (rows > 1)}", "x transformers"
+    return f"{title:30} {'tokens/s':>10} {times} {'x others':>9} {'of limit':>9}"
 
 
 def _case_line(case: dict) -> str:
     if case["work"] == "start":
         peak = case["peak_bytes"] / 1e6
-        return f"  {case['who']:26} {case['seconds']:10.1f} {peak:9,.0f}"
-    other = case["of_best_other"]
-    times = f"{other:9.2f}" if other else " " * 9
+        return f"  {case['who']:28} {case['seconds']:10.1f} {peak:9,.0f}"
+    ratios = case["times_as_fast_as"]
+    theirs = [ratio for name, ratio in ratios.items() if "transformers" in name]
+    times = [f"{min(r):.2f}" if r else "" for r in (theirs, ratios.values())]
     speed = f"{case['tokens_per_second']:10,.1f}"
-    return f"  {case['who']:26} {speed} {times} {case['of_limit']:9.0%}"
+    who, part = case["who"], case["of_limit"]
+    return f"  {who:28} {speed} {times[0]:>14} {times[1]:>9} {part:9.0%}"
 
 # %% ../chapters/B37_speed.ipynb #cell-082
 def run(arguments: argparse.Namespace) -> None:
