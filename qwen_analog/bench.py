@@ -194,7 +194,7 @@ def train_work(config: QwenConfig, rows: int, tokens: int, precision: str) -> Wo
     return Work(flops, (3 * computed + 7 * stored) * weights)
 
 # %% ../chapters/B37_speed.ipynb #cell-025
-ALLOWED = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.15, "int4": 0.5}
+ALLOWED = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.3, "int4": 0.5}
 
 
 def off_by(logits: torch.Tensor, expected: torch.Tensor) -> float:
@@ -765,7 +765,7 @@ def bench_trainers(bench: Bench) -> None:
     compiled = given.compile and shutil.which("c++") is not None
     for rows in given.batch:
         ids = bench.ids(rows, 1)
-        batch = {"input_ids": ids[:, :-1], "targets": ids[:, 1:]}
+        batch = {"input_ids": ids[:, :-1], "targets": ids[:, 1:].contiguous()}
         openers = chosen(trainers_for(place.dtype, compiled), given.only)
         steps, left_out = opened(openers, place, batch)
         bench.left_out |= left_out

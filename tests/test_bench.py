@@ -98,8 +98,8 @@ def test_wrong_logits_are_refused_by_name_and_not_timed(name, monkeypatch, capsy
     right = module.writers_for
 
     def writers_for(dtype):
-        def wrong(place, opener=right(dtype)[name]):
-            writer = opener(place)
+        def wrong(place):
+            writer = right(dtype)[name](place)
             return writer._replace(logits=lambda ids: writer.logits(ids.flip(1)))
 
         return {**right(dtype), name: wrong}
