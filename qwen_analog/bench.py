@@ -241,7 +241,7 @@ class Writer(NamedTuple):
     read: Callable[[torch.Tensor], object]
     write: Callable[[torch.Tensor, int], torch.Tensor]  # [B, T], n -> [B, n]
 
-
+# %% ../chapters/B37_speed.ipynb #cell-058
 def open_ours(place: Place, form: str | None = None) -> Writer:
     """Open this package's model, plain, "laid out", or quantized."""
     model = open_source(place.folder / "model", place.device, place.dtype)[0].eval()
@@ -255,11 +255,11 @@ def open_ours(place: Place, form: str | None = None) -> Writer:
 
     def write(ids: torch.Tensor, n: int) -> torch.Tensor:
         row = model.generate(ids, n, temperature=0, eos_token_id=[])
-        return row[:, ids.shape[1] :]
+        return torch.as_tensor(row)[:, ids.shape[1] :]
 
     return Writer(quantize or str(place.dtype)[6:], model, read, write)
 
-
+# %% ../chapters/B37_speed.ipynb #cell-059
 def hugging_face_model(place: Place, dtype: torch.dtype) -> Any:
     """Return Hugging Face's model, on the CPU."""
     library = need("transformers")
@@ -267,7 +267,7 @@ def hugging_face_model(place: Place, dtype: torch.dtype) -> Any:
     auto = library.AutoModelForCausalLM
     return auto.from_pretrained(place.folder / "model", dtype=dtype)
 
-
+# %% ../chapters/B37_speed.ipynb #cell-060
 def open_transformers(place: Place) -> Writer:
     """Open Hugging Face's model."""
     model = hugging_face_model(place, place.dtype).to(place.device).eval()
@@ -285,7 +285,7 @@ def open_transformers(place: Place) -> Writer:
         write,
     )
 
-# %% ../chapters/B37_speed.ipynb #cell-059
+# %% ../chapters/B37_speed.ipynb #cell-062
 def _convert(place: Place, form: str) -> Path:
     """Write the model as CTranslate2 reads it, once; return the directory."""
     folder = place.folder / f"ctranslate2-{form}"
@@ -306,7 +306,7 @@ def _convert(place: Place, form: str) -> Path:
     spec.save(str(folder))
     return folder
 
-
+# %% ../chapters/B37_speed.ipynb #cell-063
 def open_ctranslate2(place: Place, form: str) -> Writer:
     """Open OpenNMT's runtime for Transformers."""
     runtime = need("ctranslate2")
@@ -332,13 +332,21 @@ def open_ctranslate2(place: Place, form: str) -> Writer:
 
     return Writer(form, logits, lambda ids: write(ids, 1), write)
 
-# %% ../chapters/B37_speed.ipynb #cell-061
-def litgpt_model(place: Place, dtype: torch.dtype) -> nn.Module:
+# %% ../chapters/B37_speed.ipynb #cell-065
+def litgpt_model(place: Place, dtype: torch.dtype) -> Any:
     """Return litgpt's model with the weights that all open."""
     litgpt = need("litgpt")
     weights = load_file(place.folder / "model" / "model.safetensors")
-    c = QwenConfig.from_dict(read_json(place.folder / "shape.json"))
-    shape = litgpt.Config(
+    config = QwenConfig.from_dict(read_json(place.folder / "shape.json"))
+    model = litgpt.GPT(litgpt.Config(**_litgpt_shape(config)))
+    model.load_state_dict(_litgpt_names(weights, config.num_hidden_layers))
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.transformer.wte.weight
+    return model.to(place.device, dtype)
+
+
+def _litgpt_shape(c: QwenConfig) -> dict:
+    return dict(
         block_size=c.max_position_embeddings,
         vocab_size=c.vocab_size,
         padded_vocab_size=c.vocab_size,
@@ -357,11 +365,8 @@ def litgpt_model(place: Place, dtype: torch.dtype) -> nn.Module:
         norm_class_name="RMSNorm",
         mlp_class_name="LLaMAMLP",
     )
-    model = litgpt.GPT(shape)
-    model.load_state_dict(_litgpt_names(weights, c.num_hidden_layers))
-    return model.to(place.device, dtype)
 
-
+# %% ../chapters/B37_speed.ipynb #cell-066
 def _litgpt_names(weights: dict[str, torch.Tensor], layers: int) -> dict:
     """Return Hugging Face's weights under litgpt's names."""
     embedding = weights["model.embed_tokens.weight"]
@@ -387,7 +392,7 @@ def _litgpt_names(weights: dict[str, torch.Tensor], layers: int) -> dict:
                 found[f"{theirs}attn.qkv.{kind}"] = stacked
     return found
 
-
+# %% ../chapters/B37_speed.ipynb #cell-067
 def open_litgpt(place: Place) -> Writer:
     """Open Lightning's litgpt; its loop of writing, written out."""
     model = litgpt_model(place, place.dtype).eval()
@@ -405,7 +410,7 @@ def open_litgpt(place: Place) -> Writer:
 
     return Writer(str(place.dtype)[6:], model, model, write)
 
-# %% ../chapters/B37_speed.ipynb #cell-063
+# %% ../chapters/B37_speed.ipynb #cell-069
 def chosen(openers: dict[str, Callable], words: list[str] | None) -> dict:
     """Return those whose names hold one of the words; all, where none are given."""
     if words is None:
@@ -442,21 +447,23 @@ def opened(openers: dict[str, Callable], *arguments) -> tuple[dict, dict[str, st
             left_out[name] = one_line(error)[:300]
     return found, left_out
 
-# %% ../chapters/B37_speed.ipynb #cell-064
+# %% ../chapters/B37_speed.ipynb #cell-070
 def compared_writers(writers: dict[str, Writer], ids: torch.Tensor) -> dict[str, dict]:
-    """Compare all logits with those of the first; say how far each is off.
+    """Compare logits and greedy text of all with the first's; say how far each is off.
 
     "off" is relative to the size of the first's, "allowed" depends on the weights.
     """
-    found, expected = {}, None
+    found, first = {}, None
     for name, writer in writers.items():
-        logits = writer.logits(ids)
-        expected = logits if expected is None else expected
-        off, allowed = off_by(logits, expected), ALLOWED[writer.form]
+        logits, text = writer.logits(ids), writer.write(ids, 16).cpu()
+        first = first or (logits, text)
+        off, allowed = off_by(logits, first[0]), ALLOWED[writer.form]
+        same = (text == first[1]).long().cumprod(dim=1).sum().item()
         found[name] = {"off": off, "allowed": allowed, "refused": not off <= allowed}
+        found[name]["equal_tokens"] = f"{same} of {text.numel()}"
     return found
 
-# %% ../chapters/B37_speed.ipynb #cell-066
+# %% ../chapters/B37_speed.ipynb #cell-072
 RATE = 1e-3  # the learning rate of all
 
 
@@ -471,17 +478,14 @@ def train_ours(place: Place, batch: dict, precision: str, compiled: bool) -> Cal
     if compiled:
         compile_layers(model.train())
     B, T = batch["input_ids"].shape
-    config = TrainConfig(
-        model=model.config.to_dict(),
-        precision=precision,
-        activation_checkpointing="none",
-        sequence_length=T,
-        micro_batch_size=B,
-    )
+    values = {"model": model.config.to_dict(), "precision": precision}
+    values |= {"activation_checkpointing": "none"}
+    values |= {"sequence_length": T, "micro_batch_size": B}
+    config = TrainConfig.create(values)
     optimizers, context = build_optimizers(model.train(), RATE), DistributedContext()
     return lambda: train_step(model, optimizers, [batch], config, context).loss
 
-
+# %% ../chapters/B37_speed.ipynb #cell-073
 def step_of(
     model: nn.Module, loss_of: Callable, batch: dict, precision: str
 ) -> Callable[[], float]:
@@ -503,7 +507,7 @@ def step_of(
 
     return step
 
-# %% ../chapters/B37_speed.ipynb #cell-067
+# %% ../chapters/B37_speed.ipynb #cell-074
 def train_transformers(
     place: Place, batch: dict, precision: str, compiled: bool
 ) -> Callable:
@@ -516,13 +520,10 @@ def train_transformers(
 
     return step_of(model, loss_of, batch, precision)
 
-
+# %% ../chapters/B37_speed.ipynb #cell-075
 def train_litgpt(place: Place, batch: dict, precision: str, compiled: bool) -> Callable:
     """Return a training step of litgpt's model."""
     model = litgpt_model(place, torch.float32)
-    c = QwenConfig.from_dict(read_json(place.folder / "shape.json"))
-    if c.tie_word_embeddings:
-        model.lm_head.weight = model.transformer.wte.weight
     run = torch.compile(model) if compiled else model
 
     def loss_of(ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -545,7 +546,7 @@ def trainers_for(dtype: torch.dtype, compiled: bool) -> dict[str, Callable]:
         for how in ((False, True) if compiled else (False,))
     }
 
-# %% ../chapters/B37_speed.ipynb #cell-069
+# %% ../chapters/B37_speed.ipynb #cell-077
 def compared_trainers(steps: dict[str, Callable]) -> dict[str, dict]:
     """Take three steps with each and compare their losses with the first one's."""
     losses = {name: [step() for _ in range(3)] for name, step in steps.items()}
@@ -558,7 +559,7 @@ def compared_trainers(steps: dict[str, Callable]) -> dict[str, dict]:
         found[name]["losses"] = own
     return found
 
-# %% ../chapters/B37_speed.ipynb #cell-071
+# %% ../chapters/B37_speed.ipynb #cell-079
 def _first_work(
     sender, place: Place, opener: Callable, ids: torch.Tensor, threads: int
 ) -> None:
@@ -588,7 +589,7 @@ def alone(place: Place, opener: Callable, ids: torch.Tensor) -> dict:
     process.join()
     return {"seconds": seconds, "peak_bytes": peak}
 
-# %% ../chapters/B37_speed.ipynb #cell-073
+# %% ../chapters/B37_speed.ipynb #cell-081
 def model_shapes(config: QwenConfig) -> list[tuple[int, int]]:
     """Return [N, K] of the model's matrices, each shape once."""
     D, F_ = config.hidden_size, config.intermediate_size
@@ -615,7 +616,7 @@ def measure_ceilings(device: torch.device, config: QwenConfig, tokens: int) -> d
     read = max(read_bandwidth(device), *vectors.values())
     return {"read": read, "matmul": matmul, "matrix_vector": vectors}
 
-# %% ../chapters/B37_speed.ipynb #cell-075
+# %% ../chapters/B37_speed.ipynb #cell-083
 def device_name(device: torch.device) -> str:
     """Return what the maker calls the device."""
     if device.type == "cuda":
@@ -647,9 +648,9 @@ def open_given(arguments: argparse.Namespace) -> QwenForCausalLM:
     source = arguments.model or default_model()
     return open_source(source, "cpu", getattr(torch, arguments.dtype))[0]
 
-# %% ../chapters/B37_speed.ipynb #cell-076
+# %% ../chapters/B37_speed.ipynb #cell-084
 class Bench:
-    """The cases of one run, as they are measured."""
+    """One run: what was asked for, and what has been measured."""
 
     def __init__(self, arguments: argparse.Namespace, folder: Path):
         self.arguments = arguments
@@ -657,10 +658,10 @@ class Bench:
         self.place = Place(folder, device, getattr(torch, arguments.dtype))
         model = open_given(arguments)
         self.config = model.config
-        longest = arguments.prompt_tokens + arguments.new_tokens + 1
-        if longest > self.config.max_position_embeddings:
+        needed = arguments.prompt_tokens + arguments.new_tokens + 1
+        if needed > self.config.max_position_embeddings:
             raise ValueError(
-                f"--prompt-tokens and --new-tokens need {longest:,} positions, and the"
+                f"--prompt-tokens and --new-tokens need {needed:,} positions, and the"
                 f" model has {self.config.max_position_embeddings:,}"
             )
         write_model(model, self.place)
@@ -677,42 +678,39 @@ class Bench:
         ids = torch.randint(self.config.vocab_size, shape, generator=generator)
         return ids.to(self.place.device)
 
-    def passed(self, opened_: dict, checks: dict[str, dict], what: str) -> dict:
-        """Keep the checks; return those that may be timed."""
-        self.checks |= {f"{what}: {name}": check for name, check in checks.items()}
-        return {name: x for name, x in opened_.items() if not checks[name]["refused"]}
-
     def limit(self, work: Work, form: str) -> float:
         """Return the least seconds of a piece of work on this machine."""
         dtype = "float32" if form in ("float32", "fp32") else "bfloat16"
         flops = max(self.ceilings["matmul"][dtype].values())
         return work.seconds(flops, self.ceilings["read"])
 
-    def add(self, work: str, rows: int, seconds: dict, least: dict, per: int) -> None:
-        """Add a case for each that was timed: `per` tokens in each of its `seconds`."""
-        others = [name for name in seconds if not name.startswith("qwen_analog")]
-        for name, values in seconds.items():
-            value, (asked, limit) = statistics.median(values), least[name]
-            ratios = {
-                other: statistics.median(b / a for a, b in zip(values, seconds[other]))
-                for other in others
-            }
-            self.cases.append(
-                {
-                    "work": work,
-                    "rows": rows,
-                    "who": name,
-                    "seconds": value,
-                    "all_seconds": values,
-                    "tokens_per_second": per / value,
-                    "times_as_fast_as": ratios,
-                    "flops": asked.flops,
-                    "bytes": asked.bytes,
-                    "of_limit": limit / value,
-                }
-            )
+# %% ../chapters/B37_speed.ipynb #cell-085
+def _passed(bench: Bench, found: dict, checks: dict[str, dict], what: str) -> dict:
+    """Keep the checks; return those that may be timed."""
+    bench.checks |= {f"{what}: {name}": check for name, check in checks.items()}
+    return {name: x for name, x in found.items() if not checks[name]["refused"]}
 
-# %% ../chapters/B37_speed.ipynb #cell-078
+
+def _add_cases(
+    bench: Bench, work: str, rows: int, tokens: int, seconds: dict, asked: dict
+) -> None:
+    """Add a case for each that was timed: `tokens` in each of its `seconds`.
+
+    `asked` gives the work of each, and the form of its weights.
+    """
+    others = [name for name in seconds if not name.startswith("qwen_analog")]
+    for name, values in seconds.items():
+        value, (need_, form) = statistics.median(values), asked[name]
+        ratios = {
+            other: statistics.median(b / a for a, b in zip(values, seconds[other]))
+            for other in others
+        }
+        case = {"work": work, "rows": rows, "who": name, "seconds": value}
+        case |= {"all_seconds": values, "tokens_per_second": tokens / value}
+        case |= {"times_as_fast_as": ratios, **need_._asdict()}
+        bench.cases.append({**case, "of_limit": bench.limit(need_, form) / value})
+
+# %% ../chapters/B37_speed.ipynb #cell-087
 @torch.no_grad()
 def bench_writers(bench: Bench) -> None:
     """Time the reading of prompts and the writing of tokens."""
@@ -721,12 +719,7 @@ def bench_writers(bench: Bench) -> None:
     writers, left_out = opened(openers, place)
     bench.left_out |= left_out
     checks = compared_writers(writers, bench.ids(2)[:, :32])
-    texts = {name: w.write(bench.ids(1)[:, :32], 16) for name, w in writers.items()}
-    for name, text in texts.items():
-        first = next(iter(texts.values())).cpu()
-        equal = (text.cpu() == first).long().cumprod(dim=1).sum().item()
-        checks[name]["equal_tokens"] = f"{equal} of {first.numel()}"
-    writers = bench.passed(writers, checks, "logits")
+    writers = _passed(bench, writers, checks, "logits")
     for rows in given.batch:
         ids = bench.ids(rows)
         calls: dict[str, Callable] = {}
@@ -739,7 +732,7 @@ def bench_writers(bench: Bench) -> None:
         seconds = alternating(calls, given.repeats, place.device)
         _add_written(bench, writers, rows, seconds)
 
-
+# %% ../chapters/B37_speed.ipynb #cell-088
 def _add_written(bench: Bench, writers: dict, rows: int, seconds: dict) -> None:
     given, n = bench.arguments, bench.arguments.new_tokens
     T = given.prompt_tokens
@@ -749,16 +742,16 @@ def _add_written(bench: Bench, writers: dict, rows: int, seconds: dict) -> None:
         if "prefill" in given.work:
             prefill[name] = seconds[f"prefill {name}"]
             work = prefill_work(bench.config, rows, T, BYTES[w.form])
-            reads[name] = work, bench.limit(work, w.form)
+            reads[name] = work, w.form
         if "decode" in given.work:
             first = min(seconds[f"first {name}"])  # one that was disturbed is longer
             decode[name] = [(many - first) / n for many in seconds[f"decode {name}"]]
             work = decode_work(bench.config, rows, T + n // 2, BYTES[w.form], cached)
-            steps[name] = work, bench.limit(work, w.form)
-    bench.add("prefill", rows, prefill, reads, rows * T)
-    bench.add("decode", rows, decode, steps, rows)
+            steps[name] = work, w.form
+    _add_cases(bench, "prefill", rows, rows * T, prefill, reads)
+    _add_cases(bench, "decode", rows, rows, decode, steps)
 
-# %% ../chapters/B37_speed.ipynb #cell-079
+# %% ../chapters/B37_speed.ipynb #cell-089
 def bench_trainers(bench: Bench) -> None:
     """Time the training step."""
     given, place = bench.arguments, bench.place
@@ -769,15 +762,13 @@ def bench_trainers(bench: Bench) -> None:
         openers = chosen(trainers_for(place.dtype, compiled), given.only)
         steps, left_out = opened(openers, place, batch)
         bench.left_out |= left_out
-        steps = bench.passed(steps, compared_trainers(steps), f"losses, {rows} rows")
+        steps = _passed(bench, steps, compared_trainers(steps), f"losses, {rows} rows")
         seconds = alternating(steps, given.repeats, place.device)
-        least = {}
+        asked, T = {}, given.prompt_tokens
         for name in steps:
             kind = name.split()[1]
-            work = train_work(bench.config, rows, given.prompt_tokens, kind)
-            least[name] = work, bench.limit(work, kind)
-        per = rows * given.prompt_tokens
-        bench.add("train", rows, seconds, least, per)
+            asked[name] = train_work(bench.config, rows, T, kind), kind
+        _add_cases(bench, "train", rows, rows * T, seconds, asked)
 
 
 def bench_starts(bench: Bench) -> None:
@@ -788,7 +779,7 @@ def bench_starts(bench: Bench) -> None:
             found = alone(bench.place, opener, bench.ids(1))
             bench.cases.append({"work": "start", "rows": 1, "who": name, **found})
 
-# %% ../chapters/B37_speed.ipynb #cell-080
+# %% ../chapters/B37_speed.ipynb #cell-090
 def measure(arguments: argparse.Namespace, folder: Path) -> dict:
     """Measure what the flags ask for; return the contents of the JSON file."""
     bench = Bench(arguments, folder)
@@ -817,36 +808,38 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict:
         "left_out": bench.left_out,
         "cases": bench.cases,
     }
+    return found | _for_plan(bench)
+
+# %% ../chapters/B37_speed.ipynb #cell-092
+def _for_plan(bench: Bench) -> dict:
+    """Return what `plan --bench` reads, nothing where no training was measured."""
     trained = [
         case
         for case in bench.cases
         if case["work"] == "train" and case["who"].startswith("qwen_analog")
     ]
-    if trained:  # what `plan --bench` reads
-        best = max(trained, key=lambda case: case["tokens_per_second"])
-        dtype = torch.float32 if arguments.dtype == "float32" else torch.bfloat16
-        peak = peak_flops(place.device, dtype)
-        mfu = min(1.0, best["flops"] / best["seconds"] / peak)
-        found |= {"training": {"mfu": mfu, "who": best["who"]}, "overlap": None}
-    return found
+    if not trained:
+        return {}
+    best = max(trained, key=lambda case: case["tokens_per_second"])
+    speed, dtype = best["flops"] / best["seconds"], str(bench.place.dtype)[6:]
+    peak = max(bench.ceilings["matmul"][dtype].values())
+    if bench.place.device.type == "cuda":  # as the data sheet says, where it is known
+        peak = peak_flops(bench.place.device, bench.place.dtype)
+    return {
+        "training": {"mfu": min(1.0, speed / peak), "who": best["who"]},
+        "overlap": None,
+    }
 
-# %% ../chapters/B37_speed.ipynb #cell-081
+# %% ../chapters/B37_speed.ipynb #cell-093
 def as_table(found: dict) -> str:
     """Return a run as the lines that `qwen-analog bench` prints."""
-    ceilings = found["ceilings"]
     lines = [
         f"{found['device']}; torch {found['torch']}, {found['threads']} threads",
         f"{found['weights'] / 1e6:,.1f} million weights, {found['dtype']},"
         f" {found['prompt_tokens']:,} tokens read, {found['new_tokens']} written",
         "",
-        f"the machine reads {ceilings['read'] / 1e9:,.1f} GB/s; GFLOP/s of products:",
+        *_ceiling_lines(found["ceilings"]),
     ]
-    for dtype, speeds in ceilings["matmul"].items():
-        shown_ = ", ".join(f"{n} {v / 1e9:,.0f}" for n, v in speeds.items())
-        lines.append(f"  {dtype:9} {shown_}")
-    vectors = ceilings["matrix_vector"].items()
-    shown_ = ", ".join(f"{name} {value / 1e9:,.1f}" for name, value in vectors)
-    lines.append(f"matrix times vector, GB/s: {shown_}")
     group = None
     for case in found["cases"]:
         if (case["work"], case["rows"]) != group:
@@ -861,6 +854,16 @@ def as_table(found: dict) -> str:
                 f" {check['allowed']:g} allowed"
             )
     return "\n".join(lines).rstrip()
+
+# %% ../chapters/B37_speed.ipynb #cell-094
+def _ceiling_lines(ceilings: dict) -> list[str]:
+    read, vectors = ceilings["read"] / 1e9, ceilings["matrix_vector"].items()
+    lines = [f"the machine reads {read:,.1f} GB/s; GFLOP/s of products:"]
+    for dtype, speeds in ceilings["matmul"].items():
+        sizes = [f"{n} {speed / 1e9:,.0f}" for n, speed in speeds.items()]
+        lines.append(f"  {dtype:9} {', '.join(sizes)}")
+    rates = ", ".join(f"{form} {rate / 1e9:,.1f}" for form, rate in vectors)
+    return [*lines, f"matrix times vector, GB/s: {rates}"]
 
 
 def _heading(work: str, rows: int) -> str:
@@ -881,7 +884,7 @@ def _case_line(case: dict) -> str:
     who, part = case["who"], case["of_limit"]
     return f"  {who:28} {speed} {times[0]:>14} {times[1]:>9} {part:9.0%}"
 
-# %% ../chapters/B37_speed.ipynb #cell-082
+# %% ../chapters/B37_speed.ipynb #cell-095
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print a table, and write what was asked for."""
     for path in (arguments.output, arguments.plot):
