@@ -171,6 +171,14 @@ def test_the_work_of_a_model():
     assert step.bytes == 20 * sum(counts.values())
 
 
+def test_the_higher_of_two_measurements_counts():
+    twice = {"read": 2.0, "matmul": {"float32": {"n": 1.0}}}
+    assert module._higher({}, twice) == twice
+    again = {"read": 1.0, "matmul": {"float32": {"n": 5.0}}}
+    assert module._higher(twice, again)["read"] == 2.0
+    assert module._higher(twice, again)["matmul"] == again["matmul"]
+
+
 def test_off_by_is_relative():
     x = torch.randn(2, 3, 5)
     assert off_by(x, x) == 0.0
