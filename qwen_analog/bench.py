@@ -419,7 +419,7 @@ def chosen(openers: dict[str, Callable], words: list[str] | None) -> dict:
     """Return those whose names hold one of the words; all, where none are given."""
     if words is None:
         return openers
-    found = {n: o for n, o in openers.items() if any(word in n for word in words)}
+    found = {n: o for n, o in openers.items() if {*words} & {*n.split()}}
     if not found:
         raise ValueError(f"--only {' '.join(words)}: there are {', '.join(openers)}")
     return found

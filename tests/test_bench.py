@@ -75,7 +75,7 @@ def test_a_run_writes_its_file_its_table_and_its_plot(tmp_path, capsys):
     assert "transformers" in cases_of(tmp_path / "o.json", "decode")
     for name, check in found["checks"].items():
         assert check["off"] <= check["allowed"] and not check["refused"], name
-    assert found["checks"]["logits: transformers"]["equal_tokens"] == "16 of 16"
+    assert found["checks"]["logits: transformers"]["equal_tokens"] == "32 of 32"
     assert as_table(found) in said
     assert "decode" in (tmp_path / "o.svg").read_text()
     measured = read_measured("o.json")
