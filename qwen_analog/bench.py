@@ -770,8 +770,10 @@ def _add_written(bench: Bench, writers: dict, rows: int, seconds: dict) -> None:
             work = prefill_work(bench.config, rows, T, BYTES[w.form])
             reads[name] = work, w.form
         if "decode" in given.work:
-            first = min(seconds[f"first {name}"])  # one that was disturbed is longer
-            decode[name] = [(many - first) / n for many in seconds[f"decode {name}"]]
+            first, whole = min(seconds[f"first {name}"]), seconds[f"decode {name}"]
+            if first >= min(whole):  # disturbed: then the prompt is counted as well
+                first = 0.0
+            decode[name] = [(many - first) / n for many in whole]
             work = decode_work(bench.config, rows, T + n // 2, BYTES[w.form], cached)
             steps[name] = work, w.form
     _add_cases(bench, "prefill", rows, rows * T, prefill, reads)
