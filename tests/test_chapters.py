@@ -168,7 +168,7 @@ FLOORS = [
     "inference scoring restore text_stream step search run_directory gguf_file hf",
     "gguf checkpointer finetune resume lm_eval_adapter scheduler simulation",
     "loading engine batches",
-    "progress preflight chat evaluate plan protocol",
+    "progress preflight chat evaluate plan protocol bench",
     "train server",
     "serve commands prepare",
     "cli",
