@@ -162,7 +162,9 @@ def run(arguments: argparse.Namespace) -> None:
         room = f"{arguments.max_batch} rows of {engine.max_context:,} tokens"
         size = f"{engine.runner.cache.nbytes / 2**20:,.0f} MiB"
         address = f"http://{shown}:{port}/"
-        line = f"model {name!r} at {address}v1 with {room} ({size}), a page at {address}"
+        line = (
+            f"model {name!r} at {address}v1 with {room} ({size}), a page at {address}"
+        )
         print(line, flush=True)
         http_server.run(sockets=[listener])
 

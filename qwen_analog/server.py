@@ -222,7 +222,6 @@ def page_routes() -> list[Route]:
 
     return [Route(path, page) for path in PAGE]
 
-
 # %% ../chapters/23_serving.ipynb #cell-065
 def _shutting_down() -> ApiError:
     return ApiError("the server is shutting down", 503)
