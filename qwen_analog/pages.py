@@ -178,10 +178,14 @@ class PageMemory(KVCache):
         self.keys[:, page], self.values[:, page] = 0, 0
         return page
 
-    def own(self, page: int, length: int) -> int:
-        """Return a page to write to with the first `length` tokens of `page`."""
-        if self.pool.holders[page] == 1:
-            if page in self.pool.content:  # it will hold another text
+    def own(self, page: int, length: int, spare: bool = True) -> int:
+        """Return a page to write to with the first `length` tokens of `page`.
+
+        What is known of a page is kept, too, where a free page is to `spare`.
+        """
+        known = page in self.pool.content
+        if self.pool.holders[page] == 1 and not (known and spare):
+            if known:
                 self.pool.forget(page)
                 self.keys[:, page, :, length:] = 0
                 self.values[:, page, :, length:] = 0
@@ -217,7 +221,8 @@ class RowPages(PageMemory):
         missing = pages_for(length + len(tokens), size) - len(pages)
         if missing + copies > len(self.pool.free):
             return False
-        pages[now : now + len(begun)] = [self.own(p, length % size) for p in begun]
+        spare, kept = len(self.pool.free) > missing, length % size
+        pages[now : now + len(begun)] = [self.own(p, kept, spare) for p in begun]
         pages += [self.new_page() for _ in range(missing)]
         self.reserved[row] = tokens
         return True

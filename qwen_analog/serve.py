@@ -97,7 +97,7 @@ def _build_engine(arguments: argparse.Namespace, source: str) -> "AsyncEngine":
         (pages or pages_for(context, PAGE_SIZE) * arguments.max_batch) * page_bytes,
         weight.device,
         f"a cache of {_room(arguments, context, pages)}",
-        _CURE,
+        f"choose a smaller {_memory_flags(arguments)}",
         check=check_memory,
     )
     return AsyncEngine(
@@ -112,7 +112,6 @@ def _build_engine(arguments: argparse.Namespace, source: str) -> "AsyncEngine":
 
 # %% ../chapters/B33_serve.ipynb #pages-code
 PAGE_SIZE = 16  # tokens
-_CURE = "choose a smaller --max-batch or --max-context, or fewer --kv-pages"
 
 
 def _kv_pages(
@@ -142,6 +141,12 @@ def _room(arguments: argparse.Namespace, context: int, pages: int | None) -> str
     """Say what the cache has room for."""
     rows = f"{arguments.max_batch} rows of {context:,} tokens"
     return rows if pages is None else f"{rows}, {pages:,} pages of {PAGE_SIZE}"
+
+
+def _memory_flags(arguments: argparse.Namespace) -> str:
+    given = arguments.kv_pages, arguments.kv_memory
+    default = given == (None, None)
+    return "--max-batch or --max-context" if default else "--kv-pages or --kv-memory"
 
 # %% ../chapters/B33_serve.ipynb #cell-023
 _COUNT = whole(1, 10**8)

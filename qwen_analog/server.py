@@ -386,7 +386,8 @@ class _AnswerClock:
     """When the tokens of one answer came."""
 
     def __init__(self, metrics: Metrics):
-        self._metrics, self._written, self._ended = metrics, 0, False
+        self._metrics, self._ended = metrics, False
+        self._written = self._begun = 0  # tokens, in all and with the first text
         self._start = self._first = self._last = time.perf_counter()
 
     def note(self, delta: Delta) -> None:

@@ -197,13 +197,13 @@ def wrong_page_order(monkeypatch):
 
 
 def no_copy_on_write(monkeypatch):
-    monkeypatch.setattr(PageMemory, "own", lambda self, page, length: page)
+    monkeypatch.setattr(PageMemory, "own", lambda self, page, length, spare: page)
 
 
 def copy_of_too_little(monkeypatch):
     own = PageMemory.own
     monkeypatch.setattr(
-        PageMemory, "own", lambda self, page, length: own(self, page, length - 1)
+        PageMemory, "own", lambda self, page, n, spare: own(self, page, n - 1, spare)
     )
 
 
