@@ -289,7 +289,7 @@ def new_paged_cache(
     shape = c.num_hidden_layers, num_pages, c.num_key_value_heads, c.head_dim, size
     return PagedCache(num_rows, *shape, dtype=weight.dtype, device=weight.device)
 
-# %% ../chapters/B43_pages.ipynb #cell-068
+# %% ../chapters/B43_pages.ipynb #cell-070
 def has_pages(cache: PagedCache, tokens: Sequence[int]) -> bool:
     """Whether a new row could hold `tokens`, and every busy row could still go on."""
     pool, before = cache.pool, b""
