@@ -152,7 +152,7 @@ class PageTables:
             self.pool.give_back(page)
         self.pages[row], self.tokens[row], self.digests[row] = [], [], [b""]
 
-# %% ../chapters/B43_pages.ipynb #cell-031
+# %% ../chapters/B43_pages.ipynb #cell-066
 class PageMemory(KVCache):
     """Keys and values [layers, pages + 1, K, size, h]; the last page is nobody's."""
 
@@ -196,7 +196,7 @@ class PageMemory(KVCache):
         self.pool.give_back(page)
         return copy
 
-# %% ../chapters/B43_pages.ipynb #cell-032
+# %% ../chapters/B43_pages.ipynb #cell-067
 class RowPages(PageMemory):
     """Rows that take pages: `reserve` before a pass, `advance` after it."""
 
@@ -238,7 +238,7 @@ class RowPages(PageMemory):
         self.tables.free(row)
         self.lengths[row], self.reserved[row] = 0, ()
 
-# %% ../chapters/B43_pages.ipynb #cell-033
+# %% ../chapters/B43_pages.ipynb #cell-068
 class PagedCache(RowPages):
     """A `KVCache` of `num_rows` rows that share a memory of pages."""
 
@@ -275,7 +275,7 @@ class PagedCache(RowPages):
         places = positions % size
         return PagePass(pages.to(device), places.to(device), every.to(device), end)
 
-# %% ../chapters/B43_pages.ipynb #cell-034
+# %% ../chapters/B43_pages.ipynb #cell-069
 def pages_for(tokens: int, size: int) -> int:
     """Return how many pages of `size` a text of so many tokens needs."""
     return -(-tokens // size)
@@ -289,7 +289,7 @@ def new_paged_cache(
     shape = c.num_hidden_layers, num_pages, c.num_key_value_heads, c.head_dim, size
     return PagedCache(num_rows, *shape, dtype=weight.dtype, device=weight.device)
 
-# %% ../chapters/B43_pages.ipynb #cell-070
+# %% ../chapters/B43_pages.ipynb #cell-071
 def has_pages(cache: PagedCache, tokens: Sequence[int]) -> bool:
     """Whether a new row could hold `tokens`, and every busy row could still go on."""
     pool, before = cache.pool, b""
