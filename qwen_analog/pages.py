@@ -156,21 +156,12 @@ class PageTables:
 class PageMemory(KVCache):
     """Keys and values [layers, pages + 1, K, size, h]; the last page is nobody's."""
 
-    def __init__(
-        self,
-        num_layers: int,
-        num_pages: int,
-        num_kv_heads: int,
-        head_dim: int,
-        size: int,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ):
-        shape = num_layers, num_pages + 1, num_kv_heads, head_dim, size
-        super().__init__(*shape, dtype, device)
+    def __init__(self, num_layers: int, num_pages: int, *shape: int, **options):
+        """`shape` is K, h, and the tokens of a page."""
+        super().__init__(num_layers, num_pages + 1, *shape, **options)
         self.keys.zero_()  # fresh memory may hold nan
         self.values.zero_()
-        self.pool = PagePool(num_pages, size)
+        self.pool = PagePool(num_pages, self.max_length)
 
     def new_page(self) -> int:
         """Take a page and empty it: no nan of its last user may reach the next."""
