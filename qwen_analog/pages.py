@@ -156,7 +156,7 @@ class PageTables:
 class PageMemory(KVCache):
     """Keys and values [layers, pages + 1, K, size, h]; the last page is nobody's."""
 
-    def __init__(self, num_layers: int, num_pages: int, *shape: int, **options):
+    def __init__(self, num_layers: int, num_pages: int, *shape, **options):
         """`shape` is K, h, and the tokens of a page."""
         super().__init__(num_layers, num_pages + 1, *shape, **options)
         self.keys.zero_()  # fresh memory may hold nan
