@@ -206,13 +206,12 @@ class RowPages(PageMemory):
     def reserve(self, row: int, tokens: Sequence[int]) -> bool:
         """Make room for the next `tokens` of `row`; False where pages are missing."""
         pages, size, length = self.tables.pages[row], self.pool.size, self.lengths[row]
-        now = length // size
-        begun = pages[now : now + 1] if length % size else []  # where it goes on
-        copies = sum(self.pool.holders[page] > 1 for page in begun)
+        now, kept = divmod(length, size)
+        begun = pages[now : now + 1] if kept else []  # where it goes on
         missing = pages_for(length + len(tokens), size) - len(pages)
-        if missing + copies > len(self.pool.free):
+        if missing + sum(self.pool.holders[p] > 1 for p in begun) > len(self.pool.free):
             return False
-        spare, kept = len(self.pool.free) > missing, length % size
+        spare = len(self.pool.free) > missing
         pages[now : now + len(begun)] = [self.own(p, kept, spare) for p in begun]
         pages += [self.new_page() for _ in range(missing)]
         self.reserved[row] = tokens
