@@ -558,6 +558,8 @@ def assemble(target: Path, epub: bool = False) -> None:
     made.add(write(target / "labels.json", json.dumps(labels, indent=1)))
     for figure in sorted((ROOT / "figures").glob("*.svg")):
         made.add(write(target / "figures" / figure.name, figure.read_text("utf-8")))
+    for photo in (ROOT / "figures").glob("*.png"):
+        made.add(Path(shutil.copy(photo, target / "figures")))
     for old in set(path for path in target.rglob("*") if path.is_file()) - made:
         old.unlink()
 

@@ -37,6 +37,7 @@ for _name, _run, _help in (
     ("train", "train.run", "pretrain on one to many processes"),
     ("finetune", "commands.finetune", "train a model to answer, on conversations"),
     ("plan", "plan.run", "memory, speed and days of a run, before it is paid for"),
+    ("bench", "bench.run", "speed beside other libraries and the machine's limits"),
     ("eval", "evaluate.run", "bits per byte and grammar of models, side by side"),
     ("chat", "chat.run", "talk with a model"),
     ("serve", "serve.run", "answer over HTTP, as OpenAI's API does"),

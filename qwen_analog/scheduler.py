@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Sequences', 'Change', 'TURN', 'OnFree', 'Request', 'Group', 'SequenceState', 'next_for_a_row', 'next_turn',
-           'who_changes', 'RowTable', 'QueueFull', 'EngineClosed', 'RequestQueue', 'Scheduler', 'TokenLogprob', 'Delta',
-           'share_budget', 'whose_places']
+           'who_changes', 'RowTable', 'QueueFull', 'EngineClosed', 'RequestQueue', 'RowScheduler', 'Scheduler',
+           'TokenLogprob', 'Delta', 'share_budget', 'whose_places']
 
 # %% ../chapters/21_scheduling.ipynb #cell-023
 from collections import Counter
@@ -241,15 +241,23 @@ def _make_places(
     return displaced
 
 # %% ../chapters/21_scheduling.ipynb #cell-065
-class Scheduler(RowTable, RequestQueue):
+class RowScheduler(RowTable, RequestQueue):
     """A queue, and the rows that those who wait in it are given in fair turns.
 
-    One thread calls `schedule` and `release`; any thread may call the rest.
+    Nobody begins for whom `fits` is False. One thread calls `schedule`, `release` and
+    `interrupt`; any thread may call the rest.
     """
 
-    def __init__(self, num_rows: int, max_queue: int, on_free: OnFree | None = None):
+    def __init__(
+        self,
+        num_rows: int,
+        max_queue: int,
+        on_free: OnFree | None = None,
+        fits: Callable[[SequenceState], bool] = lambda sequence: True,
+    ):
         RowTable.__init__(self, num_rows, on_free)
         RequestQueue.__init__(self, max_queue)
+        self._fits = fits
 
     def schedule(self) -> None:
         """Give rows to those who wait, and take them from who has left or has most."""
@@ -260,12 +268,21 @@ class Scheduler(RowTable, RequestQueue):
                 limits = len(self.rows), self.max_queue
                 chosen, loser = who_changes(self.waiting, self.running, *limits)
                 if loser is not None:
-                    self.release(loser)
-                    self.waiting.append(loser)
-                if None not in self.rows:
+                    self.interrupt(loser)
+                if None not in self.rows or not self._fits(chosen):
                     break
                 self.waiting.remove(chosen)
                 self.place(chosen)
+
+    def interrupt(self, sequence: SequenceState) -> None:
+        """Let a sequence that has a row wait for another one."""
+        self.release(sequence)
+        with self.changed:
+            self.waiting.append(sequence)
+
+# %% ../chapters/21_scheduling.ipynb #scheduler-thread
+class Scheduler(RowScheduler):
+    """A `RowScheduler` whose steps are taken by a thread that waits for work."""
 
     def wait(self) -> bool:
         """Wait for something to do; return False where `close` was called."""

@@ -59,6 +59,22 @@ def model():
     return small_model()
 
 
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium. Its event loop runs while it is open, and no other module meets it."""
+    from browser_helpers import CHROMIUM
+
+    sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    with sync_api.sync_playwright() as playwright:
+        # Chromium's sandbox refuses to run as root, as CI does
+        options = ["--no-sandbox"] if os.geteuid() == 0 else []
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+        yield browser
+        browser.close()
+
+
 def pytest_terminal_summary(terminalreporter):
     """Which check kills which mutant of `test_parity.py`, and by how much."""
     rows = [

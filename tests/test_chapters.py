@@ -163,7 +163,7 @@ FLOORS = [
     "archive distributed",
     "attention tokenizer sampling jsonl shards train_config baselines",
     "hf_tokenizer token_cache data corpora model",
-    "generate memory parallel monitor quantize streaming weights checkpoint "
+    "generate memory pages parallel monitor quantize streaming weights checkpoint "
     "tokenizer_json chat_template lora",
     "inference scoring restore text_stream step search run_directory gguf_file hf",
     "gguf checkpointer finetune resume lm_eval_adapter scheduler simulation",

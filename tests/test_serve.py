@@ -17,7 +17,7 @@ from qwen_analog.arguments import report_errors
 from qwen_analog.loading import load
 from qwen_analog.cli import Parser
 from qwen_analog.checkpoint import save_checkpoint
-from qwen_analog.engine import AsyncEngine
+from qwen_analog.engine import AsyncEngine, RowCache
 from qwen_analog.hf import save_pretrained
 
 
@@ -151,6 +151,12 @@ def test_other_hosts_are_warned_of_and_taken_ports_refused(
         (["--max-batch", "0"], "--max-batch"),
         (["--max-context", "-5"], "--max-context"),
         (["--max-queue", "0"], "--max-queue"),
+        (["--kv-pages", "-1"], "--kv-pages"),
+        (["--kv-memory", "0"], "--kv-memory"),
+        (
+            ["--kv-pages", "9", "--kv-memory", "1"],
+            "--kv-memory: not allowed with argument --kv-pages",
+        ),
         (["--max-connections", "0"], "--max-connections"),
         (["--max-body-bytes", "0"], "--max-body-bytes"),
         (["--request-seconds", "nan"], "--request-seconds: must be .* not 'nan'"),
@@ -218,6 +224,53 @@ def test_the_key_from_the_environment(monkeypatch, checkpoint, capsys):
         serve.run(parser.parse_args(options))
 
 
+@pytest.mark.parametrize(
+    "flags, rows, pages",
+    [
+        ([], 16, 16 * 128),
+        (["--max-batch", "3", "--max-context", "100"], 3, 3 * 7),
+        (["--kv-pages", "130"], 16, 130),
+        (["--kv-memory", "0.001", "--max-batch", "40"], 40, 262),
+        (["--kv-pages", "0"], 16, None),
+    ],
+)
+def test_memory_for_keys_and_values(
+    checkpoint, monkeypatch, capsys, flags, rows, pages
+):
+    engines = []
+    monkeypatch.setattr(loading, "load", lambda source, **options: (MODEL, TOKENIZER))
+    monkeypatch.setattr(
+        server,
+        "build_server",
+        lambda app, engine, **_: (
+            engines.append(engine) or types.SimpleNamespace(run=lambda sockets: None)
+        ),
+    )
+    options = ["--model", str(checkpoint), "--port", "0", *flags]
+    serve.run(new_parser().parse_args(options))
+    cache, line = engines[0].runner.cache, capsys.readouterr().out
+    assert len(cache.lengths) == rows and f"{rows} rows of" in line
+    if pages is None:
+        assert isinstance(cache, RowCache) and "pages" not in line
+    else:
+        assert cache.pool.num_pages == pages and f", {pages:,} pages of 16 (" in line
+    size = cache.nbytes / 2**20
+    assert f"({size:,.0f} MiB), a page at http://127.0.0.1:" in line
+
+
+def test_too_few_pages(checkpoint, monkeypatch):
+    monkeypatch.setattr(loading, "load", lambda source, **options: (MODEL, TOKENIZER))
+    for flags, found in ((["--kv-pages", "9"], "9"), (["--kv-memory", "1e-5"], "2")):
+        options = ["--model", str(checkpoint), "--port", "0", *flags]
+        message = (
+            f"^{found} pages of 16 tokens do not hold one request of 2,048, which needs"
+            " 128: choose a smaller --max-context, or a larger --kv-pages or"
+            " --kv-memory$"
+        )
+        with pytest.raises(ValueError, match=message):
+            serve.run(new_parser().parse_args(options))
+
+
 def test_a_cache_that_does_not_fit(checkpoint, monkeypatch):
     parser = new_parser()
     monkeypatch.setattr(hardware, "available_memory", lambda device: 1000)
@@ -227,3 +280,6 @@ def test_a_cache_that_does_not_fit(checkpoint, monkeypatch):
     ) as error:
         serve.run(parser.parse_args(["--model", str(checkpoint), "--port", "0"]))
     assert "\n" not in str(error.value)
+    few = ["--model", str(checkpoint), "--port", "0", "--kv-memory", "0.1"]
+    with pytest.raises(ValueError, match="a smaller --kv-pages or --kv-memory, or"):
+        serve.run(parser.parse_args(few))

@@ -174,6 +174,9 @@ def test_the_server_answers(full, folder):
         url = "http" + line.partition("http")[2].split()[0]
         with urllib.request.urlopen(f"{url}/models", timeout=20) as answer:
             assert json.load(answer)["data"][0]["id"]
+        for name in ("", "chat.css", "chat.js"):
+            with urllib.request.urlopen(url.removesuffix("v1") + name) as answer:
+                assert answer.read()
     finally:
         server.terminate()
         server.communicate(timeout=30)
