@@ -163,7 +163,7 @@ from .arguments import report_errors
 from .batches import Dataset, next_batch, open_data
 from .checkpointer import Checkpointer
 from .data import PackedDataset, data_difference
-from .hardware import peak_memory
+from .hardware import keep_freed_memory, peak_memory
 from .jsonl import DataError
 from .memory import set_activation_checkpointing
 from .model import QwenForCausalLM
@@ -496,6 +496,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Train as the arguments say, then print what the finished model makes of
     `sample_prompts`.
     """
+    keep_freed_memory()
     out: Any = _Screen(sys.stdout)
     err: Any = _Screen(sys.stderr)
     with redirect_stdout(out), redirect_stderr(err):
