@@ -27,8 +27,8 @@ curve.set(xlabel="step", ylabel="training loss, nats a token", ylim=(0, None))
 curve.set_title("make train", loc="left")
 for step, value in zip(marks, bits):
     curve.axvline(step, color=GREY, linestyle=":", linewidth=1)
-    curve.text(step - 4, 0.25, f"{value:.2f}", color=RED, ha="right", fontsize=9)
-curve.text(4, 0.75, "held-out text, bits a byte:", color=RED, fontsize=9)
+    curve.text(step, 0.25, f"{value:.2f} ", color=RED, ha="right", fontsize=9)
+curve.text(0, 0.75, " held-out text, bits a byte:", color=RED, fontsize=9)
 
 text.axis("off")
 text.set(xlim=(0, 1), ylim=(0, 1))

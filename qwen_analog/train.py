@@ -164,7 +164,7 @@ from .batches import Dataset, next_batch, open_data
 from .checkpointer import Checkpointer
 from .data import PackedDataset, data_difference
 from .finetune import add_adapters, end_at_answers, save_adapters
-from .hardware import peak_memory
+from .hardware import keep_freed_memory, peak_memory
 from .jsonl import DataError
 from .memory import set_activation_checkpointing
 from .model import QwenForCausalLM
@@ -509,6 +509,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def run_settings(config: TrainConfig, arguments: argparse.Namespace) -> None:
     """Train as `config` says, begun as the arguments say."""
+    keep_freed_memory()
     out: Any = _Screen(sys.stdout)
     err: Any = _Screen(sys.stderr)
     with redirect_stdout(out), redirect_stderr(err):

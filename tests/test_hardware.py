@@ -3,12 +3,15 @@ groups, of a process.
 """
 
 import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from qwen_analog import hardware
-from qwen_analog.hardware import GPUS, peak_flops, peak_memory
+from qwen_analog.hardware import GPUS, keep_freed_memory, peak_flops, peak_memory
 
 
 def machine(path, files):
@@ -167,3 +170,54 @@ def test_measuring_leaves_the_random_numbers_where_they_are():
 
 def test_the_peak_of_this_process_is_in_bytes():
     assert 2**26 < peak_memory(torch.device("cpu")) < 2**40
+
+
+FAULTS = """
+import resource, sys, torch
+from qwen_analog.hardware import keep_freed_memory
+
+def faults():
+    for size in (8, 16, 3, 12):
+        torch.ones(size * 2**20)  # 4 bytes each
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+faults()
+before = -faults() + faults()
+kept = keep_freed_memory()
+for _ in range(5):  # until there is a block of every size
+    faults()
+print(int(kept), before, -faults() + faults())
+"""
+
+
+def faults(**environment):
+    clean = {n: v for n, v in os.environ.items() if not n.startswith("MALLOC_")}
+    clean["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS],
+        env=clean | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return map(int, done.stdout.split())
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_is_kept_and_taken_again():
+    kept, before, after = faults()
+    assert kept and before > 20 * max(1, after)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+@pytest.mark.parametrize("name", ["MALLOC_ARENA_MAX", "GLIBC_TUNABLES"])
+def test_who_configured_the_memory_is_obeyed(name):
+    value = "2" if name == "MALLOC_ARENA_MAX" else "glibc.malloc.arena_max=2"
+    kept, before, after = faults(**{name: value})
+    assert not kept and after > before / 2
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    monkeypatch.setattr(hardware.platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(hardware.ctypes, "CDLL", None)  # would fail when called
+    assert keep_freed_memory() is False

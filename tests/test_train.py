@@ -468,6 +468,15 @@ def test_a_run_goes_on_when_its_words_are_not_read(lost, monkeypatch):
     )
 
 
+def test_a_program_that_trains_keeps_its_memory_and_the_function_does_not(monkeypatch):
+    kept = []
+    monkeypatch.setattr(module, "keep_freed_memory", lambda: kept.append(True))
+    train(settings(max_steps=1, output_dir="function"))
+    assert not kept
+    assert module.main(["--config", as_file(settings(max_steps=1))]) == 0
+    assert kept == [True]
+
+
 def test_training_in_a_thread():
     codes = []
     thread = threading.Thread(
