@@ -165,7 +165,8 @@ FLOORS = [
     "hf_tokenizer token_cache data corpora model",
     "generate memory parallel monitor quantize streaming weights checkpoint "
     "tokenizer_json chat_template lora",
-    "inference scoring restore text_stream step search run_directory gguf_file hf",
+    "inference scoring restore text_stream step search run_directory gguf_file hf "
+    "preferences",
     "gguf checkpointer batches resume lm_eval_adapter scheduler simulation",
     "loading engine progress",
     "preflight chat evaluate plan protocol",
