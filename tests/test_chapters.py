@@ -167,7 +167,7 @@ FLOORS = [
     "tokenizer_json chat_template lora",
     "inference scoring restore text_stream step search run_directory gguf_file hf "
     "preferences",
-    "gguf checkpointer batches resume lm_eval_adapter scheduler simulation",
+    "gguf checkpointer batches resume lm_eval_adapter scheduler simulation rewards",
     "loading engine progress",
     "preflight chat evaluate plan protocol",
     "train server",
