@@ -17,6 +17,7 @@ from .config import QwenConfig, parameter_counts, shown
 from .gguf import gguf_config, load_gguf, smollm2_path
 from .gguf_file import read_gguf
 from .hardware import require_memory
+from .lora import load_lora, merge_lora, read_adapter_config
 from .model import QwenForCausalLM
 from .tokenizer import Tokenizer
 
@@ -78,6 +79,8 @@ def _find_in_directory(path: Path) -> tuple[str, Path]:
 
     if (path / "checkpoint.pt").is_file() or (path / "sharded").is_dir():
         return "checkpoint", path
+    if (path / "adapter_config.json").is_file():
+        return "adapter", path
     if (path / "config.json").is_file():
         return "hf", path
     newest = newest_whole(path)
@@ -102,6 +105,10 @@ def open_source(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or torch.float32
     kind, place = _look(source)
+    if kind == "adapter":
+        base = _base_of(place)
+        model, tokenizer = open_source(base, device, dtype, check_memory=check_memory)
+        return merge_lora(load_lora(model, place)).eval(), tokenizer
     if check_memory:
         _require_memory(source, kind, place, device, dtype)
     if kind == "checkpoint":
@@ -129,7 +136,20 @@ def _look(source: str | Path) -> tuple[str, Any]:
     return kind, read_gguf(place) if kind == "gguf" else place
 
 
+def _base_of(adapter: Path) -> str:
+    """Return the model that an adapter's directory names; ValueError for none."""
+    base = read_adapter_config(adapter).get("base_model_name_or_path")
+    if not isinstance(base, str) or find_source(base)[0] == "adapter":
+        raise ValueError(
+            f"{adapter}: adapter_config.json must name the model that the adapter"
+            " belongs to as base_model_name_or_path"
+        )
+    return base
+
+
 def _read_config(kind: str, place: Any) -> QwenConfig:
+    if kind == "adapter":
+        return read_config(_base_of(place))
     if kind == "checkpoint":
         from qwen_analog.checkpoint import checkpoint_config
 
