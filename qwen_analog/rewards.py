@@ -12,7 +12,6 @@ import torch
 
 from .loss import IGNORE_INDEX
 from .model import QwenForCausalLM
-from .preferences import token_log_probs
 
 # %% ../chapters/B41_rewards.ipynb #cell-006
 def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
