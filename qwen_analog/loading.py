@@ -136,17 +136,6 @@ def _look(source: str | Path) -> tuple[str, Any]:
     return kind, read_gguf(place) if kind == "gguf" else place
 
 
-def _base_of(adapter: Path) -> str:
-    """Return the model that an adapter's directory names; ValueError for none."""
-    base = read_adapter_config(adapter).get("base_model_name_or_path")
-    if not isinstance(base, str) or find_source(base)[0] == "adapter":
-        raise ValueError(
-            f"{adapter}: adapter_config.json must name the model that the adapter"
-            " belongs to as base_model_name_or_path"
-        )
-    return base
-
-
 def _read_config(kind: str, place: Any) -> QwenConfig:
     if kind == "adapter":
         return read_config(_base_of(place))
@@ -172,6 +161,17 @@ def _require_memory(
     require_memory(weights * stored, "cpu", what, cure)
     if device.type != "cpu":
         require_memory(weights * dtype.itemsize, device, what, cure)
+
+# %% ../chapters/B16_loading.ipynb #adapter-base
+def _base_of(adapter: Path) -> str:
+    """Return the model that an adapter's directory names; ValueError for none."""
+    base = read_adapter_config(adapter).get("base_model_name_or_path")
+    if not isinstance(base, str) or find_source(base)[0] == "adapter":
+        raise ValueError(
+            f"{adapter}: adapter_config.json must name the model that the adapter"
+            " belongs to as base_model_name_or_path"
+        )
+    return base
 
 # %% ../chapters/B16_loading.ipynb #cell-024
 def load(

@@ -62,7 +62,8 @@ def preference_loss(
     chosen, rejected = sequence_log_probs(model, input_ids, targets).chunk(2)
     with torch.no_grad(), lora_disabled(model):
         before = sequence_log_probs(model, input_ids, targets)
-    return dpo_loss(chosen, rejected, *before.chunk(2), beta)
+    before_chosen, before_rejected = before.chunk(2)
+    return dpo_loss(chosen, rejected, before_chosen, before_rejected, beta)
 
 # %% ../chapters/B40_preferences.ipynb #cell-015
 def pair_batch(pairs: list[tuple[list[int], list[int], list[int]]], pad_id: int = 0):

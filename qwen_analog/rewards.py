@@ -6,7 +6,7 @@
 __all__ = ['group_advantages', 'grpo_loss', 'Rollouts', 'roll_out']
 
 # %% ../chapters/B41_rewards.ipynb #cell-005
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -64,7 +64,7 @@ def roll_out(
     seed: int | None = None,
 ) -> Rollouts:
     """Draw `group_size` answers to each of `prompts` [B, P]; `end` ends an answer."""
-    drawn = model.generate(
+    drawn: Any = model.generate(
         prompts,
         max_new_tokens,
         num_return_sequences=group_size,
