@@ -23,6 +23,7 @@ from qwen_analog.gguf import (
 )
 from .gguf_file import read_gguf
 from .hardware import require_memory
+from .lora import load_lora, merge_lora, read_adapter_config
 from .model import QwenForCausalLM
 from .tokenizer import Tokenizer
 
@@ -84,6 +85,8 @@ def _find_in_directory(path: Path) -> tuple[str, Path]:
 
     if (path / "checkpoint.pt").is_file() or (path / "sharded").is_dir():
         return "checkpoint", path
+    if (path / "adapter_config.json").is_file():
+        return "adapter", path
     if (path / "config.json").is_file():
         return "hf", path
     newest = newest_whole(path)
@@ -117,6 +120,10 @@ def open_source(
             f"{source} is no GGUF file, which alone can be kept as it is stored:"
             " quantize it to int8 or int4"
         )
+    if kind == "adapter":
+        base = _base_of(place)
+        model, tokenizer = open_source(base, device, dtype, check_memory=check_memory)
+        return merge_lora(load_lora(model, place)).eval(), tokenizer
     if check_memory:
         _require_memory(source, kind, place, device, dtype, stored)
     if kind == "checkpoint":
@@ -146,6 +153,8 @@ def _look(source: str | Path) -> tuple[str, Any]:
 
 
 def _read_config(kind: str, place: Any) -> QwenConfig:
+    if kind == "adapter":
+        return read_config(_base_of(place))
     if kind == "checkpoint":
         from qwen_analog.checkpoint import checkpoint_config
 
@@ -177,6 +186,17 @@ def _require_memory(
     require_memory(read_size, "cpu", what, cure)
     if device.type != "cpu":
         require_memory(size, device, what, cure)
+
+# %% ../chapters/B16_loading.ipynb #adapter-base
+def _base_of(adapter: Path) -> str:
+    """Return the model that an adapter's directory names; ValueError for none."""
+    base = read_adapter_config(adapter).get("base_model_name_or_path")
+    if not isinstance(base, str) or find_source(base)[0] == "adapter":
+        raise ValueError(
+            f"{adapter}: adapter_config.json must name the model that the adapter"
+            " belongs to as base_model_name_or_path"
+        )
+    return base
 
 # %% ../chapters/B16_loading.ipynb #cell-024
 def load(

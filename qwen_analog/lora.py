@@ -239,7 +239,7 @@ def _alpha_of(name: str, config: dict[str, Any]) -> float:
             return alpha
     return config["lora_alpha"]
 
-
+# %% ../chapters/B39_lora.ipynb #cell-070
 def _read_pairs(
     model: QwenForCausalLM, path: Path
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -277,7 +277,7 @@ def _fits(layer: nn.Linear, A: torch.Tensor | None, B: torch.Tensor | None) -> b
     rank, (N, K) = len(A), layer.weight.shape
     return rank > 0 and A.shape == (rank, K) and B.shape == (N, rank)
 
-# %% ../chapters/B39_lora.ipynb #cell-071
+# %% ../chapters/B39_lora.ipynb #cell-072
 def read_adapter_config(directory: Path) -> dict[str, Any]:
     """Return a directory's adapter_config.json; ValueError names what is not supported.
 
@@ -308,7 +308,7 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
             )
     return config
 
-# %% ../chapters/B39_lora.ipynb #cell-072
+# %% ../chapters/B39_lora.ipynb #cell-073
 import re
 
 # what is used, and what says nothing of how the adapters are computed
@@ -347,7 +347,7 @@ def _is_positive(value: Any) -> bool:
 def _is_share(value: Any) -> bool:
     return value == 0 or _is_positive(value) and value < 1
 
-# %% ../chapters/B39_lora.ipynb #cell-073
+# %% ../chapters/B39_lora.ipynb #cell-074
 def _check_adapter(
     rank: int, alpha: float, targets: Sequence[str], dropout: float
 ) -> None:

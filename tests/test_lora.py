@@ -1,0 +1,139 @@
+"""Adapters beside PEFT's: logits, gradients, files both ways, and what is refused."""
+
+import copy
+import json
+
+import pytest
+import torch
+from helpers import BYTES, SHAPE, small_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from qwen_analog import load
+from qwen_analog.hf import save_pretrained
+from qwen_analog.lora import (
+    LoRALinear,
+    add_lora,
+    load_lora,
+    lora_disabled,
+    lora_layers,
+    merge_lora,
+    save_lora,
+)
+
+IDS = torch.randint(300, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def reference():
+    values = {name: value for name, value in SHAPE.items() if name != "rope_theta"}
+    rotation = {"rope_type": "default", "rope_theta": SHAPE["rope_theta"]}
+    config = Qwen2Config(**values, rope_parameters=rotation, tie_word_embeddings=True)
+    theirs = Qwen2ForCausalLM(config).eval()
+    theirs.load_state_dict(small_model().state_dict())
+    return theirs
+
+
+def adapted(**options):
+    model = add_lora(small_model(), 4, 8, **options)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    return model
+
+
+def test_peft_reads_ours_and_has_our_gradients(tmp_path):
+    ours = adapted()
+    save_lora(ours, tmp_path / "a")
+    theirs = PeftModel.from_pretrained(reference(), tmp_path / "a", is_trainable=True)
+    logits, expected = ours(IDS), theirs.eval()(IDS).logits
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-5)
+    logits.square().mean().backward()
+    expected.square().mean().backward()
+    for name, p in ours.named_parameters():
+        assert p.requires_grad == ("lora_" in name)
+        if p.requires_grad:
+            name = f"base_model.model.{name}.default.weight"
+            grad = theirs.get_parameter(name).grad
+            torch.testing.assert_close(p.grad, grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True, "alpha_pattern": {"down_proj": 3}},
+        {"rank_pattern": {"layers.1.self_attn.q_proj": 2}},
+        {"alpha_pattern": {"^model.layers.0.self_attn.q_proj": 5}},
+        {"layers_to_transform": [1]},
+    ],
+)
+@torch.no_grad()
+def test_we_read_peft(tmp_path, options):
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], **options
+    )
+    theirs = get_peft_model(reference(), config).eval()
+    for name, p in theirs.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    theirs.save_pretrained(tmp_path / "a")
+    ours, expected = load_lora(small_model(), tmp_path / "a"), theirs(IDS).logits
+    torch.testing.assert_close(ours(IDS), expected, atol=1e-4, rtol=1e-5)
+    save_lora(ours, tmp_path / "b")
+    again = PeftModel.from_pretrained(reference(), tmp_path / "b")(IDS).logits
+    torch.testing.assert_close(again, expected, atol=1e-4, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_off_merged_and_opened(tmp_path):
+    plain, model = small_model(), adapted()
+    fresh = add_lora(small_model())
+    assert torch.equal(fresh(IDS), plain(IDS))
+    expected = model(IDS)
+    assert not torch.allclose(expected, plain(IDS), atol=1e-2)
+    with pytest.raises(KeyError), lora_disabled(model):
+        assert torch.equal(model(IDS), plain(IDS))
+        raise KeyError
+    assert torch.equal(model(IDS), expected)
+    base = save_pretrained(plain, BYTES, tmp_path / "base")
+    save_lora(model, tmp_path / "a", base=base)
+    opened = load(tmp_path / "a")[0]
+    merge_lora(model)
+    assert torch.equal(opened(IDS), model(IDS))
+    torch.testing.assert_close(model(IDS), expected, atol=1e-4, rtol=1e-4)
+    assert set(model.state_dict()) == set(plain.state_dict())
+    assert not any(isinstance(m, LoRALinear) for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"use_dora": True}, "'use_dora' True"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all"}, "'bias' 'all'"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3'"),
+        ({"lora_alpha": "8"}, "lora_alpha"),
+        ({"lora_dropout": 2}, "lora_dropout"),
+        ({"alpha_pattern": {"(a+)+": 1}}, "only names"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+    ],
+)
+def test_refused_by_name(tmp_path, change, says):
+    save_lora(adapted(), tmp_path / "a")
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    model = small_model()
+    with pytest.raises(ValueError, match="adapter_config.json") as error:
+        load_lora(model, tmp_path / "a")
+    assert says in str(error.value) and not lora_layers(model)
+
+
+def test_wrong_values_and_other_models(tmp_path):
+    model = small_model()
+    for options in ({"rank": 0}, {"alpha": 0}, {"targets": ["lm_head"]}):
+        with pytest.raises(ValueError):
+            add_lora(model, **options)
+    with pytest.raises(ValueError, match="no adapters"):
+        save_lora(model, tmp_path / "a")
+    with pytest.raises(ValueError, match="already"):
+        add_lora(copy.deepcopy(adapted()))
