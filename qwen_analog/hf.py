@@ -24,6 +24,7 @@ from .config import GenerationDefaults, QwenConfig, shown
 from .files import commit_partial, new_partial, read_json, write_json
 from .model import QwenForCausalLM
 from .hf_tokenizer import HFTokenizer, hub_answers
+from .quantize import refuse_adapters
 from .tokenizer import Tokenizer
 from .tokenizer_json import write_tokenizer
 from qwen_analog.weights import (
@@ -326,6 +327,7 @@ def save_pretrained(
     whole or not at all. Raises ValueError for one that exists already and for settings
     that are wrong, OSError where it cannot be written.
     """
+    refuse_adapters(model)
     directory = Path(directory)
     dtype = dtype or model.lm_head.weight.dtype
     generation = _with_end_of_text(model.generation_config, tokenizer)

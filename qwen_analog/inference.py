@@ -18,7 +18,13 @@ from .attention import NormedAttention, grouped_query_attention
 from .kv_cache import KVCache
 from .model import DecoderLayer, QwenForCausalLM, QwenModel
 from .norm import RMSNorm
-from .quantize import FORMATS, Blocks, Frozen, check_format
+from qwen_analog.quantize import (
+    FORMATS,
+    Blocks,
+    Frozen,
+    check_format,
+    refuse_adapters,
+)
 
 # %% ../chapters/B36_inference.ipynb #cell-016
 def can_pack(weight: torch.Tensor) -> bool:
@@ -161,10 +167,12 @@ def optimize_for_inference(
     In float32 and bfloat16 the results are those of the model, up to the order of sums.
     `quantize` is None, "int8" or "int4". Afterwards it is in eval mode and cannot be
     trained, moved, cast or saved. Raises ValueError, and changes nothing, for another
-    format, a shape that does not fit it, and a model that is laid out already.
+    format, a shape that does not fit it, a model that is laid out already, and one with
+    adapters that are not merged.
     """
     if isinstance(model.model, FusedModel):
         raise ValueError("the model is laid out for inference already")
+    refuse_adapters(model)
     if quantize is not None:
         check_format(model, quantize)
     make = PackedLinear if quantize is None else FORMATS[quantize]

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SMALLEST', 'FORMATS', 'STORED', 'to_int8', 'to_int4', 'pack_levels', 'unpack_levels', 'q4_1_groups', 'Frozen',
-           'QuantizedLinear', 'Int8Linear', 'Int4Matrix', 'Int4Linear', 'cpu_block', 'quantize', 'check_format',
-           'gpu_order', 'gpu_product', 'q4_0_groups', 'q4_k_groups', 'q8_0_groups', 'HalvesLinear', 'gguf_layer',
-           'Blocks']
+           'QuantizedLinear', 'Int8Linear', 'Int4Matrix', 'Int4Linear', 'cpu_block', 'quantize', 'refuse_adapters',
+           'check_format', 'gpu_order', 'gpu_product', 'q4_0_groups', 'q4_k_groups', 'q8_0_groups', 'HalvesLinear',
+           'gguf_layer', 'Blocks']
 
 # %% ../chapters/B35_quantization.ipynb #cell-007
 import functools
@@ -293,12 +293,20 @@ def quantize(model: nn.Module, format: str, keep: Collection[str] = ()) -> nn.Mo
     return model.eval()
 
 # %% ../chapters/B35_quantization.ipynb #nf40b9e37
+def refuse_adapters(model: nn.Module) -> None:
+    """Raise ValueError where a layer has adapters: its `weight` is not all it does."""
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            raise ValueError(f"{name} has an adapter: call merge_lora(model) first")
+
+
 def check_format(
     model: nn.Module, format: str, keep: Collection[str] = ()
 ) -> dict[str, nn.Linear]:
     """Return the layers to replace by their names. ValueError for what cannot be."""
     if format not in FORMATS:
         raise ValueError(f"quantize must be int8 or int4, not {shown(format)}")
+    refuse_adapters(model)
     modules = model.named_modules()
     layers = {n: m for n, m in modules if n and isinstance(m, nn.Linear)}
     unknown = [name for name in keep if name not in layers]

@@ -11,6 +11,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qwen_analog import load
 from qwen_analog.hf import save_pretrained
+from qwen_analog.inference import optimize_for_inference
 from qwen_analog.lora import (
     LoRALinear,
     add_lora,
@@ -20,6 +21,7 @@ from qwen_analog.lora import (
     merge_lora,
     save_lora,
 )
+from qwen_analog.quantize import quantize
 
 IDS = torch.randint(300, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -137,3 +139,17 @@ def test_wrong_values_and_other_models(tmp_path):
         save_lora(model, tmp_path / "a")
     with pytest.raises(ValueError, match="already"):
         add_lora(copy.deepcopy(adapted()))
+
+
+@pytest.mark.parametrize("use", ["optimize", "quantize", "save"])
+def test_adapters_are_not_left_behind_silently(tmp_path, use):
+    model = adapted()
+    with pytest.raises(ValueError, match=r"has an adapter: call merge_lora\(model\)"):
+        if use == "optimize":
+            optimize_for_inference(model)
+        elif use == "quantize":
+            quantize(model, "int8")
+        else:
+            save_pretrained(model, BYTES, tmp_path / "whole")
+    assert not list(tmp_path.iterdir())
+    optimize_for_inference(merge_lora(model))
