@@ -18,13 +18,7 @@ from .attention import NormedAttention, grouped_query_attention
 from .kv_cache import KVCache
 from .model import DecoderLayer, QwenForCausalLM, QwenModel
 from .norm import RMSNorm
-from qwen_analog.quantize import (
-    FORMATS,
-    Blocks,
-    Frozen,
-    check_format,
-    refuse_adapters,
-)
+from .quantize import FORMATS, Blocks, Frozen, check_format, refuse_adapters
 
 # %% ../chapters/B36_inference.ipynb #cell-016
 def can_pack(weight: torch.Tensor) -> bool:

@@ -161,7 +161,6 @@ class PreTrainedModel(nn.Module):
 
 # %% ../chapters/11_model.ipynb #cell-063
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
