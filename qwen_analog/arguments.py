@@ -581,7 +581,7 @@ def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the run (default: %(default)s)",
     )
 
-# %% ../chapters/B38_finetuning.ipynb #cell-073
+# %% ../chapters/B34_texts_and_weights.ipynb #finetune-arguments
 def add_finetune_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `qwen-analog finetune`: those of `train`, other defaults."""
     from qwen_analog.train_config import FINETUNING, add_arguments
