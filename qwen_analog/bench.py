@@ -125,11 +125,11 @@ class Work(NamedTuple):
     """The least that a piece of work needs: operations, and bytes of memory."""
 
     flops: float
-    bytes: float
+    traffic: float
 
     def seconds(self, flops_per_second: float, bandwidth: float) -> float:
         """Return the least time on a machine with these two ceilings."""
-        return max(self.flops / flops_per_second, self.bytes / bandwidth)
+        return max(self.flops / flops_per_second, self.traffic / bandwidth)
 
 # %% ../chapters/32_speed.ipynb #cell-019
 def draw_roofline(axes: Any, found: dict) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .attention import NormedAttention, grouped_query_attention
+from .attention import GQAttention, NormedAttention, grouped_query_attention
 from .kv_cache import KVCache
 from .model import DecoderLayer, QwenForCausalLM, QwenModel
 from .norm import RMSNorm
@@ -68,8 +68,10 @@ def _normed(x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
     return norm.weight * F.rms_norm(x, x.shape[-1:], None, norm.eps)
 
 
-def _head_norm(attention: NormedAttention, H: int, K: int) -> RMSNorm:
-    """Return the norms of queries and keys as one of [H + K, 1, h] weights."""
+def _head_norm(attention: GQAttention, H: int, K: int) -> RMSNorm | None:
+    """Return the norms of queries and keys as one of [H + K, 1, h] weights, or None."""
+    if not isinstance(attention, NormedAttention):
+        return None
     q, k = attention.q_norm.weight.detach(), attention.k_norm.weight.detach()
     norm = RMSNorm(attention.head_dim, attention.q_norm.eps)
     norm.weight = nn.Parameter(torch.cat((q.expand(H, -1), k.expand(K, -1)))[:, None])
@@ -91,8 +93,7 @@ class FusedLayer:
         self.head_dim = h = attention.head_dim
         self.layer_idx = attention.layer_idx
         self.heads = q.out_features // h, k.out_features // h
-        normed = isinstance(attention, NormedAttention)
-        self.head_norm = _head_norm(attention, *self.heads) if normed else None
+        self.head_norm = _head_norm(attention, *self.heads)
 
     def __call__(self, x, cos, sin, mask=None, cache: KVCache | None = None):
         """`x` [B, T, D] -> [B, T, D]; `cos`, `sin` [B, 1, T, h] of `FusedModel`."""

@@ -139,10 +139,9 @@ def saved_activations(
     activation_checkpointing: str = "none",
     document_masks: bool = True,
 ) -> dict[str, int]:
-    """Return the bytes that one block keeps for its backward pass, by tensor.
-
-    Weights are not counted. Attention is taken to be a fused kernel, which keeps its
-    result and one number a query and head.
+    """Return the bytes that one block keeps for its backward pass, by tensor, without
+    weights. Attention is taken to be a fused kernel, which keeps its result and one
+    number a query and head.
     """
     N, D, F = batch_size * sequence_length, config.hidden_size, config.intermediate_size
     H, K, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim

@@ -86,7 +86,7 @@ def test_the_help_of_every_command_needs_nothing_heavy(command):
 def test_choices_in_flags_are_those_of_the_modules_that_offer_them():
     from qwen_analog.evaluate import HELDOUT_FRACTION
     from qwen_analog.hardware import GPUS
-    from qwen_analog.prepare import CORPORA
+    from qwen_analog.prepare import CONVERSATIONS, CORPORA
 
     def actions(add):
         parser = argparse.ArgumentParser()
@@ -95,6 +95,6 @@ def test_choices_in_flags_are_those_of_the_modules_that_offer_them():
 
     assert actions(arguments.add_plan_arguments)["gpu"].choices == tuple(GPUS)
     corpus = actions(arguments.add_prepare_arguments)["corpus"]
-    assert corpus.choices == tuple(CORPORA)
+    assert corpus.choices == (*CORPORA, *CONVERSATIONS)
     share = actions(arguments.add_eval_arguments)["heldout_fraction"]
     assert f"{HELDOUT_FRACTION} for other models" in share.help

@@ -161,15 +161,15 @@ def test_the_work_of_a_model():
     assert one == Work(2 * weights, 2 * weights)
     three = decode_work(c, 3, 10, 2.0, 2)
     keys = 2 * 2 * 2 * 8 * 10  # layers, keys and values, heads, of 8 numbers, tokens
-    assert three.bytes == one.bytes + 3 * 2 * keys
+    assert three.traffic == one.traffic + 3 * 2 * keys
     assert three.flops == 3 * (one.flops + 4 * 2 * 4 * 8 * 10)
     read = prefill_work(c, 1, 10, 2.0)
     steps = sum(decode_work(c, 1, n, 2.0, 2).flops for n in range(1, 11))
     head = 2 * c.vocab_size * c.hidden_size
-    assert read.flops == steps - 9 * head and read.bytes == one.bytes
+    assert read.flops == steps - 9 * head and read.traffic == one.traffic
     step = train_work(c, 2, 16, "bf16-pure")
     assert step.flops == 32 * flops_per_token(c, 16)
-    assert step.bytes == 20 * sum(counts.values())
+    assert step.traffic == 20 * sum(counts.values())
 
 
 def test_the_higher_of_two_measurements_counts():

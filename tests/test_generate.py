@@ -76,7 +76,7 @@ def test_greedy_equals_hugging_face(shape, length):
         pad_token_id=0,
     )
     assert torch.equal(ours.generate(ids, 24, temperature=0), expected)
-    assert len(expected[:, length:].unique()) > 8
+    assert len(expected[:, length:].unique()) > 5
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ def test_the_tokenizer_of_llama_3s_gguf_files(tmp_path, monkeypatch):
 def test_two_processes_train_qwen3_as_one_does(strategy):
     model = {**SHAPE, "vocab_size": 278, **QWEN3}
     train(settings(model=model, output_dir="one"))
-    launched(2, model=model, output_dir="two", micro_batch_size=2, strategy=strategy)
+    launched(2, model=model, output_dir="two", micro_batch_size=2, parallel=strategy)
     one, two = final_weights("one"), final_weights("two")
     assert distance(one, two) < 1e-4
     trained = "model.layers.0.self_attn.q_norm.weight"

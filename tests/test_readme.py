@@ -36,6 +36,19 @@ SMALL_RUN = (
 ).split()
 
 
+TASK = """\
+task: task
+dataset_path: json
+dataset_kwargs: {data_files: {test: question.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{asked}}"
+doc_to_choice: answers
+doc_to_target: 0
+metric_list: [{metric: acc}]
+"""
+
+
 def commands(readme: str) -> list[str]:
     """The lines of its shell blocks, continued ones joined, without comments."""
     text = (ROOT / readme).read_text(encoding="utf-8")
@@ -145,6 +158,8 @@ def home(tmp_path_factory):
     with open(path / "my.jsonl", "w") as file:
         for document in itertools.islice(stdlib_documents(), 40):
             file.write(json.dumps({"text": document["text"][:2000]}) + "\n")
+    (path / "question.jsonl").write_text('{"asked": "a", "answers": ["b", "c"]}\n')
+    (path / "task.yaml").write_text(TASK)
     tokenizer = TiktokenTokenizer(
         {token: rank for rank, token in enumerate(BYTE_ORDER)}
     )
@@ -173,6 +188,8 @@ def small(command: str, port: int) -> list[str]:
     if " chat " not in command:
         command = command.replace("smollm2", "a_model", 1)
     words = shlex.split(command)
+    if words[1] == "finetune":
+        return [*words, *SMALL_RUN, "--sequence-length", "256", "--skip-bad-lines"]
     if "qwen_analog.train" in words or "train" in words[:2]:
         words += SMALL_RUN
         if "a_model" not in words and "qwen_analog/train_laptop.json" not in words:
@@ -182,7 +199,9 @@ def small(command: str, port: int) -> list[str]:
         "tokenizer": ["--vocab-size", "300"],
         "plan": ["--model", "tiny", "--sequence-length", "64"],
         "generate": ["--max-new-tokens", "2"],
-        "eval": ["--data", "my.jsonl", "--heldout-fraction", "0.2"],
+        "eval": ["--data", "my.jsonl", "--heldout-fraction", "0.2"]
+        if "--tasks" not in words
+        else [],
         "serve": ["--port", str(port)],
     }
     return words + small_work.get(words[1], [])

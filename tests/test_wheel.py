@@ -134,6 +134,9 @@ eval --model checkpoints/final --data d.jsonl --heldout-fraction 0.1
 export exported --model checkpoints/final
 import exported imported
 chat --model imported --max-new-tokens 3
+prepare questions --output questions
+finetune --init-from model --data questions/questions.jsonl --sequence-length 64  --max-steps 1 --warmup-steps 0 --skip-bad-lines
+bench --model model --work decode --repeats 1 --new-tokens 2 --prompt-tokens 4  --only qwen_analog
 """
 
 
