@@ -138,7 +138,7 @@ def draw_roofline(axes: Any, found: dict) -> None:
     """
     read = found["ceilings"]["read"]
     cases = [case for case in found["cases"] if "flops" in case]
-    points = [(c["flops"] / c["bytes"], c["flops"] / c["seconds"]) for c in cases]
+    points = [(c["flops"] / c["traffic"], c["flops"] / c["seconds"]) for c in cases]
     left = min([0.2, *(x / 2 for x, _ in points)])
     right = max([1e3, *(2 * x for x, _ in points)])
     for dtype, speeds in found["ceilings"]["matmul"].items():
@@ -707,7 +707,7 @@ def _add_limits(bench: Bench) -> None:
         if "flops" in case:
             dtype = "float32" if case["form"] in ("float32", "fp32") else "bfloat16"
             flops = max(bench.ceilings["matmul"][dtype].values())
-            work = Work(case["flops"], case["bytes"])
+            work = Work(case["flops"], case["traffic"])
             limit = work.seconds(flops, bench.ceilings["read"])
             case["of_limit"] = limit / case["seconds"]
 

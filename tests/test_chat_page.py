@@ -89,7 +89,15 @@ def test_an_answer_is_text_and_nothing_else(visit):
     assert page.evaluate("document.activeElement.id") == "text"
 
 
-def test_an_answer_is_seen_while_it_is_written_and_can_be_stopped(visit):
+@pytest.fixture
+def slowly():
+    """The model takes its time, so that an answer is short when it is stopped."""
+    hook = MODEL.register_forward_pre_hook(lambda *given: time.sleep(0.01))
+    yield
+    hook.remove()
+
+
+def test_an_answer_is_seen_while_it_is_written_and_can_be_stopped(visit, slowly):
     engine = endless(max_batch=1, max_context=3000)
     page = visit(engine).page
     send(page)
