@@ -135,7 +135,7 @@ export exported --model checkpoints/final
 import exported imported
 chat --model imported --max-new-tokens 3
 prepare style --output style
-bench --model model --work decode --repeats 1 --only qwen_analog
+bench --model model --work decode --prompt-tokens 8 --new-tokens 4 --only qwen_analog
 """
 
 
