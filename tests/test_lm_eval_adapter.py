@@ -269,38 +269,39 @@ def test_lm_eval_runs_a_task(tmp_path):
 
 # tasks from files
 
-CHOICES = """\
-task: choices
-dataset_path: json
-dataset_kwargs: {data_files: {test: questions.jsonl}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{title}} is"
-doc_to_choice: answers
-doc_to_target: right
-metric_list: [{metric: acc}, {metric: acc_norm}]
-"""
-LAST_WORD = """\
-task: last_word
-dataset_path: json
-dataset_kwargs: {data_files: {test: questions.jsonl}}
-test_split: test
-output_type: loglikelihood
-doc_to_text: "{{title}} is"
-doc_to_target: " {{answers[right]}}"
-metric_list: [{metric: perplexity}, {metric: acc}]
-"""
-WRITTEN = """\
-task: written
-dataset_path: json
-dataset_kwargs: {data_files: {test: questions.jsonl}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{title}} is"
-doc_to_target: "{{wanted}}"
-generation_kwargs: {until: ["\\n"], max_gen_toks: 8, do_sample: false}
-metric_list: [{metric: exact_match}]
-"""
+
+def task(name, kind, rest):
+    """The file of a task whose questions are in questions.jsonl."""
+    return (
+        f"task: {name}\n"
+        "dataset_path: json\n"
+        "dataset_kwargs: {data_files: {test: questions.jsonl}}\n"
+        "test_split: test\n"
+        f"output_type: {kind}\n"
+        'doc_to_text: "{{title}} is"\n' + rest
+    )
+
+
+CHOICES = task(
+    "choices",
+    "multiple_choice",
+    "doc_to_choice: answers\n"
+    "doc_to_target: right\n"
+    "metric_list: [{metric: acc}, {metric: acc_norm}]\n",
+)
+LAST_WORD = task(
+    "last_word",
+    "loglikelihood",
+    'doc_to_target: " {{answers[right]}}"\n'
+    "metric_list: [{metric: perplexity}, {metric: acc}]\n",
+)
+WRITTEN = task(
+    "written",
+    "generate_until",
+    'doc_to_target: "{{wanted}}"\n'
+    'generation_kwargs: {until: ["\\n"], max_gen_toks: 8, do_sample: false}\n'
+    "metric_list: [{metric: exact_match}]\n",
+)
 TASKS = {"choices.yaml": CHOICES, "last_word.yaml": LAST_WORD, "written.yaml": WRITTEN}
 
 

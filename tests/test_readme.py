@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_lm_eval_adapter import CHOICES
 
 from qwen_analog import QwenConfig, QwenForCausalLM
 from qwen_analog.checkpoint import save_checkpoint
@@ -34,19 +35,6 @@ SMALL_RUN = (
     " --max-steps 2 --warmup-steps 0 --no-tensorboard --peak-tflops 1 --sample-tokens 2"
     " --no-compile"
 ).split()
-
-
-TASK = """\
-task: task
-dataset_path: json
-dataset_kwargs: {data_files: {test: question.jsonl}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{asked}}"
-doc_to_choice: answers
-doc_to_target: 0
-metric_list: [{metric: acc}]
-"""
 
 
 def commands(readme: str) -> list[str]:
@@ -158,8 +146,10 @@ def home(tmp_path_factory):
     with open(path / "my.jsonl", "w") as file:
         for document in itertools.islice(stdlib_documents(), 40):
             file.write(json.dumps({"text": document["text"][:2000]}) + "\n")
-    (path / "question.jsonl").write_text('{"asked": "a", "answers": ["b", "c"]}\n')
-    (path / "task.yaml").write_text(TASK)
+    question = {"title": "a", "answers": ["b", "c"], "right": 0}
+    (path / "questions.jsonl").write_text(json.dumps(question) + "\n")
+    # its paths are relative to the folder in which the command runs
+    (path / "task.yaml").write_text(CHOICES)
     tokenizer = TiktokenTokenizer(
         {token: rank for rank, token in enumerate(BYTE_ORDER)}
     )
