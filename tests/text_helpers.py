@@ -189,7 +189,10 @@ def check_held_out(make):
         sequences = make(path, held_out=True).take(150)
         found = {source for sequence in sequences for source in sequence.sources}
         documents = read_jsonl([path])
-        assert found == {d.source for d in documents if is_held_out(d.key, 0.3)}
+        expected = {d.source for d in documents if is_held_out(d.key, 0.3)}
+        # pytest would take minutes to draw how two such sets differ
+        wrong = len(found ^ expected)
+        assert wrong == 0, f"{wrong} documents are on the other side"
 
 
 def check_position(make, sequences):
