@@ -25,7 +25,7 @@ train: .venv/installed data/wiki/tokenizer.tiktoken
 test: .venv/installed lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
 	$(BIN)/python tests/solve_exercises.py
-	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/tests/no_network HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=300 --timeout=300 build/solved/chapters
+	PYTHONPATH=$(CURDIR)/tests/no_network HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=300 --timeout=300 build/solved/chapters
 
 # one module's work: its tests without the slow ones and the mutants, under a minute;
 # `make test-fast TESTS=tests/test_rope.py` runs those of one file
