@@ -202,15 +202,18 @@ def draw_roofline(axes: Any, found: dict) -> None:
         peak = max(speeds.values())
         ends = (left, peak / read, right), (left * read, peak, peak)
         axes.plot(*ends, "-" if dtype == "bfloat16" else "--", color="0.4")
-        axes.text(right, peak, f"{dtype} ", ha="right", va="bottom", fontsize=8)
+        axes.text(right, 1.05 * peak, dtype, ha="right", va="bottom", fontsize=8)
     names = list(dict.fromkeys(case["who"] for case in cases))
     for i, name in enumerate(names):
         own = [p for p, case in zip(points, cases) if case["who"] == name]
         marker = "osD^vP*X<>"[i % 10]
         axes.plot(*zip(*own), marker, color=f"C{i}", markersize=5, label=name)
     groups: dict = {}
+    alike = len({case["work"] for case in cases}) == 1
     for case, (x, y) in zip(cases, points):
-        label = f"{case['work']}, B = {case['rows']}"
+        label = (
+            f"B = {case['rows']}" if alike else f"{case['work']}, B = {case['rows']}"
+        )
         groups[label] = max(groups.get(label, (0.0, 0.0)), (y, x))
     for label, (y, x) in groups.items():
         offset = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center"}
