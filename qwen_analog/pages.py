@@ -92,8 +92,10 @@ class PagePool(PageHolders):
 # %% ../chapters/29_pages.ipynb #cell-018
 def _alike(a: Sequence[int], b: Sequence[int]) -> int:
     """Return how many tokens two texts have in common at their beginning."""
-    pairs = zip(a, b)
-    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
+    count = 0
+    while count < min(len(a), len(b)) and a[count] == b[count]:
+        count += 1
+    return count
 
 # %% ../chapters/29_pages.ipynb #cell-028
 @dataclass(frozen=True)
