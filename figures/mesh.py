@@ -41,8 +41,7 @@ for machine, y in ((0, 2.45), (1, 0.0)):
         ax.text(
             x + 0.95,
             y + 0.72,
-            f"rank {2 * machine + local}\n{'first' if local == 0 else 'second'}"
-            " half",
+            f"rank {2 * machine + local}\n{'first' if local == 0 else 'second'} half",
             ha="center",
             va="center",
             fontsize=9.5,
