@@ -1,4 +1,4 @@
-"""Draw a 2 x 2 mesh of processes on two machines into mesh.svg."""
+"""Draw a 2 x 2 mesh of ranks on two machines into mesh.svg."""
 
 from pathlib import Path
 
@@ -41,8 +41,7 @@ for machine, y in ((0, 2.45), (1, 0.0)):
         ax.text(
             x + 0.95,
             y + 0.72,
-            f"process {2 * machine + local}\n{'first' if local == 0 else 'second'}"
-            " half",
+            f"rank {2 * machine + local}\n{'first' if local == 0 else 'second'} half",
             ha="center",
             va="center",
             fontsize=9.5,
