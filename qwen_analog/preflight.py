@@ -35,7 +35,7 @@ from qwen_analog.resume import (
 )
 from .run_directory import RunDirectory, step_number
 from .tokenizer import Tokenizer, check_vocab_size, load_tokenizer
-from .train_config import TrainConfig, fitted
+from .train_config import TrainConfig, check_method, fitted
 
 # %% ../chapters/B26_preflight.ipynb #cell-008
 def check_fit(config: TrainConfig, tokenizer: Tokenizer) -> None:
@@ -99,8 +99,17 @@ def _memory_of_batches(config: TrainConfig, context: DistributedContext) -> int:
     three numbers of 8 bytes a token, in sequences and collated.
     """
     sequences = config.micro_batch_size * config.gradient_accumulation_steps
-    tokens = config.sequence_length * sequences * context.local_world_size
-    return 3 * 2 * 24 * tokens
+    rows = sequences * config.rows_per_example * context.local_world_size
+    return 3 * 2 * 24 * config.sequence_length * rows
+
+
+def _memory_of_logits(config: TrainConfig) -> int:
+    """Return the bytes of the logits, and of what a loss makes of them, that are held
+    at once where the loss needs each token's log-probability.
+    """
+    rows = config.micro_batch_size * config.rows_per_example
+    whole = rows * config.sequence_length * config.qwen_config().vocab_size
+    return 0 if config.method == "sft" else 3 * 4 * whole
 
 # %% ../chapters/B26_preflight.ipynb #cell-020
 def check_room(config: TrainConfig, context: DistributedContext) -> None:
@@ -110,6 +119,7 @@ def check_room(config: TrainConfig, context: DistributedContext) -> None:
     count = sum(parameter_counts(config.qwen_config()).values())
     machine = context.local_world_size
     needed = 1.05 * estimate_for(config, context.world_size, machine).total
+    needed += _memory_of_logits(config)
     batches = _memory_of_batches(config, context)
     if context.device.type == "cpu":
         needed = needed * machine + batches  # all share this memory
@@ -159,6 +169,7 @@ def prepare_start(
 ) -> Start:
     """Find settings, tokenizer and weights of a run; refuse what cannot go well."""
     with context.together():
+        check_method(config)
         config, notes = fitted(config)
         if init_from:
             start = _start_from_source(config, notes, init_from, ignore_memory)
