@@ -20,6 +20,7 @@ from .data import PackedDataset, TokenSequence, held_out_dataset
 from .finetune import chat_datasets, read_conversations, read_examples
 from .jsonl import DataError, find_files
 from .preferences import example_datasets, read_pair
+from .rewards import read_question
 from .streaming import SharedDataset, StreamingDataset, open_stream
 from .token_cache import cache_directory, skipped_lines, tokenize_files
 from .distributed import DistributedContext
@@ -142,6 +143,7 @@ def _line_of(config: TrainConfig) -> str:
     """Return what a line of the data looks like."""
     texts = '{"messages": [...]}' if config.format == "chat" else '{"text": "..."}'
     lines = {"sft": texts, "dpo": '{"prompt", "chosen", "rejected"}'}
+    lines["grpo"] = '{"prompt", "answer"}'
     return lines[config.method]
 
 # %% ../chapters/B18_batches.ipynb #open-data
@@ -202,8 +204,11 @@ def _open_conversations(
         args = files, tokenizer, length, config.skip_bad_lines
         examples, bad = read_conversations(*args)
     else:
-        read = partial(read_pair, tokenizer=tokenizer, sequence_length=length)
-        examples, bad = read_examples(files, read, config.skip_bad_lines, "pair")
+        read = partial(read_question, tokenizer=tokenizer, config=config)
+        if config.method == "dpo":
+            read = partial(read_pair, tokenizer=tokenizer, sequence_length=length)
+        what = {"dpo": "pair", "grpo": "question"}[config.method]
+        examples, bad = read_examples(files, read, config.skip_bad_lines, what)
     if bad and context.rank == 0:
         print(f"skipped {len(bad)} bad lines, the first {bad[0]}", file=sys.stderr)
     if config.method == "sft":

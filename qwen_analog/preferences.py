@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['token_log_probs', 'sequence_log_probs', 'dpo_loss', 'preference_loss', 'pair_batch', 'answer_batch',
-           'read_preferences', 'encode_pair', 'Pair', 'read_pair', 'parse_record', 'ExampleDataset', 'example_datasets',
-           'answer_log_probs', 'with_reference', 'pair_log_probs', 'summed_pair_loss', 'DPO', 'own_examples',
-           'pair_scores']
+           'read_preferences', 'encode_pair', 'field_messages', 'Pair', 'read_pair', 'parse_record', 'ExampleDataset',
+           'example_datasets', 'answer_log_probs', 'autocast', 'with_reference', 'pair_log_probs', 'summed_pair_loss',
+           'DPO', 'own_examples', 'pair_scores']
 
 # %% ../chapters/23_preferences.ipynb #cell-009
 import torch
@@ -136,10 +136,10 @@ def encode_pair(
             raise ValueError(f'no field "{name}"')
     if record["chosen"] == record["rejected"]:
         raise ValueError("both answers are the same, so nothing is preferred")
-    asked = _messages(record, "prompt", "user")
+    asked = field_messages(record, "prompt", "user")
     prompt, answers = chat_ids(tokenizer, asked), []
     for name in ("chosen", "rejected"):
-        told = [*asked, *_messages(record, name, "assistant")]
+        told = [*asked, *field_messages(record, name, "assistant")]
         ids = chat_ids(tokenizer, told, add_generation_prompt=False)
         if ids[: len(prompt)] != prompt:
             raise ValueError(f'the chat template writes the prompt of "{name}" anew')
@@ -147,7 +147,7 @@ def encode_pair(
     return prompt, answers[0], answers[1]
 
 # %% ../chapters/23_preferences.ipynb #cell-042
-def _messages(record: dict, name: str, role: str) -> list[dict[str, str]]:
+def field_messages(record: dict, name: str, role: str) -> list[dict[str, str]]:
     """Return a field as messages, the last of them of `role`."""
     value = record[name]
     messages = value if isinstance(value, list) else [{"role": role, "content": value}]
@@ -244,9 +244,14 @@ def answer_log_probs(
 ) -> torch.Tensor:
     """Return `token_log_probs` [B, T] of a batch, in the precision of a run."""
     ids, targets = (batch[name].to(device) for name in ("input_ids", "targets"))
-    bf16 = config.precision == "bf16"
-    with torch.autocast(device.type, torch.bfloat16, bf16, cache_enabled=False):
+    with autocast(config, device):
         return token_log_probs(model, ids, targets)
+
+
+def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
+    """Return in which precision a run computes."""
+    bf16 = config.precision == "bf16"
+    return torch.autocast(device.type, torch.bfloat16, bf16, cache_enabled=False)
 
 
 @torch.no_grad()

@@ -139,6 +139,8 @@ def progress_bar(step: int, max_steps: int, shown: bool) -> tqdm:
 
 def show_step(bar: tqdm, values: dict[str, float]) -> None:
     words = "loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s, MFU {mfu:.0%}"
+    if "reward" in values:
+        words = "reward {reward:.3f}, " + words
     bar.set_postfix_str(words.format(**values))
 
 

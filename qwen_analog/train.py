@@ -194,6 +194,7 @@ from .preferences import DPO
 from .preflight import decide, prepare_start
 from .progress import finish, write_samples
 from .resume import compare_data, rng_state
+from .rewards import GRPO
 from .train_config import TrainConfig, add_arguments, given_settings
 
 # %% ../chapters/38_pretraining.ipynb #cell-077
@@ -324,9 +325,12 @@ def copy_weights(source: nn.Module, model: nn.Module) -> None:
         target.copy_(whole)
 
 # %% ../chapters/38_pretraining.ipynb #choose-objective
-def choose_objective(start: Start) -> NextToken | DPO:
+def choose_objective(start: Start) -> NextToken | DPO | GRPO:
     """Return what is learned, by the setting `method`."""
-    return DPO() if start.config.method == "dpo" else NextToken()
+    method = start.config.method
+    if method == "grpo":
+        return GRPO(start.config, start.tokenizer)
+    return DPO() if method == "dpo" else NextToken()
 
 # %% ../chapters/38_pretraining.ipynb #cell-089
 class Saver:
@@ -490,7 +494,8 @@ def describe_run(trainer: Trainer) -> str:
     config, context, begin = trainer.config, trainer.context, trainer.step
     tokens, what = tokens_per_step(config, context.world_size), "tokens"
     if config.method != "sft":
-        tokens, what = tokens // config.sequence_length, "pairs"
+        tokens //= config.sequence_length
+        what = {"dpo": "pairs", "grpo": "questions"}[config.method]
     where = context.device.type
     if context.world_size > 1:
         where += f" x {context.world_size} processes, {config.parallel}"

@@ -220,16 +220,28 @@ class AdapterSettings(_Settings):
 class MethodSettings(_Settings):
     """what answers are learned from"""
 
-    method: Literal["sft", "dpo"] = "sft"
+    method: Literal["sft", "dpo", "grpo"] = "sft"
     """sft learns texts, or given answers; dpo which of two answers is the better one,
-    {"prompt", "chosen", "rejected"} a line, and counts pairs, not sequences"""
+    from {"prompt", "chosen", "rejected"} a line; grpo its own answers, by a reward, to
+    {"prompt", "answer"} a line: both count such lines where sft counts sequences"""
     beta: float = Field(0.1, ge=0)
-    """dpo: how dear it is to move away from the model without its adapters"""
+    """dpo, grpo: how much it counts to stay near the model without its adapters"""
+    reward: str = Field("exact", min_length=1)
+    """grpo: exact, 1 for the text of "answer"; number, 1 where the last number is that
+    of "answer"; or module:function of your own, called with a text and its line"""
+    group_size: int = Field(8, ge=2)
+    """grpo: answers drawn to each prompt"""
+    max_new_tokens: int = Field(64, ge=1)
+    """grpo: the longest answer"""
+    updates_per_step: int = Field(1, ge=1)
+    """grpo: updates of the weights with the same answers"""
+    clip: float = Field(0.2, gt=0, lt=1)
+    """grpo: how far an update may move a token's ratio from 1; idle in the first"""
 
     @property
     def rows_per_example(self) -> int:
         """How many rows a model computes for one of `micro_batch_size`."""
-        return {"sft": 1, "dpo": 2}[self.method]
+        return {"sft": 1, "dpo": 2, "grpo": self.group_size}[self.method]
 
 # %% ../chapters/B17_settings.ipynb #cell-022
 class TrainConfig(
@@ -413,7 +425,9 @@ _INTERVALS = ("save_every", "eval_every", "log_every")
 
 # %% ../chapters/B17_settings.ipynb #method-check
 # settings that only these methods have a use for
-_USED_BY = {"beta": ("dpo",), "z_loss": ("sft",)}
+_OF_GRPO = ("reward", "group_size", "max_new_tokens", "updates_per_step", "clip")
+_USED_BY: dict[str, tuple[str, ...]] = dict.fromkeys(_OF_GRPO, ("grpo",))
+_USED_BY |= {"beta": ("dpo", "grpo"), "z_loss": ("sft",)}
 
 
 def check_method(config: TrainConfig) -> None:
@@ -428,8 +442,13 @@ def check_method(config: TrainConfig) -> None:
                 f"{name}: method {method} has no use for it, only"
                 f" {' and '.join(methods)}: leave it out"
             )
-    if method == "sft":
-        return
+    if method != "sft":
+        _check_answers(config)
+
+# %% ../chapters/B17_settings.ipynb #method-check-2
+def _check_answers(config: TrainConfig) -> None:
+    """Raise ValueError where settings do not fit a method that is given no answers."""
+    method = config.method
     if config.format != "chat":
         raise ValueError(
             f"format: method {method} learns from answers: it must be chat, not"
@@ -442,6 +461,11 @@ def check_method(config: TrainConfig) -> None:
         )
     if method == "dpo" and not config.beta:
         raise ValueError("beta: must be above 0 with method dpo")
+    if method == "grpo" and config.max_new_tokens >= config.sequence_length:
+        raise ValueError(
+            f"max_new_tokens {config.max_new_tokens:,} leaves no room for a prompt in"
+            f" sequence_length {config.sequence_length:,}"
+        )
 
 # %% ../chapters/B17_settings.ipynb #cell-062
 def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
@@ -483,11 +507,17 @@ FINETUNING = {
     "output_dir": "finetuned",
 }
 
-
+# %% ../chapters/B17_settings.ipynb #finetuning-methods
 # and what its methods do on top of that
 METHODS: dict[str, dict[str, Any]] = {
     "sft": {},
     "dpo": {"lora_rank": 8, "learning_rate": 5e-5, "micro_batch_size": 2},
+    "grpo": {
+        "lora_rank": 8,
+        "learning_rate": 5e-5,
+        "micro_batch_size": 2,
+        "beta": 0.04,
+    },
 }
 
 
