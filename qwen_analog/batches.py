@@ -215,7 +215,7 @@ def _open_conversations(
         return chat_datasets(examples, length, config.seed, config.heldout_fraction)
     return example_datasets(examples, config.seed, config.heldout_fraction)
 
-
+# %% ../chapters/B18_batches.ipynb #open-stream
 def _open_stream(
     config: TrainConfig, tokenizer: Tokenizer, context: DistributedContext
 ) -> tuple[SharedDataset, PackedDataset | None]:

@@ -261,7 +261,7 @@ def with_reference(run: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.
         before = answer_log_probs(run.model, batch, run.config, run.context.device)
     return {**batch, "reference": before}
 
-
+# %% ../chapters/23_preferences.ipynb #dpo-loss-2
 def pair_log_probs(
     model: Any,
     batch: dict[str, torch.Tensor],

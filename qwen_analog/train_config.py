@@ -269,8 +269,7 @@ class TrainConfig(
     ) -> "TrainConfig":
         """Check `values` and return the settings.
 
-        Raises a ValueError of one line that names `source` and every wrong field, those
-        in `flags` by their flag.
+        Raises ValueError naming `source` and wrong fields, by their flags if in `flags`.
         """
         try:
             return cls.model_validate(values)
