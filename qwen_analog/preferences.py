@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['token_log_probs', 'sequence_log_probs', 'dpo_loss', 'preference_loss', 'pair_batch', 'answer_batch',
-           'read_preferences', 'encode_pair', 'field_messages', 'Pair', 'read_pair', 'parse_record', 'ExampleDataset',
-           'example_datasets', 'answer_log_probs', 'autocast', 'with_reference', 'pair_log_probs', 'summed_pair_loss',
-           'DPO', 'own_examples', 'pair_scores']
+           'read_preferences', 'encode_pair', 'field_messages', 'Pair', 'read_pair', 'parse_record', 'with_prompt',
+           'ExampleDataset', 'example_datasets', 'answer_log_probs', 'autocast', 'with_reference', 'pair_log_probs',
+           'summed_pair_loss', 'DPO', 'own_examples', 'pair_scores']
 
 # %% ../chapters/23_preferences.ipynb #cell-009
 import torch
@@ -92,6 +92,7 @@ def answer_batch(rows: list[tuple[list[int], list[int]]], pad_id: int = 0):
 # %% ../chapters/23_preferences.ipynb #cell-040
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -184,7 +185,7 @@ class Pair:
 
 def read_pair(line: Line, tokenizer: Tokenizer, sequence_length: int) -> Pair:
     """Return the pair of a line; ValueError saying what is wrong with it."""
-    record = parse_record(line, sequence_length)
+    record = with_prompt(parse_record(line, "chosen", "rejected", most=sequence_length))
     ids = prompt, *answers = encode_pair(record, tokenizer)
     length = len(prompt) + max(map(len, answers)) - 1
     if length > sequence_length:
@@ -194,15 +195,33 @@ def read_pair(line: Line, tokenizer: Tokenizer, sequence_length: int) -> Pair:
     size, source = len(line.content or b""), f"{line.name}:{line.number}"
     return Pair(ids, size, repr(record["prompt"]), source)
 
-
-def parse_record(line: Line, sequence_length: int) -> Any:
-    """Return what the JSON of a line holds; ValueError where it is far too long."""
+# %% ../chapters/23_preferences.ipynb #parse-record
+def parse_record(line: Line, *names: str, most: int) -> Any:
+    """Return what the JSON of a line holds; ValueError where one of the fields `names`
+    is far beyond `most` tokens.
+    """
     if not isinstance(line.content, bytes):  # longer than 1 MiB
         raise ValueError("the line is longer than a sequence")
     record = parse_json(line.content)
-    if len(repr(record)) > 12 * LONGEST_TOKEN * sequence_length:
-        raise ValueError(f"more than sequence_length {sequence_length:,} tokens")
+    said = (
+        [repr(record.get(name)) for name in names] if isinstance(record, dict) else []
+    )
+    if any(len(text) > 12 * LONGEST_TOKEN * most for text in said):
+        raise ValueError(f"more than sequence_length {most:,} tokens")
     return record
+
+
+def with_prompt(record: Any) -> Any:
+    """Take a prompt that both answers begin with, as lists of messages, out of them."""
+    if not isinstance(record, dict) or "prompt" in record:
+        return record
+    chosen, rejected = record.get("chosen"), record.get("rejected")
+    if not isinstance(chosen, list) or not isinstance(rejected, list):
+        return record
+    pairs = zip(chosen, rejected)
+    n = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    parts = {"prompt": chosen[:n], "chosen": chosen[n:], "rejected": rejected[n:]}
+    return {**record, **parts}
 
 # %% ../chapters/23_preferences.ipynb #example-dataset
 class ExampleDataset(PackedDataset):

@@ -193,7 +193,7 @@ class Question:
 
 def read_question(line: Line, tokenizer: Tokenizer, config: TrainConfig) -> Question:
     """Return the question of a line; ValueError saying what is wrong with it."""
-    record = parse_record(line, config.sequence_length)
+    record = parse_record(line, "prompt", most=config.sequence_length)
     if not isinstance(record, dict):
         raise ValueError(f"not a JSON object but of type {type(record).__name__}")
     for name in ("prompt", "answer"):

@@ -269,7 +269,7 @@ class TrainConfig(
     ) -> "TrainConfig":
         """Check `values` and return the settings.
 
-        Raises ValueError naming `source` and wrong fields, by their flags if in `flags`.
+        ValueError names `source` and every wrong field, those in `flags` by their flag.
         """
         try:
             return cls.model_validate(values)

@@ -48,6 +48,7 @@ from qwen_analog.preferences import (
     read_pair,
     sequence_log_probs,
     token_log_probs,
+    with_prompt,
 )
 from qwen_analog.train import train
 from qwen_analog.train_config import TrainConfig
@@ -313,6 +314,24 @@ def test_plain_and_conversational_pairs_are_one(tmp_path):
     silent = [{"role": "system", "content": ""}, *talk["prompt"]]
     asked, *_ = encode_pair({**GOOD, "prompt": silent}, TOKENIZER)
     assert TOKENIZER.decode(asked).startswith("<|im_start|>system\n<|im_end|>")
+
+
+def test_a_prompt_that_both_answers_repeat_is_taken_out(tmp_path):
+    whole = [{n: t["prompt"] + t[n] for n in ("chosen", "rejected")} for t in TALKS]
+    for record, talk in zip(whole, TALKS):
+        found, told = (
+            read_pair(line(x, tmp_path), TOKENIZER, 200) for x in (record, talk)
+        )
+        assert (found.ids, found.key) == (told.ids, told.key)
+        assert with_prompt(record) == talk
+    trl = pytest.importorskip("trl", reason="prompts are compared with TRL's")
+    assert [trl.extract_prompt(record) for record in whole] == TALKS
+    same = {"chosen": whole[0]["chosen"], "rejected": whole[0]["chosen"]}
+    with pytest.raises(ValueError, match="both answers are the same"):
+        read_pair(line(same, tmp_path), TOKENIZER, 200)
+    other = {"chosen": conversation("a", "b"), "rejected": conversation("c", "d")}
+    with pytest.raises(ValueError, match='"prompt" must end with a message of the us'):
+        read_pair(line(other, tmp_path), TOKENIZER, 200)
 
 
 def test_each_epoch_has_every_example_once_and_a_place_is_kept():
