@@ -185,7 +185,8 @@ class Pair:
 
 def read_pair(line: Line, tokenizer: Tokenizer, sequence_length: int) -> Pair:
     """Return the pair of a line; ValueError saying what is wrong with it."""
-    record = with_prompt(parse_record(line, "chosen", "rejected", most=sequence_length))
+    names = "prompt", "chosen", "rejected"
+    record = with_prompt(parse_record(line, *names, most=sequence_length))
     ids = prompt, *answers = encode_pair(record, tokenizer)
     length = len(prompt) + max(map(len, answers)) - 1
     if length > sequence_length:
@@ -203,11 +204,10 @@ def parse_record(line: Line, *names: str, most: int) -> Any:
     if not isinstance(line.content, bytes):  # longer than 1 MiB
         raise ValueError("the line is longer than a sequence")
     record = parse_json(line.content)
-    said = (
-        [repr(record.get(name)) for name in names] if isinstance(record, dict) else []
-    )
-    if any(len(text) > 12 * LONGEST_TOKEN * most for text in said):
-        raise ValueError(f"more than sequence_length {most:,} tokens")
+    if isinstance(record, dict):
+        said = [repr(record.get(name)) for name in names]
+        if max(map(len, said)) > 12 * LONGEST_TOKEN * most:  # to count takes minutes
+            raise ValueError(f"more than sequence_length {most:,} tokens")
     return record
 
 
