@@ -10,14 +10,17 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 from typing import TypeVar
 
 import torch
 
 from .data import PackedDataset, TokenSequence, held_out_dataset
-from .finetune import chat_datasets, read_conversations
+from .finetune import chat_datasets, read_conversations, read_examples
 from .jsonl import DataError, find_files
+from .preferences import example_datasets, read_pair
+from .rewards import read_question
 from .streaming import SharedDataset, StreamingDataset, open_stream
 from .token_cache import cache_directory, skipped_lines, tokenize_files
 from .distributed import DistributedContext
@@ -77,14 +80,17 @@ class Batch:
 
 
 def prepare_batch(
-    dataset: Dataset, config: TrainConfig, context: DistributedContext
+    dataset: Dataset,
+    config: TrainConfig,
+    context: DistributedContext,
+    collate: Callable[..., list[dict[str, torch.Tensor]]] = micro_batches,
 ) -> Batch:
     """Take this process's sequences of the next step, collated."""
     count = config.micro_batch_size * config.gradient_accumulation_steps
     before = dataset.state_dict()
     sequences = dataset.take(count, context.rank, context.world_size)
     after = dataset.state_dict()
-    batches = _pin(micro_batches(sequences, config), context.device)
+    batches = _pin(collate(sequences, config), context.device)
     return Batch(batches, sequences, before, after)
 
 
@@ -124,13 +130,21 @@ def check_data(config: TrainConfig) -> None:
     """Raise DataError, before anything is read, for data that are not there."""
     if not config.data:
         raise DataError(
-            'no data: name JSONL files with --data, each line {"text": "..."}'
+            f"no data: name JSONL files with --data, each line {_line_of(config)}"
         )
     streamed = config.stream or any(path.startswith("hf:") for path in config.data)
     if streamed and config.format == "chat":
         raise DataError("format chat reads files, all of them first: no hf:, no stream")
     if not any(path.startswith("hf:") for path in config.data):
         find_files(config.data)
+
+
+def _line_of(config: TrainConfig) -> str:
+    """Return what a line of the data looks like."""
+    texts = '{"messages": [...]}' if config.format == "chat" else '{"text": "..."}'
+    lines = {"sft": texts, "dpo": '{"prompt", "chosen", "rejected"}'}
+    lines["grpo"] = '{"prompt", "answer"}'
+    return lines[config.method]
 
 # %% ../chapters/B18_batches.ipynb #open-data
 def open_data(
@@ -186,12 +200,22 @@ def _open_conversations(
     config: TrainConfig, tokenizer: Tokenizer, context: DistributedContext
 ) -> tuple[PackedDataset, PackedDataset | None]:
     length, files = config.sequence_length, find_files(config.data)
-    examples, bad = read_conversations(files, tokenizer, length, config.skip_bad_lines)
+    if config.method == "sft":
+        args = files, tokenizer, length, config.skip_bad_lines
+        examples, bad = read_conversations(*args)
+    else:
+        read = partial(read_question, tokenizer=tokenizer, config=config)
+        if config.method == "dpo":
+            read = partial(read_pair, tokenizer=tokenizer, sequence_length=length)
+        what = {"dpo": "pair", "grpo": "question"}[config.method]
+        examples, bad = read_examples(files, read, config.skip_bad_lines, what)
     if bad and context.rank == 0:
         print(f"skipped {len(bad)} bad lines, the first {bad[0]}", file=sys.stderr)
-    return chat_datasets(examples, length, config.seed, config.heldout_fraction)
+    if config.method == "sft":
+        return chat_datasets(examples, length, config.seed, config.heldout_fraction)
+    return example_datasets(examples, config.seed, config.heldout_fraction)
 
-
+# %% ../chapters/B18_batches.ipynb #open-stream
 def _open_stream(
     config: TrainConfig, tokenizer: Tokenizer, context: DistributedContext
 ) -> tuple[SharedDataset, PackedDataset | None]:

@@ -35,7 +35,11 @@ _FLAGS = {"train": "train_config.add_arguments", "serve": "serve.add_arguments"}
 COMMANDS: dict[str, Command] = {}
 for _name, _run, _help in (
     ("train", "train.run", "pretrain on one to many processes"),
-    ("finetune", "commands.finetune", "train a model to answer, on conversations"),
+    (
+        "finetune",
+        "commands.finetune",
+        "train a model to answer, by examples or by rewards",
+    ),
     ("plan", "plan.run", "memory, speed and days of a run, before it is paid for"),
     ("bench", "bench.run", "speed beside other libraries and the machine's limits"),
     ("eval", "evaluate.run", "bits per byte and grammar of models, side by side"),

@@ -217,7 +217,7 @@ def trace(arguments: argparse.Namespace) -> None:
 
 # %% ../chapters/B34_texts_and_weights.ipynb #finetune-command
 def finetune(arguments: argparse.Namespace) -> None:
-    """Train a model to answer as the conversations in `--data` do."""
+    """Train a model to answer, by examples, preferences or rewards in `--data`."""
     from qwen_analog.resume import settings_on_top
     from qwen_analog.run_directory import RunDirectory
     from qwen_analog.train import run_settings

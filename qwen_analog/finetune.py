@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'answer_spans', 'answer_end', 'Example', 'encode_conversation', 'fill_rows', 'join', 'ChatDataset',
-           'end_at_answers', 'read_messages', 'read_example', 'read_conversations', 'chat_fingerprint', 'chat_datasets',
-           'add_adapters', 'save_adapters']
+           'end_at_answers', 'read_messages', 'read_example', 'read_conversations', 'read_examples', 'chat_fingerprint',
+           'split_examples', 'chat_datasets', 'add_adapters', 'save_adapters']
 
 # %% ../chapters/21_finetuning.ipynb #cell-005
 import hashlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,11 @@ class Example:
     def __len__(self) -> int:
         """Return N, the tokens that have a next one."""
         return len(self.ids) - 1
+
+    def content(self) -> bytes:
+        """Return what a fingerprint is made of."""
+        size = len(self).to_bytes(8, "little")
+        return size + self.ids.tobytes() + self.learned.tobytes()
 
 # %% ../chapters/21_finetuning.ipynb #cell-023
 def encode_conversation(
@@ -285,11 +291,21 @@ def read_conversations(
     Raises DataError, with file and line, for a bad line that is not to be skipped.
     """
     end = answer_end(tokenizer)
+    read = partial(
+        read_example, tokenizer=tokenizer, end=end, sequence_length=sequence_length
+    )
+    return read_examples(files, read, skip_bad_lines, "conversation")
+
+
+def read_examples(
+    files: Sequence[str], read: Callable[[Line], Any], skip_bad_lines: bool, what: str
+) -> tuple[list, list[str]]:
+    """Return what `read` makes of each line, and where bad lines were skipped."""
     examples, skipped = [], []
     for line in read_lines(files):
         where = f"{line.name}, line {line.number}"
         try:
-            examples.append(read_example(line, tokenizer, end, sequence_length))
+            examples.append(read(line))
         except ValueError as error:
             if not skip_bad_lines:
                 raise DataError(
@@ -297,34 +313,40 @@ def read_conversations(
                 ) from None
             skipped.append(f"{where}: {error}")
     if not examples:
-        raise DataError(f"no conversation in {', '.join(files)}")
+        raise DataError(f"no {what} in {', '.join(files)}")
     return examples, skipped
 
 # %% ../chapters/21_finetuning.ipynb #cell-070
-def chat_fingerprint(examples: Sequence[Example], held_out: np.ndarray) -> dict:
-    """Say what identifies conversations, as `data.fingerprint` does of texts."""
+def chat_fingerprint(examples: Sequence[Any], held_out: np.ndarray) -> dict:
+    """Say what identifies examples, as `data.fingerprint` does of texts."""
     files: dict[str, FileFingerprint] = {}
     for example in examples:
         name = example.source.rpartition(":")[0].rpartition("/")[2]
         file = files.setdefault(name, FileFingerprint(name))
         file.documents += 1
         file.bytes += example.num_bytes
-        file.sha256.update(len(example).to_bytes(8, "little"))
-        file.sha256.update(example.ids.tobytes() + example.learned.tobytes())
+        file.sha256.update(example.content())
     sides = hashlib.sha256(held_out.tobytes()).hexdigest()
     return {"files": [file.to_dict() for file in files.values()], "held_out": sides}
+
+
+def split_examples(
+    examples: Sequence[Any], fraction: float
+) -> tuple[list, list, dict[str, Any]]:
+    """Return what is learned, what is held out, and what identifies both."""
+    held_out = held_out_mask([example.key for example in examples], fraction)
+    training, kept = (
+        [example for example, out in zip(examples, held_out) if out == side]
+        for side in (False, True)
+    )
+    return training, kept, chat_fingerprint(examples, held_out)
 
 
 def chat_datasets(
     examples: Sequence[Example], sequence_length: int, seed: int, fraction: float
 ) -> tuple[ChatDataset, ChatDataset | None]:
     """Return the conversations to train on, and those held out, if there are any."""
-    held_out = held_out_mask([example.key for example in examples], fraction)
-    mark = chat_fingerprint(examples, held_out)
-    parts = [
-        [example for example, out in zip(examples, held_out) if out == side]
-        for side in (False, True)
-    ]
+    *parts, mark = split_examples(examples, fraction)
     training, kept = (ChatDataset(p, sequence_length, seed, mark) for p in parts)
     return training, kept if parts[1] else None
 

@@ -568,7 +568,7 @@ def estimate_for(
         precision=config.precision,
         optimizer=config.optimizer,
         activation_checkpointing=config.activation_checkpointing,
-        batch_size=config.micro_batch_size,
+        batch_size=config.micro_batch_size * config.rows_per_example,
         sequence_length=config.sequence_length,
         micro_batches=config.gradient_accumulation_steps,
         strategy=config.parallel,

@@ -50,9 +50,11 @@ class SpeedMeter:
         self.speeds: list[float] = []
         self.seconds = self.waited = 0.0
 
-    def measure(self, seconds: float, waited: float = 0.0) -> dict[str, float]:
+    def measure(
+        self, seconds: float, waited: float = 0.0, tokens: int | None = None
+    ) -> dict[str, float]:
         """Note a step that took so many seconds, `waited` of them for its data."""
-        self.speeds.append(self.tokens_per_step / seconds)
+        self.speeds.append((tokens or self.tokens_per_step) / seconds)
         self.seconds += seconds
         self.waited += waited
         return self._described(self.speeds[-1], waited / seconds)
@@ -137,15 +139,23 @@ def progress_bar(step: int, max_steps: int, shown: bool) -> tqdm:
 
 def show_step(bar: tqdm, values: dict[str, float]) -> None:
     words = "loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s, MFU {mfu:.0%}"
+    if "reward" in values:
+        words = "reward {reward:.3f}, " + words
     bar.set_postfix_str(words.format(**values))
 
 
 def show_evaluation(bar: tqdm, step: int, scores: dict[str, float]) -> None:
-    if not bar.disable:
-        bar.write(
-            f"step {step:,}: held-out loss {scores['loss']:.3f} nats a token,"
+    if bar.disable:
+        return
+    words = ", ".join(
+        f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items()
+    )
+    if "bits_per_byte" in scores:
+        words = (
+            f"loss {scores['loss']:.3f} nats a token,"
             f" {scores['bits_per_byte']:.3f} bits per byte"
         )
+    bar.write(f"step {step:,}: held-out {words}")
 
 # %% ../chapters/B27_progress.ipynb #cell-047
 @contextmanager

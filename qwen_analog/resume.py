@@ -74,7 +74,7 @@ def restore(
 
 # %% ../chapters/B25_resume.ipynb #cell-026
 # settings without which the next sequences, or the next update, would be others
-_UNCHANGED = ("optimizer", "format", "stream", "sequence_length", "seed")
+_UNCHANGED = ("optimizer", "format", "method", "stream", "sequence_length", "seed")
 _UNCHANGED += ("heldout_fraction", "lora_rank", "lora_alpha", "lora_targets")
 
 

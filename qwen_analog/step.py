@@ -7,7 +7,7 @@ __all__ = ['count_targets', 'forward_loss', 'accumulate_gradients', 'StepResult'
 
 # %% ../chapters/14_training_step.ipynb #cell-086
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -52,16 +52,19 @@ def accumulate_gradients(
     config: TrainConfig,
     device: torch.device,
     world_size: int,
+    loss_of: Callable[..., torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Run the passes of this process's micro-batches, one after the other; return their
     summed loss, a float32 scalar.
 
-    `targets` counts the real targets of the whole step, over all processes.
+    `targets` counts the real targets of the whole step, over all processes. `loss_of`
+    stands in for `forward_loss`.
     """
+    loss_of = loss_of or forward_loss
     total = torch.zeros((), device=device)
     for i, batch in enumerate(batches, start=1):
         with gradient_sync(model, i == len(batches)):  # at the last one only
-            loss = forward_loss(model, batch, config, device)
+            loss = loss_of(model, batch, config, device)
             (loss * (world_size / targets)).backward()
         total += loss.detach()
     return total
@@ -81,17 +84,20 @@ def train_step(
     batches: Sequence[dict[str, torch.Tensor]],
     config: TrainConfig,
     context: DistributedContext,
+    loss_of: Callable[..., torch.Tensor] | None = None,
+    count: int | None = None,
 ) -> StepResult:
     """Take one optimizer step on this process's micro-batches.
 
     The loss is a mean over the step's real targets, however they are spread over
-    micro-batches and processes. A loss or gradient that is not finite leaves the
+    micro-batches and processes; with another `loss_of` than `forward_loss` over what
+    `count` counts on this process. A loss or gradient that is not finite leaves the
     weights and the optimizer as they were.
     """
-    (targets,) = context.all_reduce_sum(count_targets(batches))
-    total = accumulate_gradients(
-        model, batches, targets, config, context.device, context.world_size
-    )
+    own = count_targets(batches) if count is None else count
+    (targets,) = context.all_reduce_sum(own)
+    sizes = context.device, context.world_size
+    total = accumulate_gradients(model, batches, targets, config, *sizes, loss_of)
     (total,) = context.all_reduce_sum(total.item())
     grad_norm = clip_grad_norm(model, config.max_grad_norm)
     finite = math.isfinite(total) and math.isfinite(grad_norm)

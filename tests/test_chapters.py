@@ -165,10 +165,11 @@ FLOORS = [
     "hf_tokenizer token_cache data corpora model",
     "generate memory pages parallel monitor quantize streaming weights checkpoint "
     "tokenizer_json chat_template lora",
-    "inference scoring restore text_stream step search run_directory gguf_file hf "
-    "preferences",
-    "gguf checkpointer finetune resume lm_eval_adapter scheduler simulation rewards",
-    "loading engine batches",
+    "inference scoring restore text_stream step search run_directory gguf_file hf",
+    "gguf checkpointer finetune resume lm_eval_adapter scheduler simulation",
+    "loading engine preferences",
+    "rewards",
+    "batches",
     "progress preflight chat evaluate plan protocol bench",
     "train server",
     "serve commands prepare",

@@ -24,6 +24,7 @@ from qwen_analog.checkpoint import save_checkpoint
 from qwen_analog.corpora import stdlib_documents
 from qwen_analog.hf import save_pretrained
 from qwen_analog.bpe import BYTE_ORDER
+from qwen_analog.jsonl import write_jsonl
 from qwen_analog.tokenizer import TiktokenTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,6 +149,10 @@ def home(tmp_path_factory):
             file.write(json.dumps({"text": document["text"][:2000]}) + "\n")
     question = {"title": "a", "answers": ["b", "c"], "right": 0}
     (path / "questions.jsonl").write_text(json.dumps(question) + "\n")
+    pairs = ({"prompt": f"{i}?", "chosen": "7", "rejected": "07"} for i in range(9))
+    sums = ({"prompt": f"{i} + 1?", "answer": i + 1} for i in range(9))
+    write_jsonl(pairs, path / "pairs.jsonl")
+    write_jsonl(sums, path / "sums.jsonl")
     # its paths are relative to the folder in which the command runs
     (path / "task.yaml").write_text(CHOICES)
     tokenizer = TiktokenTokenizer(

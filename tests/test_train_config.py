@@ -211,6 +211,7 @@ def flag_for(name, value):
 
 
 OTHER = {
+    "method": "dpo",
     "format": "chat",
     "lora_targets": ["q_proj", "up_proj"],
     "compile": True,
