@@ -482,6 +482,11 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         help="end where this text appears; may be given several times",
     )
     add(
+        "--json-schema",
+        metavar="FILE",
+        help="write JSON that has the form of this JSON schema",
+    )
+    add(
         "--seed",
         type=whole(0, 2**64 - 1),
         metavar="N",

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['REFUSED', 'IGNORED', 'AnyBody', 'ApiError', 'Body', 'ChatBody', 'parse_body', 'ChoiceWriter', 'ReplyWriter',
-           'CompletionBody', 'make_requests', 'token_bytes', 'LogprobWriter']
+           'CompletionBody', 'make_requests', 'LogprobWriter']
 
 # %% ../chapters/B32_protocol.ipynb #cell-005
 import codecs
 import json
-import re
 import time
 import uuid
 from collections import Counter
@@ -21,11 +20,12 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .engine import MAX_STOP_LENGTH, MAX_STOPS, Engine, check_stop
+from .arguments import MissingExtraError
 from .chat_template import chat_ids
+from .grammar import Grammar, json_grammar
 from .sampling import SamplingParams
 from .scheduler import Delta, Request, TokenLogprob
-from .bpe import BYTE_ORDER
-from .tokenizer import TiktokenTokenizer, Tokenizer
+from .tokenizer import Tokenizer
 
 # %% ../chapters/B32_protocol.ipynb #cell-007
 # parameters that would change the answer and are not built here, with the values that
@@ -36,7 +36,6 @@ REFUSED = {
     "functions": [[]],
     "function_call": ["none", "auto"],
     "logit_bias": [{}],
-    "response_format": [{"type": "text"}],
     "presence_penalty": [0],
     "frequency_penalty": [0],
     "echo": [False],
@@ -92,11 +91,33 @@ class _StreamOptions(_Strict):
     include_obfuscation: bool = False
 
 
+class _JsonSchema(_Strict):
+    name: str
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+    description: str | None = None
+
+
+class _ResponseFormat(_Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: _JsonSchema | None = None
+
+    def schema_asked(self) -> dict[str, Any] | None:
+        """Return the JSON schema that an answer is to have, None for any text."""
+        if self.type == "json_schema" and self.json_schema is not None:
+            return self.json_schema.schema_
+        return {"type": "object"} if self.type == "json_object" else None
+
+
 _Item = TypeVar("_Item")
 # the first wrong entry is enough: there may be a hundred thousand
 _List = Annotated[list[_Item], Field(fail_fast=True)]
 _COUNT, _FLAG = "a whole number of at least 1", "true or false"
 _TOP_K = "a whole number of at least 1, or 0 for none"
+_FORMAT = (
+    '{"type": "text"}, {"type": "json_object"} or {"type": "json_schema",'
+    ' "json_schema": {"name": a text, "schema": a JSON schema}}'
+)
 _STOP = f"a text or a list of at most {MAX_STOPS}, of 1 to {MAX_STOP_LENGTH} characters"
 
 # %% ../chapters/B32_protocol.ipynb #cell-013
@@ -117,10 +138,18 @@ class Body(_Strict):
         "a whole number from 0 to 2**62 - 1", None, ge=0, lt=2**62
     )
     stop: str | _List[str] = _must_be(_STOP + " each", [])
+    response_format: _ResponseFormat = _must_be(_FORMAT, _ResponseFormat(type="text"))
     stream: bool = _must_be(_FLAG, False)
     stream_options: _StreamOptions = _must_be(
         '{"include_usage": true or false}', _StreamOptions()
     )
+
+    @field_validator("response_format")
+    @classmethod
+    def _with_its_schema(cls, asked: _ResponseFormat) -> _ResponseFormat:
+        if (asked.type == "json_schema") != (asked.json_schema is not None):
+            raise ValueError("json_schema belongs to the type json_schema")
+        return asked
 
     @field_validator("stop")
     @classmethod
@@ -229,7 +258,7 @@ def _refusal(schema: type[Body], error: ValidationError) -> ApiError:
     """Say in one line what the first of pydantic's errors means."""
     found = error.errors()[0]
     name, *inside = map(str, found["loc"])
-    if name not in ("messages", "stream_options"):
+    if name not in ("messages", "stream_options", "response_format"):
         inside = []  # of the others it names types
     param = name
     for part in inside[:2]:
@@ -374,8 +403,9 @@ def make_requests(engine: Engine, body: AnyBody) -> list[Request]:
     """
     params = _sampling_params(engine.defaults, body)
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
-    requests = []
-    for prompt in _prompt_ids(engine, body):
+    requests, prompts = [], _prompt_ids(engine, body)
+    asked = stop, body.alternatives(), _grammar(engine, body)
+    for prompt in prompts:
         room = engine.max_context - len(prompt)
         limit = body.limit(room)
         if limit > room:
@@ -384,7 +414,7 @@ def make_requests(engine: Engine, body: AnyBody) -> list[Request]:
         for i in range(body.n):
             seed = None if body.seed is None else body.seed + i
             own = replace(params, seed=seed)
-            requests.append(Request(prompt, limit, own, stop, body.alternatives()))
+            requests.append(Request(prompt, limit, own, *asked))
     return requests
 
 # %% ../chapters/B32_protocol.ipynb #cell-065
@@ -418,41 +448,19 @@ def _prompt_ids(engine: Engine, body: AnyBody) -> list[list[int]]:
     except ValueError as error:
         raise ApiError(str(error), param=body.prompt_name) from None
 
-# %% ../chapters/B32_protocol.ipynb #cell-070
-# how byte-level vocabularies of Hugging Face spell a byte: itself where it is
-# printable, else a character from 256 on
-_SPELLED = {
-    chr(b[0] if i < 188 else 256 + i - 188): b[0] for i, b in enumerate(BYTE_ORDER)
-}
-
-
-def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
-    """Return the bytes that a token stands for, also of a part of a character."""
-    if isinstance(tokenizer, TiktokenTokenizer):
-        try:
-            return tokenizer.encoding.decode_single_token_bytes(token)
-        except KeyError:  # a gap in the vocabulary
-            return b""
-    # at the beginning of a text a decoder may drop a blank
-    before = tokenizer.encode("a")
-    text = tokenizer.decode([*before, token]).removeprefix(tokenizer.decode(before))
-    if "\ufffd" not in text:
-        return text.encode(errors="replace")
-    spelling = _spelling(tokenizer, token)
-    if re.fullmatch("<0x[0-9A-F]{2}>", spelling):
-        return bytes.fromhex(spelling[3:5])
-    if all(character in _SPELLED for character in spelling):
-        return bytes(_SPELLED[character] for character in spelling)
-    return text.encode()
+# %% ../chapters/B32_protocol.ipynb #grammar-code
+def _grammar(engine: Engine, body: Body) -> Grammar | None:
+    """Return the form that a body wants for its answers. Raises ApiError."""
+    schema = body.response_format.schema_asked()
+    if schema is None:
+        return None
+    try:
+        return json_grammar(engine.tokenizer, schema)
+    except (ValueError, MissingExtraError) as error:
+        name = "response_format"
+        raise ApiError(f"{name}: {error}", param=name) from None
 
 # %% ../chapters/B32_protocol.ipynb #cell-071
-def _spelling(tokenizer: Any, token: int) -> str:
-    """Return a token as the vocabulary file has it."""
-    if hasattr(tokenizer, "tokenizer"):
-        return tokenizer.tokenizer.convert_ids_to_tokens(token)
-    return tokenizer.model.id_to_piece(token)
-
-
 _LEAST = -9999.0  # OpenAI's smallest log-probability; JSON has no infinity
 
 
