@@ -66,7 +66,7 @@ def number(
 EXTRAS = {
     "train": "datasets matplotlib pyarrow pydantic tensorboard zstandard",
     "hf": "gguf huggingface_hub jinja2 sentencepiece tokenizers transformers",
-    "serve": "h11 prometheus_client pydantic starlette uvicorn",
+    "serve": "h11 llguidance prometheus_client pydantic starlette uvicorn",
     "eval": "lm_eval",
     "bench": "ctranslate2 litgpt",
 }

@@ -11,6 +11,7 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -100,7 +101,7 @@ def sample(
     arguments: argparse.Namespace,
 ) -> str:
     """Return a prompt and up to `count` tokens that are drawn one by one."""
-    options = {"temperature": 0.7, **sampling_defaults(model)}
+    options: dict[str, Any] = {"temperature": 0.7, **sampling_defaults(model)}
     options |= {"seed": arguments.seed, **given_sampling(arguments)}
     options |= {"stop": arguments.stop, "grammar": grammar_of(arguments, tokenizer)}
     return complete(model, tokenizer, prompt, max_new_tokens=count, **options)

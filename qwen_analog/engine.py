@@ -453,7 +453,8 @@ def new_sequence(
     text = TextStream(engine.tokenizer, request.stop, request.prompt)
     generator = new_generator(device, request.params.seed)
     number = next(engine.numbers)
-    form = request.grammar and request.grammar.start(engine.stop_ids)
+    grammar, ends = request.grammar, engine.stop_ids
+    form = None if grammar is None else grammar.start(ends)
     return SequenceState(request, number, index, group, text, generator, form=form)
 
 

@@ -84,7 +84,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from .grammar import Grammar, restrict
+from .grammar import Grammar, GrammarState, restrict
 from .sampling import check_ids, check_whole
 from .tokenizer import Tokenizer
 
@@ -212,7 +212,9 @@ class _Choice:
 
     def __init__(self, wishes: _Wishes, rows: int):
         grammar, ends = wishes.grammar, wishes.stop_ids
-        self._states = [grammar and grammar.start(ends) for _ in range(rows)]
+        self._states: list[GrammarState | None] = [None] * rows
+        if grammar is not None:
+            self._states = [grammar.start(ends) for _ in range(rows)]
         self._written: list[list[int]] = [[] for _ in range(rows)]
         self._size = wishes.valid_vocab_size
 
