@@ -265,6 +265,17 @@ class _NamedTool(_Strict):
     function: _Named
 
 
+def _check_tools(tools: list[dict[str, Any]]) -> None:
+    """Raise ValueError for a tool that is none, and for two of one name."""
+    try:
+        json.dumps(tools)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    names = [_Tool.model_validate(tool).function.name for tool in tools]
+    if len(set(names)) < len(names):
+        raise ValueError("two tools have one name")
+
+
 _TOOLS = (
     'a list of at most 128 {"type": "function", "function": {"name": of letters,'
     ' digits, _, . and -, "description": text, "parameters": a JSON schema}}'
@@ -287,13 +298,7 @@ class _WithTools(Body):
     @field_validator("tools")
     @classmethod
     def _each_known_once(cls, tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        try:
-            json.dumps(tools)
-        except RecursionError:
-            raise ValueError("nested too deeply") from None
-        names = [_Tool.model_validate(tool).function.name for tool in tools]
-        if len(set(names)) < len(names):
-            raise ValueError("two tools have one name")
+        _check_tools(tools)
         return tools
 
     @field_validator("tool_choice")
@@ -480,10 +485,9 @@ class ChoiceWriter:
         self._asked = sum(len(request.prompt) for request in requests) // body.n
         self.written = [0] * len(requests)
         self._messages = [_MessageWriter(body) for _ in requests if body.functions()]
-        self._logprobs = None
-        if body.alternatives() is not None:
-            new_writer = partial(LogprobWriter, bytes_of, chat, stop_ids)
-            self._logprobs = [new_writer() for _ in requests]
+        wanted = body.alternatives() is not None
+        new_writer = partial(LogprobWriter, bytes_of, chat, stop_ids)
+        self._logprobs = [new_writer() for _ in requests] if wanted else None
 
     def choice(self, delta: Delta, **role: str) -> dict:
         self.written[delta.index] = max(self.written[delta.index], delta.written)
