@@ -423,9 +423,10 @@ def _refusal(schema: type[Body], error: ValidationError) -> ApiError:
     param = name
     for part in inside[:2]:
         param += f"[{part}]" if part.isdigit() else f".{part}"
-    if found["type"] == "extra_forbidden":
+    whole = len(found["loc"]) == 1
+    if found["type"] == "extra_forbidden" and (inside or whole):
         return _unknown(param)
-    if found["type"] == "missing" and not inside:
+    if found["type"] == "missing" and whole:
         code = "missing_required_parameter"
         return ApiError(f"{param} is missing", param=param, code=code)
     wanted = schema.model_fields[name].description

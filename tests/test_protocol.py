@@ -523,7 +523,7 @@ BAD = [
         {"model": NAME, "messages": USER, "tools": [{"type": "function"}]},
         400,
         "tools",
-        "tools is not supported",
+        'tools must be a list of at most 128 {"type": "function"',
     ),
     (
         "chat/completions",
