@@ -14,7 +14,6 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
@@ -486,9 +485,8 @@ class ChoiceWriter:
         self._asked = sum(len(request.prompt) for request in requests) // body.n
         self.written = [0] * len(requests)
         self._messages = [_MessageWriter(body) for _ in requests if body.functions()]
-        wanted = body.alternatives() is not None
-        new_writer = partial(LogprobWriter, bytes_of, chat, stop_ids)
-        self._logprobs = [new_writer() for _ in requests] if wanted else None
+        told = requests if body.alternatives() is not None else ()
+        self._logprobs = [LogprobWriter(bytes_of, chat, stop_ids) for _ in told]
 
     def choice(self, delta: Delta, **role: str) -> dict:
         self.written[delta.index] = max(self.written[delta.index], delta.written)
@@ -498,7 +496,8 @@ class ChoiceWriter:
         if self._messages:
             message, reason = self._messages[delta.index].form(delta)
             content = {self._name: {**message, **role}}
-        logprobs = self._logprobs and self._logprobs[delta.index].form(delta)
+        writer = self._logprobs[delta.index] if self._logprobs else None
+        logprobs = writer and writer.form(delta)
         more = {"finish_reason": reason, "logprobs": logprobs}
         return {"index": delta.index, **content, **more}
 
