@@ -274,7 +274,7 @@ def _check_tools(tools: list[dict[str, Any]]) -> None:
     if len(set(names)) < len(names):
         raise ValueError("two tools have one name")
 
-
+# %% ../chapters/B32_protocol.ipynb #tools-words
 _TOOLS = (
     'a list of at most 128 {"type": "function", "function": {"name": of letters,'
     ' digits, _, . and -, "description": text, "parameters": a JSON schema}}'
