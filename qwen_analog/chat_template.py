@@ -172,7 +172,7 @@ def _encode_tools(
     text = "".join(f"<|im_start|>{turn}<|im_end|>\n" for turn in turns)
     return hiding.encode(text + "<|im_start|>assistant\n" * add_generation_prompt)
 
-
+# %% ../chapters/B11_chat_template.ipynb #knows-tools
 def knows_tools(tokenizer: Tokenizer) -> bool:
     """Whether the tokenizer's chat form has a place for tools, calls and results."""
     template = template_of(tokenizer)

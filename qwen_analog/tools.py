@@ -104,11 +104,18 @@ def read_call(text: str, names: Collection[str]) -> Call | None:
     return Call(name, found)
 
 # %% ../chapters/B36_tools.ipynb #cell-017
-class CallFinder:
-    """Finds calls of the functions `names` in text that arrives in pieces.
+def _possible_mark(text: str) -> int:
+    """Return where the end of a text begins that may become a call, blanks included."""
+    shown = text.partition(OPEN)[0]
+    if shown == text:
+        lengths = range(min(len(text), len(OPEN) - 1), 0, -1)
+        begun = next((n for n in lengths if OPEN.startswith(text[-n:])), 0)
+        shown = text[: len(text) - begun]
+    return len(shown.rstrip())
 
-    What is no call stays text, but blanks around calls are dropped.
-    """
+# %% ../chapters/B36_tools.ipynb #possible-mark
+class CallFinder:
+    """Finds calls of `names` in text that comes in pieces; all else stays text."""
 
     def __init__(self, names: Collection[str]):
         self._names, self._waiting, self.found = names, "", 0
@@ -116,15 +123,15 @@ class CallFinder:
 
     def push(self, piece: str) -> list[str | Call]:
         """Return what is certain now: texts and calls, in their order."""
-        self._add(piece)
+        self._waiting += piece
         parts: list[str | Call] = []
         while CLOSE in self._waiting.partition(OPEN)[2]:
             before, _, rest = self._waiting.partition(OPEN)
             inside, _, self._waiting = rest.partition(CLOSE)
             parts += self._part(before, inside, CLOSE)
-            self._add("")
         end = _possible_mark(self._waiting)
         shown, self._waiting = self._waiting[:end], self._waiting[end:]
+        shown = shown.lstrip() if self._after else shown
         self._after = self._after and not shown
         return parts + [shown] * bool(shown)
 
@@ -138,27 +145,13 @@ class CallFinder:
         return [] if self.found and not rest.strip() else [rest] * bool(rest)
 
     def _part(self, before: str, inside: str, close: str) -> list[str | Call]:
+        before = before.lstrip() if self._after else before
         call = read_call(inside, self._names)
         self._after = call is not None
         if call is None:
             return [before + OPEN + inside + close]
         self.found += 1
         return [before.rstrip(), call] if before.strip() else [call]
-
-    def _add(self, piece: str) -> None:
-        self._waiting += piece
-        if self._after:
-            self._waiting = self._waiting.lstrip()
-
-
-def _possible_mark(text: str) -> int:
-    """Return where the end of a text begins that may become a call, blanks included."""
-    shown = text.partition(OPEN)[0]
-    if shown == text:
-        lengths = range(min(len(text), len(OPEN) - 1), 0, -1)
-        begun = next((n for n in lengths if OPEN.startswith(text[-n:])), 0)
-        shown = text[: len(text) - begun]
-    return len(shown.rstrip())
 
 # %% ../chapters/B36_tools.ipynb #cell-020
 def calls_grammar(

@@ -427,10 +427,10 @@ def test_required_and_named():
     with serving(big) as port:
         ask = client(port).chat.completions.create
         options = dict(model=NAME, messages=USER, tools=TOOLS, temperature=1)
-        options |= dict(max_tokens=300, parallel_tool_calls=False)
+        options |= dict(max_tokens=200, parallel_tool_calls=False)
         named = {"type": "function", "function": {"name": "weather"}}
         names = set()
-        for seed in range(6):
+        for seed in range(4):
             choice = "required" if seed % 2 else named
             reply = ask(tool_choice=choice, seed=seed, **options).choices[0]
             streamed = joined(
