@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 HERE = Path(__file__).resolve().parent
 plt.style.use(HERE / "book.mplstyle")
 COUNTED, SEEN = "#0b63a5", "#c9dcec"
-LENGTH, CONTEXT = 20, 8
+LENGTH, CONTEXT = 24, 8
 
 
 def windows(stride):

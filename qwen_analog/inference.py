@@ -56,14 +56,14 @@ def _stacked(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
     return weight, torch.cat(biases) if biases else None
 
-# %% ../chapters/33_inference.ipynb #ne938d61e
+# %% ../chapters/33_inference.ipynb #cell-020
 def _one_layer(make: Callable, *linears: Any) -> nn.Module:
     """Return one layer for those with one input; `make` takes a matrix and a bias."""
     if any(isinstance(linear, Blocks) for linear in linears):
         return _of_blocks(make, *linears)
     return make(*_stacked(*linears))
 
-# %% ../chapters/33_inference.ipynb #cell-020
+# %% ../chapters/33_inference.ipynb #cell-022
 def _normed(x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
     return norm.weight * F.rms_norm(x, x.shape[-1:], None, norm.eps)
 
@@ -77,7 +77,7 @@ def _head_norm(attention: GQAttention, H: int, K: int) -> RMSNorm | None:
     norm.weight = nn.Parameter(torch.cat((q.expand(H, -1), k.expand(K, -1)))[:, None])
     return norm
 
-# %% ../chapters/33_inference.ipynb #cell-022
+# %% ../chapters/33_inference.ipynb #cell-024
 class FusedLayer:
     """A block's weights for inference; `linear` makes one layer of several."""
 
@@ -118,7 +118,7 @@ class FusedLayer:
         out = grouped_query_attention(q, k, v, mask)  # [B, H, T, h]
         return out.transpose(1, 2).flatten(2)  # [B, T, H h]
 
-# %% ../chapters/33_inference.ipynb #cell-024
+# %% ../chapters/33_inference.ipynb #cell-026
 class FusedModel(Frozen):
     """`QwenModel` for inference only: the same numbers from fewer operations."""
 
@@ -153,7 +153,7 @@ class FusedModel(Frozen):
     def _apply(self, fn, recurse=True):
         raise self.refusal("moved or cast: do it to")
 
-# %% ../chapters/33_inference.ipynb #cell-026
+# %% ../chapters/33_inference.ipynb #cell-028
 def optimize_for_inference(
     model: QwenForCausalLM, quantize: str | None = None
 ) -> QwenForCausalLM:
@@ -177,7 +177,7 @@ def optimize_for_inference(
     model.set_submodule("model", FusedModel(model.model, linear))
     return model
 
-# %% ../chapters/33_inference.ipynb #n58f80f77
+# %% ../chapters/33_inference.ipynb #cell-058
 class SideBySide(nn.Module):
     """Layers with one input, whose matrices cannot be stacked."""
 

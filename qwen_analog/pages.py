@@ -46,8 +46,9 @@ class PageHolders:
         """Hold a page no more; the last holder leaves it free."""
         self.holders[page] -= 1
         if self.holders[page] == 0:
-            self.free[page] = None
-            self.free.move_to_end(page, last=page in self.content)
+            self.free[page] = None  # behind all others
+            if page not in self.content:
+                self.free.move_to_end(page, last=False)
 
 # %% ../chapters/29_pages.ipynb #cell-017
 class PagePool(PageHolders):
@@ -66,7 +67,9 @@ class PagePool(PageHolders):
 
     def learn(self, page: int, before: bytes, tokens: tuple[int, ...]) -> None:
         """Note what a full page holds, unless another one has the same."""
-        if self._after.setdefault(before, {}).setdefault(tokens, page) == page:
+        pages = self._after.setdefault(before, {})
+        if tokens not in pages:
+            pages[tokens] = page
             self.content[page] = before, tokens
 
     def forget(self, page: int) -> None:
@@ -89,8 +92,10 @@ class PagePool(PageHolders):
 # %% ../chapters/29_pages.ipynb #cell-018
 def _alike(a: Sequence[int], b: Sequence[int]) -> int:
     """Return how many tokens two texts have in common at their beginning."""
-    pairs = zip(a, b)
-    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
+    count = 0
+    while count < min(len(a), len(b)) and a[count] == b[count]:
+        count += 1
+    return count
 
 # %% ../chapters/29_pages.ipynb #cell-028
 @dataclass(frozen=True)
@@ -122,10 +127,10 @@ class PageTables:
         self.digests: list[list[bytes]] = [[b""] for _ in range(num_rows)]
 
     def adopt(self, row: int, tokens: Sequence[int]) -> int:
-        """Share pages that hold what follows in `tokens`; return how many they are."""
-        pool, held = self.pool, len(self.tokens[row])
-        start = held
-        while len(self.pages[row]) * pool.size == held < len(tokens):
+        """Share pages that hold what follows in `tokens`; return how many they hold."""
+        pool = self.pool
+        start = held = len(self.tokens[row])
+        while held < len(tokens) and held == len(self.pages[row]) * pool.size:
             wanted = tuple(tokens[held : held + pool.size])
             page, alike = pool.find(self.digests[row][-1], wanted)
             if not alike:
@@ -198,7 +203,7 @@ class RowPages(PageMemory):
         self.reserved: list[Sequence[int]] = [()] * num_rows
 
     def adopt(self, row: int, tokens: Sequence[int]) -> int:
-        """Share pages that hold what follows in `tokens`; return how many they are."""
+        """Share pages that hold what follows in `tokens`; return how many they hold."""
         found = self.tables.adopt(row, tokens)
         self.lengths[row] += found
         return found

@@ -7,7 +7,7 @@ __all__ = ['TOKENS_AT_ONCE', 'MINIMAL_PAIRS', 'Evaluation', 'evaluation_of', 'pa
            'score_tokens', 'token_nll', 'document_nll', 'evaluate_documents', 'summary', 'by_document', 'Accuracy',
            'wilson', 'loss_by_position', 'minimal_pair_accuracy']
 
-# %% ../chapters/26_evaluation.ipynb #cell-018
+# %% ../chapters/26_evaluation.ipynb #cell-022
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import numpy as np
 
 from .loss import bits_per_byte
 
-# %% ../chapters/26_evaluation.ipynb #cell-019
+# %% ../chapters/26_evaluation.ipynb #cell-023
 @dataclass
 class Evaluation:
     """What a model needed for some documents, [documents] each: negative log-likelihood
@@ -51,7 +51,7 @@ class Evaluation:
         """Of `bits_per_byte`, over the choice of documents; nan for one document."""
         return _ratio_error(self.nll / math.log(2), self.bytes)
 
-# %% ../chapters/26_evaluation.ipynb #cell-020
+# %% ../chapters/26_evaluation.ipynb #cell-024
 def evaluation_of(nll: Sequence[np.ndarray], texts: Sequence[str]) -> Evaluation:
     """Sum up the negative log-likelihoods of each document's tokens, as `token_nll` and
     `NGram.nll` give them, over the documents `texts`.
@@ -60,7 +60,7 @@ def evaluation_of(nll: Sequence[np.ndarray], texts: Sequence[str]) -> Evaluation
     lengths = np.array([len(document) for document in nll])
     return Evaluation(sums, lengths, np.array([len(text.encode()) for text in texts]))
 
-# %% ../chapters/26_evaluation.ipynb #cell-025
+# %% ../chapters/26_evaluation.ipynb #cell-031
 def _ratio_error(amounts: np.ndarray, sizes: np.ndarray) -> float:
     """Return the standard error of sum(amounts) / sum(sizes) where documents,
     [documents] each, are drawn together (ratio estimator, Cochran 1977, section 2.11).
@@ -71,7 +71,7 @@ def _ratio_error(amounts: np.ndarray, sizes: np.ndarray) -> float:
     residuals = amounts - sizes * amounts.sum() / sizes.sum()
     return float(np.sqrt((residuals**2).sum() * n / (n - 1)) / sizes.sum())
 
-# %% ../chapters/26_evaluation.ipynb #cell-031
+# %% ../chapters/26_evaluation.ipynb #cell-037
 def paired_difference(a: Evaluation, b: Evaluation) -> tuple[float, float]:
     """Return the bits per byte of `a` minus those of `b` on the same documents, and the
     standard error of this difference.
@@ -81,7 +81,7 @@ def paired_difference(a: Evaluation, b: Evaluation) -> tuple[float, float]:
     error = _ratio_error((a.nll - b.nll) / math.log(2), a.bytes)
     return a.bits_per_byte - b.bits_per_byte, error
 
-# %% ../chapters/26_evaluation.ipynb #cell-039
+# %% ../chapters/26_evaluation.ipynb #cell-049
 def sliding_windows(
     length: int, context: int, stride: int
 ) -> Iterator[tuple[int, int, int]]:
@@ -93,7 +93,7 @@ def sliding_windows(
         yield max(0, end - context), first, end
         first, end = end, min(end + stride, length)
 
-# %% ../chapters/26_evaluation.ipynb #cell-079
+# %% ../chapters/26_evaluation.ipynb #cell-094
 import json
 from collections.abc import Mapping
 from importlib import resources
@@ -104,7 +104,7 @@ import torch
 from .model import QwenForCausalLM
 from .tokenizer import Tokenizer
 
-# %% ../chapters/26_evaluation.ipynb #cell-080
+# %% ../chapters/26_evaluation.ipynb #cell-095
 class _Window(NamedTuple):
     """A window over one of several sequences."""
 
@@ -129,7 +129,7 @@ def _batches(windows: list[_Window], batch_size: int) -> Iterator[list[_Window]]
         yield batch
         windows = windows[len(batch) :]
 
-# %% ../chapters/26_evaluation.ipynb #cell-081
+# %% ../chapters/26_evaluation.ipynb #cell-096
 def _read(
     model: QwenForCausalLM, sequences: Sequence[Sequence[int]], batch: list[_Window]
 ) -> torch.Tensor:
@@ -146,7 +146,7 @@ def _score_rows(
     model: QwenForCausalLM, hidden: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return -ln p of the targets [N] after `hidden` [N, D], and whether each was the
-    likeliest; the logits of at most 256 tokens are held at a time.
+    likeliest; the logits of at most 256 tokens are held_out at a time.
     """
     nll, greedy = [], []
     for rows, picked in zip(hidden.split(256), targets[:, None].split(256)):
@@ -155,7 +155,7 @@ def _score_rows(
         greedy.append(logits.argmax(-1, keepdim=True) == picked)
     return torch.cat(nll)[:, 0], torch.cat(greedy)[:, 0]
 
-# %% ../chapters/26_evaluation.ipynb #cell-082
+# %% ../chapters/26_evaluation.ipynb #cell-097
 @torch.no_grad()
 def score_tokens(
     model: QwenForCausalLM,
@@ -188,7 +188,7 @@ def score_tokens(
         )
     return scores
 
-# %% ../chapters/26_evaluation.ipynb #cell-083
+# %% ../chapters/26_evaluation.ipynb #cell-098
 def token_nll(
     model: QwenForCausalLM,
     tokenizer: Tokenizer,
@@ -212,7 +212,7 @@ def token_nll(
     scores = score_tokens(model, sequences, context, stride, batch_size)
     return [nll for nll, _ in scores]
 
-# %% ../chapters/26_evaluation.ipynb #cell-084
+# %% ../chapters/26_evaluation.ipynb #cell-099
 def document_nll(
     model: QwenForCausalLM, tokenizer: Tokenizer, text: str, **options: Any
 ) -> tuple[float, int]:
@@ -229,7 +229,7 @@ def evaluate_documents(
     """Score each text as a document of its own; `options` are `token_nll`'s."""
     return evaluation_of(token_nll(model, tokenizer, texts, **options), texts)
 
-# %% ../chapters/26_evaluation.ipynb #cell-086
+# %% ../chapters/26_evaluation.ipynb #cell-101
 def _check_windows(
     model: QwenForCausalLM, context: int | None, stride: int | None, batch_size: int
 ) -> tuple[int, int]:
@@ -253,7 +253,7 @@ def _check_windows(
         )
     return context, stride
 
-# %% ../chapters/26_evaluation.ipynb #cell-087
+# %% ../chapters/26_evaluation.ipynb #cell-102
 def _document_ids(model: QwenForCausalLM, tokenizer: Tokenizer, text: str) -> list[int]:
     """Return the end-of-text token, then the text's: how training stores a document."""
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -277,7 +277,7 @@ def summary(found: Evaluation) -> dict[str, float | None]:
         **{n: value if math.isfinite(value) else None for n, value in figures.items()},
     }
 
-# %% ../chapters/26_evaluation.ipynb #cell-088
+# %% ../chapters/26_evaluation.ipynb #cell-103
 def by_document(found: Evaluation) -> dict[str, list]:
     """Return the sums of each document as plain numbers, for JSON.
 
@@ -290,7 +290,7 @@ def by_document(found: Evaluation) -> dict[str, list]:
         "bytes": found.bytes.tolist(),
     }
 
-# %% ../chapters/26_evaluation.ipynb #cell-091
+# %% ../chapters/26_evaluation.ipynb #cell-106
 class Accuracy(NamedTuple):
     """`correct` of `total`, and a 95% interval for the share (Wilson 1927)."""
 
@@ -316,7 +316,7 @@ def wilson(correct: int, total: int, z: float = 1.96) -> Accuracy:
     half = z * math.sqrt(variance) / (1 + spread)
     return Accuracy(correct, total, max(0.0, centre - half), min(1.0, centre + half))
 
-# %% ../chapters/26_evaluation.ipynb #cell-093
+# %% ../chapters/26_evaluation.ipynb #cell-113
 def loss_by_position(
     nll: Sequence[np.ndarray], context: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -334,7 +334,7 @@ def loss_by_position(
     with np.errstate(invalid="ignore"):
         return total / count, count
 
-# %% ../chapters/26_evaluation.ipynb #cell-096
+# %% ../chapters/26_evaluation.ipynb #cell-116
 _PAIRS = (resources.files("qwen_analog") / "minimal_pairs.json").read_text("utf-8")
 # phenomenon -> (sentence, the same with one thing wrong); written for this book
 MINIMAL_PAIRS: dict[str, list[tuple[str, str]]] = {

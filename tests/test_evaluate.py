@@ -332,7 +332,7 @@ def test_the_committed_figures_can_be_paired():
         assert math.isclose(found.standard_error, row["standard_error"], rel_tol=1e-4)
     difference, error = paired_difference(*rows)
     assert error < 0.75 * model["standard_error"]
-    assert difference > 3 * error
+    assert difference < -3 * error
 
 
 def test_models_answer_a_task(capsys):
