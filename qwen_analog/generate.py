@@ -454,9 +454,9 @@ def _check_grammar(wishes: _Wishes, vocab_size: int) -> None:
     """Raise ValueError for a grammar that the model cannot follow, or not end."""
     if wishes.grammar is None:
         return
-    if not wishes.stop_ids:
+    if not any(i < wishes.grammar.vocab_size for i in wishes.stop_ids):
         raise ValueError("grammar needs an end token: give eos_token_id")
-    if wishes.grammar.vocab_size > vocab_size:
+    if wishes.grammar.vocab_size > (wishes.valid_vocab_size or vocab_size):
         raise ValueError("grammar is for another tokenizer: make it with the model's")
 
 # %% ../chapters/16_generation.ipynb #cell-129

@@ -92,9 +92,10 @@ class Grammar:
 
     def start(self, ends: Collection[int]) -> GrammarState:
         """Begin an answer that may end with each of the tokens `ends`."""
-        if not ends:
+        known = [i for i in ends if i < self.vocab_size]
+        if not known:
             raise ValueError("with a grammar an end token is needed")
-        return GrammarState(self._matcher.deep_copy(), self._end, ends)
+        return GrammarState(self._matcher.deep_copy(), self._end, known)
 
 # %% ../chapters/B35_grammar.ipynb #cell-024
 _LAYOUT = {"whitespace_pattern": r"\n?[ \t]{0,20}"}

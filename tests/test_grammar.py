@@ -427,6 +427,10 @@ def test_a_grammar_of_another_tokenizer_or_without_an_end():
         MODEL.generate(prompt, 3, grammar=other, eos_token_id=EOS)
     with pytest.raises(ValueError, match="give eos_token_id"):
         MODEL.generate(prompt, 3, grammar=GRAMMAR, eos_token_id=[])
+    with pytest.raises(ValueError, match="give eos_token_id"):
+        MODEL.generate(prompt, 3, grammar=GRAMMAR, eos_token_id=285)  # of no token
+    with pytest.raises(ValueError, match="another tokenizer"):
+        MODEL.generate(prompt, 3, grammar=GRAMMAR, eos_token_id=0, valid_vocab_size=200)
     with pytest.raises(ValueError, match="leave out grammar"):
         MODEL.generate(prompt, 3, grammar=GRAMMAR, num_beams=2, eos_token_id=EOS)
 
