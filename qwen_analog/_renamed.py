@@ -149,7 +149,7 @@ MOVED = {
     "serve.next_turn": "scheduler.next_turn",
     "serve.parse_body": "protocol.parse_body",
     "serve.share_budget": "scheduler.share_budget",
-    "serve.token_bytes": "protocol.token_bytes",
+    "serve.token_bytes": "grammar.token_bytes",
     "serve.whose_places": "scheduler.whose_places",
     "tokenizer.BYTE_ORDER": "bpe.BYTE_ORDER",
     "tokenizer.HFTokenizer": "hf_tokenizer.HFTokenizer",

@@ -66,7 +66,7 @@ def number(
 EXTRAS = {
     "train": "datasets matplotlib pyarrow pydantic tensorboard zstandard",
     "hf": "gguf huggingface_hub jinja2 sentencepiece tokenizers transformers",
-    "serve": "h11 prometheus_client pydantic starlette uvicorn",
+    "serve": "h11 llguidance prometheus_client pydantic starlette uvicorn",
     "eval": "lm_eval",
     "bench": "ctranslate2 litgpt",
 }
@@ -480,6 +480,11 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="TEXT",
         help="end where this text appears; may be given several times",
+    )
+    add(
+        "--json-schema",
+        metavar="FILE",
+        help="write JSON that has the form of this JSON schema",
     )
     add(
         "--seed",

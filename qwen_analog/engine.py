@@ -140,6 +140,7 @@ from itertools import count
 
 from .arguments import one_line
 from .generate import pad_left, sampling_defaults, stop_ids
+from .grammar import restrict
 from .pages import PagedCache, has_pages, new_paged_cache, pages_for
 from .sampling import check_ids, check_whole, new_generator, sample
 from .scheduler import Delta, Group, Request
@@ -219,6 +220,9 @@ def draw(logits: torch.Tensor, sequences: Sequence[SequenceState]) -> torch.Tens
         rows = [[*s.request.prompt, *s.written] for s in sequences]
         history, mask = (x.to(logits.device) for x in pad_left(rows, 0))  # [n, S]
     generators = [s.generator for s in sequences]
+    logits = restrict(
+        logits, [s.form for s in sequences], [s.written for s in sequences]
+    )
     return sample(logits, params, history, mask, generators)
 
 # %% ../chapters/28_batching.ipynb #who-gives-way-code
@@ -449,7 +453,9 @@ def new_sequence(
     text = TextStream(engine.tokenizer, request.stop, request.prompt)
     generator = new_generator(device, request.params.seed)
     number = next(engine.numbers)
-    return SequenceState(request, number, index, group, text, generator)
+    grammar, ends = request.grammar, engine.stop_ids
+    form = None if grammar is None else grammar.start(ends)
+    return SequenceState(request, number, index, group, text, generator, form=form)
 
 
 def submit(
@@ -481,6 +487,8 @@ def check_request(request: Request, vocab_size: int, max_context: int) -> None:
         found = f"{min(prompt)} .. {max(prompt)}"
         raise ValueError(f"prompt must have token ids from 0 to {last}, not {found}")
     check_whole("max_tokens", max_tokens, 1)
+    if request.grammar and request.grammar.vocab_size != vocab_size:
+        raise ValueError("grammar is for another tokenizer: make it with the engine's")
     if len(prompt) + max_tokens > max_context:
         raise ValueError(
             f"prompt has {len(prompt)} tokens and max_tokens is {max_tokens}:"

@@ -84,6 +84,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from .grammar import Grammar, GrammarState, restrict
 from .sampling import check_ids, check_whole
 from .tokenizer import Tokenizer
 
@@ -110,6 +111,7 @@ class _Wishes:
     valid_vocab_size: int | None = None
     use_cache: bool = True
     return_logprobs: bool = False
+    grammar: Grammar | None = None
 
 # %% ../chapters/16_generation.ipynb #cell-109
 class DecodeStep(NamedTuple):
@@ -204,6 +206,29 @@ class evaluating:
         for module in self.training:
             module.training = True
 
+# %% ../chapters/16_generation.ipynb #choice-code
+class _Choice:
+    """What each row may write next: tokens of the vocabulary, of its grammar."""
+
+    def __init__(self, wishes: _Wishes, rows: int):
+        grammar, ends = wishes.grammar, wishes.stop_ids
+        self._states: list[GrammarState | None] = [None] * rows
+        if grammar is not None:
+            self._states = [grammar.start(ends) for _ in range(rows)]
+        self._written: list[list[int]] = [[] for _ in range(rows)]
+        self._size = wishes.valid_vocab_size
+
+    def cut(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the logits [B, V] without what may not be chosen."""
+        return restrict(logits[:, : self._size], self._states, self._written)
+
+    def note(self, ids: list[int], ended: list[bool]) -> None:
+        """Take the ids that the rows have written; who has ended is free."""
+        for row, (token, done) in enumerate(zip(ids, ended)):
+            self._written[row].append(token)
+            if done:
+                self._states[row] = None
+
 # %% ../chapters/16_generation.ipynb #cell-118
 @torch.no_grad()
 def _decode(
@@ -222,14 +247,15 @@ def _decode(
         logits = prefill(model, prompt, cache, padding, wishes.copies)  # [B * m, V]
     tokens, padding = _repeated(prompt, padding, wishes)  # [B * m, T], [B * m]
     ended = [False] * len(logits)
+    choice = _Choice(wishes, len(logits))
     for step in range(1, n + 1):
         real = _real_tokens(tokens, padding)
-        allowed = logits[:, : wishes.valid_vocab_size]
-        new = sample(allowed, params, tokens, real, generator)  # [B * m]
+        new = sample(choice.cut(logits), params, tokens, real, generator)  # [B * m]
         drawn = check_ids(new.tolist())  # the one wait for the device
         ids = [ends[0] if done else i for i, done in zip(drawn, ended)]
         logprobs = _logprobs(logits, new, ended) if wishes.return_logprobs else None
         ended = [done or i in ends for i, done in zip(ids, ended)]
+        choice.note(ids, ended)
         yield DecodeStep(ids, ended, logprobs)
         if all(ended) or step == n:
             return
@@ -253,6 +279,7 @@ def decode_steps(
     valid_vocab_size: int | None = None,
     use_cache: bool = True,
     return_logprobs: bool = False,
+    grammar: Grammar | None = None,
     **sampling: Any,
 ) -> Iterator[DecodeStep]:
     """Check `generate`'s arguments at once; return an iterator over its steps.
@@ -270,7 +297,9 @@ def decode_steps(
         valid_vocab_size,
         use_cache,
         return_logprobs,
+        grammar,
     )
+    _check_grammar(wishes, model.config.vocab_size)
     padding = _count_padding(attention_mask, input_ids)
     return _decode(model, input_ids, padding, wishes) if max_new_tokens else iter(())
 
@@ -297,8 +326,9 @@ def generate(
     `options` are the fields of `SamplingParams` and: `eos_token_id`, an id or several,
     by default those of `model.generation_config`, [] for none; `valid_vocab_size`, from
     which on ids are never chosen; `attention_mask` [B, T], 0 on the left padding of
-    `pad_left`, with which each row is continued as it would be alone; `use_cache`.
-    Raises ValueError naming the argument that is wrong, and LogitsError.
+    `pad_left`, with which each row is continued as it would be alone; `use_cache`;
+    `grammar`, a form that each row is to have. Raises ValueError naming the argument
+    that is wrong, and LogitsError.
     """
     check_whole("num_beams", num_beams, 1)
     if num_beams > 1:
@@ -418,6 +448,16 @@ def requested_stop_ids(
     for i in ids:
         check_whole("eos_token_id", i, 0, last)
     return ids
+
+# %% ../chapters/16_generation.ipynb #check-grammar
+def _check_grammar(wishes: _Wishes, vocab_size: int) -> None:
+    """Raise ValueError for a grammar that the model cannot follow, or not end."""
+    if wishes.grammar is None:
+        return
+    if not any(i < wishes.grammar.vocab_size for i in wishes.stop_ids):
+        raise ValueError("grammar needs an end token: give eos_token_id")
+    if wishes.grammar.vocab_size > (wishes.valid_vocab_size or vocab_size):
+        raise ValueError("grammar is for another tokenizer: make it with the model's")
 
 # %% ../chapters/16_generation.ipynb #cell-129
 def _count_padding(

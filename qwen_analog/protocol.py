@@ -4,28 +4,29 @@
 
 # %% auto #0
 __all__ = ['REFUSED', 'IGNORED', 'AnyBody', 'ApiError', 'Body', 'ChatBody', 'parse_body', 'ChoiceWriter', 'ReplyWriter',
-           'CompletionBody', 'make_requests', 'token_bytes', 'LogprobWriter']
+           'CompletionBody', 'make_requests', 'LogprobWriter']
 
 # %% ../chapters/B32_protocol.ipynb #cell-005
 import codecs
 import json
-import re
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
+from pydantic import field_validator
 
 from .engine import MAX_STOP_LENGTH, MAX_STOPS, Engine, check_stop
-from .chat_template import chat_ids
+from .arguments import MissingExtraError
+from .chat_template import chat_ids, knows_tools
+from .grammar import Grammar, json_grammar
 from .sampling import SamplingParams
 from .scheduler import Delta, Request, TokenLogprob
-from .bpe import BYTE_ORDER
-from .tokenizer import TiktokenTokenizer, Tokenizer
+from .tokenizer import Tokenizer
+from .tools import CLOSE, Call, CallFinder, calls_grammar
 
 # %% ../chapters/B32_protocol.ipynb #cell-007
 # parameters that would change the answer and are not built here, with the values that
@@ -36,7 +37,6 @@ REFUSED = {
     "functions": [[]],
     "function_call": ["none", "auto"],
     "logit_bias": [{}],
-    "response_format": [{"type": "text"}],
     "presence_penalty": [0],
     "frequency_penalty": [0],
     "echo": [False],
@@ -91,16 +91,62 @@ class _StreamOptions(_Strict):
     include_usage: bool = False
     include_obfuscation: bool = False
 
+# %% ../chapters/B32_protocol.ipynb #format-code
+class _JsonSchema(_Strict):
+    name: str
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+    description: str | None = None
+
+
+class _ResponseFormat(_Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: _JsonSchema | None = None
+
+    def schema_asked(self) -> dict[str, Any] | None:
+        """Return the JSON schema that an answer is to have, None for any text."""
+        if self.type == "json_schema" and self.json_schema is not None:
+            return self.json_schema.schema_
+        return {"type": "object"} if self.type == "json_object" else None
+
 
 _Item = TypeVar("_Item")
 # the first wrong entry is enough: there may be a hundred thousand
 _List = Annotated[list[_Item], Field(fail_fast=True)]
 _COUNT, _FLAG = "a whole number of at least 1", "true or false"
 _TOP_K = "a whole number of at least 1, or 0 for none"
+_FORMAT = (
+    '{"type": "text"}, {"type": "json_object"} or {"type": "json_schema",'
+    ' "json_schema": {"name": a text, "schema": a JSON schema}}'
+)
 _STOP = f"a text or a list of at most {MAX_STOPS}, of 1 to {MAX_STOP_LENGTH} characters"
 
+# %% ../chapters/B32_protocol.ipynb #formed-code
+class _Formed(_Strict):
+    """What form answers have: any text, JSON, calls of functions."""
+
+    response_format: _ResponseFormat = _must_be(_FORMAT, _ResponseFormat(type="text"))
+
+    @field_validator("response_format")
+    @classmethod
+    def _with_its_schema(cls, asked: _ResponseFormat) -> _ResponseFormat:
+        if (asked.type == "json_schema") != (asked.json_schema is not None):
+            raise ValueError("json_schema belongs to the type json_schema")
+        return asked
+
+    def functions(self) -> list[dict[str, Any]]:
+        """Return the functions that an answer may call."""
+        return []
+
+    def must_call(self) -> bool:
+        return False
+
+    def calls_again(self) -> bool:
+        """Whether an answer may hold several calls."""
+        return True
+
 # %% ../chapters/B32_protocol.ipynb #cell-013
-class Body(_Strict):
+class Body(_Formed):
     """The parameters that completions and chats share."""
 
     model: str = _must_be("the name of a model, a text")
@@ -134,22 +180,156 @@ class _TextPart(_Strict):
     text: str
 
 
+class _Wanted(_Strict):
+    name: str
+    arguments: str
+
+
+class _ToolCall(_Strict):
+    id: str = ""
+    index: int = 0
+    type: Literal["function"] = "function"
+    function: _Wanted
+
+    def plain(self) -> dict[str, Any]:
+        arguments = _object(self.function.arguments)
+        function = {"name": self.function.name, "arguments": arguments}
+        return {"type": "function", "function": function}
+
+
+def _object(text: str) -> dict[str, Any]:
+    """Return the JSON object in a text. Raises ValueError."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("no JSON object")
+    return value
+
+# %% ../chapters/B32_protocol.ipynb #message-code
 class _Message(_Strict):
-    role: Literal["system", "user", "assistant"]
-    content: str | _List[_TextPart]
+    role: Literal["system", "user", "assistant", "tool"]
+    tool_calls: _List[_ToolCall] = []
+    tool_call_id: str = ""
+    content: str | _List[_TextPart] | None = Field(None, validate_default=True)
+
+    @field_validator("tool_calls")
+    @classmethod
+    def _of_the_assistant(cls, calls: list[_ToolCall], found: ValidationInfo) -> Any:
+        if calls and found.data.get("role") != "assistant":
+            raise ValueError("only the assistant calls")
+        for call in calls:
+            _object(call.function.arguments)
+        return calls
+
+    @field_validator("content")
+    @classmethod
+    def _says_something(cls, content: Any, found: ValidationInfo) -> Any:
+        if content is None and not found.data.get("tool_calls"):
+            raise ValueError("a message without a content")
+        return content
 
     def text(self) -> str:
         if isinstance(self.content, str):
             return self.content
-        return "".join(part.text for part in self.content)
+        return "".join(part.text for part in self.content or ())
+
+    def plain(self) -> dict[str, Any]:
+        """Return the message as chat templates take it."""
+        message: dict[str, Any] = {"role": self.role, "content": self.text()}
+        if self.tool_calls:
+            message["tool_calls"] = [call.plain() for call in self.tool_calls]
+        return message
+
+# %% ../chapters/B32_protocol.ipynb #tools-code
+class _Function(_Strict):
+    name: str = Field(pattern="^[a-zA-Z0-9_.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class _Tool(_Strict):
+    type: Literal["function"]
+    function: _Function
+
+
+class _Named(_Strict):
+    name: str
+
+
+class _NamedTool(_Strict):
+    type: Literal["function"]
+    function: _Named
+
+
+def _check_tools(tools: list[dict[str, Any]]) -> None:
+    """Raise ValueError for a tool that is none, and for two of one name."""
+    try:
+        json.dumps(tools)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    names = [_Tool.model_validate(tool).function.name for tool in tools]
+    if len(set(names)) < len(names):
+        raise ValueError("two tools have one name")
+
+# %% ../chapters/B32_protocol.ipynb #tools-words
+_TOOLS = (
+    'a list of at most 128 {"type": "function", "function": {"name": of letters,'
+    ' digits, _, . and -, "description": text, "parameters": a JSON schema}}'
+)
+_CHOICE = (
+    '"none", "auto", "required" or {"type": "function", "function": {"name": that of a'
+    " tool}}"
+)
+
+# %% ../chapters/B32_protocol.ipynb #with-tools-code
+class _WithTools(Body):
+    """What a chat may say about tools."""
+
+    tools: _List[dict[str, Any]] = _must_be(_TOOLS, [], max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | _NamedTool = _must_be(
+        _CHOICE, "auto"
+    )
+    parallel_tool_calls: bool = _must_be(_FLAG, True)
+
+    @field_validator("tools")
+    @classmethod
+    def _each_known_once(cls, tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        _check_tools(tools)
+        return tools
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _one_of_them(cls, choice: Any, found: ValidationInfo) -> Any:
+        names = [tool["function"]["name"] for tool in found.data.get("tools", [])]
+        if isinstance(choice, _NamedTool) and choice.function.name not in names:
+            raise ValueError("there is no such tool")
+        if choice == "required" and not names:
+            raise ValueError("there is no tool")
+        return choice
+
+    def must_call(self) -> bool:
+        return self.tool_choice not in ("none", "auto")
+
+    def calls_again(self) -> bool:
+        return self.parallel_tool_calls
+
+    def functions(self) -> list[dict[str, Any]]:
+        found = [tool["function"] for tool in self.tools]
+        if isinstance(self.tool_choice, _NamedTool):
+            name = self.tool_choice.function.name
+            return [function for function in found if function["name"] == name]
+        return found if self.tool_choice != "none" else []
 
 # %% ../chapters/B32_protocol.ipynb #cell-016
-class ChatBody(Body):
+class ChatBody(_WithTools):
     """A request to /v1/chat/completions."""
 
     prompt_name: ClassVar[str] = "messages"
     messages: _List[_Message] = _must_be(
-        'a list of {"role": "system", "user" or "assistant", "content": text}',
+        'a list of {"role": "system", "user", "assistant" or "tool", "content": text}',
         min_length=1,
     )
     max_completion_tokens: int | None = _must_be(_COUNT, None, ge=1)
@@ -158,11 +338,18 @@ class ChatBody(Body):
 
     def size(self) -> tuple[int, int]:
         """Return the number of prompts, and the characters of the longest."""
-        return 1, sum(len(message.text()) for message in self.messages)
+        called = [call for m in self.messages for call in m.tool_calls]
+        given = [*self.tools, *(call.plain() for call in called)]
+        texts = [json.dumps(value) for value in given]
+        return 1, sum(map(len, [*texts, *(m.text() for m in self.messages)]))
 
     def encode(self, tokenizer: Tokenizer) -> list[list[int]]:
-        messages = [{"role": m.role, "content": m.text()} for m in self.messages]
-        return [chat_ids(tokenizer, messages)]
+        tools = self.tools if self.functions() else []
+        if tools and not knows_tools(tokenizer):
+            message = "tools: the chat template of this model knows none"
+            raise ApiError(message, param="tools", code="unsupported_parameter")
+        messages = [message.plain() for message in self.messages]
+        return [chat_ids(tokenizer, messages, tools=tools)]
 
     def limit(self, room: int) -> int:
         """Return how many tokens to write at most where `room` are left."""
@@ -188,8 +375,8 @@ def _without_nulls(value: object) -> object:
     return {name: inner for name, inner in value.items() if inner is not None}
 
 
-def _read_parameters(text: bytes) -> dict:
-    """Return the parameters that say something, without the harmless ones."""
+def _read_parameters(text: bytes, known: Collection[str]) -> dict:
+    """Return the parameters that are `known` or refused, without the harmless ones."""
     try:
         values = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
@@ -197,9 +384,10 @@ def _read_parameters(text: bytes) -> dict:
         raise ApiError(message) from None
     if not isinstance(values, dict):
         raise ApiError(f"the body must be a JSON object, not {type(values).__name__}")
-    values = {n: v for n, v in values.items() if v is not None and n not in IGNORED}
-    for name, harmless in REFUSED.items():
-        if values.pop(name, None) not in [None, *harmless]:
+    ignored = IGNORED.difference(known)
+    values = {n: v for n, v in values.items() if v is not None and n not in ignored}
+    for name in REFUSED.keys() - known:
+        if values.pop(name, None) not in [None, *REFUSED[name]]:
             message = f"{name} is not supported by this server"
             raise ApiError(message, param=name, code="unsupported_parameter")
     if isinstance(values.get("messages"), list):
@@ -211,7 +399,7 @@ def _read_parameters(text: bytes) -> dict:
 def parse_body(text: bytes, chat: bool) -> "AnyBody":
     """Check the JSON of a request. Raises ApiError, which names the parameter."""
     schema = ChatBody if chat else CompletionBody
-    values = _read_parameters(text)
+    values = _read_parameters(text, schema.model_fields.keys())
     for name in values.keys() - schema.model_fields.keys():
         raise _unknown(ascii(name)[1:-1][:40])
     try:
@@ -229,24 +417,58 @@ def _refusal(schema: type[Body], error: ValidationError) -> ApiError:
     """Say in one line what the first of pydantic's errors means."""
     found = error.errors()[0]
     name, *inside = map(str, found["loc"])
-    if name not in ("messages", "stream_options"):
+    if name not in ("messages", "stream_options", "response_format"):
         inside = []  # of the others it names types
     param = name
     for part in inside[:2]:
         param += f"[{part}]" if part.isdigit() else f".{part}"
-    if found["type"] == "extra_forbidden":
+    whole = len(found["loc"]) == 1
+    if found["type"] == "extra_forbidden" and (inside or whole):
         return _unknown(param)
-    if found["type"] == "missing" and not inside:
+    if found["type"] == "missing" and whole:
         code = "missing_required_parameter"
         return ApiError(f"{param} is missing", param=param, code=code)
     wanted = schema.model_fields[name].description
     value = ascii(found["input"])[:80]
     return ApiError(f"{name} must be {wanted}: {param} is {value}", param=param)
 
-# %% ../chapters/B32_protocol.ipynb #cell-030
+# %% ../chapters/B32_protocol.ipynb #message-writer
 _BytesOf = Callable[[int], bytes]  # the bytes of a token
 
 
+def _call_form(call: Call) -> dict:
+    """Return a call in OpenAI's form, with an id by which its result is told."""
+    function = {"name": call.name, "arguments": call.arguments}
+    number = uuid.uuid4().hex[:24]
+    return {"id": f"call_{number}", "type": "function", "function": function}
+
+
+class _MessageWriter:
+    """Tells the calls of one answer from its text, delta by delta."""
+
+    def __init__(self, body: "AnyBody"):
+        functions, self._stream = body.functions(), body.stream
+        self._finder = CallFinder([function["name"] for function in functions])
+        # an answer with one call stops at the mark of its end, which is cut off
+        self._closes = not body.calls_again() and not body.must_call()
+
+    def form(self, delta: Delta) -> tuple[dict, str | None]:
+        """Return a message, or its next piece, and why it ends."""
+        reason, number = delta.finish_reason, self._finder.found
+        parts = self._finder.push(delta.text)
+        if reason is not None:
+            parts += self._finder.finish(self._closes and reason == "stop")
+        text = "".join(part for part in parts if isinstance(part, str))
+        calls = [_call_form(part) for part in parts if isinstance(part, Call)]
+        if self._stream:
+            calls = [{"index": number + i, **call} for i, call in enumerate(calls)]
+        if reason == "stop" and self._finder.found:
+            reason = "tool_calls"
+        if not calls:
+            return {"content": text}, reason
+        return {"content": text or None, "tool_calls": calls}, reason
+
+# %% ../chapters/B32_protocol.ipynb #cell-030
 class ChoiceWriter:
     """Writes the choices of an answer to `requests`, and counts tokens."""
 
@@ -262,18 +484,21 @@ class ChoiceWriter:
         # a prompt counts once, however many answers it gets
         self._asked = sum(len(request.prompt) for request in requests) // body.n
         self.written = [0] * len(requests)
-        self._logprobs = None
-        if body.alternatives() is not None:
-            new_writer = partial(LogprobWriter, bytes_of, chat, stop_ids)
-            self._logprobs = [new_writer() for _ in requests]
+        self._messages = [_MessageWriter(body) for _ in requests if body.functions()]
+        told = requests if body.alternatives() is not None else ()
+        self._logprobs = [LogprobWriter(bytes_of, chat, stop_ids) for _ in told]
 
     def choice(self, delta: Delta, **role: str) -> dict:
         self.written[delta.index] = max(self.written[delta.index], delta.written)
-        content: dict = {"text": delta.text}
+        content, reason = {"text": delta.text}, delta.finish_reason
         if self.chat:
             content = {self._name: {"content": delta.text, **role}}
-        logprobs = self._logprobs and self._logprobs[delta.index].form(delta)
-        more = {"finish_reason": delta.finish_reason, "logprobs": logprobs}
+        if self._messages:
+            message, reason = self._messages[delta.index].form(delta)
+            content = {self._name: {**message, **role}}
+        writer = self._logprobs[delta.index] if self._logprobs else None
+        logprobs = writer and writer.form(delta)
+        more = {"finish_reason": reason, "logprobs": logprobs}
         return {"index": delta.index, **content, **more}
 
     def usage(self) -> dict:
@@ -374,8 +599,11 @@ def make_requests(engine: Engine, body: AnyBody) -> list[Request]:
     """
     params = _sampling_params(engine.defaults, body)
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
-    requests = []
-    for prompt in _prompt_ids(engine, body):
+    requests, prompts = [], _prompt_ids(engine, body)
+    if body.functions() and not body.calls_again() and not body.must_call():
+        stop += (CLOSE,)  # the first call is the last
+    asked = stop, body.alternatives(), _grammar(engine, body)
+    for prompt in prompts:
         room = engine.max_context - len(prompt)
         limit = body.limit(room)
         if limit > room:
@@ -384,7 +612,7 @@ def make_requests(engine: Engine, body: AnyBody) -> list[Request]:
         for i in range(body.n):
             seed = None if body.seed is None else body.seed + i
             own = replace(params, seed=seed)
-            requests.append(Request(prompt, limit, own, stop, body.alternatives()))
+            requests.append(Request(prompt, limit, own, *asked))
     return requests
 
 # %% ../chapters/B32_protocol.ipynb #cell-065
@@ -415,44 +643,28 @@ def _prompt_ids(engine: Engine, body: AnyBody) -> list[list[int]]:
         raise _too_long(engine, body, f"{length:,} characters")
     try:
         return body.encode(engine.tokenizer)
-    except ValueError as error:
+    except ApiError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise ApiError(str(error), param=body.prompt_name) from None
 
-# %% ../chapters/B32_protocol.ipynb #cell-070
-# how byte-level vocabularies of Hugging Face spell a byte: itself where it is
-# printable, else a character from 256 on
-_SPELLED = {
-    chr(b[0] if i < 188 else 256 + i - 188): b[0] for i, b in enumerate(BYTE_ORDER)
-}
-
-
-def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
-    """Return the bytes that a token stands for, also of a part of a character."""
-    if isinstance(tokenizer, TiktokenTokenizer):
-        try:
-            return tokenizer.encoding.decode_single_token_bytes(token)
-        except KeyError:  # a gap in the vocabulary
-            return b""
-    # at the beginning of a text a decoder may drop a blank
-    before = tokenizer.encode("a")
-    text = tokenizer.decode([*before, token]).removeprefix(tokenizer.decode(before))
-    if "\ufffd" not in text:
-        return text.encode(errors="replace")
-    spelling = _spelling(tokenizer, token)
-    if re.fullmatch("<0x[0-9A-F]{2}>", spelling):
-        return bytes.fromhex(spelling[3:5])
-    if all(character in _SPELLED for character in spelling):
-        return bytes(_SPELLED[character] for character in spelling)
-    return text.encode()
+# %% ../chapters/B32_protocol.ipynb #grammar-code
+def _grammar(engine: Engine, body: Body) -> Grammar | None:
+    """Return the form that a body wants for its answers. Raises ApiError."""
+    schema, functions = body.response_format.schema_asked(), body.functions()
+    if schema is None and not body.must_call():
+        return None
+    name = "tools" if body.must_call() else "response_format"
+    try:
+        if not functions:
+            return json_grammar(engine.tokenizer, schema or {})
+        instead = None if body.must_call() else schema
+        rules = calls_grammar(engine.tokenizer, functions, body.calls_again(), instead)
+        return Grammar(engine.tokenizer, rules)
+    except (ValueError, MissingExtraError, RecursionError) as error:
+        raise ApiError(f"{name}: {error}", param=name) from None
 
 # %% ../chapters/B32_protocol.ipynb #cell-071
-def _spelling(tokenizer: Any, token: int) -> str:
-    """Return a token as the vocabulary file has it."""
-    if hasattr(tokenizer, "tokenizer"):
-        return tokenizer.tokenizer.convert_ids_to_tokens(token)
-    return tokenizer.model.id_to_piece(token)
-
-
 _LEAST = -9999.0  # OpenAI's smallest log-probability; JSON has no infinity
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from .grammar import Grammar, GrammarState
 from .sampling import SamplingParams
 from .text_stream import TextStream
 
@@ -25,7 +26,7 @@ class Request:
 
     At most `max_tokens` are written, and text ends before the first string of `stop`.
     `logprobs` n asks for the log-probability of each token and of the n most probable
-    ones, before temperature and filters.
+    ones, before temperature and filters. `grammar` forbids what has not its form.
     """
 
     prompt: Sequence[int]
@@ -33,6 +34,7 @@ class Request:
     params: SamplingParams = SamplingParams()
     stop: Sequence[str] = ()
     logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(eq=False)
@@ -61,6 +63,7 @@ class SequenceState:
     started: bool = False  # it has had a row
     turn: int = 0  # tokens written since it got the row it has
     cancelled: bool = False
+    form: GrammarState | None = None  # how far it has come in its grammar
 
     @property
     def unread(self) -> int:

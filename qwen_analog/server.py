@@ -18,8 +18,9 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Scope
 
 from .engine import AsyncEngine, DeltaStream
+from .grammar import token_bytes
 from .protocol import AnyBody, ApiError, ChoiceWriter, ReplyWriter
-from .protocol import make_requests, parse_body, token_bytes
+from .protocol import make_requests, parse_body
 from .scheduler import Delta, Request
 
 # %% ../chapters/30_serving.ipynb #cell-029

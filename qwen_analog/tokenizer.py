@@ -7,7 +7,7 @@ __all__ = ['QWEN_SPECIAL_TOKENS', 'DEFAULT_SYSTEM', 'split_at', 'conversation_tu
            'checked_ids', 'BPETokenizer', 'check_message', 'chat_text', 'read_file', 'save_ranks', 'write_ranks',
            'read_ranks', 'sha256_of', 'ranks_fingerprint', 'encoding_fingerprint', 'TiktokenTokenizer', 'qwen_encoding',
            'to_nfc', 'encode_text', 'cut_blanks', 'check_vocab_size', 'SentencePieceTokenizer', 'load_sentencepiece',
-           'load_tokenizer', 'named_encoding']
+           'control_tokens', 'load_tokenizer', 'named_encoding']
 
 # %% ../chapters/02_tokenizer.ipynb #cell-009
 from collections.abc import Iterable, Sequence
@@ -428,6 +428,16 @@ def load_sentencepiece(path: str | Path) -> Any:
     if model.eos_id() < 0:
         raise ValueError(f"{path}: the model has no </s>; train it with eos_id set")
     return model
+
+# %% ../chapters/02_tokenizer.ipynb #control-tokens-code
+def control_tokens(tokenizer: Any) -> dict[str, int]:
+    """Return the control tokens of a tokenizer: their spellings, and their ids."""
+    if isinstance(tokenizer, TiktokenTokenizer):
+        return dict(tokenizer.encoding._special_tokens)
+    if not hasattr(tokenizer, "backend"):  # one of Hugging Face's has it
+        return dict(tokenizer.controls)
+    added = tokenizer.backend.get_added_tokens_decoder()
+    return {t.content: i for i, t in added.items() if t.special and t.content}
 
 # %% ../chapters/02_tokenizer.ipynb #cell-101
 def load_tokenizer(spec: str, directory: str | Path = ".") -> Tokenizer:

@@ -162,7 +162,8 @@ FLOORS = [
     "config norm rope mask kv_cache mlp bpe loss optim hardware files arguments "
     "archive distributed",
     "attention tokenizer sampling jsonl shards train_config baselines",
-    "hf_tokenizer token_cache data corpora model",
+    "hf_tokenizer token_cache data corpora model grammar",
+    "tools",
     "generate memory pages parallel monitor quantize streaming weights checkpoint "
     "tokenizer_json chat_template lora",
     "inference scoring restore text_stream step search run_directory gguf_file hf",

@@ -611,7 +611,7 @@ def test_prompts_that_take_for_ever(monkeypatch, log):
     others wait for is bounded, and the server ends.
     """
     hang = threading.Event()
-    monkeypatch.setattr(protocol, "chat_ids", lambda *_: hang.wait())
+    monkeypatch.setattr(protocol, "chat_ids", lambda *_, **__: hang.wait())
     engine = AsyncEngine(MODEL, TOKENIZER, max_batch=2, max_context=64)
     app = build_app(engine, NAME, prompt_seconds=0.2)
     chat = {"model": NAME, "messages": USER, "max_tokens": 2}
@@ -627,7 +627,7 @@ def test_prompts_that_take_for_ever(monkeypatch, log):
 
 
 def test_whatever_a_template_raises(monkeypatch, log):
-    def stop(*_):
+    def stop(*_, **__):
         raise StopIteration
 
     with serving(AsyncEngine(MODEL, TOKENIZER, max_batch=2, max_context=64)) as port:
