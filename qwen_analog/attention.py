@@ -244,10 +244,10 @@ def _kernels_for_any_length() -> Iterator[None]:
     finally:
         backends.enable_cudnn_sdp(before)
 
-# %% ../chapters/25_qwen3.ipynb #cell-011
+# %% ../chapters/25_qwen3.ipynb #cell-014
 from .norm import RMSNorm
 
-# %% ../chapters/25_qwen3.ipynb #cell-012
+# %% ../chapters/25_qwen3.ipynb #cell-015
 class NormedAttention(GQAttention):
     """`GQAttention` whose queries and keys are normalised, each head for itself.
 

@@ -122,7 +122,7 @@ def rotary_embedding(
     options = {name: value for name, value in scaling.items() if name != "rope_type"}
     return SCALED_ROTATIONS[scaling["rope_type"]](head_dim, theta, **options)
 
-# %% ../chapters/25_qwen3.ipynb #cell-030
+# %% ../chapters/25_qwen3.ipynb #cell-057
 class Llama3RotaryEmbedding(RotaryEmbedding):
     """Rotations slowed down where they are slow already (Llama Team 2024).
 
@@ -155,7 +155,7 @@ class Llama3RotaryEmbedding(RotaryEmbedding):
 
 SCALED_ROTATIONS["llama3"] = Llama3RotaryEmbedding
 
-# %% ../chapters/25_qwen3.ipynb #cell-053
+# %% ../chapters/25_qwen3.ipynb #cell-070
 def llama3_scaling(factors: torch.Tensor, theta: float) -> dict | None:
     """Return the `rope_scaling` that divides speeds by `factors` [h / 2] (Llama 3).
 
