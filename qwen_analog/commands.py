@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['SAMPLING', 'require_new', 'export', 'import_', 'source_and_directory', 'consolidate', 'given_sampling', 'sample',
-           'search', 'answer_length', 'require_room', 'generate', 'beginnings', 'trace', 'finetune']
+           'grammar_of', 'search', 'answer_length', 'require_room', 'generate', 'beginnings', 'trace', 'finetune']
 
 # %% ../chapters/B34_texts_and_weights.ipynb #cell-005
 import argparse
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .arguments import default_model
 from .generate import sampling_defaults, stop_ids
+from .grammar import Grammar, json_grammar
+from .hf_tokenizer import read_json_object
 from .hardware import require_memory
 from .jsonl import read_jsonl
 from .loading import load
@@ -98,12 +101,21 @@ def sample(
     arguments: argparse.Namespace,
 ) -> str:
     """Return a prompt and up to `count` tokens that are drawn one by one."""
-    options = {"temperature": 0.7, **sampling_defaults(model)}
+    options: dict[str, Any] = {"temperature": 0.7, **sampling_defaults(model)}
     options |= {"seed": arguments.seed, **given_sampling(arguments)}
-    stop = arguments.stop
-    return complete(
-        model, tokenizer, prompt, max_new_tokens=count, stop=stop, **options
-    )
+    options |= {"stop": arguments.stop, "grammar": grammar_of(arguments, tokenizer)}
+    return complete(model, tokenizer, prompt, max_new_tokens=count, **options)
+
+
+def grammar_of(arguments: argparse.Namespace, tokenizer: Tokenizer) -> Grammar | None:
+    """Return the form that --json-schema asks for; ValueError that names the file."""
+    if arguments.json_schema is None:
+        return None
+    schema = read_json_object(Path(arguments.json_schema))
+    try:
+        return json_grammar(tokenizer, schema)
+    except ValueError as error:
+        raise ValueError(f"{arguments.json_schema}: {error}") from None
 
 # %% ../chapters/B34_texts_and_weights.ipynb #cell-023
 def search(
@@ -118,6 +130,8 @@ def search(
     ends = stop_ids(model, tokenizer)
     if arguments.seed is not None:
         raise ValueError("--num-beams draws nothing: leave out --seed")
+    if arguments.json_schema is not None:
+        raise ValueError("--num-beams knows no forms: leave out --json-schema")
     row = model.generate(
         torch.tensor([start], device=model.lm_head.weight.device),
         count,
