@@ -50,7 +50,7 @@ rules = {
     "scaled by weight, rate 0.5": scaled,
     "Adam, rate 0.5": adam,
 }
-x, y = np.meshgrid(np.linspace(-4.4, 4.6, 200), np.linspace(-1.5, 1.5, 200))
+x, y = np.meshgrid(np.linspace(-4.4, 4.6, 80), np.linspace(-1.5, 1.5, 80))
 height = 0.5 * (steepness[0] * x**2 + steepness[1] * y**2)
 figure, axes = plt.subplots(2, 2, figsize=(9, 5), sharex=True, sharey=True)
 colors = ("C1", "C3", "C2", "C0")
