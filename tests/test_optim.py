@@ -684,15 +684,19 @@ def by_name(spared):
 
 
 EDITS = {
-    "no bias correction": ("1 - beta1**t, 1 - beta2**t", "1, 1"),
+    "mean not corrected": (" / (1 - beta1**t)", ""),
+    "mean square not corrected": (" / (1 - beta2**t)", ""),
     "betas swapped": ("beta1, beta2 = betas", "beta2, beta1 = betas"),
-    "decay inside the gradient (L2)": ("p.mul_(1 - lr * decay)", "g = g + decay * p"),
-    "decay not scaled by lr": ("1 - lr * decay", "1 - decay"),
-    "eps inside the root": ("(v / bias2).sqrt() + eps", "(v / bias2 + eps).sqrt()"),
+    "decay inside the gradient (L2)": (
+        "beta1, beta2 = betas",
+        "beta1, beta2 = betas\n    g, decay = g + decay * p, 0.0",
+    ),
+    "decay not scaled by lr": ("lr * decay * p", "decay * p"),
+    "eps inside the root": ("mean_square.sqrt() + eps", "(mean_square + eps).sqrt()"),
     "no eps": (" + eps", ""),
     "no square root": (".sqrt()", ""),
-    "square of the mean, not mean square": ("addcmul_(g, g", "addcmul_(m, m"),
-    "gradient instead of momentum": ("lr * (m / bias1)", "lr * g"),
+    "square of the mean, not mean square": ("g**2", "m**2"),
+    "gradient instead of momentum": ("lr * mean /", "lr * g /"),
 }
 GROUPS = {
     "decay on nothing": lambda model, decay: parameter_groups(model, 0.0),
