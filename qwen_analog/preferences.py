@@ -82,7 +82,7 @@ def preference_loss(
     before_chosen, before_rejected = before.chunk(2)
     return dpo_loss(chosen, rejected, before_chosen, before_rejected, beta)
 
-# %% ../chapters/23_preferences.ipynb #cell-060
+# %% ../chapters/23_preferences.ipynb #cell-062
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -90,7 +90,7 @@ from .chat_template import chat_ids
 from .jsonl import DataError, parse_json, read_lines, refuse_surrogates
 from .tokenizer import Tokenizer
 
-# %% ../chapters/23_preferences.ipynb #cell-061
+# %% ../chapters/23_preferences.ipynb #cell-063
 def read_preferences(
     files: Sequence[str], tokenizer: Tokenizer
 ) -> Iterator[tuple[list[int], list[int], list[int]]]:
@@ -129,7 +129,7 @@ def encode_pair(
         answers.append(ids[len(prompt) :])
     return prompt, answers[0], answers[1]
 
-# %% ../chapters/23_preferences.ipynb #cell-062
+# %% ../chapters/23_preferences.ipynb #cell-064
 def _messages(record: dict, name: str, role: str) -> list[dict[str, str]]:
     """Return a field as messages, the last of them of `role`."""
     value = record[name]
