@@ -182,15 +182,6 @@ def _open_files(
     return dataset, held_out_dataset(documents, config.sequence_length)
 
 
-def _open_conversations(
-    config: TrainConfig, tokenizer: Tokenizer, context: DistributedContext
-) -> tuple[PackedDataset, PackedDataset | None]:
-    length, files = config.sequence_length, find_files(config.data)
-    examples, bad = read_conversations(files, tokenizer, length, config.skip_bad_lines)
-    if bad and context.rank == 0:
-        print(f"skipped {len(bad)} bad lines, the first {bad[0]}", file=sys.stderr)
-    return chat_datasets(examples, length, config.seed, config.heldout_fraction)
-
 
 def _open_stream(
     config: TrainConfig, tokenizer: Tokenizer, context: DistributedContext
@@ -201,3 +192,20 @@ def _open_stream(
     )
     dataset = SharedDataset(own, context)  # tokenized once a machine
     return dataset, dataset.held_out_dataset(config.eval_sequences)
+
+# %% ../chapters/B18_batches.ipynb #open-conversations
+def _open_conversations(
+    config: TrainConfig, tokenizer: Tokenizer, context: DistributedContext
+) -> tuple[PackedDataset, PackedDataset | None]:
+    length, files = config.sequence_length, find_files(config.data)
+    examples, bad = read_conversations(files, tokenizer, length, config.skip_bad_lines)
+    if bad and context.rank == 0:
+        print(f"skipped {len(bad)} bad lines, the first {bad[0]}", file=sys.stderr)
+    lines = len({example.source for example in examples})
+    if lines < len(examples) and context.rank == 0:
+        print(
+            f"note: the chat template rewrites earlier turns: {lines:,} conversations"
+            f" became {len(examples):,} examples, of one answer each where it does",
+            file=sys.stderr,
+        )
+    return chat_datasets(examples, length, config.seed, config.heldout_fraction)

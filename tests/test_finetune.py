@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import pytest
 import torch
@@ -24,15 +25,19 @@ from weights_helpers import TOKENIZER, small
 from qwen_analog import QwenForCausalLM
 from qwen_analog.archive import CheckpointError
 from qwen_analog.attention import document_mask
+from qwen_analog.batches import open_data
+from qwen_analog.chat_template import chat_ids
 from qwen_analog.checkpoint import load_checkpoint, load_model, save_checkpoint
 from qwen_analog.cli import main
 from qwen_analog.corpora import first_sentence
+from qwen_analog.distributed import DistributedContext
 from qwen_analog.finetune import (
     ChatDataset,
     answer_end,
     answer_spans,
     chat_datasets,
     encode_conversation,
+    encode_turns,
     fill_rows,
     join,
     read_conversations,
@@ -146,6 +151,124 @@ def test_the_collated_labels_are_trls(tokenizer_files):
     assert (row.targets[-3:] == IGNORE_INDEX).all() and starts[-3]
 
 
+FRAMES = (
+    "<|start_header_id|> <|end_header_id|> <|eot_id|> <start_of_turn> <end_of_turn>"
+    " <|end|> <|user|> <|assistant|> <|system|> <s>"
+).split()
+SHAPES = [
+    *CONVERSATIONS[:-1],
+    [("user", "one"), ("assistant", "two"), ("assistant", "three")],
+    [("assistant", "I begin.")],
+    [
+        ("user", "a"),
+        ("assistant", "b"),
+        ("system", "s"),
+        ("user", "d"),
+        *[("assistant", "e")],
+    ],
+    [("user", ""), ("assistant", "b")],
+    [
+        ("user", "a"),
+        ("assistant", "<think>\nhm\n</think>\n\nb"),
+        ("user", "d"),
+        *[("assistant", "<think>\nhmm\n</think>\n\ne")],
+    ],
+    [("user", " a\n"), ("assistant", " b \n")],
+    [("user", "a"), ("assistant", "\nb")],
+    [
+        ("user", "\u4f60\u597d \U0001f9d1\u200d\U0001f680"),
+        ("assistant", "e\u0301 \u200b x"),
+    ],
+    [("user", "a"), ("assistant", "b"), ("user", "never answered")],
+]
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def others_files(tokenizer_files, tmp_path_factory):
+    """A tokenizer that knows the control tokens of other families."""
+    fast = HFTokenizer(tokenizer_files).tokenizer
+    fast.add_special_tokens({"additional_special_tokens": FRAMES, "bos_token": "<s>"})
+    place = tmp_path_factory.mktemp("others")
+    fast.save_pretrained(place)
+    return place
+
+
+def as_transformers(tokenizer, turns, **more):
+    """Ids (and the mask) by transformers; None where the template refuses."""
+    try:
+        return tokenizer.tokenizer.apply_chat_template(
+            messages(turns), return_dict=True, **more
+        )
+    except jinja2.TemplateError:
+        return None
+
+
+FAMILIES = "qwen2_5 qwen3 qwen3_instruct_2507 llama3 gemma gemma3 phi3".split()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_marked_templates_of_other_families_are_transformers(family, others_files):
+    """Odd shapes: what TRL's template takes has its mask, else it is refused."""
+    template = (TEMPLATES / f"{family}_training.jinja").read_text()
+    tokenizer, taken = with_template(others_files, template), 0
+    for turns in SHAPES:
+        theirs = as_transformers(tokenizer, turns, return_assistant_tokens_mask=True)
+        try:
+            ours = learned(tokenizer, turns)
+        except ValueError as error:
+            melts = turns[-1][1].startswith("\n") and "within a token" in str(error)
+            assert melts or theirs is None and "does not take" in str(error)
+            continue
+        taken += 1
+        assert ours == (theirs["input_ids"], theirs["assistant_masks"]), turns
+    assert taken >= 7
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, MISTRAL])
+def test_unmarked_templates_are_trained_as_they_are_used(family, others_files):
+    """Each example is what transformers writes up to an answer, which alone, or with
+    those before it, is learned.
+    """
+    template = family
+    if family in FAMILIES:
+        template = (TEMPLATES / f"{family}.jinja").read_text()
+    tokenizer = with_template(others_files, template)
+    end, split = answer_end(tokenizer), 0
+    for turns in SHAPES:
+        try:
+            examples = encode_turns(tokenizer, messages(turns), end)
+        except ValueError as error:
+            said = str(error)
+            refused = as_transformers(tokenizer, turns) is None and "not take" in said
+            opens = turns[0][0] == "assistant" and said.startswith("message 1: ")
+            melts = turns[-1][1].startswith("\n") and "begin this answer" in said
+            # Qwen3 does not write twice in a row, once it has thought
+            twice = family == "qwen3" and turns == SHAPES[4]
+            assert refused or opens or melts or twice, (turns, said)
+            continue
+        answers = [i for i, (role, _) in enumerate(turns) if role == "assistant"]
+        split += len(examples) > 1
+        for i, example in zip(answers[-len(examples) :], examples):
+            told = as_transformers(tokenizer, turns[: i + 1])["input_ids"]
+            asked = {"input_ids": chat_ids(tokenizer, [])} if i == 0 else None
+            more = {"add_generation_prompt": True}
+            asked = asked or as_transformers(tokenizer, turns[:i], **more)
+            assert example.ids.tolist() == told[: len(example.ids)]
+            assert example.ids[-1] == end and end not in told[len(example.ids) :]
+            place = len(asked["input_ids"])
+            assert example.learned[place:].all() and not example.learned[place - 1]
+            earlier = (example.ids[:place] == end) & example.learned[:place]
+            assert earlier.sum() == (len(answers) - 1) * (len(examples) == 1)
+    assert split == (3 if family == "qwen3" else 0)
+
+
 def test_templates_that_cannot_be_trained_on_are_refused(tokenizer_files):
     endless = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     with pytest.raises(ValueError, match="no control token ends an answer"):
@@ -171,16 +294,33 @@ BAD = [
     ('{"messages": []}', "nothing to learn"),
     ('{"messages": ["x"]}', "message 1: not a JSON object"),
     ('{"messages": [{"role": "tool", "content": "x"}]}', "message 1: its role is 'to"),
-    ('{"messages": [{"role": "user", "content": ["x"]}]}', "message 1: its content is"),
-    ('{"prompt": " ", "completion": "x"}', "message 1: the user says nothing"),
+    ('{"messages": [{"role": "user", "content": ["x"]}]}', "a part that is no text"),
+    ('{"messages": [{"role": "user", "content": null}]}', "not text but null"),
+    ('{"messages": [{"role": "user", "content": 3}]}', "not text but of type int"),
+    (
+        '{"messages": [{"role": ["user"], "content": "x"}]}',
+        "message 1: its role is ['u",
+    ),
+    ('{"messages": [{"role": "assistant", "content": []}]}', "the assistant says no"),
+    ('{"messages": [{"role": "user", "content": "x"}]}', "nothing to learn"),
     ('{"prompt": "x", "completion": ""}', "message 2: the assistant says nothing"),
     ('{"prompt": "x", "completion": "y", "tools": [{}]}', '"tools" are not supported'),
-    ('{"prompt": "x", "completion": "\\nyes"}', "message 2: the chat template writes"),
+    ('{"prompt": "x", "completion": "\\nyes"}', "message 2: the chat template does"),
     ('{"prompt": "x", "completion": "\\ud800"}', "half a surrogate pair"),
     (json.dumps({"prompt": "x", "completion": "y " * 99}), "more than sequence_length"),
     (json.dumps({"prompt": "x", "completion": "y" * 9999}), "more than sequence_len"),
     (json.dumps({"prompt": "x", "completion": "y" * 2**20}), "longer than a sequence"),
 ]
+ANSWER = {"role": "assistant", "content": "x"}
+IMAGE = [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {}}]
+for field, value in (
+    ("tool_calls", [{"function": {"name": "f", "arguments": "{}"}}]),
+    ("reasoning_content", "hm"),
+    ("weight", 0),
+    ("content", IMAGE),
+):
+    wrong = json.dumps({"messages": [ANSWER, {**ANSWER, field: value}]})
+    BAD.append((wrong, "message 2: its content h" if value is IMAGE else f'"{field}"'))
 
 
 @pytest.mark.parametrize("line, reason", BAD)
@@ -205,17 +345,26 @@ def test_odd_shapes_that_are_taken(tmp_path):
         [("user", "a"), ("assistant", "b"), ("user", "never answered")],
         [("assistant", "I begin.")],
         [("user", "a"), ("assistant", "b"), ("assistant", "c"), ("system", "d")],
+        [("user", ""), ("assistant", "b")],
+        [
+            ("user", "na\u00efve \U0001f9d1\u200d\U0001f680"),
+            ("assistant", "e\u0301 \ue000"),
+        ],
     ]
     lines = [{"messages": messages(t), "id": 7} for t in turns]
-    asked = [{"role": "user", "content": "a"}]
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    asked = [{"role": "user", "content": parts, "name": None, "weight": 1}]
     answered = [{"role": "assistant", "content": "b", "tool_calls": []}]
     lines += [{"prompt": asked, "completion": answered, "tools": None}]
     path = tmp_path / "chat.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     examples, _ = read_conversations([str(path)], TOKENIZER, 200)
     end = answer_end(TOKENIZER)
-    assert [int((e.ids[e.learned] == end).sum()) for e in examples] == [1, 1, 1, 2, 1]
+    assert [int((e.ids[e.learned] == end).sum()) for e in examples] == [
+        *(1, 1, 1, 2, 1, 1, 1)
+    ]
     assert all(e.learned[-1] and e.ids[-1] == end for e in examples)
+    assert "user\nab<" in TOKENIZER.decode(examples[-1].ids.tolist())
 
 
 def test_rows_hold_whole_conversations_once_an_epoch(tmp_path):
@@ -245,6 +394,25 @@ def test_rows_hold_whole_conversations_once_an_epoch(tmp_path):
     again.load_state_dict({"position": 2})
     taken = data.take(4)
     assert [s.sources for s in again.take(2)] == [s.sources for s in taken[2:]]
+
+
+def test_it_is_said_what_is_left_out_and_what_is_divided(
+    others_files, tmp_path, capsys
+):
+    template = (TEMPLATES / "qwen3.jinja").read_text()
+    tokenizer = with_template(others_files, template)
+    lines = [{"messages": messages(turns)} for turns in SHAPES[2:6]]
+    lines += [{"prompt": "x", "completion": "y" * 99}, {"prompt": "x"}]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = chat_settings(data=[str(path)], skip_bad_lines=True, heldout_fraction=0.5)
+    with DistributedContext() as context:
+        data, held_out = open_data(config, tokenizer, context)
+    said = capsys.readouterr().err
+    assert "skipped 4 bad lines, the first" in said and "chat.jsonl, line 3: " in said
+    assert "2 conversations became 3 examples" in said
+    sides = [{e.source for e in part.examples} for part in (data, held_out)]
+    assert len(data.examples) + len(held_out.examples) == 3 and not sides[0] & sides[1]
 
 
 def test_packed_conversations_do_not_see_each_other():
