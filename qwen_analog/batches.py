@@ -16,7 +16,12 @@ from typing import TypeVar
 import torch
 
 from .data import PackedDataset, TokenSequence, held_out_dataset
-from .finetune import chat_datasets, read_conversations
+from qwen_analog.finetune import (
+    ChatStream,
+    chat_datasets,
+    open_conversations,
+    read_conversations,
+)
 from .jsonl import DataError, find_files
 from .streaming import SharedDataset, StreamingDataset, open_stream
 from .token_cache import cache_directory, skipped_lines, tokenize_files
@@ -126,9 +131,6 @@ def check_data(config: TrainConfig) -> None:
         raise DataError(
             'no data: name JSONL files with --data, each line {"text": "..."}'
         )
-    streamed = config.stream or any(path.startswith("hf:") for path in config.data)
-    if streamed and config.format == "chat":
-        raise DataError("format chat reads files, all of them first: no hf:, no stream")
     if not any(path.startswith("hf:") for path in config.data):
         find_files(config.data)
 
@@ -146,8 +148,9 @@ def open_data(
     """
     check_data(config)
     streamed = config.stream or config.data[0].startswith("hf:")
-    open_dataset = _open_stream if streamed else _open_files
-    open_dataset = _open_conversations if config.format == "chat" else open_dataset
+    chat = config.format == "chat"
+    open_dataset = _open_conversations if chat else _open_files
+    open_dataset = _open_stream if streamed else open_dataset
     dataset, held_out = open_dataset(config, tokenizer, context)
     if config.heldout_fraction and held_out is None:
         if insist:
@@ -182,14 +185,16 @@ def _open_files(
     return dataset, held_out_dataset(documents, config.sequence_length)
 
 
-
 def _open_stream(
     config: TrainConfig, tokenizer: Tokenizer, context: DistributedContext
 ) -> tuple[SharedDataset, PackedDataset | None]:
-    stream = open_stream(config.data, config.skip_bad_lines)
-    own = StreamingDataset(
-        stream, tokenizer, config.sequence_length, config.seed, config.heldout_fraction
-    )
+    form = tokenizer, config.sequence_length, config.seed, config.heldout_fraction
+    bad = config.skip_bad_lines
+    if config.format == "chat":
+        stream = open_conversations(config.data, bad)
+        own = ChatStream(stream, *form, skip_bad_lines=bad)
+    else:
+        own = StreamingDataset(open_stream(config.data, bad), *form)
     dataset = SharedDataset(own, context)  # tokenized once a machine
     return dataset, dataset.held_out_dataset(config.eval_sequences)
 

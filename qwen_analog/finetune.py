@@ -5,13 +5,18 @@
 # %% auto #0
 __all__ = ['ROLES', 'answer_in_use', 'RewrittenTurnError', 'answer_spans', 'answer_end', 'Example', 'encode_conversation',
            'encode_turns', 'fill_rows', 'join', 'ChatDataset', 'end_at_answers', 'read_messages', 'read_examples',
-           'encode_record', 'read_conversations', 'chat_fingerprint', 'chat_datasets', 'add_adapters', 'save_adapters']
+           'encode_record', 'read_conversations', 'chat_fingerprint', 'chat_datasets', 'conversation_and_key',
+           'conversation_rows', 'open_conversations', 'bad_line', 'HeldOutConversation', 'ChatRows', 'ChatReader',
+           'ChatPieces', 'ChatStream', 'add_adapters', 'save_adapters']
 
 # %% ../chapters/21_finetuning.ipynb #cell-005
 import hashlib
+import json
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +27,21 @@ from .chat_template import chat_ids, marked_chat
 from .checkpoint import load_checkpoint
 from .config import shown
 from .data import FileFingerprint, PackedDataset, TokenSequence
-from .jsonl import DataError, Line, parse_json, read_lines
+from .data import checked_position
+from .jsonl import DataError, Document, Line, parse_json, read_lines
 from .jsonl import refuse_surrogates, whole_number
 from .lora import add_lora, save_lora
 from .loss import IGNORE_INDEX
 from .model import QwenForCausalLM
+from qwen_analog.streaming import (
+    RunReader,
+    StreamingDataset,
+    StreamReader,
+    find_held_out,
+    open_stream,
+)
 from .text_stream import LONGEST_TOKEN
-from .token_cache import held_out_mask
+from .token_cache import hash_key, held_out_mask
 from .tokenizer import Tokenizer
 from .train_config import TrainConfig
 
@@ -319,7 +332,7 @@ def _read_message(number: int, message: object) -> dict[str, str]:
         raise ValueError(f"message {number}: {error}") from None
     return {"role": role, "content": content}
 
-
+# %% ../chapters/21_finetuning.ipynb #cell-065-text
 def _as_text(content: object) -> str:
     """Return a message's content, which may come in parts."""
     if isinstance(content, str):
@@ -421,6 +434,171 @@ def chat_datasets(
     ]
     training, kept = (ChatDataset(p, sequence_length, seed, mark) for p in parts)
     return training, kept if parts[1] else None
+
+# %% ../chapters/21_finetuning.ipynb #stream-2
+def conversation_and_key(record: object) -> tuple[str, str]:
+    """Return a record's messages as JSON, and what the held-out split is drawn by."""
+    messages = read_messages(record)
+    title = record.get("title") if isinstance(record, dict) else None
+    key = title if isinstance(title, str) and title else repr(messages)
+    return json.dumps(messages), key
+
+
+def conversation_rows(files: Sequence[str], skip_bad_lines: bool) -> Iterator[dict]:
+    """Yield the lines of JSONL files as a `Document`'s fields."""
+    for line in read_lines(files):
+        source = f"{line.name}:{line.number}"
+        try:
+            if not isinstance(line.content, bytes):  # longer than 1 MiB
+                raise ValueError("the line is longer than a sequence")
+            row = Document(*conversation_and_key(parse_json(line.content)), source)
+        except ValueError as error:
+            if not skip_bad_lines:
+                raise bad_line(source, error) from None
+            row = Document("", "", source, str(error))
+        yield asdict(row)
+
+# %% ../chapters/21_finetuning.ipynb #stream-2-open
+def open_conversations(paths: Sequence[str | Path], skip_bad_lines: bool = False):
+    """Do as `open_stream`, for conversations: what a `ChatStream` reads."""
+    read = conversation_and_key
+    return open_stream(paths, skip_bad_lines, conversation_rows, read)
+
+
+def bad_line(source: str, error: Exception) -> DataError:
+    file, _, number = source.rpartition(":")
+    return DataError(
+        f"{file}, line {number}: {error}. Mend the line, or pass --skip-bad-lines"
+    )
+
+# %% ../chapters/21_finetuning.ipynb #stream-4
+@dataclass
+class HeldOutConversation:
+    """What a held-out conversation of a stream teaches; see `HeldOutDocument`."""
+
+    number: int  # the hash of its key
+    examples: list[Example]
+
+    @property
+    def ids(self) -> np.ndarray:
+        empty = np.zeros(0, np.int32)
+        return np.concatenate([empty, *(example.ids for example in self.examples)])
+
+
+class ChatRows:
+    """What the rows of a stream teach; bad ones are counted where they are skipped."""
+
+    def __init__(self, tokenizer: Tokenizer, sequence_length: int, skip_bad: bool):
+        self.form = tokenizer, answer_end(tokenizer), sequence_length
+        self.skip_bad, self.left_out = skip_bad, 0
+
+    def encode(self, row: dict) -> list[Example]:
+        source, problem = row["source"], row["error"]
+        if not problem:
+            record = {"messages": json.loads(row["text"]), "title": row["key"]}
+            try:
+                return encode_record(record, source, *self.form)
+            except ValueError as error:
+                if not self.skip_bad:
+                    raise bad_line(source, error) from None
+                problem = str(error)
+        self.left_out += 1
+        if str(self.left_out).strip("0") == "1":  # 1, 10, 100 ...
+            said = f"skipped {self.left_out:,} bad lines so far, the last {source}"
+            print(f"{said}: {problem}", file=sys.stderr)
+        return []
+
+# %% ../chapters/21_finetuning.ipynb #stream-5
+@dataclass
+class ChatReader:
+    """The examples to train on, with their places: epoch, document, number."""
+
+    reader: StreamReader
+    rows: ChatRows
+
+    def examples(self, epoch: int, skip: int) -> Iterator[tuple[tuple, Example]]:
+        """Yield them from document `skip` of `epoch` on, epoch after epoch."""
+        while True:
+            ours = skip > 0
+            rows = islice(self.reader.documents(epoch), skip, None)
+            for document, row in enumerate(rows, skip):
+                if not row["error"] and self.reader.side(row["key"]):
+                    continue
+                for number, example in enumerate(self.rows.encode(row)):
+                    ours = True
+                    yield (epoch, document, number), example
+            if not ours:
+                raise DataError("no conversation to train on in the stream")
+            epoch, skip = epoch + 1, 0
+
+    def open_at(self, place: tuple[int, int, int]) -> RunReader:
+        """Return what reads from a place on; DataError where there is none such."""
+        reading = RunReader(self.examples(*place[:2]))
+        if not any(place[1:]):
+            return reading
+        found = next(reading)
+        while found[0] < place:
+            found = next(reading)
+        if found[0] != place:
+            raise DataError(
+                "the stream has changed: the place to resume from is not in it"
+            )
+        return RunReader(chain([found], reading))
+
+# %% ../chapters/21_finetuning.ipynb #stream-6
+class ChatPieces(StreamingDataset):
+    """The conversations of a stream, in pieces for one sequence each, from a place that
+    can be saved.
+    """
+
+    def __init__(self, stream, tokenizer, *rest, skip_bad_lines=False, **options):
+        """Take what `StreamingDataset` takes."""
+        super().__init__(stream, tokenizer, *rest, **options)
+        self.rows = ChatRows(tokenizer, self.sequence_length, skip_bad_lines)
+        self.load_state_dict({"epoch": 0, "document": 0, "offset": 0})
+
+    def state_dict(self) -> dict[str, int]:
+        return dict(zip(("epoch", "document", "offset"), self.place))
+
+    def load_state_dict(self, state: dict) -> None:
+        place = checked_position(state, "epoch", "document", "offset")
+        self.place = place["epoch"], place["document"], place["offset"]
+        self.reading = ChatReader(self.reader, self.rows).open_at(self.place)
+        self.ahead: list = []  # the next example, once it was read
+
+    def take_pieces(self, count: int) -> list:
+        """Return the examples of the next `count` sequences."""
+        return [self._next_row(self.sequence_length) for _ in range(count)]
+
+    def _next_row(self, room: int) -> list[Example]:
+        row, ahead = [], self.ahead or [next(self.reading)]
+        while len(ahead[0][1]) <= room:
+            room -= len(ahead[0][1])
+            row.append(ahead[0][1])
+            ahead = [next(self.reading)]
+        self.ahead, self.place = ahead, ahead[0][0]
+        return row
+
+# %% ../chapters/21_finetuning.ipynb #stream-8
+class ChatStream(ChatPieces):
+    """The same kind of sequences as of `ChatDataset`, from a stream of
+    `conversation_rows` that is never held whole.
+    """
+
+    def to_sequence(self, pieces: list) -> TokenSequence:
+        return join(pieces, self.sequence_length)
+
+    def find_held_out(self, count: int) -> list[HeldOutConversation]:
+        """Return the first held-out conversations, enough for `count` sequences."""
+
+        def encode(row: dict, tokenizer: Tokenizer) -> HeldOutConversation:
+            return HeldOutConversation(hash_key(row["key"]), self.rows.encode(row))
+
+        return find_held_out(self.reader, count * self.sequence_length, encode)
+
+    def pack_held_out(self, found: list) -> ChatDataset | None:
+        examples = [example for each in found for example in each.examples]
+        return ChatDataset(examples, self.sequence_length) if examples else None
 
 # %% ../chapters/21_finetuning.ipynb #cell-076
 def add_adapters(model: QwenForCausalLM, config: TrainConfig) -> None:

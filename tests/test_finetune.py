@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import datasets
 import jinja2
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ import trl
 from helpers import refused
 from training import (  # noqa: F401
     distance,
+    entries,
     final_weights,
     folder,
     read_the_same,
     run,
+    same,
     settings,
     training_state,
 )
@@ -33,6 +36,7 @@ from qwen_analog.corpora import first_sentence
 from qwen_analog.distributed import DistributedContext
 from qwen_analog.finetune import (
     ChatDataset,
+    ChatStream,
     answer_end,
     answer_spans,
     chat_datasets,
@@ -40,12 +44,14 @@ from qwen_analog.finetune import (
     encode_turns,
     fill_rows,
     join,
+    open_conversations,
     read_conversations,
 )
 from qwen_analog.hf_tokenizer import HFTokenizer
 from qwen_analog.jsonl import DataError
 from qwen_analog.lora import load_lora
 from qwen_analog.loss import IGNORE_INDEX
+from qwen_analog.monitor import documents_of_step
 from qwen_analog.train import train
 
 pytest_plugins = ["weights_helpers"]
@@ -497,17 +503,82 @@ def test_other_runs_are_refused(conversations, capsys):
     again = ["--resume", "checkpoints/step_4", "--output-dir", "other"]
     said = refused(capsys, "train", *again, "--format", "text")
     assert "another format" in said
-    said = refused(
-        capsys,
-        "finetune",
-        "--init-from",
-        "base",
-        "--data",
-        "hf:a/b",
-        "--sequence-length",
-        64,
-    )
-    assert "format chat reads files" in said
+    again = ["--resume", "checkpoints/step_4", "--output-dir", "other", "--stream"]
+    assert "another stream" in refused(capsys, "finetune", *again, "--new-data")
+
+
+def as_hub(name):
+    """The conversations as a data set of the hub, with a column that some rows lack."""
+    rows = [json.loads(line) for line in Path("chat.jsonl").read_text().splitlines()]
+    rows[3]["messages"][1]["name"] = None
+    Path(name, "data").mkdir(parents=True)
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(f"{name}/data/train-00000.parquet")
+    return f"hf:{name}"
+
+
+@pytest.mark.parametrize("hub", [False, True])
+def test_a_stream_resumes_bit_for_bit(hub, conversations):
+    changes = {"stream": not hub, "heldout_fraction": 0.2}
+    if hub:
+        changes["data"] = [as_hub("owner/chats")]
+    train(chat_settings(output_dir="whole", **changes), init_from="base")
+    train(chat_settings(output_dir="resumed", **changes), "whole/step_4")
+    whole, resumed = training_state("whole/final"), training_state("resumed/final")
+    assert same(whole, resumed) and "document" in whole["data"]
+    assert read_the_same("whole", "resumed", (5, 6))
+    assert any("heldout_bits_per_byte" in entry for entry in entries("whole"))
+    sources = {s for step in range(1, 7) for s in documents_of_step("whole", step)}
+    assert len(sources) > 20 and all(":" in source for source in sources)
+
+
+def test_a_stream_has_the_rows_of_the_file(conversations):
+    examples, _ = read_conversations(["chat.jsonl"], TOKENIZER, 64)
+    rows = fill_rows([len(e) for e in examples], range(len(examples)), 64)
+    stream = open_conversations(["chat.jsonl"])
+    plain = ChatStream(stream, TOKENIZER, 64, buffer_size=0)
+    for row, found in zip(rows[:-1], plain.take(len(rows) - 1)):
+        expected = join([examples[i] for i in row], 64)
+        assert torch.equal(found.input_ids, expected.input_ids)
+        assert torch.equal(found.targets, expected.targets)
+        assert found.sources == expected.sources
+    mixed = ChatStream(stream, TOKENIZER, 64, 3, 0.3, buffer_size=7)
+    held_out = mixed.held_out_dataset(4)
+    states, taken = [], []
+    for _ in range(60):  # more than an epoch
+        states.append(mixed.state_dict())
+        taken += mixed.take(1)
+    assert len({state["epoch"] for state in states}) > 1
+    for k in range(0, 56, 5):
+        again = ChatStream(stream, TOKENIZER, 64, 3, 0.3, buffer_size=7)
+        again.load_state_dict(states[k])
+        assert [s.sources for s in again.take(3)] == [s.sources for s in taken[k:][:3]]
+    kept = {example.source for example in held_out.examples}
+    assert kept and not kept & {source for s in taken for source in s.sources}
+    with pytest.raises(DataError, match="the stream has changed"):
+        again.load_state_dict({"epoch": 0, "document": 0, "offset": 5})
+
+
+def test_bad_lines_of_a_stream_are_named_or_counted(conversations, capsys):
+    def opened(skip):
+        stream = open_conversations(["chat.jsonl"], skip)
+        return ChatStream(stream, TOKENIZER, 64, buffer_size=0, skip_bad_lines=skip)
+
+    lines = Path("chat.jsonl").read_text().splitlines()
+    for k, bad in ((5, '{"text": "x"}'), (7, '{"prompt": "x", "completion": "%s"}')):
+        lines[k] = bad.replace("%s", "y " * 99)
+        Path("chat.jsonl").write_text("\n".join(lines))
+        with pytest.raises(DataError, match="chat.jsonl, line 6: .*no field .messages"):
+            opened(False).take(9)
+    assert sum(len(s.sources) for s in opened(True).take(9)) > 8
+    said = capsys.readouterr().err
+    assert "skipped 1 bad lines so far, the last chat.jsonl:6: no field" in said
+    Path("chat.jsonl").write_text("\n".join(lines[7:]))
+    with pytest.raises(DataError, match="chat.jsonl, line 1: .* more than sequence_l"):
+        opened(False).take(1)
+    Path("chat.jsonl").write_text(lines[5])
+    with pytest.raises(DataError, match="no conversation to train on"):
+        opened(True).take(1)
 
 
 LORA = {"lora_rank": 2, "lora_targets": ["q_proj", "down_proj"], "learning_rate": 0.05}
