@@ -614,6 +614,40 @@ def test_adapters_resume_exactly_and_open_merged(conversations):
     assert not any("lora" in name for name in files)
 
 
+MEASURED = ("loss", "grad_norm", "learning_rate", "tokens", "heldout_loss")
+
+
+def test_killed_in_a_step_and_in_a_save(conversations):
+    """SIGKILL between gradients and weights, then with half a checkpoint written: what
+    the run ends with, and all that it logged, is what it would have been.
+    """
+    runs = {"full": {}, "thin": LORA}
+    for name, more in runs.items():
+        train(chat_settings(output_dir=f"whole-{name}", **more), init_from="base")
+        config = chat_settings(output_dir=name, **more)
+        Path(f"{name}.json").write_text(config.model_dump_json(exclude_unset=True))
+    worker = Path(__file__).with_name("killed_worker.py")
+    done = run(worker, "full.json", "thin.json")
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name, more in runs.items():
+        left = {path.name for path in Path(name).glob("step_*")}
+        assert left == {"step_2", "step_4.partial"}
+        train(chat_settings(output_dir=name, **more), "auto")
+        whole = f"whole-{name}"
+        assert same(training_state(f"{name}/final"), training_state(f"{whole}/final"))
+        assert read_the_same(name, whole)
+        logged = [
+            {tuple(entry.get(n) for n in ("step", *MEASURED)) for entry in entries(at)}
+            for at in (name, whole)
+        ]  # a step that was taken twice had the same numbers twice
+        assert logged[0] == logged[1] and len(logged[0]) > 6
+        files = [path.name for path in Path(whole).glob("*/*.safetensors")]
+        for path in Path(whole).glob("*/*.safetensors"):
+            copy = Path(name, *path.parts[1:])
+            assert copy.read_bytes() == path.read_bytes(), path
+        assert files.count("adapter_model.safetensors") == (name == "thin")
+
+
 def test_what_adapters_cannot_do_is_refused(conversations, capsys):
     for changes, said in (
         ({"lora_targets": ["lm_head"]}, "lm_head is none of"),
