@@ -101,7 +101,9 @@ def measured(
                 document_ids if documents else None,
                 precision if cast_by_autocast else "fp32",
             )
-        tracker.mark("gradients", [p.grad for p in model.parameters()])
+        tracker.mark(
+            "gradients", [p.grad for p in model.parameters() if p.requires_grad]
+        )
     return tracker.peak
 
 
