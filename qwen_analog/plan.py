@@ -229,8 +229,9 @@ def _memory_table(
         if size or name in simulated or full.get(name):
             numbers = f"{size / 1e9:.2f}", f"{full.get(name, 0) / 1e9:.2f}"
             rows.append((name, cells.get(name, ""), *numbers))
-    totals = [sum(part.values()) / 1e9 for part in (simulated, arithmetic, full)]
-    rows.append(("total", *(f"{total:.2f}" for total in totals)))
+    parts = simulated, arithmetic, full
+    a, b, c = (f"{sum(part.values()) / 1e9:.2f}" for part in parts)
+    rows.append(("total", a, b, c))
     last = 13 if full else 0
     return [
         f"  {name:14} {a:>13} {b:>11} {c[:last]:>{last}}".rstrip()
