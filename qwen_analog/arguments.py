@@ -473,6 +473,12 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
         help="begin each question of a task with the end-of-text token, as documents"
         " begin in training here; lm-eval does not",
     )
+    parser.add_argument(
+        "--apply-chat-template",
+        action="store_true",
+        help="ask each question of a task as a turn of a conversation, in the model's"
+        " own form, with the solved ones as turns before it",
+    )
 
 # %% ../chapters/B34_texts_and_weights.ipynb #cell-054
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:

@@ -432,7 +432,14 @@ def _evaluate_tasks(arguments: argparse.Namespace) -> dict[str, Any]:
     sources = list(results)
     for source in sources[1:]:
         _compare(sources[0], source, results)
-    names = ("model", "tasks", "num_fewshot", "limit", "add_bos_token")
+    names = (
+        "model",
+        "tasks",
+        "num_fewshot",
+        "limit",
+        "add_bos_token",
+        "apply_chat_template",
+    )
     return {
         "settings": _settings(arguments, *names),
         "models": results,
@@ -445,7 +452,8 @@ def _task_scores(source: str, arguments: argparse.Namespace) -> dict[str, Any]:
     from qwen_analog.lm_eval_adapter import run_tasks
 
     model, tokenizer = open_model(source, arguments)
-    asked = _settings(arguments, "tasks", "num_fewshot", "limit", "add_bos_token")
+    names = ("tasks", "num_fewshot", "limit", "add_bos_token", "apply_chat_template")
+    asked = _settings(arguments, *names)
     tasks = run_tasks(model, tokenizer, **asked)
     for name, task in tasks.items():
         for metric, (value, error) in task["scores"].items():
@@ -480,7 +488,7 @@ def _compare(first: str, source: str, results: dict[str, dict[str, Any]]) -> Non
 # %% ../chapters/B31_evaluate.ipynb #cell-076
 _TEXTS = ("--data", "--heldout-fraction", "--context", "--stride", "--skip-bad-lines")
 _TEXTS += ("--pairs", "--positions", "--baselines")
-_TASKS = ("--num-fewshot", "--limit", "--add-bos-token")
+_TASKS = ("--num-fewshot", "--limit", "--add-bos-token", "--apply-chat-template")
 
 
 def _check(arguments: argparse.Namespace) -> None:
