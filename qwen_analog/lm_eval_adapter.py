@@ -80,9 +80,9 @@ def _continue(
     model: QwenForCausalLM,
     tokenizer: Tokenizer,
     add_bos_token: bool,
+    is_chat: bool,
     context: str,
     options: dict,
-    is_chat: bool = False,
 ) -> str:
     """Return what the model writes after a context, with a task's options."""
     ids = tokenizer.encode(context, special=is_chat)
@@ -143,8 +143,8 @@ def lm_eval_model(
             return _score_texts(model, tokenizer, requests, batch_size)
 
         def generate_until(self, requests, disable_tqdm=False) -> list[str]:
-            asked = (model, tokenizer, add_bos_token)
-            return [_continue(*asked, *each.args, is_chat) for each in requests]
+            asked = (model, tokenizer, add_bos_token, is_chat)
+            return [_continue(*asked, *each.args) for each in requests]
 
         tokenizer_name = tokenizer.fingerprint
 
