@@ -559,6 +559,34 @@ def test_a_stream_has_the_rows_of_the_file(conversations):
         again.load_state_dict({"epoch": 0, "document": 0, "offset": 5})
 
 
+def test_a_stream_resumes_within_a_conversation(others_files, tmp_path):
+    """Qwen3's template makes an example of each answer; a row may end between them."""
+    tokenizer = with_template(others_files, (TEMPLATES / "qwen3.jinja").read_text())
+    turns = [("user", "a"), ("assistant", "b")] * 3
+    lines = [{"messages": messages([("system", str(i)), *turns])} for i in range(5)]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    examples, _ = read_conversations([str(path)], tokenizer, 200)
+    assert len(examples) == 15
+    room = len(examples[0]) + len(examples[1]) + 1
+
+    def opened():
+        stream = open_conversations([str(path)])
+        return ChatStream(stream, tokenizer, max(room, len(examples[2])), buffer_size=0)
+
+    reading, states, taken = opened(), [], []
+    for _ in range(8):
+        states.append(reading.state_dict())
+        taken += reading.take(1)
+    assert {state["offset"] for state in states} == {0, 2}
+    for k, state in enumerate(states):
+        again = opened()
+        again.load_state_dict(state)
+        for row, found in zip(taken[k:], again.take(3)):
+            assert torch.equal(row.input_ids, found.input_ids)
+            assert row.sources == found.sources
+
+
 def test_bad_lines_of_a_stream_are_named_or_counted(conversations, capsys):
     def opened(skip):
         stream = open_conversations(["chat.jsonl"], skip)
