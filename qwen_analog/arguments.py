@@ -203,7 +203,7 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
         " those of a GGUF file as they are stored",
     )
 
-
+# %% ../chapters/B01_arguments.ipynb #add-base
 def add_base(parser: argparse.ArgumentParser) -> None:
     """Add the flag that names the weights under an adapter."""
     parser.add_argument(

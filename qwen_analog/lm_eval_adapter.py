@@ -105,22 +105,17 @@ def _template_lm() -> Any:
     return TemplateLM
 
 # %% ../chapters/B30_lm_eval.ipynb #cell-021
-def lm_eval_model(
+def _scorer(
     model: QwenForCausalLM,
     tokenizer: Tokenizer,
-    batch_size: int = 8,
-    add_bos_token: bool = True,
-    is_chat: bool = False,
+    batch_size: int,
+    add_bos_token: bool,
+    is_chat: bool,
 ) -> Any:
-    """Return the model as an `lm_eval.api.model.LM` (extra `qwen-analog[eval]`), for
-    `lm_eval.simple_evaluate(model=...)`. Contexts begin with the end-of-text token, as
-    training's documents do; without `add_bos_token` only empty ones do, as in the
-    harness's adapter for transformers. What is too long is cut off on the left. With
-    `is_chat` names of control tokens are these, as `apply_chat_template` writes them.
-    """
+    """Return a class of the harness that answers its questions of probability."""
     TemplateLM: Any = _template_lm()
 
-    class QwenLM(TemplateLM):
+    class QwenScorer(TemplateLM):
         eot_token_id = tokenizer.eos_token_id
 
         def tok_encode(self, string, add_special_tokens=None, **kwargs) -> list[int]:
@@ -142,11 +137,29 @@ def lm_eval_model(
         def loglikelihood_rolling(self, requests, disable_tqdm=False) -> list[float]:
             return _score_texts(model, tokenizer, requests, batch_size)
 
+    return QwenScorer
+
+# %% ../chapters/B30_lm_eval.ipynb #cell-021-model
+def lm_eval_model(
+    model: QwenForCausalLM,
+    tokenizer: Tokenizer,
+    batch_size: int = 8,
+    add_bos_token: bool = True,
+    is_chat: bool = False,
+) -> Any:
+    """Return the model as an `lm_eval.api.model.LM` (extra `qwen-analog[eval]`), for
+    `lm_eval.simple_evaluate(model=...)`. Contexts begin with the end-of-text token, as
+    training's documents do; without `add_bos_token` only empty ones do, as in the
+    harness's adapter for transformers. What is too long is cut off on the left. With
+    `is_chat` names of control tokens are these, as `apply_chat_template` writes them.
+    """
+
+    class QwenLM(_scorer(model, tokenizer, batch_size, add_bos_token, is_chat)):
+        tokenizer_name = tokenizer.fingerprint
+
         def generate_until(self, requests, disable_tqdm=False) -> list[str]:
             asked = (model, tokenizer, add_bos_token, is_chat)
             return [_continue(*asked, *each.args) for each in requests]
-
-        tokenizer_name = tokenizer.fingerprint
 
         def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
             return chat_prompt(tokenizer, chat_history, add_generation_prompt)

@@ -127,13 +127,7 @@ def open_source(
             " quantize it to int8 or int4"
         )
     if kind == "adapter":
-        options = {"check_memory": check_memory}
-        base = base or _base_of(place)
-        with _about_base(place, base):
-            if find_source(base)[0] == "adapter":
-                raise ValueError("it is an adapter itself")
-            model, tokenizer = open_source(base, device, dtype, **options)
-            return merge_lora(load_lora(model, place)).eval(), tokenizer
+        return _open_adapter(place, base, device, dtype, check_memory)
     if check_memory:
         _require_memory(source, kind, place, device, dtype, stored)
     if kind == "checkpoint":
@@ -222,6 +216,17 @@ def _about_base(adapter: Path, base: str | Path) -> Iterator[None]:
             f"{adapter}: its base {base} does not open, or is another model"
             f" ({one_line(error)}): {_NAME_BASE}"
         ) from None
+
+
+def _open_adapter(
+    adapter: Path, base: str | Path | None, *place: Any
+) -> tuple[QwenForCausalLM, Tokenizer | None]:
+    base, (device, dtype, check_memory) = base or _base_of(adapter), place
+    with _about_base(adapter, base):
+        if find_source(base)[0] == "adapter":
+            raise ValueError("it is an adapter itself")
+        model, tokenizer = open_source(base, device, dtype, check_memory=check_memory)
+        return merge_lora(load_lora(model, adapter)).eval(), tokenizer
 
 # %% ../chapters/B16_loading.ipynb #cell-024
 def load(

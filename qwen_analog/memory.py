@@ -130,7 +130,7 @@ ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 _STORED = {"fp32": 4, "bf16": 4, "bf16-pure": 2}  # bytes of a weight
 _COMPUTED = {"fp32": 4, "bf16": 2, "bf16-pure": 2}  # of what enters a matrix product
 
-
+# %% ../chapters/31_memory.ipynb #saved
 def saved_activations(
     config: QwenConfig,
     batch_size: int,
@@ -149,6 +149,7 @@ def saved_activations(
     N, D, F = batch_size * sequence_length, config.hidden_size, config.intermediate_size
     H, K, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     stream, c = _STORED[precision], _COMPUTED[precision]
+    adapters = lora_rank, lora_targets
     block_input = {"block input": N * D * stream}
     if activation_checkpointing == "full":
         return block_input
@@ -161,17 +162,14 @@ def saved_activations(
     q_k, output = N * (H + K) * h * c, N * D * c
     if activation_checkpointing == "selective":
         rest = {"q, k before rotation": q_k, "output projection": output}
-        kept = block_input | products | rest
-        adapters = _adapter_shapes(config, lora_targets) if lora_rank else []
-        results = sum(lora_rank + out for out, _ in adapters)
-        return kept | ({"adapters' results": N * results * c} if adapters else {})
+        return block_input | products | rest | _results(config, N * c, *adapters)
     kept = {"q, k": q_k} | products | _cheap_results(N, D, F, precision)
     if config.qk_norm:
         kept |= _norms_of_heads(N * (H + K), h, c)
     if document_masks:
         kept["attention mask"] = batch_size * sequence_length**2 * c
     if lora_rank:
-        kept |= _with_adapters(config, N, precision, lora_rank, lora_targets)
+        kept |= _with_adapters(config, N, precision, *adapters)
     return kept
 
 # %% ../chapters/31_memory.ipynb #cell-074
@@ -208,6 +206,13 @@ def _adapter_shapes(config: QwenConfig, targets: Sequence[str]) -> list:
     shapes = (q, D), (k, D), (k, D), (D, q), (F, D), (F, D), (D, F)
     named = dict(zip(ADAPTED, shapes))
     return [named[name] for name in dict.fromkeys(targets)]
+
+
+def _results(config: QwenConfig, size: int, rank: int, targets: Sequence[str]) -> dict:
+    """Return what adapters' products make, of which "selective" keeps all."""
+    shapes = _adapter_shapes(config, targets) if rank else []
+    results = sum(rank + out for out, _ in shapes)
+    return {"adapters' results": size * results} if shapes else {}
 
 
 def adapter_parameters(
@@ -384,8 +389,7 @@ class MemorySettings:
         return self.precision == "bf16" and not self.sharded
 
     @property
-    def inside(self) -> str:
-        """The precision that a block sees."""
+    def inside(self) -> str:  # the precision that a block sees
         rounded = self.precision == "bf16" and self.sharded
         return "bf16-pure" if rounded else self.precision
 
@@ -475,19 +479,7 @@ class _WeightBytes:
         self.block_reduced = 4 * block * s.sharded
         self.root_reduced = 4 * root * s.sharded
         if s.lora_rank:
-            self._freeze(s)
-
-    def _freeze(self, s: MemorySettings) -> None:
-        """Add adapters, in float32, which alone have gradients."""
-        thin = adapter_parameters(s.config, s.lora_rank, s.lora_targets)
-        block = thin // s.config.num_hidden_layers
-        self.gradients = 4 * thin // s.shards
-        self.parameters += self.gradients
-        self.optimizer, self.updating = _optimizer_bytes(s, thin, thin)
-        self.head = self.waiting = self.loss_gradient = self.root_reduced = 0
-        self.earlier = self.gradients if s.accumulated else 0
-        self.before_last = self.gradients
-        self.block_gradient = self.block_reduced = 4 * block * s.sharded
+            _freeze(self, s)
 
 # %% ../chapters/31_memory.ipynb #cell-101
 def _optimizer_bytes(
@@ -504,6 +496,19 @@ def _optimizer_bytes(
     widest = max(config.vocab_size, config.intermediate_size) * config.hidden_size
     piece = min(PIECE_SIZE, (adapters or widest) // s.shards)
     return 2 * weights * 2 // s.shards, (31 if stored == 2 else 23) * piece
+
+
+def _freeze(w: _WeightBytes, s: MemorySettings) -> None:
+    """Add adapters, in float32, which alone have gradients."""
+    thin = adapter_parameters(s.config, s.lora_rank, s.lora_targets)
+    block = thin // s.config.num_hidden_layers
+    w.gradients = 4 * thin // s.shards
+    w.parameters += w.gradients
+    w.optimizer, w.updating = _optimizer_bytes(s, thin, thin)
+    w.head = w.waiting = w.loss_gradient = w.root_reduced = 0
+    w.earlier = w.gradients if s.accumulated else 0
+    w.before_last = w.gradients
+    w.block_gradient = w.block_reduced = 4 * block * s.sharded
 
 # %% ../chapters/31_memory.ipynb #cell-102
 class _ActivationBytes:

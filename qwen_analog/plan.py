@@ -151,7 +151,7 @@ def _speed(
         "tokens": tokens,
     }
 
-
+# %% ../chapters/37_plan.ipynb #all-weights
 def _all_weights(config: TrainConfig, *gpus: int) -> dict[str, int] | None:
     """Return the arithmetic of training all weights, in place of adapters."""
     if not config.lora_rank:
@@ -215,7 +215,7 @@ def _adapters(config: TrainConfig) -> str:
     count = adapter_parameters(config.qwen_config(), *thin)
     return f"; adapters of rank {config.lora_rank}, {count:,} numbers"
 
-
+# %% ../chapters/37_plan.ipynb #memory-table
 def _memory_table(
     simulated: dict[str, int],
     arithmetic: dict[str, int],
