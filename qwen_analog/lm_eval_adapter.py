@@ -153,8 +153,9 @@ def lm_eval_model(
     harness's adapter for transformers. What is too long is cut off on the left. With
     `is_chat` names of control tokens are these, as `apply_chat_template` writes them.
     """
+    Scorer: Any = _scorer(model, tokenizer, batch_size, add_bos_token, is_chat)
 
-    class QwenLM(_scorer(model, tokenizer, batch_size, add_bos_token, is_chat)):
+    class QwenLM(Scorer):
         tokenizer_name = tokenizer.fingerprint
 
         def generate_until(self, requests, disable_tqdm=False) -> list[str]:

@@ -117,8 +117,7 @@ def open_source(
     With `stored`, matrices of a GGUF file stay in its bytes: `load_gguf_stored`.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or torch.float32
-    kind, place = _look(source)
+    dtype, (kind, place) = dtype or torch.float32, _look(source)
     if base is not None and kind != "adapter":
         raise ValueError(f"{source} is no adapter, so it has no base: leave it out")
     if stored and kind != "gguf":
@@ -242,23 +241,22 @@ def load(
     """Load a model, in eval mode, and its tokenizer from whatever holds them.
 
     `source` is a checkpoint (the file or its directory), a run's directory (its newest
-    whole checkpoint), a Hugging Face directory, owner/name on the hub, a .gguf file, or
-    "smollm2" for the weights that pip brings. An adapter is put on `base`, or on the
-    model that its directory names. The default `device` is a GPU where there
-    is one, the default `dtype` float32. `inference` lays the weights out for reading
-    and writing text only, and `quantize`, "int8" or "int4", makes them small as well:
-    see `qwen_analog.inference`. "stored" keeps the small ones of a GGUF file as they
-    are. Raises ValueError that says what is wrong with the source; with `check_memory`
-    also where the model does not fit into the memory.
+    whole checkpoint), a Hugging Face directory, owner/name on the hub, a .gguf file,
+    "smollm2" for the weights that pip brings, or an adapter, put on `base` or on the
+    model that it names. The default `device` is a GPU where there is one, the default
+    `dtype` float32. `inference` lays the weights out for reading and writing text only,
+    and `quantize`, "int8" or "int4", makes them small as well: see
+    `qwen_analog.inference`. "stored" keeps the small ones of a GGUF file as they are.
+    Raises ValueError for what is wrong with the source, with `check_memory` for a model
+    that does not fit into the memory.
     """
     if quantize not in (None, "int8", "int4", "stored"):
         raise ValueError(
             f"quantize must be int8, int4 or stored, not {shown(quantize)}"
         )
     stored = quantize == "stored"
-    model, tokenizer = open_source(
-        source, device, dtype, check_memory=check_memory, stored=stored, base=base
-    )
+    options = {"check_memory": check_memory, "stored": stored, "base": base}
+    model, tokenizer = open_source(source, device, dtype, **options)
     if inference or quantize:
         from qwen_analog.inference import optimize_for_inference
 

@@ -148,9 +148,8 @@ def saved_activations(
     """
     N, D, F = batch_size * sequence_length, config.hidden_size, config.intermediate_size
     H, K, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    stream, c = _STORED[precision], _COMPUTED[precision]
-    adapters = lora_rank, lora_targets
-    block_input = {"block input": N * D * stream}
+    c, adapters = _COMPUTED[precision], (lora_rank, lora_targets)
+    block_input = {"block input": N * D * _STORED[precision]}
     if activation_checkpointing == "full":
         return block_input
     products = {
