@@ -17,7 +17,13 @@ from typing import TypeVar
 import torch
 
 from .data import PackedDataset, TokenSequence, held_out_dataset
-from .finetune import chat_datasets, read_conversations, read_examples
+from qwen_analog.finetune import (
+    ChatStream,
+    chat_datasets,
+    open_conversations,
+    read_all,
+    read_conversations,
+)
 from .jsonl import DataError, find_files
 from .preferences import example_datasets, read_pair
 from .rewards import read_question
@@ -132,10 +138,12 @@ def check_data(config: TrainConfig) -> None:
         raise DataError(
             f"no data: name JSONL files with --data, each line {_line_of(config)}"
         )
-    streamed = config.stream or any(path.startswith("hf:") for path in config.data)
-    if streamed and config.format == "chat":
-        raise DataError("format chat reads files, all of them first: no hf:, no stream")
-    if not any(path.startswith("hf:") for path in config.data):
+    on_a_hub = any(path.startswith("hf:") for path in config.data)
+    if (config.stream or on_a_hub) and config.method != "sft":
+        raise DataError(
+            f"method {config.method} reads files, all of them first: no hf:, no stream"
+        )
+    if not on_a_hub:
         find_files(config.data)
 
 
@@ -160,8 +168,9 @@ def open_data(
     """
     check_data(config)
     streamed = config.stream or config.data[0].startswith("hf:")
-    open_dataset = _open_stream if streamed else _open_files
-    open_dataset = _open_conversations if config.format == "chat" else open_dataset
+    chat = config.format == "chat"
+    open_dataset = _open_conversations if chat else _open_files
+    open_dataset = _open_stream if streamed else open_dataset
     dataset, held_out = open_dataset(config, tokenizer, context)
     if config.heldout_fraction and held_out is None:
         if insist:
@@ -196,6 +205,20 @@ def _open_files(
     return dataset, held_out_dataset(documents, config.sequence_length)
 
 
+def _open_stream(
+    config: TrainConfig, tokenizer: Tokenizer, context: DistributedContext
+) -> tuple[SharedDataset, PackedDataset | None]:
+    form = tokenizer, config.sequence_length, config.seed, config.heldout_fraction
+    bad = config.skip_bad_lines
+    if config.format == "chat":
+        stream = open_conversations(config.data, bad)
+        own = ChatStream(stream, *form, skip_bad_lines=bad)
+    else:
+        own = StreamingDataset(open_stream(config.data, bad), *form)
+    dataset = SharedDataset(own, context)  # tokenized once a machine
+    return dataset, dataset.held_out_dataset(config.eval_sequences)
+
+# %% ../chapters/B18_batches.ipynb #open-conversations
 def _open_conversations(
     config: TrainConfig, tokenizer: Tokenizer, context: DistributedContext
 ) -> tuple[PackedDataset, PackedDataset | None]:
@@ -204,24 +227,28 @@ def _open_conversations(
         args = files, tokenizer, length, config.skip_bad_lines
         examples, bad = read_conversations(*args)
     else:
-        read = partial(read_question, tokenizer=tokenizer, config=config)
-        if config.method == "dpo":
-            read = partial(read_pair, tokenizer=tokenizer, sequence_length=length)
-        what = {"dpo": "pair", "grpo": "question"}[config.method]
-        examples, bad = read_examples(files, read, config.skip_bad_lines, what)
+        examples, bad = _read_for_method(config, files, tokenizer)
     if bad and context.rank == 0:
         print(f"skipped {len(bad)} bad lines, the first {bad[0]}", file=sys.stderr)
-    if config.method == "sft":
-        return chat_datasets(examples, length, config.seed, config.heldout_fraction)
-    return example_datasets(examples, config.seed, config.heldout_fraction)
+    if config.method != "sft":
+        return example_datasets(examples, config.seed, config.heldout_fraction)
+    lines = len({example.source for example in examples})
+    if lines < len(examples) and context.rank == 0:
+        print(
+            f"note: the chat template rewrites earlier turns: {lines:,} conversations"
+            f" became {len(examples):,} examples, of one answer each where it does",
+            file=sys.stderr,
+        )
+    return chat_datasets(examples, length, config.seed, config.heldout_fraction)
 
-# %% ../chapters/B18_batches.ipynb #open-stream
-def _open_stream(
-    config: TrainConfig, tokenizer: Tokenizer, context: DistributedContext
-) -> tuple[SharedDataset, PackedDataset | None]:
-    stream = open_stream(config.data, config.skip_bad_lines)
-    own = StreamingDataset(
-        stream, tokenizer, config.sequence_length, config.seed, config.heldout_fraction
-    )
-    dataset = SharedDataset(own, context)  # tokenized once a machine
-    return dataset, dataset.held_out_dataset(config.eval_sequences)
+
+def _read_for_method(
+    config: TrainConfig, files: list[str], tokenizer: Tokenizer
+) -> tuple[list, list[str]]:
+    if config.method == "dpo":
+        length = config.sequence_length
+        read, what = partial(read_pair, sequence_length=length), "pair"
+    else:
+        read, what = partial(read_question, config=config), "question"
+    one = partial(read, tokenizer=tokenizer)
+    return read_all(files, lambda line: [one(line)], config.skip_bad_lines, what)

@@ -416,8 +416,9 @@ def run(arguments: argparse.Namespace) -> None:
     _open_terminal()
     source = arguments.model or default_model()
     check_memory, quantize = not arguments.ignore_memory, arguments.quantize
+    options = {"quantize": quantize, "base": arguments.base}
     model, tokenizer = load(
-        source, check_memory=check_memory, inference=True, quantize=quantize
+        source, check_memory=check_memory, inference=True, **options
     )
     names = ("max_new_tokens", "temperature", "top_p", "seed")
     given = {name: getattr(arguments, name) for name in names}

@@ -45,7 +45,8 @@ def export(arguments: argparse.Namespace) -> None:
 
     source, directory = source_and_directory(arguments)
     require_new(directory)
-    model, tokenizer = load(source, "cpu", check_memory=not arguments.ignore_memory)
+    options = {"check_memory": not arguments.ignore_memory, "base": arguments.base}
+    model, tokenizer = load(source, "cpu", **options)
     dtype = getattr(torch, arguments.dtype)
     print(save_pretrained(model, tokenizer, directory, dtype=dtype))
 
@@ -185,9 +186,8 @@ def generate(arguments: argparse.Namespace) -> None:
     check_memory = not arguments.ignore_memory
     source = arguments.model or default_model()
     quantize = arguments.quantize
-    model, tokenizer = load(
-        source, check_memory=check_memory, inference=True, quantize=quantize
-    )
+    options = {"check_memory": check_memory, "base": arguments.base}
+    model, tokenizer = load(source, inference=True, quantize=quantize, **options)
     longest = max(len(tokenizer.encode(prompt)) + 1 for prompt in arguments.prompt)
     count = answer_length(source, model, longest, arguments.max_new_tokens)
     require_room(model, longest + count, check_memory)

@@ -8,11 +8,14 @@ __all__ = ['find_source', 'open_source', 'read_config', 'load']
 # %% ../chapters/B16_loading.ipynb #cell-009
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .arguments import one_line
 from .config import QwenConfig, parameter_counts, shown
 from qwen_analog.gguf import (
     gguf_config,
@@ -107,23 +110,23 @@ def open_source(
     *,
     check_memory: bool = True,
     stored: bool = False,
+    base: str | Path | None = None,
 ) -> tuple[QwenForCausalLM, Tokenizer | None]:
     """Do as `load`, and return None for the tokenizer where a source holds none.
 
     With `stored`, matrices of a GGUF file stay in its bytes: `load_gguf_stored`.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or torch.float32
-    kind, place = _look(source)
+    dtype, (kind, place) = dtype or torch.float32, _look(source)
+    if base is not None and kind != "adapter":
+        raise ValueError(f"{source} is no adapter, so it has no base: leave it out")
     if stored and kind != "gguf":
         raise ValueError(
             f"{source} is no GGUF file, which alone can be kept as it is stored:"
             " quantize it to int8 or int4"
         )
     if kind == "adapter":
-        base = _base_of(place)
-        model, tokenizer = open_source(base, device, dtype, check_memory=check_memory)
-        return merge_lora(load_lora(model, place)).eval(), tokenizer
+        return _open_adapter(place, base, device, dtype, check_memory)
     if check_memory:
         _require_memory(source, kind, place, device, dtype, stored)
     if kind == "checkpoint":
@@ -188,15 +191,41 @@ def _require_memory(
         require_memory(size, device, what, cure)
 
 # %% ../chapters/B16_loading.ipynb #adapter-base
+_NAME_BASE = "name the weights that it belongs to with --base (in Python, base=)"
+
+
 def _base_of(adapter: Path) -> str:
     """Return the model that an adapter's directory names; ValueError for none."""
     base = read_adapter_config(adapter).get("base_model_name_or_path")
-    if not isinstance(base, str) or find_source(base)[0] == "adapter":
+    if not isinstance(base, str) or not base:
         raise ValueError(
             f"{adapter}: adapter_config.json must name the model that the adapter"
-            " belongs to as base_model_name_or_path"
+            f" belongs to as base_model_name_or_path: {_NAME_BASE}"
         )
     return base
+
+
+@contextmanager
+def _about_base(adapter: Path, base: str | Path) -> Iterator[None]:
+    """Let an error say that it is about the model under an adapter."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{adapter}: its base {base} does not open, or is another model"
+            f" ({one_line(error)}): {_NAME_BASE}"
+        ) from None
+
+
+def _open_adapter(
+    adapter: Path, base: str | Path | None, *place: Any
+) -> tuple[QwenForCausalLM, Tokenizer | None]:
+    base, (device, dtype, check_memory) = base or _base_of(adapter), place
+    with _about_base(adapter, base):
+        if find_source(base)[0] == "adapter":
+            raise ValueError("it is an adapter itself")
+        model, tokenizer = open_source(base, device, dtype, check_memory=check_memory)
+        return merge_lora(load_lora(model, adapter)).eval(), tokenizer
 
 # %% ../chapters/B16_loading.ipynb #cell-024
 def load(
@@ -207,26 +236,27 @@ def load(
     check_memory: bool = True,
     inference: bool = False,
     quantize: str | None = None,
+    base: str | Path | None = None,
 ) -> tuple[QwenForCausalLM, Tokenizer]:
     """Load a model, in eval mode, and its tokenizer from whatever holds them.
 
     `source` is a checkpoint (the file or its directory), a run's directory (its newest
-    whole checkpoint), a Hugging Face directory, owner/name on the hub, a .gguf file, or
-    "smollm2" for the weights that pip brings. The default `device` is a GPU where there
-    is one, the default `dtype` float32. `inference` lays the weights out for reading
-    and writing text only, and `quantize`, "int8" or "int4", makes them small as well:
-    see `qwen_analog.inference`. "stored" keeps the small ones of a GGUF file as they
-    are. Raises ValueError that says what is wrong with the source; with `check_memory`
-    also where the model does not fit into the memory.
+    whole checkpoint), a Hugging Face directory, owner/name on the hub, a .gguf file,
+    "smollm2" for the weights that pip brings, or an adapter, put on `base` or on the
+    model that it names. The default `device` is a GPU where there is one, the default
+    `dtype` float32. `inference` lays the weights out for reading and writing text only,
+    and `quantize`, "int8" or "int4", makes them small as well: see
+    `qwen_analog.inference`. "stored" keeps the small ones of a GGUF file as they are.
+    Raises ValueError for what is wrong with the source, with `check_memory` for a model
+    that does not fit into the memory.
     """
     if quantize not in (None, "int8", "int4", "stored"):
         raise ValueError(
             f"quantize must be int8, int4 or stored, not {shown(quantize)}"
         )
     stored = quantize == "stored"
-    model, tokenizer = open_source(
-        source, device, dtype, check_memory=check_memory, stored=stored
-    )
+    options = {"check_memory": check_memory, "stored": stored, "base": base}
+    model, tokenizer = open_source(source, device, dtype, **options)
     if inference or quantize:
         from qwen_analog.inference import optimize_for_inference
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from .config import ACTIVATION_CHECKPOINTING
 from .hardware import GPUS, Gpu
-from .memory import estimate_for, flops_per_token
+from .memory import adapter_parameters, estimate_for, flops_per_token
 from .simulation import simulate
 from .train_config import TrainConfig, given_settings
 
@@ -125,6 +125,7 @@ def report(
         "simulated": step.memory,
         "arithmetic": estimate.categories(),
         "moment": estimate.moment,
+        "all_weights": _all_weights(config, world_size, gpus_per_node),
         "total": total,
         "available": gpu.memory,
         "fits": fit,
@@ -139,7 +140,8 @@ def report(
 def _speed(
     config: TrainConfig, gpu: Gpu, world_size: int, mfu: float, tokens: float
 ) -> dict:
-    cost = flops_per_token(config.qwen_config(), config.sequence_length)
+    shape, thin = config.qwen_config(), (config.lora_rank, config.lora_targets)
+    cost = flops_per_token(shape, config.sequence_length, "none", *thin)
     speed = mfu * gpu.flops * world_size / cost  # tokens a second, all GPUs
     return {
         "tokens_per_step": _tokens_per_step(config, world_size),
@@ -148,6 +150,14 @@ def _speed(
         "days": tokens / speed / 86400,
         "tokens": tokens,
     }
+
+# %% ../chapters/37_plan.ipynb #all-weights
+def _all_weights(config: TrainConfig, *gpus: int) -> dict[str, int] | None:
+    """Return the arithmetic of training all weights, in place of adapters."""
+    if not config.lora_rank:
+        return None
+    full = config.model_copy(update={"lora_rank": 0})
+    return estimate_for(full, *gpus).categories()
 
 
 def _tokens_per_step(config: TrainConfig, world_size: int) -> int:
@@ -180,10 +190,10 @@ def as_text(plan: dict, config: TrainConfig) -> str:
         f"{plan['gpus']} x {plan['gpu']}, {config.parallel}, {config.precision},"
         f" {config.optimizer}, activation checkpointing"
         f" {config.activation_checkpointing}; {plan['tokens_per_step']:,} tokens a"
-        " step",
+        " step" + _adapters(config),
         "",
         "memory of one GPU at the fullest moment, GB",
-        *_memory_table(plan["simulated"], plan["arithmetic"]),
+        *_memory_table(plan["simulated"], plan["arithmetic"], plan["all_weights"]),
         f"  {verdict}: {plan['total'] / GB:.1f} GB of tensors, 5% of slack and 0.8 GB"
         f" for CUDA, of {plan['available'] / GB:.1f} GB",
         "",
@@ -198,16 +208,35 @@ def as_text(plan: dict, config: TrainConfig) -> str:
     return "\n".join(lines)
 
 # %% ../chapters/37_plan.ipynb #6936a99a
-def _memory_table(simulated: dict[str, int], arithmetic: dict[str, int]) -> list[str]:
+def _adapters(config: TrainConfig) -> str:
+    if not config.lora_rank:
+        return ""
+    thin = config.lora_rank, config.lora_targets
+    count = adapter_parameters(config.qwen_config(), *thin)
+    return f"; adapters of rank {config.lora_rank}, {count:,} numbers"
+
+# %% ../chapters/37_plan.ipynb #memory-table
+def _memory_table(
+    simulated: dict[str, int],
+    arithmetic: dict[str, int],
+    all_weights: dict[str, int] | None = None,
+) -> list[str]:
     cells = {name: f"{size / 1e9:.2f}" for name, size in simulated.items()}
     cells["logits"] = "(activations)"
-    rows = [("", "simulated", "arithmetic")]
+    full = all_weights or {}
+    rows = [("", "simulated", "arithmetic", "all weights")]
     for name, size in arithmetic.items():
-        if size or name in simulated:
-            rows.append((name, cells.get(name, ""), f"{size / 1e9:.2f}"))
-    a, b = sum(simulated.values()) / 1e9, sum(arithmetic.values()) / 1e9
-    rows.append(("total", f"{a:.2f}", f"{b:.2f}"))
-    return [f"  {name:14} {a:>13} {b:>11}" for name, a, b in rows]
+        if size or name in simulated or full.get(name):
+            numbers = f"{size / 1e9:.2f}", f"{full.get(name, 0) / 1e9:.2f}"
+            rows.append((name, cells.get(name, ""), *numbers))
+    parts = simulated, arithmetic, full
+    a, b, c = (f"{sum(part.values()) / 1e9:.2f}" for part in parts)
+    rows.append(("total", a, b, c))
+    last = 13 if full else 0
+    return [
+        f"  {name:14} {a:>13} {b:>11} {c[:last]:>{last}}".rstrip()
+        for name, a, b, c in rows
+    ]
 
 
 def _advice(instead: dict | None) -> str:

@@ -23,7 +23,7 @@ from .config import QwenConfig, parameter_counts
 from .finetune import answer_end
 from .loading import load
 from .hardware import require_memory
-from .memory import estimate_for
+from .memory import adapter_parameters, estimate_for
 from .model import QwenForCausalLM
 from .distributed import DistributedContext
 from .parallel import make_mesh
@@ -80,7 +80,11 @@ def _check_disk(config: TrainConfig, count: int) -> None:
     place = next(directory for directory in directories if directory.exists())
     pure = config.precision == "bf16-pure"
     weights = count * (2 if pure else 4)
-    moments = 2 * count * (2 if pure or config.optimizer == "adamw-bf16" else 4)
+    thin = config.lora_rank, config.lora_targets
+    adapters = adapter_parameters(config.qwen_config(), *thin)
+    weights += 4 * adapters
+    learned = adapters or count
+    moments = 2 * learned * (2 if pure or config.optimizer == "adamw-bf16" else 4)
     planned = min(config.keep_last, (config.max_steps - 1) // config.save_every)
     there = len(list(output.glob("step_*")))
     # `final` lies beside them, its weights twice

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import add_ignore_memory, add_model, add_quantize
+from .arguments import add_base, add_ignore_memory, add_model, add_quantize
 from .arguments import default_model
 from .arguments import need, number, whole
 
@@ -44,6 +44,7 @@ KEY_VARIABLE = "QWEN_ANALOG_API_KEY"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `qwen-analog serve`."""
     add_model(parser)
+    add_base(parser)
     _add_address(parser)
     _add_limits(parser)
     _add_memory(parser)
@@ -85,8 +86,9 @@ def _build_engine(arguments: argparse.Namespace, source: str) -> "AsyncEngine":
     from qwen_analog.pages import pages_for
 
     check_memory, quantize = not arguments.ignore_memory, arguments.quantize
+    options = {"quantize": quantize, "base": arguments.base}
     model, tokenizer = load(
-        source, check_memory=check_memory, inference=True, quantize=quantize
+        source, check_memory=check_memory, inference=True, **options
     )
     config, weight = model.config, model.model.embed_tokens.weight
     context = min(arguments.max_context, config.max_position_embeddings)

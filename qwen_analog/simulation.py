@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .data import TokenSequence
+from .lora import add_lora
 from .memory import StorageTracker, set_activation_checkpointing
 from .model import QwenForCausalLM
 from .optim import build_optimizers
@@ -78,11 +80,12 @@ class _DryRun:
         self.config, self.world_size, self.wrapped = config, world_size, wrapped
         set_activation_checkpointing(model, config.activation_checkpointing)
         self.optimizers = _unfused_optimizers(model, config)
-        self.weights = list(model.parameters())
+        parameters = list(model.parameters())
+        self.weights = [p for p in parameters if p.requires_grad]
         self.ddp = world_size > 1 and config.parallel == "ddp"
         # DDP keeps the gradients in its buckets
         self.buckets = [torch.empty_like(p) for p in self.weights] if self.ddp else []
-        self.tracker = StorageTracker(parameters=self.weights, gradients=self.buckets)
+        self.tracker = StorageTracker(parameters=parameters, gradients=self.buckets)
         run = min(config.gradient_accumulation_steps, 2)  # micro-batches
         self.repeats = config.gradient_accumulation_steps / run
         ids = torch.zeros(config.sequence_length, dtype=torch.int64)
@@ -114,6 +117,7 @@ def _build(config: TrainConfig, mesh) -> tuple[QwenForCausalLM, nn.Module]:
         pure = config.precision == "bf16-pure"
         with default_dtype(torch.bfloat16 if pure else torch.float32):
             model = QwenForCausalLM(shape)
+        _adapt(model, config)
         return model, model
     return build_model(
         shape,
@@ -123,7 +127,13 @@ def _build(config: TrainConfig, mesh) -> tuple[QwenForCausalLM, nn.Module]:
         mesh=mesh,
         precision=config.precision,
         reshard_after_forward=config.reshard_after_forward,
+        prepare=partial(_adapt, config=config),
     )
+
+
+def _adapt(model: QwenForCausalLM, config: TrainConfig) -> None:
+    if config.lora_rank:
+        add_lora(model, config.lora_rank, config.lora_alpha, config.lora_targets)
 
 
 def _unfused_optimizers(

@@ -170,14 +170,14 @@ class RunReader:
     any thread.)
     """
 
-    def __init__(self, runs: Iterator[TokenRun]):
+    def __init__(self, runs: Iterator):
         self.runs = runs
         self.failure: Exception | None = None
 
     def __iter__(self) -> "RunReader":
         return self
 
-    def __next__(self) -> TokenRun:
+    def __next__(self) -> Any:
         if self.failure is not None:
             raise self.failure
         try:
@@ -290,13 +290,22 @@ class StreamingDataset(StreamPieces):
     ) -> list[TokenSequence]:
         """Return this rank's `count` sequences of the next `count * world_size`; the
         position moves on for all."""
-        return list(map(pack, self.take_pieces(count * world_size)[rank::world_size]))
+        pieces = self.take_pieces(count * world_size)[rank::world_size]
+        return list(map(self.to_sequence, pieces))
+
+    def to_sequence(self, pieces: list) -> TokenSequence:
+        return pack(pieces)
 
     def held_out_dataset(self, count: int) -> PackedDataset | None:
         """Return the first held-out documents, enough for `count` sequences if there
         are; None where nothing is held out. Call it before the first sequence is taken:
         in a short stream it decides which documents are trained on."""
-        found = find_held_out(self.reader, count * self.sequence_length)
+        return self.pack_held_out(self.find_held_out(count))
+
+    def find_held_out(self, count: int) -> list:
+        return find_held_out(self.reader, count * self.sequence_length)
+
+    def pack_held_out(self, found: list) -> PackedDataset | None:
         return pack_held_out(found, self.sequence_length)
 
     @property
@@ -314,13 +323,13 @@ def stream_fingerprint(reader: StreamReader) -> dict:
 
 # %% ../chapters/B06_streaming.ipynb #cell-070
 def open_files(
-    files: Sequence[str], skip_bad_lines: bool
+    files: Sequence[str],
+    skip_bad_lines: bool,
+    rows: Callable[..., Iterator[dict]] = document_rows,
 ) -> "datasets.IterableDataset":
     """Open the lines of JSONL files as a stream."""
     arguments = dict(files=files, skip_bad_lines=skip_bad_lines)
-    stream = need("datasets").IterableDataset.from_generator(
-        document_rows, gen_kwargs=arguments
-    )
+    stream = need("datasets").IterableDataset.from_generator(rows, gen_kwargs=arguments)
     stream.files = [sample_file(path) for path in files]
     return stream
 
@@ -338,26 +347,34 @@ def sample_file(path: str, size: int = 1 << 20) -> dict:
 
 # %% ../chapters/B06_streaming.ipynb #cell-072
 def open_stream(
-    paths: Sequence[str | Path], skip_bad_lines: bool = False
+    paths: Sequence[str | Path],
+    skip_bad_lines: bool = False,
+    rows: Callable[..., Iterator[dict]] = document_rows,
+    read: Callable[[object], tuple[str, str]] = text_and_key,
 ) -> "datasets.IterableDataset":
     """Open documents one by one, as rows with the fields of `Document`, without reading
     the data first.
 
     `paths` as for `find_files`, or a single `hf:owner/name` (or `hf:directory`): the
-    train split of a hub data set with a column "text".
+    train split of a hub data set with a column "text". Other data than texts have other
+    `rows` of files, and another `read` for a record of the hub.
     """
     names = [str(path)[3:] for path in paths if str(path).startswith("hf:")]
     if not names:
-        return open_files(find_files(paths), skip_bad_lines)
+        return open_files(find_files(paths), skip_bad_lines, rows)
     if len(paths) > 1 or not names[0]:
         raise DataError(
             "of the hub, one data set at a time, hf:owner/name, and nothing beside it;"
             f" not {', '.join(map(str, paths))}"
         )
-    return open_hub(names[0], skip_bad_lines)
+    return open_hub(names[0], skip_bad_lines, read)
 
 # %% ../chapters/B06_streaming.ipynb #cell-073
-def open_hub(name: str, skip_bad_lines: bool) -> "datasets.IterableDataset":
+def open_hub(
+    name: str,
+    skip_bad_lines: bool,
+    read: Callable[[object], tuple[str, str]] = text_and_key,
+) -> "datasets.IterableDataset":
     """Open a hub data set, or a directory that is laid out as one, as a stream."""
     datasets = need("datasets")
     datasets.disable_progress_bars()
@@ -372,7 +389,7 @@ def open_hub(name: str, skip_bad_lines: bool) -> "datasets.IterableDataset":
     except Exception as error:
         reason = " ".join(str(error).split())[:500]
         raise DataError(f"the data set {name} cannot be opened: {reason}") from None
-    arguments = dict(name=name, skip_bad_lines=skip_bad_lines)
+    arguments = dict(name=name, skip_bad_lines=skip_bad_lines, read=read)
     stream = stream.map(hub_row, with_indices=True, fn_kwargs=arguments)
     stream = stream.select_columns([field.name for field in fields(Document)])
     stream.files = [{"name": Path(name).name}]
@@ -381,12 +398,18 @@ def open_hub(name: str, skip_bad_lines: bool) -> "datasets.IterableDataset":
         stream.files += [sample_file(str(path)) for path in paths]
     return stream
 
-
-def hub_row(record: dict, index: int, name: str, skip_bad_lines: bool) -> dict:
+# %% ../chapters/B06_streaming.ipynb #cell-073-row
+def hub_row(
+    record: dict,
+    index: int,
+    name: str,
+    skip_bad_lines: bool,
+    read: Callable[[object], tuple[str, str]] = text_and_key,
+) -> dict:
     """Return a record of the hub as a `Document`'s fields, checked as a line is."""
     source = f"{name}:{index}"
     try:
-        return asdict(Document(*text_and_key(record), source))
+        return asdict(Document(*read(record), source))
     except ValueError as error:
         if skip_bad_lines:
             return asdict(Document("", "", source, str(error)))
@@ -411,9 +434,11 @@ def tokenize_held_out(document: dict, tokenizer: Tokenizer) -> HeldOutDocument:
     return HeldOutDocument(number, ids, utf8_size(text), document["source"])
 
 # %% ../chapters/B06_streaming.ipynb #cell-078
-def find_held_out(reader: StreamReader, tokens: int) -> list[HeldOutDocument]:
-    """Return the first held-out documents, with more than `tokens` tokens in all where
-    the stream has them.
+def find_held_out(
+    reader: StreamReader, tokens: int, tokenize: Callable = tokenize_held_out
+) -> list:
+    """Return the first held-out documents as `tokenize` gives them, with more than
+    `tokens` tokens in all where the stream has them.
 
     At the end of the stream the reader's side gets the exception that a short one
     needs.
@@ -426,7 +451,7 @@ def find_held_out(reader: StreamReader, tokens: int) -> list[HeldOutDocument]:
         number, seen = hash_key(document["key"]), seen + 1
         largest = max(largest, number)
         if side(document["key"]):
-            found.append(tokenize_held_out(document, tokenizer))
+            found.append(tokenize(document, tokenizer))
             tokens -= len(found[-1].ids)
             if tokens < 0:
                 return found
@@ -437,7 +462,7 @@ def find_held_out(reader: StreamReader, tokens: int) -> list[HeldOutDocument]:
         return [document for document in found if document.number != largest]
     if side.divides and not found and smallest and smallest[0] != largest:
         side.exception = smallest[0]
-        return [tokenize_held_out(smallest[1], tokenizer)]
+        return [tokenize(smallest[1], tokenizer)]
     return found
 
 # %% ../chapters/B06_streaming.ipynb #cell-079
@@ -533,13 +558,12 @@ class SharedDataset:
             return [(sequences[r::world_size], state) for r in self.machine.ranks]
 
         sequences, self.state = self.machine.scatter(read)
-        return list(map(pack, sequences))
+        return list(map(self.dataset.to_sequence, sequences))
 
     def held_out_dataset(self, count: int) -> PackedDataset | None:
         """Do as `StreamingDataset.held_out_dataset`, for all processes."""
-        reader, length = self.dataset.reader, self.dataset.sequence_length
-        found = self.machine.share(lambda: find_held_out(reader, count * length))
-        return pack_held_out(found, length)
+        found = self.machine.share(lambda: self.dataset.find_held_out(count))
+        return self.dataset.pack_held_out(found)
 
     def state_dict(self) -> dict[str, int]:
         return dict(self.state)

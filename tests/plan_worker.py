@@ -6,11 +6,13 @@ import itertools
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from qwen_analog.data import TokenSequence
+from qwen_analog.finetune import add_adapters
 from qwen_analog.memory import set_activation_checkpointing
 from qwen_analog.optim import build_optimizers
 from qwen_analog.distributed import DistributedContext
@@ -44,6 +46,7 @@ with DistributedContext() as processes:
             strategy=config.parallel,
             mesh=mesh,
             precision=config.precision,
+            prepare=partial(add_adapters, config=config),
         )
         set_activation_checkpointing(model, config.activation_checkpointing)
         optimizers = build_optimizers(model, 1e-3, kind=config.optimizer)
@@ -65,7 +68,7 @@ with DistributedContext() as processes:
         ]
         held = sum(tensor.nbytes for tensor in tensors)
         if wrapped is not model:  # DDP's buckets hold the gradients already
-            held += sum(p.nbytes for p in model.parameters())
+            held += sum(p.nbytes for p in model.parameters() if p.requires_grad)
         time.sleep(0.3)  # what gloo's threads still hold is not this step's
         with torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True

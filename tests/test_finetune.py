@@ -4,6 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
+import datasets
+import jinja2
 import numpy as np
 import pytest
 import torch
@@ -11,10 +13,12 @@ import trl
 from helpers import refused
 from training import (  # noqa: F401
     distance,
+    entries,
     final_weights,
     folder,
     read_the_same,
     run,
+    same,
     settings,
     training_state,
 )
@@ -24,23 +28,30 @@ from weights_helpers import TOKENIZER, small
 from qwen_analog import QwenForCausalLM
 from qwen_analog.archive import CheckpointError
 from qwen_analog.attention import document_mask
+from qwen_analog.batches import open_data
+from qwen_analog.chat_template import chat_ids
 from qwen_analog.checkpoint import load_checkpoint, load_model, save_checkpoint
 from qwen_analog.cli import main
 from qwen_analog.corpora import first_sentence
+from qwen_analog.distributed import DistributedContext
 from qwen_analog.finetune import (
     ChatDataset,
+    ChatStream,
     answer_end,
     answer_spans,
     chat_datasets,
     encode_conversation,
+    encode_turns,
     fill_rows,
     join,
+    open_conversations,
     read_conversations,
 )
 from qwen_analog.hf_tokenizer import HFTokenizer
 from qwen_analog.jsonl import DataError
 from qwen_analog.lora import load_lora
 from qwen_analog.loss import IGNORE_INDEX
+from qwen_analog.monitor import documents_of_step
 from qwen_analog.train import train
 
 pytest_plugins = ["weights_helpers"]
@@ -146,6 +157,124 @@ def test_the_collated_labels_are_trls(tokenizer_files):
     assert (row.targets[-3:] == IGNORE_INDEX).all() and starts[-3]
 
 
+FRAMES = (
+    "<|start_header_id|> <|end_header_id|> <|eot_id|> <start_of_turn> <end_of_turn>"
+    " <|end|> <|user|> <|assistant|> <|system|> <s>"
+).split()
+SHAPES = [
+    *CONVERSATIONS[:-1],
+    [("user", "one"), ("assistant", "two"), ("assistant", "three")],
+    [("assistant", "I begin.")],
+    [
+        ("user", "a"),
+        ("assistant", "b"),
+        ("system", "s"),
+        ("user", "d"),
+        *[("assistant", "e")],
+    ],
+    [("user", ""), ("assistant", "b")],
+    [
+        ("user", "a"),
+        ("assistant", "<think>\nhm\n</think>\n\nb"),
+        ("user", "d"),
+        *[("assistant", "<think>\nhmm\n</think>\n\ne")],
+    ],
+    [("user", " a\n"), ("assistant", " b \n")],
+    [("user", "a"), ("assistant", "\nb")],
+    [
+        ("user", "\u4f60\u597d \U0001f9d1\u200d\U0001f680"),
+        ("assistant", "e\u0301 \u200b x"),
+    ],
+    [("user", "a"), ("assistant", "b"), ("user", "never answered")],
+]
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def others_files(tokenizer_files, tmp_path_factory):
+    """A tokenizer that knows the control tokens of other families."""
+    fast = HFTokenizer(tokenizer_files).tokenizer
+    fast.add_special_tokens({"additional_special_tokens": FRAMES, "bos_token": "<s>"})
+    place = tmp_path_factory.mktemp("others")
+    fast.save_pretrained(place)
+    return place
+
+
+def as_transformers(tokenizer, turns, **more):
+    """Ids (and the mask) by transformers; None where the template refuses."""
+    try:
+        return tokenizer.tokenizer.apply_chat_template(
+            messages(turns), return_dict=True, **more
+        )
+    except jinja2.TemplateError:
+        return None
+
+
+FAMILIES = "qwen2_5 qwen3 qwen3_instruct_2507 llama3 gemma gemma3 phi3".split()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_marked_templates_of_other_families_are_transformers(family, others_files):
+    """Odd shapes: what TRL's template takes has its mask, else it is refused."""
+    template = (TEMPLATES / f"{family}_training.jinja").read_text()
+    tokenizer, taken = with_template(others_files, template), 0
+    for turns in SHAPES:
+        theirs = as_transformers(tokenizer, turns, return_assistant_tokens_mask=True)
+        try:
+            ours = learned(tokenizer, turns)
+        except ValueError as error:
+            melts = turns[-1][1].startswith("\n") and "within a token" in str(error)
+            assert melts or theirs is None and "does not take" in str(error)
+            continue
+        taken += 1
+        assert ours == (theirs["input_ids"], theirs["assistant_masks"]), turns
+    assert taken >= 7
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, MISTRAL])
+def test_unmarked_templates_are_trained_as_they_are_used(family, others_files):
+    """Each example is what transformers writes up to an answer, which alone, or with
+    those before it, is learned.
+    """
+    template = family
+    if family in FAMILIES:
+        template = (TEMPLATES / f"{family}.jinja").read_text()
+    tokenizer = with_template(others_files, template)
+    end, split = answer_end(tokenizer), 0
+    for turns in SHAPES:
+        try:
+            examples = encode_turns(tokenizer, messages(turns), end)
+        except ValueError as error:
+            said = str(error)
+            refused = as_transformers(tokenizer, turns) is None and "not take" in said
+            opens = turns[0][0] == "assistant" and said.startswith("message 1: ")
+            melts = turns[-1][1].startswith("\n") and "begin this answer" in said
+            # Qwen3 does not write twice in a row, once it has thought
+            twice = family == "qwen3" and turns == SHAPES[4]
+            assert refused or opens or melts or twice, (turns, said)
+            continue
+        answers = [i for i, (role, _) in enumerate(turns) if role == "assistant"]
+        split += len(examples) > 1
+        for i, example in zip(answers[-len(examples) :], examples):
+            told = as_transformers(tokenizer, turns[: i + 1])["input_ids"]
+            asked = {"input_ids": chat_ids(tokenizer, [])} if i == 0 else None
+            more = {"add_generation_prompt": True}
+            asked = asked or as_transformers(tokenizer, turns[:i], **more)
+            assert example.ids.tolist() == told[: len(example.ids)]
+            assert example.ids[-1] == end and end not in told[len(example.ids) :]
+            place = len(asked["input_ids"])
+            assert example.learned[place:].all() and not example.learned[place - 1]
+            earlier = (example.ids[:place] == end) & example.learned[:place]
+            assert earlier.sum() == (len(answers) - 1) * (len(examples) == 1)
+    assert split == (3 if family == "qwen3" else 0)
+
+
 def test_templates_that_cannot_be_trained_on_are_refused(tokenizer_files):
     endless = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     with pytest.raises(ValueError, match="no control token ends an answer"):
@@ -171,16 +300,33 @@ BAD = [
     ('{"messages": []}', "nothing to learn"),
     ('{"messages": ["x"]}', "message 1: not a JSON object"),
     ('{"messages": [{"role": "tool", "content": "x"}]}', "message 1: its role is 'to"),
-    ('{"messages": [{"role": "user", "content": ["x"]}]}', "message 1: its content is"),
-    ('{"prompt": " ", "completion": "x"}', "message 1: the user says nothing"),
+    ('{"messages": [{"role": "user", "content": ["x"]}]}', "a part that is no text"),
+    ('{"messages": [{"role": "user", "content": null}]}', "not text but null"),
+    ('{"messages": [{"role": "user", "content": 3}]}', "not text but of type int"),
+    (
+        '{"messages": [{"role": ["user"], "content": "x"}]}',
+        "message 1: its role is ['u",
+    ),
+    ('{"messages": [{"role": "assistant", "content": []}]}', "the assistant says no"),
+    ('{"messages": [{"role": "user", "content": "x"}]}', "nothing to learn"),
     ('{"prompt": "x", "completion": ""}', "message 2: the assistant says nothing"),
     ('{"prompt": "x", "completion": "y", "tools": [{}]}', '"tools" are not supported'),
-    ('{"prompt": "x", "completion": "\\nyes"}', "message 2: the chat template writes"),
+    ('{"prompt": "x", "completion": "\\nyes"}', "message 2: the chat template does"),
     ('{"prompt": "x", "completion": "\\ud800"}', "half a surrogate pair"),
     (json.dumps({"prompt": "x", "completion": "y " * 99}), "more than sequence_length"),
     (json.dumps({"prompt": "x", "completion": "y" * 9999}), "more than sequence_len"),
     (json.dumps({"prompt": "x", "completion": "y" * 2**20}), "longer than a sequence"),
 ]
+ANSWER = {"role": "assistant", "content": "x"}
+IMAGE = [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {}}]
+for field, value in (
+    ("tool_calls", [{"function": {"name": "f", "arguments": "{}"}}]),
+    ("reasoning_content", "hm"),
+    ("weight", 0),
+    ("content", IMAGE),
+):
+    wrong = json.dumps({"messages": [ANSWER, {**ANSWER, field: value}]})
+    BAD.append((wrong, "message 2: its content h" if value is IMAGE else f'"{field}"'))
 
 
 @pytest.mark.parametrize("line, reason", BAD)
@@ -205,17 +351,26 @@ def test_odd_shapes_that_are_taken(tmp_path):
         [("user", "a"), ("assistant", "b"), ("user", "never answered")],
         [("assistant", "I begin.")],
         [("user", "a"), ("assistant", "b"), ("assistant", "c"), ("system", "d")],
+        [("user", ""), ("assistant", "b")],
+        [
+            ("user", "na\u00efve \U0001f9d1\u200d\U0001f680"),
+            ("assistant", "e\u0301 \ue000"),
+        ],
     ]
     lines = [{"messages": messages(t), "id": 7} for t in turns]
-    asked = [{"role": "user", "content": "a"}]
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    asked = [{"role": "user", "content": parts, "name": None, "weight": 1}]
     answered = [{"role": "assistant", "content": "b", "tool_calls": []}]
     lines += [{"prompt": asked, "completion": answered, "tools": None}]
     path = tmp_path / "chat.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     examples, _ = read_conversations([str(path)], TOKENIZER, 200)
     end = answer_end(TOKENIZER)
-    assert [int((e.ids[e.learned] == end).sum()) for e in examples] == [1, 1, 1, 2, 1]
+    assert [int((e.ids[e.learned] == end).sum()) for e in examples] == [
+        *(1, 1, 1, 2, 1, 1, 1)
+    ]
     assert all(e.learned[-1] and e.ids[-1] == end for e in examples)
+    assert "user\nab<" in TOKENIZER.decode(examples[-1].ids.tolist())
 
 
 def test_rows_hold_whole_conversations_once_an_epoch(tmp_path):
@@ -245,6 +400,25 @@ def test_rows_hold_whole_conversations_once_an_epoch(tmp_path):
     again.load_state_dict({"position": 2})
     taken = data.take(4)
     assert [s.sources for s in again.take(2)] == [s.sources for s in taken[2:]]
+
+
+def test_it_is_said_what_is_left_out_and_what_is_divided(
+    others_files, tmp_path, capsys
+):
+    template = (TEMPLATES / "qwen3.jinja").read_text()
+    tokenizer = with_template(others_files, template)
+    lines = [{"messages": messages(turns)} for turns in SHAPES[2:6]]
+    lines += [{"prompt": "x", "completion": "y" * 99}, {"prompt": "x"}]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = chat_settings(data=[str(path)], skip_bad_lines=True, heldout_fraction=0.5)
+    with DistributedContext() as context:
+        data, held_out = open_data(config, tokenizer, context)
+    said = capsys.readouterr().err
+    assert "skipped 4 bad lines, the first" in said and "chat.jsonl, line 3: " in said
+    assert "2 conversations became 3 examples" in said
+    sides = [{e.source for e in part.examples} for part in (data, held_out)]
+    assert len(data.examples) + len(held_out.examples) == 3 and not sides[0] & sides[1]
 
 
 def test_packed_conversations_do_not_see_each_other():
@@ -329,17 +503,110 @@ def test_other_runs_are_refused(conversations, capsys):
     again = ["--resume", "checkpoints/step_4", "--output-dir", "other"]
     said = refused(capsys, "train", *again, "--format", "text")
     assert "another format" in said
-    said = refused(
-        capsys,
-        "finetune",
-        "--init-from",
-        "base",
-        "--data",
-        "hf:a/b",
-        "--sequence-length",
-        64,
-    )
-    assert "format chat reads files" in said
+    again = ["--resume", "checkpoints/step_4", "--output-dir", "other", "--stream"]
+    assert "another stream" in refused(capsys, "finetune", *again, "--new-data")
+
+
+def as_hub(name):
+    """The conversations as a data set of the hub, with a column that some rows lack."""
+    rows = [json.loads(line) for line in Path("chat.jsonl").read_text().splitlines()]
+    rows[3]["messages"][1]["name"] = None
+    Path(name, "data").mkdir(parents=True)
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(f"{name}/data/train-00000.parquet")
+    return f"hf:{name}"
+
+
+@pytest.mark.parametrize("hub", [False, True])
+def test_a_stream_resumes_bit_for_bit(hub, conversations):
+    changes = {"stream": not hub, "heldout_fraction": 0.2}
+    if hub:
+        changes["data"] = [as_hub("owner/chats")]
+    train(chat_settings(output_dir="whole", **changes), init_from="base")
+    train(chat_settings(output_dir="resumed", **changes), "whole/step_4")
+    whole, resumed = training_state("whole/final"), training_state("resumed/final")
+    assert same(whole, resumed) and "document" in whole["data"]
+    assert read_the_same("whole", "resumed", (5, 6))
+    assert any("heldout_bits_per_byte" in entry for entry in entries("whole"))
+    sources = {s for step in range(1, 7) for s in documents_of_step("whole", step)}
+    assert len(sources) > 20 and all(":" in source for source in sources)
+
+
+def test_a_stream_has_the_rows_of_the_file(conversations):
+    examples, _ = read_conversations(["chat.jsonl"], TOKENIZER, 64)
+    rows = fill_rows([len(e) for e in examples], range(len(examples)), 64)
+    stream = open_conversations(["chat.jsonl"])
+    plain = ChatStream(stream, TOKENIZER, 64, buffer_size=0)
+    for row, found in zip(rows[:-1], plain.take(len(rows) - 1)):
+        expected = join([examples[i] for i in row], 64)
+        assert torch.equal(found.input_ids, expected.input_ids)
+        assert torch.equal(found.targets, expected.targets)
+        assert found.sources == expected.sources
+    mixed = ChatStream(stream, TOKENIZER, 64, 3, 0.3, buffer_size=7)
+    held_out = mixed.held_out_dataset(4)
+    states, taken = [], []
+    for _ in range(60):  # more than an epoch
+        states.append(mixed.state_dict())
+        taken += mixed.take(1)
+    assert len({state["epoch"] for state in states}) > 1
+    for k in range(0, 56, 5):
+        again = ChatStream(stream, TOKENIZER, 64, 3, 0.3, buffer_size=7)
+        again.load_state_dict(states[k])
+        assert [s.sources for s in again.take(3)] == [s.sources for s in taken[k:][:3]]
+    kept = {example.source for example in held_out.examples}
+    assert kept and not kept & {source for s in taken for source in s.sources}
+    with pytest.raises(DataError, match="the stream has changed"):
+        again.load_state_dict({"epoch": 0, "document": 0, "offset": 5})
+
+
+def test_a_stream_resumes_within_a_conversation(others_files, tmp_path):
+    """Qwen3's template makes an example of each answer; a row may end between them."""
+    tokenizer = with_template(others_files, (TEMPLATES / "qwen3.jinja").read_text())
+    turns = [("user", "a"), ("assistant", "b")] * 3
+    lines = [{"messages": messages([("system", str(i)), *turns])} for i in range(5)]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    examples, _ = read_conversations([str(path)], tokenizer, 200)
+    assert len(examples) == 15
+    room = len(examples[0]) + len(examples[1]) + 1
+
+    def opened():
+        stream = open_conversations([str(path)])
+        return ChatStream(stream, tokenizer, max(room, len(examples[2])), buffer_size=0)
+
+    reading, states, taken = opened(), [], []
+    for _ in range(8):
+        states.append(reading.state_dict())
+        taken += reading.take(1)
+    assert {state["offset"] for state in states} == {0, 2}
+    for k, state in enumerate(states):
+        again = opened()
+        again.load_state_dict(state)
+        for row, found in zip(taken[k:], again.take(3)):
+            assert torch.equal(row.input_ids, found.input_ids)
+            assert row.sources == found.sources
+
+
+def test_bad_lines_of_a_stream_are_named_or_counted(conversations, capsys):
+    def opened(skip):
+        stream = open_conversations(["chat.jsonl"], skip)
+        return ChatStream(stream, TOKENIZER, 64, buffer_size=0, skip_bad_lines=skip)
+
+    lines = Path("chat.jsonl").read_text().splitlines()
+    for k, bad in ((5, '{"text": "x"}'), (7, '{"prompt": "x", "completion": "%s"}')):
+        lines[k] = bad.replace("%s", "y " * 99)
+        Path("chat.jsonl").write_text("\n".join(lines))
+        with pytest.raises(DataError, match="chat.jsonl, line 6: .*no field .messages"):
+            opened(False).take(9)
+    assert sum(len(s.sources) for s in opened(True).take(9)) > 8
+    said = capsys.readouterr().err
+    assert "skipped 1 bad lines so far, the last chat.jsonl:6: no field" in said
+    Path("chat.jsonl").write_text("\n".join(lines[7:]))
+    with pytest.raises(DataError, match="chat.jsonl, line 1: .* more than sequence_l"):
+        opened(False).take(1)
+    Path("chat.jsonl").write_text(lines[5])
+    with pytest.raises(DataError, match="no conversation to train on"):
+        opened(True).take(1)
 
 
 LORA = {"lora_rank": 2, "lora_targets": ["q_proj", "down_proj"], "learning_rate": 0.05}
@@ -373,6 +640,40 @@ def test_adapters_resume_exactly_and_open_merged(conversations):
     name = "model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(files[name], merged.state_dict()[name])
     assert not any("lora" in name for name in files)
+
+
+MEASURED = ("loss", "grad_norm", "learning_rate", "tokens", "heldout_loss")
+
+
+def test_killed_in_a_step_and_in_a_save(conversations):
+    """SIGKILL between gradients and weights, then with half a checkpoint written: what
+    the run ends with, and all that it logged, is what it would have been.
+    """
+    runs = {"full": {}, "thin": LORA}
+    for name, more in runs.items():
+        train(chat_settings(output_dir=f"whole-{name}", **more), init_from="base")
+        config = chat_settings(output_dir=name, **more)
+        Path(f"{name}.json").write_text(config.model_dump_json(exclude_unset=True))
+    worker = Path(__file__).with_name("killed_worker.py")
+    done = run(worker, "full.json", "thin.json")
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name, more in runs.items():
+        left = {path.name for path in Path(name).glob("step_*")}
+        assert left == {"step_2", "step_4.partial"}
+        train(chat_settings(output_dir=name, **more), "auto")
+        whole = f"whole-{name}"
+        assert same(training_state(f"{name}/final"), training_state(f"{whole}/final"))
+        assert read_the_same(name, whole)
+        logged = [
+            {tuple(entry.get(n) for n in ("step", *MEASURED)) for entry in entries(at)}
+            for at in (name, whole)
+        ]  # a step that was taken twice had the same numbers twice
+        assert logged[0] == logged[1] and len(logged[0]) > 6
+        files = [path.name for path in Path(whole).glob("*/*.safetensors")]
+        for path in Path(whole).glob("*/*.safetensors"):
+            copy = Path(name, *path.parts[1:])
+            assert copy.read_bytes() == path.read_bytes(), path
+        assert files.count("adapter_model.safetensors") == (name == "thin")
 
 
 def test_what_adapters_cannot_do_is_refused(conversations, capsys):

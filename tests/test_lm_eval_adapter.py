@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from book import scramble_
+from weights_helpers import edit
 from test_scoring import BYTES, CONFIG, MODEL, TEXTS, hugging_faces, ids_of, nll_after
 
 from qwen_analog import lm_eval_adapter as module
 from qwen_analog.config import QwenConfig
 from qwen_analog.generate import generate
+from qwen_analog import load
 from qwen_analog.hf import save_pretrained
 from qwen_analog.jsonl import write_jsonl
 from qwen_analog.lm_eval_adapter import lm_eval_model, paired_scores, run_tasks
@@ -368,6 +370,47 @@ def test_tasks_are_scored_as_the_harness_scores_transformers(tasks):
     begun = run_tasks(tasks, BYTES, ["last_word.yaml"], add_bos_token=True)
     perplexity = begun["last_word"]["scores"]["perplexity"][0]
     assert perplexity != pytest.approx(ours["last_word"]["scores"]["perplexity"][0])
+
+
+GEMMA = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>"
+    "\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [None, GEMMA])
+def test_tasks_as_conversations_are_scored_as_the_harness_scores(tasks, template):
+    """Qwen's own form, and one that trims and takes no system message; solved questions
+    are turns, and an answer may be begun.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    more = 'description: "Be right."\ngen_prefix: "It is "\n'
+    Path("begun.yaml").write_text(WRITTEN.replace("written", "begun") + more)
+    names, tokenizer = [*TASKS, "begun.yaml"], BYTES
+    if template:
+        edit(Path("theirs"), "tokenizer_config.json", chat_template=template)
+        Path("theirs/chat_template.jinja").unlink(missing_ok=True)
+        _, tokenizer = load("theirs")
+    asked = {"num_fewshot": 1, "limit": 4, "apply_chat_template": True}
+    ours = run_tasks(tasks, tokenizer, names, **asked)
+    theirs = simple_evaluate(
+        model=HFLM(pretrained="theirs", dtype="float32", device="cpu", batch_size=4),
+        tasks=names,
+        bootstrap_iters=0,
+        task_manager=TaskManager(include_defaults=False),
+        **asked,
+    )
+    for name, task in ours.items():
+        for metric, (value, _) in task["scores"].items():
+            expected = theirs["results"][name][f"{metric},none"]
+            assert value == pytest.approx(expected, rel=1e-4), (name, metric)
+    plain = run_tasks(tasks, tokenizer, ["last_word.yaml"], 1, 4)
+    before = plain["last_word"]["scores"]["perplexity"][0]
+    assert before != pytest.approx(ours["last_word"]["scores"]["perplexity"][0])
 
 
 def test_limit_and_solved_questions(tasks):

@@ -5,13 +5,15 @@ import json
 
 import pytest
 import torch
-from helpers import BYTES, SHAPE, small_model
+from helpers import BYTES, SHAPE, refused, small_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from qwen_analog import load
+from qwen_analog import QwenConfig, QwenForCausalLM, load
+from qwen_analog.cli import build_parser, main
 from qwen_analog.hf import save_pretrained
 from qwen_analog.inference import optimize_for_inference
+from qwen_analog.jsonl import write_jsonl
 from qwen_analog.lora import (
     LoRALinear,
     add_lora,
@@ -23,6 +25,7 @@ from qwen_analog.lora import (
 )
 from qwen_analog.quantize import quantize
 
+NARROW = {"intermediate_size": 32}
 IDS = torch.randint(300, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
@@ -105,6 +108,42 @@ def test_off_merged_and_opened(tmp_path):
     assert set(model.state_dict()) == set(plain.state_dict())
     assert not any(isinstance(m, LoRALinear) for m in model.modules())
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_an_adapter_is_put_on_the_base_that_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = adapted()
+    save_pretrained(small_model(), BYTES, "base")
+    narrow = QwenConfig.from_dict({**small_model().config.to_dict(), **NARROW})
+    save_pretrained(QwenForCausalLM(narrow), BYTES, "other")
+    for name, base in (("a", "gone/base"), ("b", None), ("c", "a")):
+        save_lora(model, name, base=base)
+    merge_lora(model)
+    for name in "abc":
+        opened, _ = load(name, base="base")
+        assert torch.equal(opened(IDS), model(IDS))
+    write_jsonl([{"text": "some text"}], "d.jsonl")
+    wrong = {"a": "gone/base", "b": "base_model_name_or_path", "c": "adapter itself"}
+    for name, says in wrong.items():
+        said = refused(capsys, "export", "out", "--model", name)
+        assert said.startswith(f"qwen-analog: error: {name}: ")
+        assert says in said and "with --base" in said
+    text = "--data d.jsonl --heldout-fraction 1 --context 8"
+    for command in (
+        "export out --model a",
+        "generate x --max-new-tokens 2 --model a",
+        f"eval {text} --model base a",
+    ):
+        assert main([*command.split(), "--base", "base"]) == 0
+    exported, _ = load("out")
+    assert torch.equal(exported(IDS), model(IDS))
+    with pytest.raises(ValueError, match="other does not open, or is another model"):
+        load("a", base="other")
+    with pytest.raises(ValueError, match="base is no adapter, so it has no base"):
+        load("base", base="other")
+    for command in ("chat", "serve"):
+        arguments = build_parser(command).parse_args([command, "--base", "x"])
+        assert arguments.base == "x"
 
 
 @pytest.mark.parametrize(

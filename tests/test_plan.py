@@ -132,6 +132,22 @@ def test_the_command(capsys):
         assert message in error and error.count("\n") == 1
 
 
+def test_a_plan_of_adapters_stands_beside_all_weights(capsys):
+    words = ["plan", "--model", "qwen2.5-3b", "--sequence-length", "512", "--json"]
+    words += ["--gradient-accumulation-steps", "1", "--gpu", "RTX 3090"]
+    assert cli([*words, "--lora-rank", "16"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    full = plan["all_weights"]
+    assert plan["fits"] and sum(full.values()) > plan["available"]
+    assert plan["arithmetic"]["optimizer"] < full["optimizer"] / 50
+    small = ["plan", "--model", "tiny", "--sequence-length", "64", "--lora-rank", "2"]
+    assert cli(small) == 0
+    said = capsys.readouterr().out
+    assert "adapters of rank 2, " in said and "  all weights\n" in said
+    assert cli(small[:-2]) == 0
+    assert "all weights" not in capsys.readouterr().out
+
+
 def test_a_plan_says_what_is_measured_and_what_assumed(tmp_path, capsys):
     bench = tmp_path / "bench.json"
     arguments = ["plan", "--model", "tiny", "--sequence-length", "128", "--gpu", "A100"]

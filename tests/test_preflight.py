@@ -21,6 +21,8 @@ from qwen_analog import QwenConfig, QwenForCausalLM, batches, preflight
 from qwen_analog import train as module
 from qwen_analog.archive import CheckpointError
 from qwen_analog.checkpoint import load_checkpoint, load_model, save_checkpoint
+from qwen_analog.config import parameter_counts
+from qwen_analog.distributed import DistributedContext
 from qwen_analog.run_directory import claim
 from qwen_analog.jsonl import DataError
 from qwen_analog.hf import save_pretrained
@@ -234,6 +236,21 @@ def test_what_cannot_fit_is_refused_before_anything_is_read(changes, monkeypatch
         and "micro_batch_size" in str(caught.value)
         and not Path("checkpoints").exists()
     )
+
+
+def test_adapters_need_less_room_than_all_weights(monkeypatch):
+    wide = {**MODEL, "hidden_size": 1024, "intermediate_size": 4096}
+    whole, thin = settings(model=wide), settings(model=wide, lora_rank=2)
+    weights = 4 * sum(parameter_counts(whole.qwen_config()).values())
+    free = shutil._ntuple_diskusage(10**12, 0, 6 * weights)  # two moments: 10
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: free)
+    needs = []
+    monkeypatch.setattr(preflight, "require_memory", lambda *a: needs.append(a[0]))
+    with DistributedContext() as context:
+        preflight.check_room(thin, context)
+        with pytest.raises(ValueError, match="its checkpoints need about"):
+            preflight.check_room(whole, context)
+    assert weights < needs[0] < needs[2] - 2 * weights
 
 
 def test_room_for_checkpoints_is_asked_for_and_may_be_overruled(monkeypatch):
