@@ -1,5 +1,5 @@
-"""What every chapter shares: the look of its plots, scrambled weights, programs in
-several processes, and the checking of exercises.
+"""What every chapter shares: the look of its plots, scrambled weights, attention
+weights, programs in several processes, and the checking of exercises.
 """
 
 import json
@@ -146,6 +146,31 @@ def heatmap(
                 color = "white" if weight > 0.6 else "black"
                 text = f"{weight:.2f}"
                 axes.text(j, i, text, ha="center", va="center", color=color, size=8)
+
+
+@torch.no_grad()
+def attention_tables(
+    model: nn.Module, tokenizer, sentence: str
+) -> tuple[list[str], torch.Tensor]:
+    """Return a sentence's tokens and a model's attention weights [layer, H, T, S]."""
+    from qwen_analog.attention import causal_mask
+    from qwen_analog.rope import apply_rotary
+
+    ids = tokenizer.encode(sentence)
+    tokens = [tokenizer.decode([i]).strip() for i in ids]
+    x = model.model.embed_tokens(torch.tensor([ids]))  # [1, T, D]
+    cos, sin = model.model.rotary_emb(torch.arange(len(ids))[None], x.dtype)
+    unseen = ~causal_mask(len(ids))  # [T, S]
+    tables = []
+    for layer in model.model.layers:
+        q, k, _ = layer.self_attn.project(layer.input_layernorm(x))
+        q = apply_rotary(q, cos, sin)[0]  # [H, T, h]
+        k = apply_rotary(k, cos, sin)[0]  # [K, S, h]
+        k = k.repeat_interleave(len(q) // len(k), dim=0)  # [H, S, h]
+        scores = q @ k.mT / q.shape[-1] ** 0.5
+        tables.append(scores.masked_fill(unseen, -torch.inf).softmax(dim=-1))
+        x = layer(x, cos, sin)
+    return tokens, torch.stack(tables)
 
 
 def attempt(check: Callable, answer: Callable) -> None:

@@ -34,7 +34,7 @@ def arrow(x, y, to_x, to_y, colour=GREY):
     axes.annotate("", xy=(to_x, to_y), xytext=(x, y), arrowprops=style)
 
 
-middle, tops = 2.6, (3.75, 1.25)  # of a table's first row: all heads, each head
+middle, tops = 2.6, (4.05, 1.15)  # of a table's first row: all heads, each head
 numbers = [[f"{t}.{i + 1}" for i in range(H * h)] for t in range(T)]
 both = [HEADS[0]] * h + [HEADS[1]] * h
 
@@ -65,8 +65,8 @@ for x, text in (
     (15.37, "side by side\n[T, D]"),
     (20.02, "both heads in each\n[T, D]"),
 ):
-    axes.text(x, -1.15, text, ha="center", color=GREY, fontsize=9)
-axes.set(xlim=(-1.6, 21.8), ylim=(-1.3, 5.0), xticks=[], yticks=[])
+    axes.text(x, -1.25, text, ha="center", color=GREY, fontsize=9)
+axes.set(xlim=(-1.6, 21.8), ylim=(-1.4, 5.4), xticks=[], yticks=[])
 for spine in axes.spines.values():
     spine.set_visible(False)
 figure.savefig(HERE / "heads.svg", metadata={"Date": None})
