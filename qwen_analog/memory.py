@@ -304,8 +304,9 @@ def set_activation_checkpointing(model: QwenForCausalLM, mode: str) -> None:
 
     "none" computes nothing again, "full" all that is needed (Chen et al. 2016).
     "selective" keeps the results of matrix products and of attention, and computes the
-    cheap rest again (Korthikanti et al. 2022); nothing reads the down projection's
-    result, so it is not kept. ValueError for another mode.
+    cheap rest again; nothing reads the down projection's result, so it is not kept.
+    (To choose by cost is from Korthikanti et al. 2022, who dropped attention's tables.)
+    ValueError for another mode.
     """
     _check_choice("activation_checkpointing", mode, ACTIVATION_CHECKPOINTING)
     down = model.config.intermediate_size, model.config.hidden_size
