@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from book import scramble_
-from helpers import refused, same, small_model
+from helpers import refused, small_model
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -20,6 +20,7 @@ from training import (  # noqa: F401
     final_weights,
     folder,
     read_the_same,
+    resumed_to_the_bit,
     run,
     settings,
     training_state,
@@ -385,14 +386,7 @@ def test_the_command_learns_and_resumes_to_the_bit(pairs, capsys):
     assert main(words) == 0
     said = capsys.readouterr()
     assert "4 pairs a step" in said.out and "accuracy 1.000" in said.out
-    shutil.copytree("whole", "killed")
-    for gone in ("final", "step_6", "step_4", "adapter"):
-        shutil.rmtree(f"killed/{gone}", ignore_errors=True)
-    assert main(["finetune", "--resume", "auto", "--output-dir", "killed"]) == 0
-    whole, resumed = training_state("whole/final"), training_state("killed/final")
-    assert same(whole, resumed)
-    assert whole["data"] == {"position": 24}
-    assert read_the_same("whole", "killed")
+    assert resumed_to_the_bit()["data"] == {"position": 24}
 
     lines = entries("whole")
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)

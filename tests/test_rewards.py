@@ -21,6 +21,7 @@ from training import (  # noqa: F401
     final_weights,
     folder,
     read_the_same,
+    resumed_to_the_bit,
     run,
     settings,
     training_state,
@@ -406,14 +407,7 @@ def test_the_command_learns_and_resumes_to_the_bit(questions, capsys, monkeypatc
     assert main([*words, "--output-dir", "whole"]) == 0
     said = capsys.readouterr()
     assert "2 questions a step" in said.out and "held-out reward" in said.out
-    shutil.copytree("whole", "killed")
-    for gone in ("final", "step_6", "step_4", "adapter"):
-        shutil.rmtree(f"killed/{gone}", ignore_errors=True)
-    assert main(["finetune", "--resume", "auto", "--output-dir", "killed"]) == 0
-    whole, resumed = training_state("whole/final"), training_state("killed/final")
-    assert same(whole, resumed)
-    assert whole["data"] == {"position": 12}
-    assert read_the_same("whole", "killed")
+    assert resumed_to_the_bit()["data"] == {"position": 12}
     rewards, held_out = logged("whole", "reward"), logged("whole", "heldout_reward")
     assert rewards.keys() == set(range(1, 7)) and held_out.keys() == {3, 6}
     assert rewards == logged("killed", "reward")

@@ -13,6 +13,7 @@ import torch
 from helpers import BYTES, ROOT, SHAPE, same
 
 from qwen_analog.checkpoint import load_checkpoint
+from qwen_analog.cli import main
 from qwen_analog.monitor import documents_of_step
 from qwen_analog.train import train
 from qwen_analog.train_config import TrainConfig
@@ -130,6 +131,18 @@ def launched(processes, *arguments, **changes):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done
+
+
+def resumed_to_the_bit() -> dict:
+    """Resume a copy of the run `whole` that ended behind step 2; return its state."""
+    shutil.copytree("whole", "killed")
+    for gone in ("final", "step_6", "step_4", "adapter"):
+        shutil.rmtree(f"killed/{gone}", ignore_errors=True)
+    assert main(["finetune", "--resume", "auto", "--output-dir", "killed"]) == 0
+    whole, resumed = training_state("whole/final"), training_state("killed/final")
+    assert same(whole, resumed)
+    assert read_the_same("whole", "killed")
+    return resumed
 
 
 def read_the_same(a, b, steps=range(1, 7)):
