@@ -213,7 +213,7 @@ def on_style(book, folder, wiki):
         sequence_length=256,
         micro_batch_size=2,
         max_steps=30,
-        heldout_fraction=0.1,
+        heldout_fraction=0.15,
         eval_every=5,
         eval_sequences=8,
         log_every=1,
