@@ -198,33 +198,59 @@ def on_questions(book, folder, wiki, base):
             book.write("other template", values)
 
 
+def curve(folder, key):
+    """Return [step, loss] of each line of a run's metrics that has `key`."""
+    text = Path(folder, "metrics.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
+    return [[line["step"], line[key]] for line in lines if key in line]
+
+
 def on_style(book, folder, wiki):
     path = f"{folder}/style.jsonl"
     write_jsonl(style_documents(), path)
-    config = settings(
+    changes = dict(
         data=[path],
         sequence_length=256,
         micro_batch_size=2,
         max_steps=30,
-        learning_rate=5e-5,
-        heldout_fraction=0.1,
+        heldout_fraction=0.15,
+        eval_every=5,
         eval_sequences=8,
+        log_every=1,
         activation_checkpointing="none",
-        output_dir=f"{folder}/style",
     )
+    config = settings(**changes)
     examples, _ = read_conversations([path], load("smollm2", "cpu")[1], 256)
-    _, held_out = chat_datasets(examples, 256, 0, config.heldout_fraction)
-    for name in ("smollm2 before", "smollm2 after"):
+    split = chat_datasets(examples, 256, 0, config.heldout_fraction)
+    training, held_out = split
+    rows = config.max_steps * config.micro_batch_size
+    counts = {
+        "examples": [len(part.examples) for part in split],
+        "passes": rows / len(training.epoch_rows(0)),
+    }
+    book.write("style", counts)
+    for name, change, rate in (
+        ("smollm2 before", nothing, 0),
+        ("smollm2 after", nothing, 5e-5),
+        ("smollm2 rate x 10", nothing, 5e-4),
+        ("smollm2 no end", all_but_the_end, 5e-5),
+    ):
         if name in book.parts:
             continue
-        if name.endswith("after") and not Path(config.output_dir, "final").exists():
-            train(config, init_from="smollm2")
-        source = config.output_dir if name.endswith("after") else "smollm2"
-        model, tokenizer = load(source, "cpu")
+        place = f"{folder}/style{rate}{change.__name__}"
+        if rate and not Path(place, "final").exists():
+            run = settings(**changes, learning_rate=rate, output_dir=place)
+            with learned(change):
+                train(run, init_from="smollm2")
+        model, tokenizer = load(place if rate else "smollm2", "cpu")
         texts = corpus(tokenizer, wiki, config)
         prompts = [asked(tokenizer, question) for question in OTHERS]
         shared = held_out, texts, config
-        book.write(name, measure(model, tokenizer, OTHERS, prompts, *shared))
+        values = measure(model, tokenizer, OTHERS, prompts, *shared)
+        if rate:
+            values["training"] = curve(place, "loss")
+            values["heldout"] = curve(place, "heldout_loss")
+        book.write(name, values)
 
 
 PARTS = {"questions": on_questions, "style": on_style}
