@@ -281,7 +281,7 @@ GOOD = {"prompt": "3+4?", "chosen": "7", "rejected": "07"}
             {"chosen": [{"role": "assistant", "content": "x", "tool_calls": [1]}]},
             "tool",
         ),
-        ({"prompt": [{"role": "tool", "content": "x"}, *conversation("a")]}, "a role"),
+        ({"prompt": [{"role": "robot", "content": "x"}, *conversation("a")]}, "a role"),
         ({"chosen": "\ud800"}, "half a surrogate pair"),
         ({"chosen": "y " * 99}, "more than sequence_length 110"),
         ({"chosen": "y" * 200_000}, "more than sequence_length 110"),
