@@ -11,7 +11,7 @@ import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[1]
-SAMPLE = ["*_rmsnorm", "*_attention", "*_sampling", "A2_refresher"]
+SAMPLE = ["*_rmsnorm", "*_attention", "*_chat", "A2_refresher"]
 
 
 def outputs(path):
