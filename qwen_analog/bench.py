@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LARGE', 'BYTES', 'ALLOWED', 'RATE', 'wait', 'alternating', 'fastest', 'read_bandwidth', 'product_speed', 'Work',
-           'decode_work', 'vector_bandwidth', 'prefill_work', 'train_work', 'off_by', 'draw_roofline', 'Place',
+           'decode_work', 'prefill_work', 'vector_bandwidth', 'train_work', 'off_by', 'draw_roofline', 'Place',
            'drawn_model', 'write_model', 'Writer', 'open_ours', 'hugging_face_model', 'open_transformers',
            'open_ctranslate2', 'litgpt_model', 'open_litgpt', 'chosen', 'writers_for', 'opened', 'compared_writers',
            'train_ours', 'step_of', 'train_transformers', 'train_litgpt', 'trainers_for', 'compared_trainers', 'alone',
@@ -103,6 +103,16 @@ def decode_work(
     flops = 2 * rows * weights + attention
     return Work(flops, each * weights + cached * keys_and_values)
 
+# %% ../chapters/32_speed.ipynb #prefill-work
+def prefill_work(config: QwenConfig, rows: int, tokens: int, each: float) -> Work:
+    """Count the reading of a prompt; only its last position goes through the head."""
+    blocks, head = _matrices(config)
+    heads, h = config.num_attention_heads, config.head_dim
+    pairs = tokens * (tokens + 1) / 2  # a token sees itself and those before
+    attention = 4 * rows * config.num_hidden_layers * heads * h * pairs
+    flops = 2 * rows * (tokens * blocks + head) + attention
+    return Work(flops, each * (blocks + head))
+
 # %% ../chapters/32_speed.ipynb #cell-064
 import argparse
 import copy
@@ -161,16 +171,6 @@ def vector_bandwidth(device: torch.device, form: str, N: int = 4096) -> float:
     return len(layers) * BYTES[form] * N * N / fastest(all_of_them, device)
 
 # %% ../chapters/32_speed.ipynb #cell-066
-def prefill_work(config: QwenConfig, rows: int, tokens: int, each: float) -> Work:
-    """Count the reading of a prompt; only its last position goes through the head."""
-    blocks, head = _matrices(config)
-    heads, h = config.num_attention_heads, config.head_dim
-    pairs = tokens * (tokens + 1) / 2  # a token sees itself and those before
-    attention = 4 * rows * config.num_hidden_layers * heads * h * pairs
-    flops = 2 * rows * (tokens * blocks + head) + attention
-    return Work(flops, each * (blocks + head))
-
-
 def train_work(config: QwenConfig, rows: int, tokens: int, precision: str) -> Work:
     """Count a training step, AdamW's included."""
     flops = rows * tokens * flops_per_token(config, tokens)

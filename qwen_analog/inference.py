@@ -98,8 +98,7 @@ class FusedLayer:
     def __call__(self, x, cos, sin, mask=None, cache: KVCache | None = None):
         """`x` [B, T, D] -> [B, T, D]; `cos`, `sin` [B, 1, T, h] of `FusedModel`."""
         x = x + self.o_proj(self.attention(x, cos, sin, mask, cache))
-        both = self.gate_up_proj(_normed(x, self.mlp_norm))  # [B, T, 2 F]
-        gate, up = both.chunk(2, dim=-1)
+        gate, up = self.gate_up_proj(_normed(x, self.mlp_norm)).chunk(2, dim=-1)
         return x + self.down_proj(F.silu(gate) * up)
 
     def attention(self, x, cos, sin, mask, cache) -> torch.Tensor:
