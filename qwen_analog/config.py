@@ -6,12 +6,7 @@
 __all__ = ['PRESETS', 'ModelShape', 'parameter_counts', 'QwenConfig', 'shown', 'DictView', 'GenerationDefaults', 'check_generation_config', 'Precision', 'PRECISIONS', 'Strategy', 'STRATEGIES', 'ActivationCheckpointing', 'ACTIVATION_CHECKPOINTING']
 
 # %% ../chapters/10_config.ipynb #b336b803
-import dataclasses
 import json
-import math
-import reprlib
-from abc import abstractmethod
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib import resources
 
@@ -64,6 +59,13 @@ def parameter_counts(config: ModelShape) -> dict[str, int]:
         "norms": (2 * L + 1) * D,
         "lm_head": 0 if config.tie_word_embeddings else V * D,
     }
+
+# %% ../chapters/10_config.ipynb #5ef053fb
+import dataclasses
+import math
+import reprlib
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
 
 # %% ../chapters/10_config.ipynb #71f187d1
 @dataclass
