@@ -291,7 +291,7 @@ _NOT_OF_MESSAGES = (
     "name",
 )
 
-
+# %% ../chapters/21_finetuning.ipynb #92beecfa
 def read_messages(record: object) -> list[dict[str, str]]:
     """Return the messages of a line's record, checked.
 

@@ -7,9 +7,8 @@ __all__ = ['TARGETS', 'LoRALinear', 'add_lora', 'block_linears', 'lora_layers', 
            'load_lora', 'read_adapter_config']
 
 # %% ../chapters/22_lora.ipynb #cell-013
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +72,10 @@ def add_lora(
         if name.rpartition(".")[2] in targets:
             model.set_submodule(name, LoRALinear(linear, rank, alpha / rank, dropout))
     return model
+
+# %% ../chapters/22_lora.ipynb #e0d00e31
+import contextlib
+from collections.abc import Iterator
 
 # %% ../chapters/22_lora.ipynb #cell-020
 def block_linears(model: QwenForCausalLM) -> dict[str, nn.Linear]:
