@@ -146,7 +146,7 @@ def _score_rows(
     model: QwenForCausalLM, hidden: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return -ln p of the targets [N] after `hidden` [N, D], and whether each was the
-    likeliest; the logits of at most 256 tokens are held_out at a time.
+    likeliest; the logits of at most 256 tokens are held at a time.
     """
     nll, greedy = [], []
     for rows, picked in zip(hidden.split(256), targets[:, None].split(256)):
