@@ -111,6 +111,7 @@ from .preferences import answer_log_probs, autocast, field_messages
 from .preferences import own_examples, parse_record, with_reference
 from .step import StepResult, train_step
 from .tokenizer import Tokenizer
+from .tools import checked_tools
 from .train_config import TrainConfig
 
 # %% ../chapters/24_rewards.ipynb #reward-functions
@@ -193,7 +194,7 @@ class Question:
 
 def read_question(line: Line, tokenizer: Tokenizer, config: TrainConfig) -> Question:
     """Return the question of a line; ValueError saying what is wrong with it."""
-    record = parse_record(line, "prompt", most=config.sequence_length)
+    record = parse_record(line, "prompt", "tools", most=config.sequence_length)
     if not isinstance(record, dict):
         raise ValueError(f"not a JSON object but of type {type(record).__name__}")
     for name in ("prompt", "answer"):
@@ -202,7 +203,8 @@ def read_question(line: Line, tokenizer: Tokenizer, config: TrainConfig) -> Ques
     answer = record["answer"]
     if config.reward == "number" and last_number(str(answer)) is None:
         raise ValueError(f'"answer" holds no number: {shown(answer)}')
-    prompt = chat_ids(tokenizer, field_messages(record, "prompt", "user"))
+    asked, tools = field_messages(record, "prompt"), checked_tools(record.get("tools"))
+    prompt = chat_ids(tokenizer, asked, tools=tools)
     if len(prompt) + config.max_new_tokens > config.sequence_length:
         raise ValueError(
             f"{len(prompt):,} tokens and max_new_tokens {config.max_new_tokens:,} are"
