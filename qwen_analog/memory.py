@@ -370,6 +370,7 @@ class MemorySettings:
     document_masks: bool = True
     lora_rank: int = 0  # of adapters beside frozen weights
     lora_targets: Sequence[str] = ADAPTED
+    whole_logits: bool = False  # for a loss of each token, as DPO's
 
     def __post_init__(self):
         _check_settings(self)
@@ -533,7 +534,9 @@ class _ActivationBytes:
         self.masks = s.batch_size * s.sequence_length**2 * s.document_masks
         cos_sin = 2 * N * s.config.head_dim * stored
         self.around = N * D * 4 + self.stream + cos_sin + self.masks  # and final norm
-        self.chunk = 2 * min(CHUNK_SIZE, N) * s.config.vocab_size * 4  # float32 logits
+        # float32 logits and their gradient; of whole rows the softmax is kept besides
+        tokens = 3 * N if s.whole_logits else 2 * min(CHUNK_SIZE, N)
+        self.chunk = tokens * s.config.vocab_size * 4
         self.working = self.stream + _mlp_backward(s)
 
 # %% ../chapters/31_memory.ipynb #cell-103
@@ -644,7 +647,7 @@ def estimate_for(
         "fsdp": world_size,
         "hsdp": min(config.shard_size or gpus_per_node, world_size),
     }[config.parallel]
-    return estimate_memory(
+    estimate = estimate_memory(
         config.qwen_config(),
         precision=config.precision,
         optimizer=config.optimizer,
@@ -658,4 +661,19 @@ def estimate_for(
         document_masks=config.isolate_documents,
         lora_rank=config.lora_rank,
         lora_targets=config.lora_targets,
+        whole_logits=config.method != "sft",
+    )
+    return max(estimate, _while_drawing(config, estimate), key=lambda e: e.total)
+
+
+def _while_drawing(config: "TrainConfig", of_step: MemoryEstimate) -> MemoryEstimate:
+    """Return the bytes while answers are drawn for GRPO: their keys and values."""
+    c, rows = config.qwen_config(), config.micro_batch_size * config.rows_per_example
+    tokens = rows * config.gradient_accumulation_steps * config.sequence_length
+    drawn = 2 * 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * tokens
+    return MemoryEstimate(
+        parameters=of_step.parameters,
+        optimizer=of_step.optimizer,
+        kv_cache=drawn * (config.method == "grpo"),
+        moment="the drawing of answers",
     )

@@ -107,18 +107,6 @@ def _memory_of_batches(config: TrainConfig, context: DistributedContext) -> int:
     rows = sequences * config.rows_per_example * context.local_world_size
     return 3 * 2 * 24 * config.sequence_length * rows
 
-
-def _memory_of_answers(config: TrainConfig) -> int:
-    """Return the bytes of what only pairs and rewards need: logits of whole rows, with
-    what their loss makes of them, or the keys and values of answers that are drawn.
-    """
-    c, T = config.qwen_config(), config.sequence_length
-    rows = config.micro_batch_size * config.rows_per_example
-    logits = 3 * 4 * rows * T * c.vocab_size
-    token = 2 * 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
-    drawn = rows * config.gradient_accumulation_steps * T * token
-    return {"sft": 0, "dpo": logits, "grpo": max(logits, drawn)}[config.method]
-
 # %% ../chapters/B26_preflight.ipynb #cell-020
 def check_room(config: TrainConfig, context: DistributedContext) -> None:
     """Raise ValueError, of one line, where the run's memory or its checkpoints will not
@@ -127,7 +115,6 @@ def check_room(config: TrainConfig, context: DistributedContext) -> None:
     count = sum(parameter_counts(config.qwen_config()).values())
     machine = context.local_world_size
     needed = 1.05 * estimate_for(config, context.world_size, machine).total
-    needed += _memory_of_answers(config)
     batches = _memory_of_batches(config, context)
     if context.device.type == "cpu":
         needed = needed * machine + batches  # all share this memory

@@ -213,3 +213,20 @@ def test_a_plan_is_made_by_one_process(tmp_path):
             simulate(settings())
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("method, rows", [("dpo", 2), ("grpo", 4)])
+def test_a_step_of_answers_is_planned(method, rows):
+    """Twice and more rows, logits of whole rows, and a pass of the reference."""
+    wide = {**MODEL, "vocab_size": 30_000, "num_hidden_layers": 1}
+    more = {} if method == "dpo" else {"group_size": rows}
+    plain = dict(precision="bf16", model=wide, lora_rank=8, sequence_length=64)
+    config = settings(method=method, format="chat", **plain, **more)
+    found, arithmetic = simulate(config), estimate_for(config)
+    assert total(found) == pytest.approx(arithmetic.total, rel=0.05)
+    tokens = rows * config.micro_batch_size * config.sequence_length
+    assert 12 <= arithmetic.logits / (tokens * 30_000) < 14
+    taught = settings(**plain)
+    learned = simulate(taught).flops * rows
+    whole = flops_per_token(config.qwen_config(), config.sequence_length)
+    assert found.flops == pytest.approx(learned + tokens * whole / 3, rel=0.05)
