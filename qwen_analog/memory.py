@@ -663,6 +663,10 @@ def estimate_for(
         lora_targets=config.lora_targets,
         whole_logits=config.method != "sft",
     )
+    if config.keeps_reference:
+        number = 2 if config.precision == "bf16-pure" else 4
+        weights = sum(parameter_counts(config.qwen_config()).values())
+        estimate.parameters += weights * number // shards
     return max(estimate, _while_drawing(config, estimate), key=lambda e: e.total)
 
 

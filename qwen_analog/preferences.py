@@ -292,9 +292,12 @@ def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
 
 @torch.no_grad()
 def with_reference(run: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Add what the model without its adapters thinks of each token."""
+    """Add what the frozen copy, or the model without its adapters, thinks of each
+    token.
+    """
+    where = batch, run.config, run.context.device
     with lora_disabled(run.model):
-        before = answer_log_probs(run.model, batch, run.config, run.context.device)
+        before = answer_log_probs(run.reference or run.model, *where)
     return {**batch, "reference": before}
 
 # %% ../chapters/23_preferences.ipynb #dpo-loss-2

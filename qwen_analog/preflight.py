@@ -89,6 +89,7 @@ def _check_disk(config: TrainConfig, count: int) -> None:
     there = len(list(output.glob("step_*")))
     # `final` lies beside them, its weights twice
     needed = (max(0, planned - there) + 1) * (weights + moments) + weights
+    needed += 4 * count * config.keeps_reference
     free = shutil.disk_usage(place).free
     if needed > free:
         raise ValueError(
@@ -177,6 +178,11 @@ def prepare_start(
                 raise ValueError(
                     "lora_rank: adapters need a model that has learned something: name"
                     " it with --init-from"
+                )
+            if config.keeps_reference:
+                raise ValueError(
+                    f"method {config.method}: it needs a model that has learned to"
+                    " answer: name it with --init-from"
                 )
             tokenizer = load_tokenizer(config.tokenizer)
             start = Start(with_vocabulary(config, tokenizer), tokenizer, notes)

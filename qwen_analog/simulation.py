@@ -79,9 +79,9 @@ class Traffic(TorchDispatchMode):
 class _DryRun:
     """The training program's step. DDP's part, which is C++, is added by hand."""
 
-    def __init__(self, config, world_size: int, model: QwenForCausalLM, wrapped):
+    def __init__(self, config, world_size, reference, model: QwenForCausalLM, wrapped):
         self.config, self.world_size = config, world_size
-        self.model, self.wrapped = model, wrapped
+        self.model, self.wrapped, self.reference = model, wrapped, reference
         set_activation_checkpointing(model, config.activation_checkpointing)
         self.optimizers = _unfused_optimizers(model, config)
         parameters = list(model.parameters())
@@ -89,6 +89,7 @@ class _DryRun:
         self.ddp = world_size > 1 and config.parallel == "ddp"
         # DDP keeps the gradients in its buckets
         self.buckets = [torch.empty_like(p) for p in self.weights] if self.ddp else []
+        parameters += list(reference.parameters()) if reference else []
         self.tracker = StorageTracker(parameters=parameters, gradients=self.buckets)
         run = min(config.gradient_accumulation_steps, 2)  # micro-batches
         self.repeats = config.gradient_accumulation_steps / run
@@ -130,8 +131,10 @@ def _judged(run: _DryRun, batch: dict) -> dict:
     if run.config.method == "sft" or not run.config.beta:
         return batch
     context = SimpleNamespace(device=torch.device("cpu"))
-    trainer = SimpleNamespace(model=run.model, config=run.config, context=context)
-    return with_reference(trainer, batch)
+    models = dict(model=run.model, reference=run.reference)
+    return with_reference(
+        SimpleNamespace(**models, config=run.config, context=context), batch
+    )
 
 # %% ../chapters/B28_simulation.ipynb #cell-019
 def _build(config: TrainConfig, mesh) -> tuple[QwenForCausalLM, nn.Module]:
@@ -247,7 +250,9 @@ def simulate(config: TrainConfig, world_size: int = 1) -> Simulation:
         mesh = make_mesh(config.parallel, world_size, "cpu", shard_size)
         replicas = mesh.size(0) if mesh is not None and mesh.ndim == 2 else 1
         with FakeTensorMode():  # after the mesh, which holds real ranks
-            run = _DryRun(config, world_size, *_build(config, mesh))
+            kept = config.keeps_reference
+            reference = _build(config, mesh)[0].requires_grad_(False) if kept else None
+            run = _DryRun(config, world_size, reference, *_build(config, mesh))
             counter = FlopCounterMode(display=False, custom_mapping=_FLOPS)
             # not tracked: the counter itself keeps activations alive
             run.step(counter, Traffic(replicas, run.tracker))

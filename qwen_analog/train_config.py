@@ -225,7 +225,8 @@ class MethodSettings(_Settings):
     from {"prompt", "chosen", "rejected"} a line; grpo its own answers, by a reward, to
     {"prompt", "answer"} a line: both count such lines where sft counts sequences"""
     beta: float = Field(0.1, ge=0)
-    """dpo, grpo: how much it counts to stay near the model without its adapters"""
+    """dpo, grpo: how much it counts to stay near the model that the run began with: the
+    one without adapters, or a frozen copy where there are none"""
     reward: str = Field("exact", min_length=1)
     """grpo: exact, 1 for the text of "answer"; number, 1 where the last number is that
     of "answer"; or module:function of your own, called with a text and its line"""
@@ -254,6 +255,13 @@ class TrainConfig(
     DataSettings,
 ):
     """A training run: what `train_config.json` holds and flags override."""
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether a frozen copy of the first weights is kept to compare answers with:
+        there are no adapters that could be switched off.
+        """
+        return self.method != "sft" and self.beta > 0 and not self.lora_rank
 
     @model_validator(mode="before")
     @classmethod
@@ -453,11 +461,6 @@ def _check_answers(config: TrainConfig) -> None:
             f"format: method {method} learns from answers: it must be chat, not"
             f" {config.format}"
         )
-    if config.beta and not config.lora_rank:
-        raise ValueError(
-            f"lora_rank: method {method} compares the model with itself without its"
-            " adapters, and there are none: choose a rank, such as 8"
-        )
     if method == "dpo" and not config.beta:
         raise ValueError("beta: must be above 0 with method dpo")
     if method == "grpo" and config.max_new_tokens >= config.sequence_length:
@@ -526,8 +529,11 @@ def finetune_settings(given: TrainConfig, from_checkpoint: bool) -> TrainConfig:
     """
     names = ["output_dir"] if from_checkpoint else FINETUNING
     values: dict[str, Any] = {name: FINETUNING[name] for name in names}
+    own = given.model_dump(exclude_unset=True)
     if given.lora_rank and not from_checkpoint:
         values["learning_rate"] = 2e-4  # adapters begin at nothing
     if not from_checkpoint:
         values |= METHODS[given.method]
-    return TrainConfig.create({**values, **given.model_dump(exclude_unset=True)})
+        if given.method != "sft" and own.get("lora_rank") == 0:
+            values["learning_rate"] = 1e-6  # all weights move
+    return TrainConfig.create({**values, **own})

@@ -454,7 +454,6 @@ def test_what_does_not_fit_the_method_is_refused_before_anything_is_read(
     grpo = ["finetune", "--method", "grpo", "--data", "questions.jsonl"]
     grpo += ["--init-from", "not_there"]
     for flags, said in (
-        (["--lora-rank", "0"], "lora_rank: method grpo compares the model with itself"),
         (["--z-loss", "0.1"], "z_loss: method grpo has no use for it, only sft"),
         (["--reward", "best"], "reward: 'best' is none of exact, number, module:fun"),
         (["--group-size", "1"], "--group-size: Input should be greater than or equal"),

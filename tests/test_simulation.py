@@ -230,3 +230,15 @@ def test_a_step_of_answers_is_planned(method, rows):
     learned = simulate(taught).flops * rows
     whole = flops_per_token(config.qwen_config(), config.sequence_length)
     assert found.flops == pytest.approx(learned + tokens * whole / 3, rel=0.05)
+
+
+@pytest.mark.parametrize("parallel, gpus", [("ddp", 1), ("fsdp", 2)])
+def test_a_frozen_copy_is_planned(parallel, gpus):
+    small = {**MODEL, "num_hidden_layers": 1}
+    shape = dict(model=small, method="dpo", format="chat", parallel=parallel)
+    config = settings(sequence_length=32, **shape)
+    found, arithmetic = simulate(config, gpus), estimate_for(config, gpus)
+    weights = QwenForCausalLM(config.qwen_config()).count_parameters()
+    assert arithmetic.parameters == pytest.approx(2 * 4 * weights / gpus, rel=0.01)
+    assert found.memory["parameters"] == pytest.approx(arithmetic.parameters, rel=0.01)
+    assert total(found) == pytest.approx(arithmetic.total, rel=0.07)
