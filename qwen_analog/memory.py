@@ -389,11 +389,6 @@ class MemorySettings:
         """Whether the pass rounds as it goes; FSDP rounds the weights it gathers."""
         return self.precision == "bf16" and not self.sharded
 
-    @property
-    def inside(self) -> str:  # the precision that a block sees
-        rounded = self.precision == "bf16" and self.sharded
-        return "bf16-pure" if rounded else self.precision
-
 # %% ../chapters/31_memory.ipynb #cell-097
 _OPTIMIZERS = ("adamw", "adamw-bf16", "muon", None)
 _COUNTS = ("batch_size", "sequence_length", "micro_batches", "shards", "replicas")
@@ -517,13 +512,15 @@ class _ActivationBytes:
 
     def __init__(self, s: MemorySettings, copies: int):
         shape = (s.config, s.batch_size, s.sequence_length)
-        options: dict = {"precision": s.inside, "document_masks": s.document_masks}
+        rounded = s.precision == "bf16" and s.sharded
+        inside = "bf16-pure" if rounded else s.precision  # that a block sees
+        options: dict = {"precision": inside, "document_masks": s.document_masks}
         mode = s.activation_checkpointing
         options |= {"lora_rank": s.lora_rank, "lora_targets": s.lora_targets}
         kept = saved_activations(*shape, activation_checkpointing=mode, **options)
         everything = saved_activations(*shape, **options)
         N, D = s.batch_size * s.sequence_length, s.config.hidden_size
-        stored = _STORED[s.inside]
+        stored = _STORED[inside]
         self.stream = N * D * stored
         # `copies` are autocast's, of a block's matrices
         self.block = sum(kept.values()) + copies * (mode == "none")
@@ -663,21 +660,39 @@ def estimate_for(
         lora_targets=config.lora_targets,
         whole_logits=config.method != "sft",
     )
-    if config.keeps_reference:
+    return _of_answers(config, estimate, shards)
+
+# %% ../chapters/B28_simulation.ipynb #while-drawing
+def _of_answers(
+    config: "TrainConfig", estimate: MemoryEstimate, shards: int
+) -> MemoryEstimate:
+    """Return `estimate` with what the method needs besides: a frozen copy, answers."""
+    from qwen_analog.train_config import keeps_reference
+
+    if keeps_reference(config):
         number = 2 if config.precision == "bf16-pure" else 4
         weights = sum(parameter_counts(config.qwen_config()).values())
         estimate.parameters += weights * number // shards
-    return max(estimate, _while_drawing(config, estimate), key=lambda e: e.total)
+    if config.method != "grpo":
+        return estimate
+    drawing = _while_drawing(config, estimate, shards > 1)
+    return max(estimate, drawing, key=lambda moment: moment.total)
 
 
-def _while_drawing(config: "TrainConfig", of_step: MemoryEstimate) -> MemoryEstimate:
-    """Return the bytes while answers are drawn for GRPO: their keys and values."""
+def _while_drawing(
+    config: "TrainConfig", of_step: MemoryEstimate, sharded: bool
+) -> MemoryEstimate:
+    """Return the bytes while answers are drawn: their keys and values, and of a sharded
+    model a whole copy.
+    """
     c, rows = config.qwen_config(), config.micro_batch_size * config.rows_per_example
     tokens = rows * config.gradient_accumulation_steps * config.sequence_length
-    drawn = 2 * 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * tokens
+    number = 4 if config.precision == "fp32" else 2
+    numbers = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim  # a token
     return MemoryEstimate(
         parameters=of_step.parameters,
         optimizer=of_step.optimizer,
-        kv_cache=drawn * (config.method == "grpo"),
+        communication=sum(parameter_counts(c).values()) * number * sharded,
+        kv_cache=4 * numbers * tokens,
         moment="the drawing of answers",
     )

@@ -30,7 +30,7 @@ from .parallel import build_model, default_dtype, make_mesh
 from .preferences import summed_pair_loss, with_reference
 from .rewards import summed_answer_loss
 from .step import accumulate_gradients, micro_batches
-from .train_config import TrainConfig
+from .train_config import TrainConfig, keeps_reference
 
 # %% ../chapters/B28_simulation.ipynb #cell-013
 def _ring_bytes(name: str, args: tuple, replicas: int) -> dict[str, int]:
@@ -250,7 +250,7 @@ def simulate(config: TrainConfig, world_size: int = 1) -> Simulation:
         mesh = make_mesh(config.parallel, world_size, "cpu", shard_size)
         replicas = mesh.size(0) if mesh is not None and mesh.ndim == 2 else 1
         with FakeTensorMode():  # after the mesh, which holds real ranks
-            kept = config.keeps_reference
+            kept = keeps_reference(config)
             reference = _build(config, mesh)[0].requires_grad_(False) if kept else None
             run = _DryRun(config, world_size, reference, *_build(config, mesh))
             counter = FlopCounterMode(display=False, custom_mapping=_FLOPS)

@@ -198,7 +198,7 @@ def call_arguments(value: Any) -> dict[str, Any]:
         raise ValueError("no JSON object")
     return value
 
-
+# %% ../chapters/B36_tools.ipynb #data-calls-2
 def checked_calls(calls: Any) -> list[dict[str, Any]]:
     """Return the `tool_calls` of a message as chat templates take them.
 

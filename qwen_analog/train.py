@@ -199,6 +199,7 @@ from .progress import finish, write_samples
 from .resume import compare_data, rng_state
 from .rewards import GRPO
 from .train_config import TrainConfig, add_arguments, given_settings
+from .train_config import keeps_reference
 
 # %% ../chapters/38_pretraining.ipynb #cell-077
 @contextmanager
@@ -335,7 +336,7 @@ def build_reference(
     None where it needs none. It is kept in `output_dir`/reference.
     """
     config, place = start.config, Path(start.config.output_dir) / "reference"
-    if not config.keeps_reference:
+    if not keeps_reference(config):
         return None
     with context.together():
         source = start.source or first_weights(start.path or "")

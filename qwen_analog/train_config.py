@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LORA_TARGETS', 'RENAMED_SETTINGS', 'FINETUNING', 'METHODS', 'StepSettings', 'OptimizerSettings', 'HardwareSettings',
            'OutputSettings', 'DataSettings', 'AdapterSettings', 'MethodSettings', 'TrainConfig', 'rename_settings',
-           'add_settings', 'given_settings', 'fitted', 'check_method', 'add_arguments', 'finetune_settings']
+           'add_settings', 'given_settings', 'fitted', 'check_method', 'keeps_reference', 'add_arguments',
+           'finetune_settings']
 
 # %% ../chapters/B17_settings.ipynb #cell-011
 import argparse
@@ -256,13 +257,6 @@ class TrainConfig(
 ):
     """A training run: what `train_config.json` holds and flags override."""
 
-    @property
-    def keeps_reference(self) -> bool:
-        """Whether a frozen copy of the first weights is kept to compare answers with:
-        there are no adapters that could be switched off.
-        """
-        return self.method != "sft" and self.beta > 0 and not self.lora_rank
-
     @model_validator(mode="before")
     @classmethod
     def _rename(cls, values: Any) -> Any:
@@ -468,6 +462,13 @@ def _check_answers(config: TrainConfig) -> None:
             f"max_new_tokens {config.max_new_tokens:,} leaves no room for a prompt in"
             f" sequence_length {config.sequence_length:,}"
         )
+
+
+def keeps_reference(config: TrainConfig) -> bool:
+    """Whether a frozen copy of the first weights is kept to compare answers with: there
+    are no adapters that could be switched off.
+    """
+    return config.method != "sft" and config.beta > 0 and not config.lora_rank
 
 # %% ../chapters/B17_settings.ipynb #cell-062
 def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:

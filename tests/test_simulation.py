@@ -242,3 +242,19 @@ def test_a_frozen_copy_is_planned(parallel, gpus):
     assert arithmetic.parameters == pytest.approx(2 * 4 * weights / gpus, rel=0.01)
     assert found.memory["parameters"] == pytest.approx(arithmetic.parameters, rel=0.01)
     assert total(found) == pytest.approx(arithmetic.total, rel=0.07)
+
+
+def test_a_whole_copy_to_draw_from_is_planned():
+    """While GRPO draws it holds keys and values, and a copy of a sharded model."""
+    small = {**MODEL, "vocab_size": 16, "num_hidden_layers": 8, "hidden_size": 768}
+    config = settings(
+        model=small, method="grpo", format="chat", lora_rank=2, sequence_length=8
+    )
+    weights = QwenForCausalLM(config.qwen_config()).count_parameters()
+    alone = estimate_for(config)
+    assert alone.communication == alone.kv_cache == 0
+    shared = estimate_for(config.model_copy(update={"parallel": "fsdp"}), 64)
+    assert shared.moment == "the drawing of answers"
+    assert shared.communication == 4 * weights
+    keys = 2 * 4 * 8 * config.qwen_config().head_dim * small["num_key_value_heads"]
+    assert shared.kv_cache == keys * 8 * 2 * 8
