@@ -453,7 +453,6 @@ def test_micro_batches_are_one_batch(pairs):
     [
         ("ddp", 2),
         pytest.param("fsdp", 2, marks=pytest.mark.slow),
-        pytest.param("ddp", 0, marks=pytest.mark.slow),
         pytest.param("fsdp", 0, marks=pytest.mark.slow),
     ],
 )
