@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from .arguments import need, one_line
@@ -85,11 +86,7 @@ def chat_ids(
     that takes too long or writes too much.
     """
     template, tools = template_of(tokenizer), list(tools)
-    with_tools = tools or any(
-        m.get("tool_calls") or m["role"] == "tool" for m in _checked(messages)
-    )
-    if with_tools and not knows_tools(tokenizer):
-        raise ValueError("tools: the chat template of this model knows none")
+    with_tools = _with_tools(tokenizer, messages, tools)
     if template is None or not isinstance(tokenizer, HFTokenizer):
         if not with_tools:
             return encode_chat(tokenizer, messages, add_generation_prompt)
@@ -173,30 +170,60 @@ def _encode_tools(
     return hiding.encode(text + "<|im_start|>assistant\n" * add_generation_prompt)
 
 # %% ../chapters/B11_chat_template.ipynb #knows-tools
-def knows_tools(tokenizer: Tokenizer) -> bool:
-    """Whether the tokenizer's chat form has a place for tools, calls and results."""
+_PROBE: dict[str, Any] = {"name": "probe", "arguments": {"city": "Oslo"}}
+
+
+def knows_tools(tokenizer: Tokenizer, any_form: bool = False) -> bool:
+    """Whether the tokenizer's chat form has a place for tools, calls and results.
+
+    Calls must have Qwen's form, in which they are found in answers, or `any_form`.
+    """
     template = template_of(tokenizer)
     if template is None or not isinstance(tokenizer, HFTokenizer):
         return True
-    function = {"name": "probe", "arguments": {"a": 1}}
+    fast: Any = tokenizer.tokenizer
+    text = _filled_probe(template, json.dumps(fast.special_tokens_map, default=str))
+    call = "Oslo" if any_form else call_text(**_PROBE)
+    return all(part in text for part in ("a description", call, "the result"))
+
+
+@lru_cache(maxsize=16)
+def _filled_probe(template: str, special_tokens: str) -> str:
+    """Return what a template makes of a tool, its call and the result."""
+    described = {"name": "probe", "description": "a description", "parameters": {}}
+    call = {"id": "a23456789", "type": "function", "function": _PROBE}
     messages = [
         {"role": "user", "content": "?"},
-        {"role": "assistant", "content": "", "tool_calls": [{"function": function}]},
-        {"role": "tool", "content": "the result"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": call["id"], "content": "the result"},
     ]
-    described = {"name": "probe", "description": "a description", "parameters": {}}
     tools = [{"type": "function", "function": described}]
+    values = {"messages": messages, "tools": tools, "documents": None}
     try:
-        hiding = _Hiding(tokenizer, "")
-        text = _fill(tokenizer, template, hiding, messages, {"tools": tools})
+        return render(template, {**json.loads(special_tokens), **values}, most=10**6)
     except ValueError:
-        return False
-    wanted = ("a description", call_text(**function), "the result")
-    return all(part in text for part in wanted)
+        return ""
+
+# %% ../chapters/B11_chat_template.ipynb #with-tools
+def _with_tools(
+    tokenizer: Tokenizer, messages: Sequence[dict[str, Any]], tools: Sequence
+) -> bool:
+    """Whether a conversation has tools; ValueError where the chat form knows none."""
+    found = bool(tools) or any(
+        m.get("tool_calls") or m["role"] == "tool" for m in _checked(messages)
+    )
+    if found and not knows_tools(tokenizer, any_form=True):
+        raise ValueError(
+            "tools: the chat template of this model knows none; use a model whose"
+            " template does, or no tools"
+        )
+    return found
 
 # %% ../chapters/B11_chat_template.ipynb #marked-chat
 def marked_chat(
-    tokenizer: Tokenizer, messages: Sequence[dict[str, str]]
+    tokenizer: Tokenizer,
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[dict[str, Any]] = (),
 ) -> tuple[list[int], list[slice]] | None:
     """Return the ids of a conversation, and the places that its template marks by
     `{% generation %}` as the model's; None where it marks nothing.
@@ -206,10 +233,12 @@ def marked_chat(
     template = template_of(tokenizer)
     if template is None or not isinstance(tokenizer, HFTokenizer):
         return None
-    said = _contents(messages)
+    _with_tools(tokenizer, messages, tools)
+    said = _contents(messages) + _as_text(list(tools))
     hiding = _Hiding(tokenizer, said)
     mark = _private_character(said + hiding.mark)
-    more = {"add_generation_prompt": False, "generation_mark": mark}
+    more: dict[str, Any] = {"add_generation_prompt": False, "generation_mark": mark}
+    more["tools"] = hiding.hide_all(list(tools)) or None
     parts = _fill(tokenizer, template, hiding, messages, more).split(mark)
     if len(parts) == 1:
         return None
@@ -279,6 +308,7 @@ def _jinja_environment():
 # %% ../chapters/B11_chat_template.ipynb #9b89736b
 def _render_lines():
     """Answer each line of the standard input, within limits of time and memory."""
+    import functools
     import json
     import resource
     import sys
@@ -289,6 +319,7 @@ def _render_lines():
         resource.setrlimit(kind, (most, hard))
 
     environment = _jinja_environment()
+    compiled = functools.lru_cache(8)(environment.from_string)
     limit(resource.RLIMIT_CORE, 0)
     limit(resource.RLIMIT_AS, 2**30)
     for line in sys.stdin.buffer:
@@ -296,7 +327,7 @@ def _render_lines():
         used = resource.getrusage(resource.RUSAGE_SELF)
         limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + 2)
         try:
-            text = environment.from_string(template).render(values)
+            text = compiled(template).render(values)
             if len(text) > most:
                 raise ValueError(f"it writes {len(text)} characters, more than {most}")
             answer = {"text": text}

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SAMPLING', 'require_new', 'export', 'import_', 'source_and_directory', 'consolidate', 'given_sampling', 'sample',
-           'grammar_of', 'search', 'answer_length', 'require_room', 'generate', 'beginnings', 'trace', 'finetune']
+           'grammar_of', 'search', 'answer_length', 'require_room', 'generate', 'beginnings', 'said_in', 'trace',
+           'finetune']
 
 # %% ../chapters/B34_texts_and_weights.ipynb #cell-005
 import argparse
@@ -20,7 +21,7 @@ from .generate import sampling_defaults, stop_ids
 from .grammar import Grammar, json_grammar
 from .hf_tokenizer import read_json_object
 from .hardware import require_memory
-from .jsonl import read_jsonl
+from .jsonl import parse_json, read_lines
 from .loading import load
 from .memory import estimate_memory
 from .model import QwenForCausalLM
@@ -205,11 +206,12 @@ def beginnings(file: str, lines: list[int]) -> dict[int, str]:
         return {}
     texts = {}
     try:
-        for document in read_jsonl([file], skip_bad_lines=True):
-            line = int(document.source.rpartition(":")[2])
-            if line in lines:
-                texts[line] = f"{document.text[:80]!r}"
-            if line >= max(lines):
+        for line in read_lines([file]):
+            if line.number in lines:
+                content = line.content
+                text = line.document(skip_bad_lines=True).text
+                texts[line.number] = f"{(text or said_in(content))[:80]!r}"
+            if line.number >= max(lines):
                 break
     except (ValueError, OSError) as error:
         print(f"note: the texts cannot be shown: {error}", file=sys.stderr)
@@ -217,7 +219,31 @@ def beginnings(file: str, lines: list[int]) -> dict[int, str]:
     gone = "(the file has no such line any more)"
     return {line: texts.get(line, gone) for line in lines}
 
+# %% ../chapters/B34_texts_and_weights.ipynb #said-code
+def said_in(content: bytes | bytearray | None) -> str:
+    """Return what is said in a line of a conversation, a pair or a question, without
+    system messages; nothing for other lines.
+    """
+    try:
+        record: Any = parse_json(bytes(content or b""))
+        values = (record[name] for name in _SAID if name in record)
+        turns = [turn for value in values for turn in _turns(value)]
+        return " / ".join(turn for turn in turns if turn)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return ""
 
+
+# a pair may have no prompt but in its answers
+_SAID = ("messages", "prompt", "completion", "chosen", "answer")
+
+
+def _turns(value: Any) -> list[str]:
+    if not isinstance(value, list):
+        return [str(value)]
+    spoken = [turn for turn in value if turn["role"] != "system"]
+    return [str(turn.get("content") or turn.get("tool_calls", "")) for turn in spoken]
+
+# %% ../chapters/B34_texts_and_weights.ipynb #trace-code
 def trace(arguments: argparse.Namespace) -> None:
     """Print the documents that a step of a run was made of, and how they begin."""
     documents: dict[str, list[int]] = {}

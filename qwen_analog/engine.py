@@ -140,7 +140,7 @@ from itertools import count
 
 from .arguments import one_line
 from .generate import pad_left, sampling_defaults, stop_ids
-from .grammar import restrict
+from .grammar import GrammarError, restrict
 from .pages import PagedCache, has_pages, new_paged_cache, pages_for
 from .sampling import check_ids, check_whole, new_generator, sample
 from .scheduler import Delta, Group, Request
@@ -332,7 +332,8 @@ def _failing(scheduler: Scheduler, sequence: SequenceState) -> Iterator[None]:
     except Exception as error:
         why = describe_error(error)
         log.error("request %d failed: %s", sequence.number, why)
-        _finish(scheduler, sequence, why, "error")
+        status = 400 if isinstance(error, GrammarError) else 500  # whose fault it is
+        _finish(scheduler, sequence, why, "error", status)
 
 # %% ../chapters/28_batching.ipynb #cell-084
 log = logging.getLogger("uvicorn.error")  # the server's own: a line an event
@@ -363,11 +364,15 @@ def _send(
 
 # %% ../chapters/28_batching.ipynb #cell-085
 def _finish(
-    scheduler: Scheduler, sequence: SequenceState, text: str, reason: str
+    scheduler: Scheduler,
+    sequence: SequenceState,
+    text: str,
+    reason: str,
+    status: int = 500,
 ) -> None:
     """Free the row of a sequence, and deliver the last of its text."""
     scheduler.release(sequence)
-    _send(sequence, text, reason)
+    _send(sequence, text, reason, status)
 
 
 def _abandon(scheduler: Scheduler, reason: str, status: int) -> None:

@@ -6,8 +6,8 @@
 __all__ = ['ROLES', 'fill_rows', 'Example', 'join', 'answer_in_use', 'RewrittenTurnError', 'answer_spans', 'answer_end',
            'encode_conversation', 'encode_turns', 'ChatDataset', 'end_at_answers', 'read_messages', 'read_examples',
            'encode_record', 'read_conversations', 'read_all', 'chat_fingerprint', 'split_examples', 'chat_datasets',
-           'conversation_and_key', 'conversation_rows', 'open_conversations', 'bad_line', 'HeldOutConversation',
-           'ChatRows', 'ChatReader', 'ChatPieces', 'ChatStream', 'add_adapters', 'save_adapters']
+           'conversation_and_key', 'conversation_rows', 'open_conversations', 'hub_conversation', 'bad_line',
+           'HeldOutConversation', 'ChatRows', 'ChatReader', 'ChatPieces', 'ChatStream', 'add_adapters', 'save_adapters']
 
 # %% ../chapters/21_finetuning.ipynb #step-033
 from collections.abc import Sequence
@@ -102,11 +102,16 @@ from qwen_analog.streaming import (
 from .text_stream import LONGEST_TOKEN
 from .token_cache import hash_key, held_out_mask
 from .tokenizer import Tokenizer
+from .tools import checked_calls, checked_tools, said
 from .train_config import TrainConfig
 
 # %% ../chapters/21_finetuning.ipynb #cell-012
 def answer_in_use(
-    tokenizer: Tokenizer, messages: Sequence[dict[str, str]], i: int, end: int
+    tokenizer: Tokenizer,
+    messages: Sequence[dict[str, Any]],
+    i: int,
+    end: int,
+    tools: Sequence[dict[str, Any]] = (),
 ) -> tuple[list[int], slice]:
     """Return the ids of a conversation up to its answer `messages[i]`, and where in
     them this answer stands, with the id `end` that closes it.
@@ -114,10 +119,12 @@ def answer_in_use(
     Raises ValueError where they do not begin with what the model is given.
     """
     try:
-        asked = chat_ids(tokenizer, messages[:i])  # what the model is given
+        asked = chat_ids(
+            tokenizer, messages[:i], tools=tools
+        )  # what the model is given
     except ValueError as error:
         raise ValueError(f"message {i + 1}: what stands before it: {error}") from None
-    told = chat_ids(tokenizer, messages[: i + 1], add_generation_prompt=False)
+    told = chat_ids(tokenizer, messages[: i + 1], False, tools)
     if told[: len(asked)] != asked or end not in told[len(asked) :]:
         raise ValueError(
             f"message {i + 1}: the chat template does not begin this answer where it"
@@ -132,7 +139,10 @@ class RewrittenTurnError(ValueError):
 
 
 def answer_spans(
-    tokenizer: Tokenizer, messages: Sequence[dict[str, str]], end: int
+    tokenizer: Tokenizer,
+    messages: Sequence[dict[str, Any]],
+    end: int,
+    tools: Sequence[dict[str, Any]] = (),
 ) -> tuple[list[int], list[slice]]:
     """Return the ids of a conversation, and where in them each answer stands, with the
     id `end` that closes it.
@@ -140,14 +150,14 @@ def answer_spans(
     Where the chat template marks answers, they are what it marks. Raises ValueError
     where what is learned would not be what the model is given later.
     """
-    marked = marked_chat(tokenizer, messages)
+    marked = marked_chat(tokenizer, messages, tools)
     if marked is not None:
         return marked
-    ids, spans = chat_ids(tokenizer, messages, add_generation_prompt=False), []
+    ids, spans = chat_ids(tokenizer, messages, False, tools), []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        told, span = answer_in_use(tokenizer, messages, i, end)
+        told, span = answer_in_use(tokenizer, messages, i, end, tools)
         if ids[: span.stop] != told[: span.stop]:
             raise RewrittenTurnError(
                 f"message {i + 1}: the chat template writes this answer, or what stands"
@@ -189,13 +199,14 @@ def answer_end(tokenizer: Tokenizer) -> int:
 # %% ../chapters/21_finetuning.ipynb #cell-023
 def encode_conversation(
     tokenizer: Tokenizer,
-    messages: Sequence[dict[str, str]],
+    messages: Sequence[dict[str, Any]],
     end: int,
     key: str = "",
     source: str = "",
+    tools: Sequence[dict[str, Any]] = (),
 ) -> Example:
-    ids, spans = answer_spans(tokenizer, messages, end)
-    answers = [m["content"] for m in messages if m["role"] == "assistant"]
+    ids, spans = answer_spans(tokenizer, messages, end, tools)
+    answers = [said(m) for m in messages if m["role"] == "assistant"]
     return _example(ids, spans, answers, key, source)
 
 
@@ -212,23 +223,23 @@ def _example(
 # %% ../chapters/21_finetuning.ipynb #cell-023-turns
 def encode_turns(
     tokenizer: Tokenizer,
-    messages: Sequence[dict[str, str]],
+    messages: Sequence[dict[str, Any]],
     end: int,
     key: str = "",
     source: str = "",
+    tools: Sequence[dict[str, Any]] = (),
 ) -> list[Example]:
     """Do as `encode_conversation`; where the chat template rewrites earlier turns,
     return an example for each answer.
     """
     try:
-        return [encode_conversation(tokenizer, messages, end, key, source)]
+        return [encode_conversation(tokenizer, messages, end, key, source, tools)]
     except RewrittenTurnError:
         numbers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     examples = []
     for i in numbers:
-        ids, span = answer_in_use(tokenizer, messages, i, end)
-        said = [messages[i]["content"]]
-        examples.append(_example(ids, [span], said, key, source))
+        ids, span = answer_in_use(tokenizer, messages, i, end, tools)
+        examples.append(_example(ids, [span], [said(messages[i])], key, source))
     return examples
 
 # %% ../chapters/21_finetuning.ipynb #cell-032
@@ -278,25 +289,19 @@ def end_at_answers(model: QwenForCausalLM, tokenizer: Tokenizer) -> None:
     model.generation_config = {**settings, "eos_token_id": list(dict.fromkeys(ends))}
 
 # %% ../chapters/21_finetuning.ipynb #cell-064
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 # what a template, or a trainer, would make something of
-_NOT_OF_RECORDS = ("tools", "documents", "chat_template_kwargs")
-_NOT_OF_MESSAGES = (
-    "tool_calls",
-    "tool_call_id",
-    "function_call",
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-    "name",
-)
+_NOT_OF_RECORDS = ("documents", "chat_template_kwargs")
+_NOT_OF_MESSAGES = ("function_call", "reasoning_content", "reasoning", "thinking")
+_OF_TOOLS = ("name", "tool_call_id")
 
 # %% ../chapters/21_finetuning.ipynb #92beecfa
-def read_messages(record: object) -> list[dict[str, str]]:
+def read_messages(record: object) -> list[dict[str, Any]]:
     """Return the messages of a line's record, checked.
 
     It is {"messages": [{"role", "content"}, ...]}, or {"prompt", "completion"}, each a
-    text or a list of messages. Raises ValueError saying what is wrong with it.
+    text or a list of messages; those of the assistant may have `tool_calls`. Raises
+    ValueError saying what is wrong with it.
     """
     if not isinstance(record, dict):
         raise ValueError(f"not a JSON object but of type {type(record).__name__}")
@@ -323,7 +328,7 @@ def _as_messages(value: object, role: str) -> list:
     return value if isinstance(value, list) else [{"role": role, "content": value}]
 
 
-def _read_message(number: int, message: object) -> dict[str, str]:
+def _read_message(number: int, message: object) -> dict[str, Any]:
     try:
         if not isinstance(message, dict):
             raise ValueError(f"not a JSON object but of type {type(message).__name__}")
@@ -331,18 +336,31 @@ def _read_message(number: int, message: object) -> dict[str, str]:
         if role not in ROLES:
             known = ", ".join(ROLES)
             raise ValueError(f"its role is {shown(role)}, not one of {known}")
-        for name in _NOT_OF_MESSAGES:
+        refused = _NOT_OF_MESSAGES if role == "tool" else _NOT_OF_MESSAGES + _OF_TOOLS
+        for name in refused:
             if message.get(name):
                 raise ValueError(f'"{name}" is not supported')
         if message.get("weight") not in (None, 1):
             raise ValueError(f'"weight" {shown(message["weight"])} is not supported')
-        content = _as_text(message.get("content"))
-        if role == "assistant" and not content.strip():
-            raise ValueError("the assistant says nothing")
-        refuse_surrogates("content", content)
+        return {"role": role, **_read_turn(message, role)}
     except ValueError as error:
         raise ValueError(f"message {number}: {error}") from None
-    return {"role": role, "content": content}
+
+# %% ../chapters/21_finetuning.ipynb #cell-065-turn
+def _read_turn(message: dict[str, Any], role: str) -> dict[str, Any]:
+    """Return a message's text, its calls, and what says which call it answers."""
+    calls, content = message.get("tool_calls"), message.get("content")
+    if calls and role != "assistant":
+        raise ValueError('"tool_calls" of another role than the assistant')
+    turn = {"content": _as_text("" if calls and content is None else content)}
+    turn |= {n: message[n] for n in _OF_TOOLS if message.get(n)}
+    for name, value in turn.items():
+        if not isinstance(value, str):
+            raise ValueError(f'"{name}" is not text but {shown(value)}')
+        refuse_surrogates(name, value)
+    if role == "assistant" and not (calls or turn["content"].strip()):
+        raise ValueError("the assistant says nothing")
+    return {**turn, "tool_calls": checked_calls(calls)} if calls else turn
 
 # %% ../chapters/21_finetuning.ipynb #cell-065-text
 def _as_text(content: object) -> str:
@@ -378,13 +396,14 @@ def read_examples(
 def encode_record(
     record: Any, source: str, tokenizer: Tokenizer, end: int, sequence_length: int
 ) -> list[Example]:
-    messages = read_messages(record)
-    characters = sum(len(message["content"]) for message in messages)
+    messages, tools = read_messages(record), checked_tools(record.get("tools"))
+    texts = [*map(said, messages), *map(json.dumps, tools)]
+    characters = sum(map(len, texts))
     if characters > LONGEST_TOKEN * sequence_length:  # to count could take minutes
         raise ValueError(f"more than sequence_length {sequence_length:,} tokens")
     title = record.get("title")
     key = title if isinstance(title, str) and title else repr(messages)
-    examples = encode_turns(tokenizer, messages, end, key, source)
+    examples = encode_turns(tokenizer, messages, end, key, source, tools)
     longest = max(map(len, examples))
     if longest > sequence_length:
         raise ValueError(
@@ -466,12 +485,14 @@ def chat_datasets(
     return training, kept if parts[1] else None
 
 # %% ../chapters/21_finetuning.ipynb #stream-2
-def conversation_and_key(record: object) -> tuple[str, str]:
-    """Return a record's messages as JSON, and what the held-out split is drawn by."""
+def conversation_and_key(record: Any) -> tuple[str, str]:
+    """Return a record's messages and tools as JSON, and what the held-out split is
+    drawn by.
+    """
     messages = read_messages(record)
-    title = record.get("title") if isinstance(record, dict) else None
+    title, tools = (record.get(name) for name in ("title", "tools"))
     key = title if isinstance(title, str) and title else repr(messages)
-    return json.dumps(messages), key
+    return json.dumps({"messages": messages, "tools": checked_tools(tools)}), key
 
 
 def conversation_rows(files: Sequence[str], skip_bad_lines: bool) -> Iterator[dict]:
@@ -491,8 +512,22 @@ def conversation_rows(files: Sequence[str], skip_bad_lines: bool) -> Iterator[di
 # %% ../chapters/21_finetuning.ipynb #stream-2-open
 def open_conversations(paths: Sequence[str | Path], skip_bad_lines: bool = False):
     """Do as `open_stream`, for conversations: what a `ChatStream` reads."""
-    read = conversation_and_key
-    return open_stream(paths, skip_bad_lines, conversation_rows, read)
+    return open_stream(paths, skip_bad_lines, conversation_rows, hub_conversation)
+
+
+def hub_conversation(record: object) -> tuple[str, str]:
+    """Do as `conversation_and_key`, without the empty fields that the tables of the hub
+    give to calls and tools of other functions.
+    """
+    return conversation_and_key(_without_nulls(record))
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_nulls(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    return {k: _without_nulls(part) for k, part in value.items() if part is not None}
 
 
 def bad_line(source: str, error: Exception) -> DataError:
@@ -525,7 +560,7 @@ class ChatRows:
     def encode(self, row: dict) -> list[Example]:
         source, problem = row["source"], row["error"]
         if not problem:
-            record = {"messages": json.loads(row["text"]), "title": row["key"]}
+            record = {**json.loads(row["text"]), "title": row["key"]}
             try:
                 return encode_record(record, source, *self.form)
             except ValueError as error:

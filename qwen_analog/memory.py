@@ -370,6 +370,7 @@ class MemorySettings:
     document_masks: bool = True
     lora_rank: int = 0  # of adapters beside frozen weights
     lora_targets: Sequence[str] = ADAPTED
+    whole_logits: bool = False  # for a loss of each token, as DPO's
 
     def __post_init__(self):
         _check_settings(self)
@@ -387,11 +388,6 @@ class MemorySettings:
     def autocast(self) -> bool:
         """Whether the pass rounds as it goes; FSDP rounds the weights it gathers."""
         return self.precision == "bf16" and not self.sharded
-
-    @property
-    def inside(self) -> str:  # the precision that a block sees
-        rounded = self.precision == "bf16" and self.sharded
-        return "bf16-pure" if rounded else self.precision
 
 # %% ../chapters/31_memory.ipynb #cell-097
 _OPTIMIZERS = ("adamw", "adamw-bf16", "muon", None)
@@ -516,13 +512,15 @@ class _ActivationBytes:
 
     def __init__(self, s: MemorySettings, copies: int):
         shape = (s.config, s.batch_size, s.sequence_length)
-        options: dict = {"precision": s.inside, "document_masks": s.document_masks}
+        rounded = s.precision == "bf16" and s.sharded
+        inside = "bf16-pure" if rounded else s.precision  # that a block sees
+        options: dict = {"precision": inside, "document_masks": s.document_masks}
         mode = s.activation_checkpointing
         options |= {"lora_rank": s.lora_rank, "lora_targets": s.lora_targets}
         kept = saved_activations(*shape, activation_checkpointing=mode, **options)
         everything = saved_activations(*shape, **options)
         N, D = s.batch_size * s.sequence_length, s.config.hidden_size
-        stored = _STORED[s.inside]
+        stored = _STORED[inside]
         self.stream = N * D * stored
         # `copies` are autocast's, of a block's matrices
         self.block = sum(kept.values()) + copies * (mode == "none")
@@ -533,7 +531,9 @@ class _ActivationBytes:
         self.masks = s.batch_size * s.sequence_length**2 * s.document_masks
         cos_sin = 2 * N * s.config.head_dim * stored
         self.around = N * D * 4 + self.stream + cos_sin + self.masks  # and final norm
-        self.chunk = 2 * min(CHUNK_SIZE, N) * s.config.vocab_size * 4  # float32 logits
+        # float32 logits and their gradient; of whole rows the softmax is kept besides
+        tokens = 3 * N if s.whole_logits else 2 * min(CHUNK_SIZE, N)
+        self.chunk = tokens * s.config.vocab_size * 4
         self.working = self.stream + _mlp_backward(s)
 
 # %% ../chapters/31_memory.ipynb #cell-103
@@ -644,7 +644,7 @@ def estimate_for(
         "fsdp": world_size,
         "hsdp": min(config.shard_size or gpus_per_node, world_size),
     }[config.parallel]
-    return estimate_memory(
+    estimate = estimate_memory(
         config.qwen_config(),
         precision=config.precision,
         optimizer=config.optimizer,
@@ -658,4 +658,41 @@ def estimate_for(
         document_masks=config.isolate_documents,
         lora_rank=config.lora_rank,
         lora_targets=config.lora_targets,
+        whole_logits=config.method != "sft",
+    )
+    return _of_answers(config, estimate, shards)
+
+# %% ../chapters/B28_simulation.ipynb #while-drawing
+def _of_answers(
+    config: "TrainConfig", estimate: MemoryEstimate, shards: int
+) -> MemoryEstimate:
+    """Return `estimate` with what the method needs besides: a frozen copy, answers."""
+    from qwen_analog.train_config import keeps_reference
+
+    if keeps_reference(config):
+        number = 2 if config.precision == "bf16-pure" else 4
+        weights = sum(parameter_counts(config.qwen_config()).values())
+        estimate.parameters += weights * number // shards
+    if config.method != "grpo":
+        return estimate
+    drawing = _while_drawing(config, estimate, shards > 1)
+    return max(estimate, drawing, key=lambda moment: moment.total)
+
+
+def _while_drawing(
+    config: "TrainConfig", of_step: MemoryEstimate, sharded: bool
+) -> MemoryEstimate:
+    """Return the bytes while answers are drawn: their keys and values, and of a sharded
+    model a whole copy.
+    """
+    c, rows = config.qwen_config(), config.micro_batch_size * config.rows_per_example
+    tokens = rows * config.gradient_accumulation_steps * config.sequence_length
+    number = 4 if config.precision == "fp32" else 2
+    numbers = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim  # a token
+    return MemoryEstimate(
+        parameters=of_step.parameters,
+        optimizer=of_step.optimizer,
+        communication=sum(parameter_counts(c).values()) * number * sharded,
+        kv_cache=4 * numbers * tokens,
+        moment="the drawing of answers",
     )

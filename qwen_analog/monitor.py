@@ -296,7 +296,9 @@ def _save_trace(file: Path, profile: torch.profiler.profile) -> None:
         print(f"warning: {file} cannot be written: {reason}", file=sys.stderr)
 
 # %% ../chapters/36_watching.ipynb #cell-089
-def plot_losses(metrics: str | Path, picture: str | Path) -> None:
+def plot_losses(
+    metrics: str | Path, picture: str | Path, unit: str = "nats a token"
+) -> None:
     """Draw the training and held-out loss of a metrics.jsonl.
 
     Of a step logged twice the later line counts; what is no number is left out. An
@@ -311,7 +313,7 @@ def plot_losses(metrics: str | Path, picture: str | Path) -> None:
         axes.plot(*zip(*training), label="training", linewidth=1)
     if heldout:
         axes.plot(*zip(*heldout), label="held out", marker="o", markersize=4)
-    axes.set(xlabel="step", ylabel="loss, nats a token", title="Loss")
+    axes.set(xlabel="step", ylabel=f"loss, {unit}", title="Loss")
     axes.grid(alpha=0.25)
     if training or heldout:
         axes.legend(frameon=False)

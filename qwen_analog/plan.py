@@ -18,7 +18,8 @@ from .config import ACTIVATION_CHECKPOINTING
 from .hardware import GPUS, Gpu
 from .memory import adapter_parameters, estimate_for, flops_per_token
 from .simulation import simulate
-from .train_config import TrainConfig, given_settings
+from .train_config import TrainConfig, check_method, finetune_settings
+from .train_config import given_settings
 
 # %% ../chapters/37_plan.ipynb #p1900018
 CONTEXT = 0.8e9  # bytes: the CUDA context and the libraries' workspaces
@@ -132,16 +133,23 @@ def report(
         "flops": step.flops,
         "sent": step.sent,
         **_speed(config, gpu, world_size, mfu, tokens),
-        "origins": origins(gpu_name, measured),
+        "origins": {**origins(gpu_name, measured), **_left_out(config)},
         "instead": None if fit else _instead(config, gpu, world_size, gpus_per_node),
     }
 
 # %% ../chapters/37_plan.ipynb #3f2a516d
+def _left_out(config: TrainConfig) -> dict[str, str]:
+    drawn = {"drawing": "left out: answers cost time before the step that learns them"}
+    return drawn if config.method == "grpo" else {}
+
+
 def _speed(
     config: TrainConfig, gpu: Gpu, world_size: int, mfu: float, tokens: float
 ) -> dict:
     shape, thin = config.qwen_config(), (config.lora_rank, config.lora_targets)
     cost = flops_per_token(shape, config.sequence_length, "none", *thin)
+    if config.method != "sft" and config.beta:  # the reference's pass, forward only
+        cost += flops_per_token(shape, config.sequence_length) / 3
     speed = mfu * gpu.flops * world_size / cost  # tokens a second, all GPUs
     return {
         "tokens_per_step": _tokens_per_step(config, world_size),
@@ -162,7 +170,8 @@ def _all_weights(config: TrainConfig, *gpus: int) -> dict[str, int] | None:
 
 def _tokens_per_step(config: TrainConfig, world_size: int) -> int:
     sequences = config.micro_batch_size * config.gradient_accumulation_steps
-    return config.sequence_length * sequences * world_size
+    rows = sequences * config.rows_per_example
+    return config.sequence_length * rows * world_size
 
 
 def _instead(
@@ -259,6 +268,9 @@ MOST_SEQUENCES = 4096  # of a micro-batch
 def run(arguments: argparse.Namespace) -> None:
     """Say what a run will need, before any GPU is paid for."""
     config = given_settings(arguments)
+    if config.method != "sft":  # as `qwen-analog finetune` completes them
+        config = finetune_settings(config, from_checkpoint=False)
+    check_method(config)
     _check(config)
     step = _tokens_per_step(config, arguments.gpus)
     tokens = config.max_steps * step if arguments.tokens is None else arguments.tokens

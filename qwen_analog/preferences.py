@@ -106,6 +106,7 @@ from .jsonl import parse_json, read_lines, refuse_surrogates
 from .step import StepResult, train_step
 from .text_stream import LONGEST_TOKEN
 from .tokenizer import Tokenizer
+from .tools import checked_calls, checked_tools
 from .train_config import TrainConfig
 
 # %% ../chapters/23_preferences.ipynb #m-064
@@ -137,32 +138,48 @@ def encode_pair(
             raise ValueError(f'no field "{name}"')
     if record["chosen"] == record["rejected"]:
         raise ValueError("both answers are the same, so nothing is preferred")
-    asked = field_messages(record, "prompt", "user")
-    prompt, answers = chat_ids(tokenizer, asked), []
+    asked, tools = field_messages(record, "prompt"), checked_tools(record.get("tools"))
+    prompt, answers = chat_ids(tokenizer, asked, tools=tools), []
     for name in ("chosen", "rejected"):
         told = [*asked, *field_messages(record, name, "assistant")]
-        ids = chat_ids(tokenizer, told, add_generation_prompt=False)
+        ids = chat_ids(tokenizer, told, False, tools)
         if ids[: len(prompt)] != prompt:
             raise ValueError(f'the chat template writes the prompt of "{name}" anew')
         answers.append(ids[len(prompt) :])
     return prompt, answers[0], answers[1]
 
 # %% ../chapters/23_preferences.ipynb #m-065
-def field_messages(record: dict, name: str, role: str) -> list[dict[str, str]]:
-    """Return a field as messages, the last of them of `role`."""
+def field_messages(record: dict, name: str, role: str = "user") -> list[dict[str, Any]]:
+    """Return a field as messages, the last of them of `role`; a prompt may end with
+    what a tool has said.
+    """
     value = record[name]
     messages = value if isinstance(value, list) else [{"role": role, "content": value}]
-    for message in messages:
-        content = message.get("content") if isinstance(message, dict) else None
-        silent = isinstance(message, dict) and message.get("role") == "system"
-        if not isinstance(content, str) or not (content.strip() or silent):
-            raise ValueError(f'"{name}" needs a text, or messages with texts')
-        if message.get("tool_calls"):
-            raise ValueError(f'"{name}": "tool_calls" are not supported')
-        refuse_surrogates(name, content)
-    if not messages or messages[-1].get("role") != role:
+    found = [_field_message(name, message) for message in messages]
+    last, ends = found[-1]["role"] if found else "", [role]
+    if role == "user":
+        ends.append("tool")
+    elif any(message["role"] == "tool" for message in found):
+        raise ValueError(f'"{name}" holds what a tool says: it belongs to the prompt')
+    if last not in ends:
         raise ValueError(f'"{name}" must end with a message of the {role}')
-    return messages
+    return found
+
+
+def _field_message(name: str, message: Any) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise ValueError(f'"{name}" needs a text, or messages with texts')
+    role, content, calls = map(message.get, ("role", "content", "tool_calls"))
+    if calls and role == "assistant":
+        content = "" if content is None else content
+        message = {**message, "content": content, "tool_calls": checked_calls(calls)}
+    elif calls:
+        raise ValueError(f'"{name}": "tool_calls" of another role than the assistant')
+    may_be_empty = calls or role in ("system", "tool")
+    if not isinstance(content, str) or not (content.strip() or may_be_empty):
+        raise ValueError(f'"{name}" needs a text, or messages with texts')
+    refuse_surrogates(name, content)
+    return {"role": role, **message}
 
 # %% ../chapters/23_preferences.ipynb #pair-class
 @dataclass
@@ -186,7 +203,7 @@ class Pair:
 def read_pair(line: Line, tokenizer: Tokenizer, sequence_length: int) -> Pair:
     """Return the pair of a line; ValueError saying what is wrong with it."""
     names = "prompt", "chosen", "rejected"
-    record = with_prompt(parse_record(line, *names, most=sequence_length))
+    record = with_prompt(parse_record(line, *names, "tools", most=sequence_length))
     ids = prompt, *answers = encode_pair(record, tokenizer)
     length = len(prompt) + max(map(len, answers)) - 1
     if length > sequence_length:
@@ -275,9 +292,12 @@ def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
 
 @torch.no_grad()
 def with_reference(run: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Add what the model without its adapters thinks of each token."""
+    """Add what the frozen copy, or the model without its adapters, thinks of each
+    token.
+    """
+    where = batch, run.config, run.context.device
     with lora_disabled(run.model):
-        before = answer_log_probs(run.model, batch, run.config, run.context.device)
+        before = answer_log_probs(run.reference or run.model, *where)
     return {**batch, "reference": before}
 
 # %% ../chapters/23_preferences.ipynb #dpo-loss-2

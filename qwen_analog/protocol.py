@@ -26,7 +26,7 @@ from .grammar import Grammar, json_grammar
 from .sampling import SamplingParams
 from .scheduler import Delta, Request, TokenLogprob
 from .tokenizer import Tokenizer
-from .tools import CLOSE, Call, CallFinder, calls_grammar
+from .tools import CLOSE, Call, CallFinder, call_arguments, calls_grammar
 
 # %% ../chapters/B32_protocol.ipynb #cell-007
 # parameters that would change the answer and are not built here, with the values that
@@ -192,20 +192,9 @@ class _ToolCall(_Strict):
     function: _Wanted
 
     def plain(self) -> dict[str, Any]:
-        arguments = _object(self.function.arguments)
+        arguments = call_arguments(self.function.arguments)
         function = {"name": self.function.name, "arguments": arguments}
         return {"type": "function", "function": function}
-
-
-def _object(text: str) -> dict[str, Any]:
-    """Return the JSON object in a text. Raises ValueError."""
-    try:
-        value = json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(value, dict):
-        raise ValueError("no JSON object")
-    return value
 
 # %% ../chapters/B32_protocol.ipynb #message-code
 class _Message(_Strict):
@@ -220,7 +209,7 @@ class _Message(_Strict):
         if calls and found.data.get("role") != "assistant":
             raise ValueError("only the assistant calls")
         for call in calls:
-            _object(call.function.arguments)
+            call_arguments(call.function.arguments)
         return calls
 
     @field_validator("content")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Reward', 'REWARDS', 'group_advantages', 'grpo_loss', 'Rollouts', 'roll_out', 'exact_reward', 'number_reward',
            'last_number', 'load_reward', 'grade', 'Question', 'read_question', 'draw_seed', 'answer_batches',
-           'summed_answer_loss', 'GRPO', 'draw_answers', 'evaluate_answers', 'answer_scores']
+           'summed_answer_loss', 'GRPO', 'drawing_model', 'draw_answers', 'evaluate_answers', 'answer_scores']
 
 # %% ../chapters/24_rewards.ipynb #m-014
 import torch
@@ -57,12 +57,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch.distributed.fsdp import FSDPModule
 
 from .arguments import one_line
 from .chat_template import chat_ids
 from .config import shown
 from .distributed import DistributedContext
-from .finetune import answer_end
+from .finetune import add_adapters, answer_end
 from .generate import pad_left
 from .jsonl import Line
 from .model import QwenForCausalLM
@@ -71,6 +72,7 @@ from .preferences import field_messages
 from .preferences import own_examples, parse_record, with_reference
 from .step import StepResult, train_step
 from .tokenizer import Tokenizer
+from .tools import checked_tools
 from .train_config import TrainConfig
 
 # %% ../chapters/24_rewards.ipynb #m-019
@@ -191,7 +193,7 @@ class Question:
 
 def read_question(line: Line, tokenizer: Tokenizer, config: TrainConfig) -> Question:
     """Return the question of a line; ValueError saying what is wrong with it."""
-    record = parse_record(line, "prompt", most=config.sequence_length)
+    record = parse_record(line, "prompt", "tools", most=config.sequence_length)
     if not isinstance(record, dict):
         raise ValueError(f"not a JSON object but of type {type(record).__name__}")
     for name in ("prompt", "answer"):
@@ -200,7 +202,8 @@ def read_question(line: Line, tokenizer: Tokenizer, config: TrainConfig) -> Ques
     answer = record["answer"]
     if config.reward == "number" and last_number(str(answer)) is None:
         raise ValueError(f'"answer" holds no number: {shown(answer)}')
-    prompt = chat_ids(tokenizer, field_messages(record, "prompt", "user"))
+    asked, tools = field_messages(record, "prompt"), checked_tools(record.get("tools"))
+    prompt = chat_ids(tokenizer, asked, tools=tools)
     if len(prompt) + config.max_new_tokens > config.sequence_length:
         raise ValueError(
             f"{len(prompt):,} tokens and max_new_tokens {config.max_new_tokens:,} are"
@@ -268,7 +271,9 @@ class GRPO:
     def step(self, run: Any, batch: Any) -> tuple[StepResult, dict[str, float]]:
         config, context = run.config, run.context
         seed = draw_seed(config.seed, run.step, context.rank)
-        rollouts, rewards = draw_answers(self, run, batch.sequences, seed)
+        model = drawing_model(run)
+        rollouts, rewards = draw_answers(self, run, batch.sequences, seed, model)
+        del model  # a copy is no longer needed
         run.tokens += rollouts.input_ids.numel() * context.world_size
         advantages = group_advantages(rewards, config.group_size)
         batches = answer_batches(run, rollouts, advantages)
@@ -282,21 +287,41 @@ class GRPO:
     def evaluate(self, run: Any) -> dict[str, float]:
         return evaluate_answers(self, run)
 
-    def answer(
-        self, run: Any, questions: Sequence[Question], seed: int
-    ) -> tuple[Rollouts, torch.Tensor]:
-        return draw_answers(self, run, questions, seed)
+# %% ../chapters/24_rewards.ipynb #drawing-code
+@torch.no_grad()
+def drawing_model(run: Any) -> QwenForCausalLM:
+    """Return the model to draw answers from; of a sharded one a whole copy, for which
+    all processes must ask.
+    """
+    config, model = run.config, run.model
+    if not isinstance(model, FSDPModule):
+        return model
+    shards: dict[str, Any] = dict(run.model.named_parameters())
+    with torch.device("meta"):
+        copy = QwenForCausalLM(config.qwen_config())
+        add_adapters(copy, config)
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    copy = copy.to(dtype).to_empty(device=run.context.device)
+    copy.tie_weights()
+    for name, weight in copy.named_parameters():
+        weight.copy_(shards[name].full_tensor())
+    copy.generation_config = run.model.generation_config
+    return copy
 
 # %% ../chapters/24_rewards.ipynb #grpo-answer
 def draw_answers(
-    objective: GRPO, run: Any, questions: Sequence[Question], seed: int
+    objective: GRPO,
+    run: Any,
+    questions: Sequence[Question],
+    seed: int,
+    model: QwenForCausalLM,
 ) -> tuple[Rollouts, torch.Tensor]:
     """Draw answers to questions; return them and their rewards [B G]."""
     config, prompts = run.config, [question.prompt for question in questions]
     tokenizer, end = objective.tokenizer, objective.end
     sizes = config.group_size, config.max_new_tokens, end, seed, tokenizer.vocab_size
     with autocast(config, run.context.device):
-        rollouts = roll_out(run.model, prompts, *sizes)
+        rollouts = roll_out(model, prompts, *sizes)
     grades = []
     for i, ids in enumerate(rollouts.answers):
         text = tokenizer.decode(ids[:-1] if ids[-1] == end else ids)
@@ -304,16 +329,17 @@ def draw_answers(
         grades.append(grade(objective.reward, objective.name, text, record))
     return rollouts, torch.tensor(grades)
 
-
+# %% ../chapters/24_rewards.ipynb #grpo-evaluate
 def evaluate_answers(objective: GRPO, run: Any) -> dict[str, float]:
     """Return the mean reward of answers to what is held out, and their mean length."""
     config, context = run.config, run.context
     questions, count = own_examples(run)
     size, parts = config.micro_batch_size * config.gradient_accumulation_steps, []
+    model = drawing_model(run)
     for start in range(0, count, size):
         some = questions[start : min(count, start + size)]
         seed = draw_seed(config.seed, 0, context.rank, start)  # step 0 trains nothing
-        parts.append(draw_answers(objective, run, some, seed))
+        parts.append(draw_answers(objective, run, some, seed, model))
     return answer_scores(parts, context)
 
 

@@ -7,10 +7,11 @@ __all__ = ['Traffic', 'Simulation', 'simulate']
 
 # %% ../chapters/B28_simulation.ipynb #cell-007
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -26,8 +27,10 @@ from .memory import StorageTracker, set_activation_checkpointing
 from .model import QwenForCausalLM
 from .optim import build_optimizers
 from .parallel import build_model, default_dtype, make_mesh
+from .preferences import summed_pair_loss, with_reference
+from .rewards import summed_answer_loss
 from .step import accumulate_gradients, micro_batches
-from .train_config import TrainConfig
+from .train_config import TrainConfig, keeps_reference
 
 # %% ../chapters/B28_simulation.ipynb #cell-013
 def _ring_bytes(name: str, args: tuple, replicas: int) -> dict[str, int]:
@@ -76,8 +79,9 @@ class Traffic(TorchDispatchMode):
 class _DryRun:
     """The training program's step. DDP's part, which is C++, is added by hand."""
 
-    def __init__(self, config, world_size: int, model: QwenForCausalLM, wrapped):
-        self.config, self.world_size, self.wrapped = config, world_size, wrapped
+    def __init__(self, config, world_size, reference, model: QwenForCausalLM, wrapped):
+        self.config, self.world_size = config, world_size
+        self.model, self.wrapped, self.reference = model, wrapped, reference
         set_activation_checkpointing(model, config.activation_checkpointing)
         self.optimizers = _unfused_optimizers(model, config)
         parameters = list(model.parameters())
@@ -85,20 +89,20 @@ class _DryRun:
         self.ddp = world_size > 1 and config.parallel == "ddp"
         # DDP keeps the gradients in its buckets
         self.buckets = [torch.empty_like(p) for p in self.weights] if self.ddp else []
+        parameters += list(reference.parameters()) if reference else []
         self.tracker = StorageTracker(parameters=parameters, gradients=self.buckets)
         run = min(config.gradient_accumulation_steps, 2)  # micro-batches
         self.repeats = config.gradient_accumulation_steps / run
-        ids = torch.zeros(config.sequence_length, dtype=torch.int64)
-        sequences = [TokenSequence(ids, ids, ids, [])] * config.micro_batch_size * run
-        self.batches = micro_batches(sequences, config)
+        self.batches, self.loss_of = _batches(config, run)
 
     def step(self, passes: AbstractContextManager, update: AbstractContextManager):
         """Take a step, its passes under one context, its update under the other."""
         for p, bucket in zip(self.weights, self.buckets):
             p.grad = bucket
-        rest = 1.0, self.config, torch.device("cpu"), self.world_size
+        rest = 1.0, self.config, torch.device("cpu"), self.world_size, self.loss_of
         with passes:
-            accumulate_gradients(self.wrapped, self.batches, *rest)
+            batches = [_judged(self, batch) for batch in self.batches]
+            accumulate_gradients(self.wrapped, batches, *rest)
         self.tracker.mark("gradients", _tensors(p.grad for p in self.weights))
         with update:
             for optimizer in self.optimizers:
@@ -107,6 +111,30 @@ class _DryRun:
             for state in optimizer.state.values():
                 self.tracker.mark("optimizer", _tensors(state.values()))
             optimizer.zero_grad(set_to_none=True)
+
+# %% ../chapters/B28_simulation.ipynb #method-code
+def _batches(config: TrainConfig, count: int) -> tuple[list[dict], Callable | None]:
+    """Return micro-batches of a method, and the loss that it makes of them."""
+    rows, T = config.micro_batch_size * config.rows_per_example, config.sequence_length
+    if config.method == "sft":
+        ids = torch.zeros(T, dtype=torch.int64)
+        sequences = [TokenSequence(ids, ids, ids, [])] * rows * count
+        return micro_batches(sequences, config), None
+    ids = torch.zeros(rows, T, dtype=torch.int64)
+    batch = {"input_ids": ids, "targets": ids, "advantages": torch.zeros(rows)}
+    losses = {"dpo": summed_pair_loss, "grpo": summed_answer_loss}
+    return [batch] * count, losses[config.method]
+
+
+def _judged(run: _DryRun, batch: dict) -> dict:
+    """Add what the model without its adapters thinks, where the method asks for it."""
+    if run.config.method == "sft" or not run.config.beta:
+        return batch
+    context = SimpleNamespace(device=torch.device("cpu"))
+    models = dict(model=run.model, reference=run.reference)
+    return with_reference(
+        SimpleNamespace(**models, config=run.config, context=context), batch
+    )
 
 # %% ../chapters/B28_simulation.ipynb #cell-019
 def _build(config: TrainConfig, mesh) -> tuple[QwenForCausalLM, nn.Module]:
@@ -222,7 +250,9 @@ def simulate(config: TrainConfig, world_size: int = 1) -> Simulation:
         mesh = make_mesh(config.parallel, world_size, "cpu", shard_size)
         replicas = mesh.size(0) if mesh is not None and mesh.ndim == 2 else 1
         with FakeTensorMode():  # after the mesh, which holds real ranks
-            run = _DryRun(config, world_size, *_build(config, mesh))
+            kept = keeps_reference(config)
+            reference = _build(config, mesh)[0].requires_grad_(False) if kept else None
+            run = _DryRun(config, world_size, reference, *_build(config, mesh))
             counter = FlopCounterMode(display=False, custom_mapping=_FLOPS)
             # not tracked: the counter itself keeps activations alive
             run.step(counter, Traffic(replicas, run.tracker))

@@ -6,6 +6,7 @@
 __all__ = ['QWEN_CHAT_TEMPLATE', 'merge_of', 'byte_level_bpe', 'spell', 'to_fast', 'write_tokenizer']
 
 # %% ../chapters/B10_tokenizer_json.ipynb #cell-007
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from qwen_analog.tokenizer import (
     TiktokenTokenizer,
     Tokenizer,
 )
+from .tools import AFTER_TOOLS, BEFORE_TOOLS
 
 if TYPE_CHECKING:
     import tokenizers
@@ -110,14 +112,56 @@ def to_fast(tokenizer: TiktokenTokenizer) -> "tokenizers.Tokenizer":
     vocabulary = {spell(token): rank for token, rank in ranks.items()}
     return byte_level_bpe(vocabulary, merges, "qwen2", list(QWEN_SPECIAL_TOKENS))
 
+# %% ../chapters/B10_tokenizer_json.ipynb #template-code
+_TEXTS = {"own": DEFAULT_SYSTEM, "before": BEFORE_TOOLS, "after": AFTER_TOOLS}
+_SET = [f"{{%- set {name} = {json.dumps(text)} %}}\n" for name, text in _TEXTS.items()]
+_SYSTEM = r"""
+{%- if tools or messages[0].role != 'system' %}
+    {{- '<|im_start|>system\n' }}
+    {{- messages[0].content if messages[0].role == 'system' else own }}
+    {%- if tools %}
+        {{- before }}
+        {%- for tool in tools %}
+            {{- '\n' }}{{ tool | tojson }}
+        {%- endfor %}
+        {{- after }}
+    {%- endif %}
+    {{- '<|im_end|>\n' }}
+{%- endif %}
+"""
+
+# %% ../chapters/B10_tokenizer_json.ipynb #template-code-2
+_MESSAGES = r"""
+{%- for message in messages %}
+    {%- if message.role == 'tool' %}
+        {%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}
+            {{- '<|im_start|>user' }}
+        {%- endif %}
+        {{- '\n<tool_response>\n' }}{{ message.content }}{{ '\n</tool_response>' }}
+        {%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}
+            {{- '<|im_end|>\n' }}
+        {%- endif %}
+    {%- elif message.role == 'assistant' and message.tool_calls %}
+        {{- '<|im_start|>assistant' }}
+        {%- if message.content %}{{ '\n' }}{{ message.content }}{% endif %}
+        {%- for call in message.tool_calls %}
+            {%- set call = call.function or call %}
+            {{- '\n<tool_call>\n{"name": "' }}{{ call.name }}{{ '", "arguments": ' }}
+            {{- call.arguments | tojson }}{{ '}\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\n' }}
+    {%- elif not (tools and loop.first and message.role == 'system') %}
+        {{- '<|im_start|>' }}{{ message.role }}
+        {{- '\n' }}{{ message.content }}{{ '<|im_end|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+{%- endif %}
+"""
+QWEN_CHAT_TEMPLATE = "".join(_SET) + _SYSTEM + _MESSAGES
+
 # %% ../chapters/B10_tokenizer_json.ipynb #cell-045
-QWEN_CHAT_TEMPLATE = (
-    "{% if messages[0].role != 'system' %}<|im_start|>system\n"
-    + DEFAULT_SYSTEM
-    + "<|im_end|>\n{% endif %}{% for message in messages %}<|im_start|>{{ message.role"
-    " }}\n{{ message.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt"
-    " %}<|im_start|>assistant\n{% endif %}"
-)
 _SETTINGS = {
     "tokenizer_class": "Qwen2Tokenizer",
     "eos_token": "<|endoftext|>",

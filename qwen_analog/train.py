@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TrainerState', 'train_loop', 'take_step', 'Trainer', 'NextToken', 'stop_signals', 'RunData', 'open_run_data',
-           'print_note', 'check_dataset_kind', 'build', 'copy_weights', 'choose_objective', 'Saver', 'batch_or_save',
-           'advance', 'note_step', 'schedule_learning_rate', 'nonfinite_error', 'train', 'train_from', 'describe_run',
-           'summarize', 'run', 'run_settings', 'main']
+           'print_note', 'check_dataset_kind', 'build', 'copy_weights', 'build_reference', 'first_weights',
+           'choose_objective', 'Saver', 'batch_or_save', 'advance', 'note_step', 'schedule_learning_rate',
+           'nonfinite_error', 'train', 'train_from', 'describe_run', 'summarize', 'run', 'run_settings', 'main']
 
 # %% ../chapters/38_pretraining.ipynb #cell-007
 import runpy
@@ -49,6 +49,7 @@ class TrainerState:
     def __init__(self, start: Start, data: "RunData", context: DistributedContext):
         self.config, self.context = start.config, context
         self.dataset, self.held_out = data.dataset, data.held_out
+        self.reference = build_reference(start, context)
         self.model, self.wrapped, self.optimizers = build(start, context)
         self.objective = choose_objective(start)
         self.detector = LossSpikeDetector()
@@ -119,6 +120,7 @@ def take_step(run: "Trainer", batch: Batch, began: float) -> None:
 import argparse
 import math
 import os
+import shutil
 import threading
 from contextlib import ExitStack, contextmanager
 from contextlib import redirect_stderr, redirect_stdout, suppress
@@ -133,6 +135,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from .archive import CheckpointError
 from .arguments import report_errors
 from .batches import Dataset, next_batch, open_data
+from .checkpoint import load_model, save_checkpoint
 from .checkpointer import Checkpointer
 from .data import PackedDataset, data_difference
 from .finetune import add_adapters, end_at_answers, save_adapters
@@ -148,6 +151,7 @@ from .progress import finish, write_samples
 from .resume import compare_data, rng_state
 from .rewards import GRPO
 from .train_config import TrainConfig, add_arguments, given_settings
+from .train_config import keeps_reference
 
 # %% ../chapters/38_pretraining.ipynb #cell-028
 class Trainer(TrainerState):
@@ -323,6 +327,47 @@ def copy_weights(source: nn.Module, model: nn.Module) -> None:
             mesh, placements = target.device_mesh, target.placements
             whole = distribute_tensor(whole, mesh, placements, src_data_rank=None)
         target.copy_(whole)
+
+# %% ../chapters/38_pretraining.ipynb #reference-code
+def build_reference(
+    start: Start, context: DistributedContext
+) -> QwenForCausalLM | None:
+    """Return a frozen copy of the weights that a run began with, laid out as the model;
+    None where it needs none. It is kept in `output_dir`/reference.
+    """
+    config, place = start.config, Path(start.config.output_dir) / "reference"
+    if not keeps_reference(config):
+        return None
+    with context.together():
+        source = start.source or first_weights(start.path or "")
+        if context.rank == 0:
+            if start.source is not None:  # of a run that came to no checkpoint
+                shutil.rmtree(place, ignore_errors=True)
+            if not place.exists():
+                save_checkpoint(place, source, start.tokenizer)
+    model, _ = build_model(
+        config.qwen_config(),
+        config.seed,
+        context.device,
+        strategy=config.parallel,
+        mesh=start.mesh,
+        precision=config.precision,
+        reshard_after_forward=config.reshard_after_forward,
+    )
+    copy_weights(source, model)
+    return model.requires_grad_(False)
+
+
+def first_weights(path: str) -> QwenForCausalLM:
+    """Return the reference of the run whose checkpoint is at `path`."""
+    checkpoint = Path(path) if Path(path).is_dir() else Path(path).parent
+    place = checkpoint.absolute().parent / "reference"
+    if not place.is_dir():
+        raise CheckpointError(
+            f"{place} is not there: a run without adapters is compared with the weights"
+            " that it began with: put them back there, or begin anew with --init-from"
+        )
+    return load_model(place)[0]
 
 # %% ../chapters/38_pretraining.ipynb #choose-objective
 def choose_objective(start: Start) -> NextToken | DPO | GRPO:

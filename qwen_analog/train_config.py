@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LORA_TARGETS', 'RENAMED_SETTINGS', 'FINETUNING', 'METHODS', 'StepSettings', 'OptimizerSettings', 'HardwareSettings',
            'OutputSettings', 'DataSettings', 'AdapterSettings', 'MethodSettings', 'TrainConfig', 'rename_settings',
-           'add_settings', 'given_settings', 'fitted', 'check_method', 'add_arguments', 'finetune_settings']
+           'add_settings', 'given_settings', 'fitted', 'check_method', 'keeps_reference', 'add_arguments',
+           'finetune_settings']
 
 # %% ../chapters/B17_settings.ipynb #cell-011
 import argparse
@@ -225,7 +226,8 @@ class MethodSettings(_Settings):
     from {"prompt", "chosen", "rejected"} a line; grpo its own answers, by a reward, to
     {"prompt", "answer"} a line: both count such lines where sft counts sequences"""
     beta: float = Field(0.1, ge=0)
-    """dpo, grpo: how much it counts to stay near the model without its adapters"""
+    """dpo, grpo: how much it counts to stay near the model that the run began with: the
+    one without adapters, or a frozen copy where there are none"""
     reward: str = Field("exact", min_length=1)
     """grpo: exact, 1 for the text of "answer"; number, 1 where the last number is that
     of "answer"; or module:function of your own, called with a text and its line"""
@@ -453,11 +455,6 @@ def _check_answers(config: TrainConfig) -> None:
             f"format: method {method} learns from answers: it must be chat, not"
             f" {config.format}"
         )
-    if config.beta and not config.lora_rank:
-        raise ValueError(
-            f"lora_rank: method {method} compares the model with itself without its"
-            " adapters, and there are none: choose a rank, such as 8"
-        )
     if method == "dpo" and not config.beta:
         raise ValueError("beta: must be above 0 with method dpo")
     if method == "grpo" and config.max_new_tokens >= config.sequence_length:
@@ -465,6 +462,13 @@ def _check_answers(config: TrainConfig) -> None:
             f"max_new_tokens {config.max_new_tokens:,} leaves no room for a prompt in"
             f" sequence_length {config.sequence_length:,}"
         )
+
+
+def keeps_reference(config: TrainConfig) -> bool:
+    """Whether a frozen copy of the first weights is kept to compare answers with: there
+    are no adapters that could be switched off.
+    """
+    return config.method != "sft" and config.beta > 0 and not config.lora_rank
 
 # %% ../chapters/B17_settings.ipynb #cell-062
 def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
@@ -526,8 +530,11 @@ def finetune_settings(given: TrainConfig, from_checkpoint: bool) -> TrainConfig:
     """
     names = ["output_dir"] if from_checkpoint else FINETUNING
     values: dict[str, Any] = {name: FINETUNING[name] for name in names}
+    own = given.model_dump(exclude_unset=True)
     if given.lora_rank and not from_checkpoint:
         values["learning_rate"] = 2e-4  # adapters begin at nothing
     if not from_checkpoint:
         values |= METHODS[given.method]
-    return TrainConfig.create({**values, **given.model_dump(exclude_unset=True)})
+        if given.method != "sft" and own.get("lora_rank") == 0:
+            values["learning_rate"] = 1e-6  # all weights move
+    return TrainConfig.create({**values, **own})

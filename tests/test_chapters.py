@@ -167,10 +167,10 @@ FLOORS = [
     "generate memory pages parallel monitor quantize streaming weights checkpoint "
     "tokenizer_json chat_template lora",
     "inference scoring restore text_stream step search run_directory gguf_file hf",
-    "gguf checkpointer finetune resume lm_eval_adapter scheduler simulation",
+    "gguf checkpointer finetune resume lm_eval_adapter scheduler",
     "loading engine preferences",
     "rewards",
-    "batches",
+    "batches simulation",
     "progress preflight chat evaluate plan protocol bench",
     "train server",
     "serve commands prepare",

@@ -1,5 +1,6 @@
 """The commands generate, export, import, consolidate and trace."""
 
+import json
 import os
 from pathlib import Path
 
@@ -103,6 +104,40 @@ def test_consolidate_names_what_holds_no_shards(directory, here, capsys):
     assert f"{directory} holds no sharded checkpoint" in refused(
         capsys, "consolidate", directory
     )
+
+
+def test_trace_shows_conversations_pairs_and_questions(here, monkeypatch, capsys):
+    silent, user = ({"role": r, "content": f"a {r}"} for r in ("system", "user"))
+    call = {"function": {"name": "f", "arguments": {}}}
+    calling = {"role": "assistant", "content": None, "tool_calls": [call]}
+    lines = [
+        {"messages": [silent, user, {"role": "assistant", "content": "yes"}]},
+        {"messages": [user, calling]},
+        {"prompt": "why?", "completion": "so"},
+        {"chosen": [user, {"role": "assistant", "content": "b"}], "rejected": [user]},
+        {"prompt": [user], "answer": 7},
+        {"messages": 3},
+        {"text": "a text", "messages": []},
+        [1],
+    ]
+    Path("chat.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines) + "{\n")
+    sources = [f"chat.jsonl:{n}" for n in range(1, 11)]
+    monkeypatch.setattr(commands, "documents_of_step", lambda *_: sources)
+    assert main(["trace", "3"]) == 0
+    found = capsys.readouterr().out.splitlines()
+    texts = [line.partition("  ")[2] for line in found]
+    assert texts[1].startswith("\"a user / [{'function': {'name': 'f'")
+    assert texts[:1] + texts[2:] == [
+        "'a user / yes'",
+        "'why? / so'",
+        "'a user / b'",
+        "'a user / 7'",
+        "'3'",
+        "'a text'",
+        "''",
+        "''",
+        "(the file has no such line any more)",
+    ]
 
 
 def test_trace_says_where_texts_are_gone(here, monkeypatch, capsys):

@@ -299,7 +299,7 @@ BAD = [
     ('{"messages": {}}', '"messages" is not a list'),
     ('{"messages": []}', "nothing to learn"),
     ('{"messages": ["x"]}', "message 1: not a JSON object"),
-    ('{"messages": [{"role": "tool", "content": "x"}]}', "message 1: its role is 'to"),
+    ('{"messages": [{"role": "robot", "content": "x"}]}', "message 1: its role is 'ro"),
     ('{"messages": [{"role": "user", "content": ["x"]}]}', "a part that is no text"),
     ('{"messages": [{"role": "user", "content": null}]}', "not text but null"),
     ('{"messages": [{"role": "user", "content": 3}]}', "not text but of type int"),
@@ -310,7 +310,8 @@ BAD = [
     ('{"messages": [{"role": "assistant", "content": []}]}', "the assistant says no"),
     ('{"messages": [{"role": "user", "content": "x"}]}', "nothing to learn"),
     ('{"prompt": "x", "completion": ""}', "message 2: the assistant says nothing"),
-    ('{"prompt": "x", "completion": "y", "tools": [{}]}', '"tools" are not supported'),
+    ('{"prompt": "x", "completion": "y", "tools": [3]}', '"tools" is no list'),
+    ('{"prompt": "x", "completion": "y", "documents": [{}]}', "leave such a line out"),
     ('{"prompt": "x", "completion": "\\nyes"}', "message 2: the chat template does"),
     ('{"prompt": "x", "completion": "\\ud800"}', "half a surrogate pair"),
     (json.dumps({"prompt": "x", "completion": "y " * 99}), "more than sequence_length"),
@@ -320,13 +321,18 @@ BAD = [
 ANSWER = {"role": "assistant", "content": "x"}
 IMAGE = [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {}}]
 for field, value in (
-    ("tool_calls", [{"function": {"name": "f", "arguments": "{}"}}]),
+    ("tool_calls", [{"function": {"name": "f", "arguments": "{"}}]),
+    ("tool_call_id", "a"),
     ("reasoning_content", "hm"),
     ("weight", 0),
     ("content", IMAGE),
 ):
     wrong = json.dumps({"messages": [ANSWER, {**ANSWER, field: value}]})
-    BAD.append((wrong, "message 2: its content h" if value is IMAGE else f'"{field}"'))
+    said = {
+        "content": "its content holds",
+        "tool_calls": '"arguments" of the call of f',
+    }
+    BAD.append((wrong, "message 2: " + said.get(field, f'"{field}"')))
 
 
 @pytest.mark.parametrize("line, reason", BAD)

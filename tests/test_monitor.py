@@ -23,6 +23,8 @@ from qwen_analog.monitor import (
     plot_losses,
     profiled,
 )
+from qwen_analog.progress import finish
+from qwen_analog.train_config import TrainConfig
 
 
 @pytest.fixture(autouse=True)
@@ -259,6 +261,21 @@ def test_any_metrics_give_a_picture(lines):
         warnings.simplefilter("error")
         plot_losses("metrics.jsonl", "loss.png")
     assert Path("loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_axis_says_what_the_loss_is_a_mean_of(monkeypatch):
+    labels = []
+    drawn = lambda figure, *_, **__: labels.append(figure.axes[0].get_ylabel())
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", drawn)
+    log_of([1], directory=".")
+    plot_losses("metrics.jsonl", "loss.png")
+    for method in ("sft", "dpo", "grpo"):
+        config = TrainConfig.create({"method": method, "output_dir": "."})
+        finish(config, {"step": 1})
+    assert labels == ["loss, nats a token"] * 2 + [
+        "loss, nats a pair",
+        "loss, mean of answers",
+    ]
 
 
 def test_a_picture_that_cannot_be_written_is_named():

@@ -148,6 +148,22 @@ def test_a_plan_of_adapters_stands_beside_all_weights(capsys):
     assert "all weights" not in capsys.readouterr().out
 
 
+def test_a_plan_of_pairs_is_that_of_finetune(capsys):
+    """With its adapters and its rows; what finetune refuses is refused here."""
+    words = ["plan", "--model", "tiny", "--method", "dpo", "--sequence-length", "64"]
+    assert cli([*words, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["tokens_per_step"] == 2 * 2 * 2 * 64 and plan["all_weights"]
+    vocabulary = TrainConfig.create({"model": "tiny"}).qwen_config().vocab_size
+    assert plan["arithmetic"]["logits"] >= 12 * 2 * 2 * 64 * vocabulary
+    assert (
+        cli([*words[:3], "--method", "grpo", *words[-2:], "--max-new-tokens", "9"]) == 0
+    )
+    assert "drawing      left out" in capsys.readouterr().out
+    assert cli([*words, "--reward", "number"]) == 2
+    assert "reward: method dpo has no use for it" in capsys.readouterr().err
+
+
 def test_a_plan_says_what_is_measured_and_what_assumed(tmp_path, capsys):
     bench = tmp_path / "bench.json"
     arguments = ["plan", "--model", "tiny", "--sequence-length", "128", "--gpu", "A100"]

@@ -22,6 +22,7 @@ from training import (  # noqa: F401
     read_the_same,
     resumed_to_the_bit,
     run,
+    same,
     settings,
     training_state,
 )
@@ -413,6 +414,31 @@ SMALL_RUN = "max_steps warmup_steps learning_rate save_every eval_every log_ever
 SMALL_RUN = (*SMALL_RUN.split(), "keep_last", "precision", "heldout_fraction")
 
 
+def test_without_adapters_a_frozen_copy_is_the_reference(pairs):
+    """The run resumes to the bit: its copy is that of the first weights, not of the
+    checkpoint's. A run elsewhere takes it along.
+    """
+    config = dpo_settings(lora_rank=0, output_dir="whole", learning_rate=1e-3)
+    train(config, init_from="base")
+    losses = [entry["loss"] for entry in entries("whole") if "loss" in entry]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses[-1] < math.log(2) - 0.01
+    base, kept = (load_model(name)[0] for name in ("base", "whole/reference"))
+    ids = torch.arange(12)[None]
+    assert torch.equal(kept(ids), base(ids))
+    assert not torch.equal(load_model("whole/final")[0](ids), base(ids))
+    assert resumed_to_the_bit()["data"] == {"position": 24}
+    train(config.model_copy(update={"output_dir": "other"}), "whole/step_4")
+    whole, other = training_state("whole/final"), training_state("other/final")
+    assert same(whole["model_state_dict"], other["model_state_dict"])
+    assert torch.equal(load_model("other/reference")[0](ids), base(ids))
+    shutil.rmtree("whole/reference")
+    with pytest.raises(CheckpointError, match="reference is not there: a run without"):
+        train(config.model_copy(update={"output_dir": "third"}), "whole/step_4")
+    with pytest.raises(ValueError, match="needs a model that has learned to answer"):
+        train(dpo_settings(lora_rank=0, output_dir="fourth"))
+
+
 def test_micro_batches_are_one_batch(pairs):
     """The loss is a mean over pairs, however they are spread."""
     whole = dict(micro_batch_size=4, output_dir="whole")
@@ -423,12 +449,18 @@ def test_micro_batches_are_one_batch(pairs):
 
 
 @pytest.mark.parametrize(
-    "parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)]
+    "parallel, rank",
+    [
+        ("ddp", 2),
+        pytest.param("fsdp", 2, marks=pytest.mark.slow),
+        pytest.param("fsdp", 0, marks=pytest.mark.slow),
+    ],
 )
-def test_processes_share_a_step(parallel, pairs):
-    train(dpo_settings(output_dir="one", eval_sequences=3), init_from="base")
+def test_processes_share_a_step(parallel, rank, pairs):
+    own = dict(eval_sequences=3, lora_rank=rank)
+    train(dpo_settings(output_dir="one", **own), init_from="base")
     config = dpo_settings(
-        output_dir="two", parallel=parallel, micro_batch_size=2, eval_sequences=3
+        output_dir="two", parallel=parallel, micro_batch_size=2, **own
     )
     Path("two.json").write_text(config.model_dump_json(exclude_unset=True))
     words = ["--config", "two.json", "--init-from", "base"]
@@ -446,7 +478,6 @@ def test_what_does_not_fit_the_method_is_refused_before_anything_is_read(pairs, 
     dpo = ["finetune", "--method", "dpo", "--data", "pairs.jsonl"]
     dpo += ["--init-from", "not_there"]
     for flags, said in (
-        (["--lora-rank", "0"], "lora_rank: method dpo compares the model with itself"),
         (["--z-loss", "0.1"], "z_loss: method dpo has no use for it, only sft"),
         (["--beta", "0"], "beta: must be above 0 with method dpo"),
         (["--beta", "-1"], "beta: Input should be greater than or equal to 0"),

@@ -213,3 +213,48 @@ def test_a_plan_is_made_by_one_process(tmp_path):
             simulate(settings())
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("method, rows", [("dpo", 2), ("grpo", 4)])
+def test_a_step_of_answers_is_planned(method, rows):
+    """Twice and more rows, logits of whole rows, and a pass of the reference."""
+    wide = {**MODEL, "vocab_size": 30_000, "num_hidden_layers": 1}
+    more = {} if method == "dpo" else {"group_size": rows}
+    plain = dict(precision="bf16", model=wide, lora_rank=8, sequence_length=64)
+    config = settings(method=method, format="chat", **plain, **more)
+    found, arithmetic = simulate(config), estimate_for(config)
+    assert total(found) == pytest.approx(arithmetic.total, rel=0.05)
+    tokens = rows * config.micro_batch_size * config.sequence_length
+    assert 12 <= arithmetic.logits / (tokens * 30_000) < 14
+    taught = settings(**plain)
+    learned = simulate(taught).flops * rows
+    whole = flops_per_token(config.qwen_config(), config.sequence_length)
+    assert found.flops == pytest.approx(learned + tokens * whole / 3, rel=0.05)
+
+
+@pytest.mark.parametrize("parallel, gpus", [("ddp", 1), ("fsdp", 2)])
+def test_a_frozen_copy_is_planned(parallel, gpus):
+    small = {**MODEL, "num_hidden_layers": 1}
+    shape = dict(model=small, method="dpo", format="chat", parallel=parallel)
+    config = settings(sequence_length=32, **shape)
+    found, arithmetic = simulate(config, gpus), estimate_for(config, gpus)
+    weights = QwenForCausalLM(config.qwen_config()).count_parameters()
+    assert arithmetic.parameters == pytest.approx(2 * 4 * weights / gpus, rel=0.01)
+    assert found.memory["parameters"] == pytest.approx(arithmetic.parameters, rel=0.01)
+    assert total(found) == pytest.approx(arithmetic.total, rel=0.07)
+
+
+def test_a_whole_copy_to_draw_from_is_planned():
+    """While GRPO draws it holds keys and values, and a copy of a sharded model."""
+    small = {**MODEL, "vocab_size": 16, "num_hidden_layers": 8, "hidden_size": 768}
+    config = settings(
+        model=small, method="grpo", format="chat", lora_rank=2, sequence_length=8
+    )
+    weights = QwenForCausalLM(config.qwen_config()).count_parameters()
+    alone = estimate_for(config)
+    assert alone.communication == alone.kv_cache == 0
+    shared = estimate_for(config.model_copy(update={"parallel": "fsdp"}), 64)
+    assert shared.moment == "the drawing of answers"
+    assert shared.communication == 4 * weights
+    keys = 2 * 4 * 8 * config.qwen_config().head_dim * small["num_key_value_heads"]
+    assert shared.kv_cache == keys * 8 * 2 * 8

@@ -37,6 +37,7 @@ from qwen_analog.hf import save_pretrained
 from qwen_analog.hf_tokenizer import HFTokenizer
 from qwen_analog.loading import load
 from qwen_analog.tokenizer import encode_chat
+from qwen_analog.tokenizer_json import QWEN_CHAT_TEMPLATE
 from qwen_analog.tools import Call, CallFinder, call_text, calls_grammar, read_call
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -123,6 +124,62 @@ def test_a_conversation_is_told_as_qwen_tells_it(hf, messages, tools):
         assert ids == encode_chat(TOKENIZER, messages)
 
 
+# what 0.1.0 and early 0.2.0 wrote into directories
+OLD = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\n"
+    "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+    "<|im_end|>\n{% endif %}{% for message in messages %}<|im_start|>{{ message.role"
+    " }}\n{{ message.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt"
+    " %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@settings(QUICK, max_examples=60)
+@given(
+    st.lists(MESSAGES, min_size=1, max_size=5),
+    st.sampled_from([None, [], TOOLS]),
+    st.booleans(),
+)
+def test_what_is_exported_writes_what_qwens_own_template_writes(
+    hf, messages, tools, ask
+):
+    def told(template, messages, tools=None):
+        return hf.tokenizer.apply_chat_template(
+            messages,
+            tools=tools,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=ask,
+        )
+
+    assert told(QWEN_CHAT_TEMPLATE, messages, tools) == told(QWEN, messages, tools)
+    flat = [
+        {**m, "tool_calls": [call["function"] for call in m.get("tool_calls", ())]}
+        for m in messages
+    ]
+    assert told(QWEN_CHAT_TEMPLATE, flat, tools) == told(QWEN, flat, tools)
+    plain = [m for m in messages if m["role"] != "tool" and "tool_calls" not in m]
+    plain += [{"role": "developer", "content": "x"}]
+    assert told(QWEN_CHAT_TEMPLATE, plain) == told(OLD, plain)
+
+
+def test_a_model_of_this_package_is_exported_with_tools(tmp_path):
+    """And one that was exported before opens as it did, and knows none."""
+    save_pretrained(MODEL, TOKENIZER, tmp_path / "new")
+    tokenizer = load(str(tmp_path / "new"))[1]
+    assert tokenizer.tokenizer.chat_template == QWEN_CHAT_TEMPLATE
+    assert knows_tools(tokenizer)
+    for tools, messages in ([], ROUND[1:]), (TOOLS, ROUND):
+        told = chat_ids(tokenizer, messages, tools=tools)
+        assert told == chat_ids(TOKENIZER, messages, tools=tools)
+    place = tmp_path / "new" / "tokenizer_config.json"
+    written = json.loads(place.read_text())
+    place.write_text(json.dumps({**written, "chat_template": OLD}))
+    before = load(str(tmp_path / "new"))[1]
+    assert before.tokenizer.chat_template == OLD and not knows_tools(before)
+    assert chat_ids(before, USER) == chat_ids(tokenizer, USER)
+
+
 def results_in_turns_of_their_own(messages, tools=()):
     found = []
     for message in messages:
@@ -188,10 +245,13 @@ def test_which_templates_know_tools(hf):
         hf.tokenizer.chat_template = (TEMPLATES / f"{name}.jinja").read_text()
         if knows_tools(hf):
             found.add(name)
+        if knows_tools(hf, any_form=True):
+            calls = ROUND[2]["tool_calls"][: 1 if name == "llama3_1" else 2]
+            said = [*ROUND[:2], {**ROUND[2], "tool_calls": calls}, *ROUND[3:]]
             theirs = hf.tokenizer.apply_chat_template(
-                ROUND, tools=TOOLS, tokenize=False, add_generation_prompt=True
+                said, tools=TOOLS, tokenize=False, add_generation_prompt=True
             )
-            assert hf.decode(chat_ids(hf, ROUND, tools=TOOLS)) == theirs
+            assert hf.decode(chat_ids(hf, said, tools=TOOLS)) == theirs
         else:
             for messages, tools in ((ROUND, []), (USER, TOOLS)):
                 with pytest.raises(ValueError, match="^tools: the chat template"):
