@@ -41,11 +41,7 @@ class RowPass:
 
 # %% ../chapters/28_batching.ipynb #cell-021
 class RowCache(KVCache):
-    """A `KVCache` whose rows hold different numbers of tokens.
-
-    `begin` chooses the rows of a forward pass, `update` (called by the attention
-    layers) writes behind each row's own tokens, `advance` counts what is to stay.
-    """
+    """A `KVCache` whose rows hold different numbers of tokens."""
 
     def __init__(self, num_layers: int, num_rows: int, *shape, **options):
         super().__init__(num_layers, num_rows, *shape, **options)
