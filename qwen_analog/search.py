@@ -5,32 +5,10 @@
 # %% auto #0
 __all__ = ['Beam', 'check_one_prompt', 'read_logits', 'beam_search', 'Speculation', 'speculate']
 
-# %% ../chapters/17_search.ipynb #cell-041
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
-
+# %% ../chapters/17_search.ipynb #1832f90e
 import torch
 
-from .config import shown
-from qwen_analog.generate import (
-    check_prompt,
-    evaluating,
-    next_logits,
-    pad_left,
-    requested_stop_ids,
-)
-from .kv_cache import KVCache
-from .model import QwenForCausalLM
-from qwen_analog.sampling import (
-    SamplingParams,
-    check_ids,
-    check_number,
-    check_whole,
-    distribution,
-    new_generator,
-)
+from .sampling import new_generator
 
 # %% ../chapters/17_search.ipynb #cell-042
 def _draw(p: torch.Tensor, generator: torch.Generator | None) -> int:
@@ -60,62 +38,29 @@ def _judge(
     # all were accepted: one more comes for free
     return [*guesses, _draw(p[-1], generator)], len(guesses)
 
-# %% ../chapters/17_search.ipynb #cell-046
-class _Reader:
-    """A model that reads no token twice and gives the distributions of the next."""
+# %% ../chapters/17_search.ipynb #cell-041
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-    def __init__(
-        self,
-        model: QwenForCausalLM,
-        room: int,
-        params: SamplingParams,
-        valid_vocab_size: int | None,
-    ):
-        self.model, self.params, self.valid = model, params, valid_vocab_size
-        self.cache = model.new_cache(1, room)
-        self.device = model.lm_head.weight.device
-
-    def distributions(self, ids: list[int], last: int = 1) -> torch.Tensor:
-        """Return what may follow each of the `last` last tokens of `ids`, [last, V]."""
-        unread = torch.tensor([ids[self.cache.length :]], device=self.device)
-        logits = read_logits(self.model, unread, self.cache, last)[0, :, : self.valid]
-        return distribution(logits, self.params, *_before(self, ids, last))
-
-    def forget(self, length: int) -> None:
-        """Forget what was read behind the first `length` tokens."""
-        self.cache.crop(min(self.cache.length, length))
-
-# %% ../chapters/17_search.ipynb #cell-048
-def _propose(
-    draft: _Reader, tokens: list[int], count: int, generator: torch.Generator | None
-) -> tuple[list[int], list[torch.Tensor]]:
-    """Return `count` guesses of the draft after `tokens`, and the distributions [V]
-    that they were drawn from.
-    """
-    guesses, q = [], []
-    for _ in range(count):
-        q.append(draft.distributions([*tokens, *guesses])[0])
-        guesses.append(_draw(q[-1], generator))
-    return guesses, q
-
-
-def _round(
-    judge: _Reader,
-    guesser: _Reader,
-    tokens: list[int],
-    count: int,
-    ends: list[int],
-    generator: torch.Generator | None,
-) -> tuple[list[int], int]:
-    """Return the tokens that one pass of the judge adds to `tokens`, and how many of
-    the draft's `count` guesses it accepted.
-    """
-    guesses, q = _propose(guesser, tokens, count, generator)
-    p = judge.distributions([*tokens, *guesses], len(guesses) + 1)
-    new, right = _judge(p, q, guesses, ends, generator)
-    for reader in (judge, guesser):
-        reader.forget(len(tokens) + len(new) - 1)
-    return new, right
+from .config import shown
+from qwen_analog.generate import (
+    check_prompt,
+    evaluating,
+    next_logits,
+    pad_left,
+    requested_stop_ids,
+)
+from .kv_cache import KVCache
+from .model import QwenForCausalLM
+from qwen_analog.sampling import (
+    SamplingParams,
+    check_ids,
+    check_number,
+    check_whole,
+    distribution,
+)
 
 # %% ../chapters/17_search.ipynb #cell-074
 class Beam(NamedTuple):
@@ -282,6 +227,63 @@ def beam_search(
         Beam(torch.cat((prompt[0], prompt.new_tensor(tokens))), score)
         for score, tokens in finished[:num_return_sequences]
     ]
+
+# %% ../chapters/17_search.ipynb #cell-046
+class _Reader:
+    """A model that reads no token twice and gives the distributions of the next."""
+
+    def __init__(
+        self,
+        model: QwenForCausalLM,
+        room: int,
+        params: SamplingParams,
+        valid_vocab_size: int | None,
+    ):
+        self.model, self.params, self.valid = model, params, valid_vocab_size
+        self.cache = model.new_cache(1, room)
+        self.device = model.lm_head.weight.device
+
+    def distributions(self, ids: list[int], last: int = 1) -> torch.Tensor:
+        """Return what may follow each of the `last` last tokens of `ids`, [last, V]."""
+        unread = torch.tensor([ids[self.cache.length :]], device=self.device)
+        logits = read_logits(self.model, unread, self.cache, last)[0, :, : self.valid]
+        return distribution(logits, self.params, *_before(self, ids, last))
+
+    def forget(self, length: int) -> None:
+        """Forget what was read behind the first `length` tokens."""
+        self.cache.crop(min(self.cache.length, length))
+
+# %% ../chapters/17_search.ipynb #cell-048
+def _propose(
+    draft: _Reader, tokens: list[int], count: int, generator: torch.Generator | None
+) -> tuple[list[int], list[torch.Tensor]]:
+    """Return `count` guesses of the draft after `tokens`, and the distributions [V]
+    that they were drawn from.
+    """
+    guesses, q = [], []
+    for _ in range(count):
+        q.append(draft.distributions([*tokens, *guesses])[0])
+        guesses.append(_draw(q[-1], generator))
+    return guesses, q
+
+
+def _round(
+    judge: _Reader,
+    guesser: _Reader,
+    tokens: list[int],
+    count: int,
+    ends: list[int],
+    generator: torch.Generator | None,
+) -> tuple[list[int], int]:
+    """Return the tokens that one pass of the judge adds to `tokens`, and how many of
+    the draft's `count` guesses it accepted.
+    """
+    guesses, q = _propose(guesser, tokens, count, generator)
+    p = judge.distributions([*tokens, *guesses], len(guesses) + 1)
+    new, right = _judge(p, q, guesses, ends, generator)
+    for reader in (judge, guesser):
+        reader.forget(len(tokens) + len(new) - 1)
+    return new, right
 
 # %% ../chapters/17_search.ipynb #cell-087
 class Speculation(NamedTuple):
