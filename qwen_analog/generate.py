@@ -320,15 +320,14 @@ def generate(
     n is `max_new_tokens`, or fewer where every row has ended; ended rows are filled up
     with the first end token. `num_return_sequences` m continues every row m times, its
     samples one after the other. `return_logprobs` gives the log-probabilities [B * m,
-    n] float32 too, under the model's own distribution before temperature, penalty and
-    filters; 0 for filling. `num_beams` above 1 searches and draws nothing.
+    n] float32 too, before temperature, penalty and filters; 0 for filling. `num_beams`
+    above 1 searches and draws nothing.
 
     `options` are the fields of `SamplingParams` and: `eos_token_id`, an id or several,
     by default those of `model.generation_config`, [] for none; `valid_vocab_size`, from
     which on ids are never chosen; `attention_mask` [B, T], 0 on the left padding of
-    `pad_left`, with which each row is continued as it would be alone; `use_cache`;
-    `grammar`, a form that each row is to have. Raises ValueError naming the argument
-    that is wrong, and LogitsError.
+    `pad_left`; `use_cache`; `grammar`, a form that each row is to have. Raises
+    ValueError naming the argument that is wrong, and LogitsError.
     """
     check_whole("num_beams", num_beams, 1)
     if num_beams > 1:

@@ -30,9 +30,8 @@ def interleaved_to_half(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
     """
     head_dim = weight.shape[0] // num_heads
     pairs = weight.unflatten(0, (num_heads, head_dim // 2, 2))  # [heads, h/2, 2, ...]
-    return pairs.transpose(1, 2).flatten(
-        0, 2
-    )  # [heads, 2, h/2, ...] -> [heads * h, ...]
+    halves = pairs.transpose(1, 2)  # [heads, 2, h/2, ...]
+    return halves.flatten(0, 2)  # [heads * h, ...]
 
 # %% ../chapters/05_rope.ipynb #e2a3a2bc
 class RotaryEmbedding(nn.Module):
