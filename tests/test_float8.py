@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from book import scramble_
 from torch import nn
 
 from qwen_analog import QwenConfig, QwenForCausalLM
@@ -77,7 +76,8 @@ def test_without_torchao_a_line_names_the_command(monkeypatch):
 
 def pair(precision=torch.float32):
     pytest.importorskip("torchao.float8")
-    plain = scramble_(QwenForCausalLM(QwenConfig(**SHAPE))).to(precision)
+    torch.manual_seed(0)
+    plain = QwenForCausalLM(QwenConfig(**SHAPE)).to(precision)
     eight = copy.deepcopy(plain)
     module.to_float8(eight, emulate=True)
     return plain, eight
