@@ -310,7 +310,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     default = "(default: %(default)s)"
     count = {"type": whole(1, 2**16), "metavar": "N"}
-    words = ("prefill", "decode", "train", "start")
+    words = ("prefill", "decode", "train", "start", "serve", "loss")
     add_model(parser)
     add("--preset", metavar="NAME", help="random weights in the shape of a preset")
     add("--config", metavar="FILE", help="random weights in the shape of a JSON file")
@@ -319,11 +319,12 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=words,
         default=["prefill", "decode"],
-        help="read prompts, write tokens, take training steps, start processes"
-        " (default: prefill decode)",
+        help="read prompts, write tokens, take training steps, start processes,"
+        " serve clients, the loss and its gradients (default: prefill decode)",
     )
     add("--batch", **count, nargs="+", default=[1], help="rows (default: 1)")
     add("--prompt-tokens", **count, default=128, help=f"tokens of a row {default}")
+    add("--clients", **count, default=16, help=f"served at once {default}")
     add("--new-tokens", **count, default=32, help=f"tokens to write {default}")
     dtypes = ("bfloat16", "float32")
     add("--dtype", choices=dtypes, default=dtypes[0], help=f"of weights {default}")
@@ -333,8 +334,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="compiled training steps as well, where there is a C++ compiler"
-        f" {default}",
+        help=f"compiled steps as well, where there is a compiler {default}",
     )
     add(
         "--only",

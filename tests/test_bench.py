@@ -97,7 +97,7 @@ def test_without_training_a_plan_has_nothing_to_read():
 def test_wrong_logits_are_refused_by_name_and_not_timed(name, monkeypatch, capsys):
     right = module.writers_for
 
-    def writers_for(dtype):
+    def writers_for(dtype, compiled=False):
         def wrong(place):
             writer = right(dtype)[name](place)
             return writer._replace(logits=lambda ids: writer.logits(ids.flip(1)))
