@@ -248,14 +248,12 @@ def load(
     `dtype` float32. `inference` lays the weights out for reading and writing text only,
     and `quantize`, "int8" or "int4", makes them small as well: see
     `qwen_analog.inference`. "stored" keeps the small ones of a GGUF file as they are.
-    `compile` compiles the step that writes a token, when it is first used.
-    Raises ValueError for what is wrong with the source, with `check_memory` for a model
-    that does not fit into the memory.
+    `compile` compiles the step that writes a token. Raises ValueError for what is wrong
+    with the source, with `check_memory` for a model that does not fit into the memory.
     """
     if quantize not in (None, "int8", "int4", "stored"):
-        raise ValueError(
-            f"quantize must be int8, int4 or stored, not {shown(quantize)}"
-        )
+        names = "int8, int4 or stored"
+        raise ValueError(f"quantize must be {names}, not {shown(quantize)}")
     stored = quantize == "stored"
     options = {"check_memory": check_memory, "stored": stored, "base": base}
     model, tokenizer = open_source(source, device, dtype, **options)
