@@ -1028,7 +1028,7 @@ def loss_step(name: str, sizes: tuple[int, int, int], place: Place) -> Callable:
     generator = torch.Generator(place.device).manual_seed(0)
     like = {"device": place.device, "generator": generator}
     h, w = (torch.randn(n, D, dtype=place.dtype, **like) for n in (N, V))
-    h, w = h.requires_grad_(), (w / D**0.5).requires_grad_()
+    h, w = h.requires_grad_(), w.div_(D**0.5).requires_grad_()  # no copy is made
     targets = torch.randint(V, (N,), **like)
 
     def step() -> float:
