@@ -168,8 +168,9 @@ def predicted(config) -> float:
     return estimate_for(config).total
 
 
-def train_case(sizes: Sizes, layout: str, mode: str, size: int = 1) -> dict:
+def train_case(sizes: Sizes, layout: str, mode: str, float8: bool = False) -> dict:
     """A few steps of training on packed documents."""
+    from qwen_analog.float8 import to_float8
     from qwen_analog.hardware import peak_flops, peak_memory
     from qwen_analog.memory import flops_per_token, set_activation_checkpointing
     from qwen_analog.optim import build_optimizers
@@ -177,7 +178,7 @@ def train_case(sizes: Sizes, layout: str, mode: str, size: int = 1) -> dict:
     from qwen_analog.step import accumulate_gradients
     from qwen_analog.train_config import TrainConfig
 
-    T, config = sizes.length, sizes.config()
+    T, config, size = sizes.length, sizes.config(), 1
     settings = TrainConfig(
         model=config.to_dict(),
         sequence_length=T,
@@ -186,6 +187,8 @@ def train_case(sizes: Sizes, layout: str, mode: str, size: int = 1) -> dict:
         activation_checkpointing=mode,
     )
     model = new_model(sizes, torch.float32)
+    if float8:
+        to_float8(model, emulate=not CUDA)
     if sizes.compile:
         compile_layers(model)
     set_activation_checkpointing(model, mode)
@@ -236,6 +239,10 @@ def train(sizes: Sizes):
     for layout, mode in cases:
         with one_process() if layout != "none" else contextlib.nullcontext():
             yield guarded(f"{layout}, {mode}", train_case, sizes, layout, mode)
+    for layout in ("none", "fsdp"):
+        with one_process() if layout != "none" else contextlib.nullcontext():
+            case = f"{layout}, full, float8"
+            yield guarded(case, train_case, sizes, layout, "full", True)
 
 
 def random_prompt(sizes: Sizes, rows: int, length: int) -> torch.Tensor:
@@ -336,6 +343,56 @@ def decode(sizes: Sizes):
     yield guarded("bf16, generate, 16 rows", eager, "bf16", 16)
 
 
+def compiled(sizes: Sizes):
+    """The package's own compiled step, beside the layout alone, and its text."""
+    from qwen_analog.inference import optimize_for_inference
+
+    read = bandwidth(sizes)
+    free()
+    greedy = {"temperature": 0, "eos_token_id": []}
+    if not sizes.compile:  # the same step, not translated
+        torch.compile = lambda function, **how: function
+
+    def both(form: str, rows: int) -> dict:
+        quantize = None if form == "bf16" else form
+        prompt, found, texts = random_prompt(sizes, rows, 4), {}, []
+        for step in ("laid out", "compiled"):
+            model = new_model(sizes, torch.bfloat16).eval()
+            optimize_for_inference(model, quantize, compile=step == "compiled")
+            nbytes = laid_out_bytes(model)
+            began = time.perf_counter()
+            write = lambda m=model: m.generate(prompt, sizes.new, **greedy)
+            texts.append(write()[:, 4:])
+            first = time.perf_counter() - began
+            numbers = decode_numbers(write, sizes, rows, nbytes, read)
+            found |= numbers
+            found[f"{step}_tokens_per_second"] = numbers["tokens_per_second"]
+            found[f"{step}_first_seconds"] = first
+            if step == "compiled":
+                made = getattr(model.compiled_step, "made", {})
+                graphs = [m.graph is not None for ms in made.values() for m in ms]
+                found["recorded"] = bool(graphs) and all(graphs)
+            del model, write
+            free()
+        same = (texts[0] == texts[1]).long().cumprod(1).sum().item()
+        return found | {"equal_tokens": f"{same} of {texts[0].numel()}"}
+
+    for form, rows in (("bf16", 1), ("int8", 1), ("int4", 1), ("bf16", 16)):
+        yield guarded(f"{form}, {rows} rows", both, form, rows)
+
+
+def laid_out_bytes(model: nn.Module) -> int:
+    """Bytes that a step reads: of the layers' modules, which are no submodules."""
+    parts = [part for layer in model.model.layers for part in vars(layer).values()]
+    modules = [model.lm_head, *(p for p in parts if isinstance(p, nn.Module))]
+    total = 0
+    for module in modules:
+        tensors = [*module.buffers(), *module.parameters()] or vars(module).values()
+        found = [t for t in tensors if isinstance(t, torch.Tensor)]
+        total += sum(t.numel() * t.element_size() for t in found)
+    return total
+
+
 def prefill(sizes: Sizes):
     model = new_model(sizes, torch.bfloat16).eval()
 
@@ -423,6 +480,7 @@ PARTS = {
     "tests": (unit_tests, 110),
     "train": (train, 220),
     "decode": (decode, 120),
+    "compiled": (compiled, 120),
     "prefill": (prefill, 40),
     "serve": (serve, 60),
     "transformers": (transformers, 60),

@@ -429,6 +429,7 @@ def run(arguments: argparse.Namespace) -> None:
     source = arguments.model or default_model()
     check_memory, quantize = not arguments.ignore_memory, arguments.quantize
     options = {"quantize": quantize, "base": arguments.base}
+    options["compile"] = arguments.compile
     model, tokenizer = load(
         source, check_memory=check_memory, inference=True, **options
     )

@@ -186,9 +186,9 @@ def generate(arguments: argparse.Namespace) -> None:
     """Continue prompts with a model."""
     check_memory = not arguments.ignore_memory
     source = arguments.model or default_model()
-    quantize = arguments.quantize
-    options = {"check_memory": check_memory, "base": arguments.base}
-    model, tokenizer = load(source, inference=True, quantize=quantize, **options)
+    options = {"quantize": arguments.quantize, "compile": arguments.compile}
+    options |= {"check_memory": check_memory, "base": arguments.base}
+    model, tokenizer = load(source, inference=True, **options)
     longest = max(len(tokenizer.encode(prompt)) + 1 for prompt in arguments.prompt)
     count = answer_length(source, model, longest, arguments.max_new_tokens)
     require_room(model, longest + count, check_memory)

@@ -59,7 +59,7 @@ def next_logits(
 from .sampling import SamplingParams, new_generator, sample
 
 # %% ../chapters/16_generation.ipynb #cell-102
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -189,6 +189,16 @@ def _real_tokens(
     return torch.arange(tokens.shape[1], device=tokens.device) >= padding[:, None]
 
 # %% ../chapters/16_generation.ipynb #cell-116
+def _reader(
+    model: QwenForCausalLM, cache: Any, padding: torch.Tensor | None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what reads one more token of each row: compiled, where the model is."""
+    step = None if cache is None else model.compiled_step
+    if step is not None:
+        return step.reader(cache, padding)
+    return lambda token: decode_one_token(model, token, cache, padding)
+
+
 class evaluating:
     """Keeps a model in eval mode inside `with`; afterwards each module is back in its
     own. It can be entered several times, one after the other.
@@ -246,6 +256,7 @@ def _decode(
     with eval_mode:
         logits = prefill(model, prompt, cache, padding, options.copies)  # [B * m, V]
     tokens, padding = _repeated(prompt, padding, options)  # [B * m, T], [B * m]
+    read = _reader(model, cache, padding)
     ended = [False] * len(logits)
     choice = _Choice(options, len(logits))
     for step in range(1, n + 1):
@@ -263,7 +274,7 @@ def _decode(
             tokens = torch.cat((tokens, new[:, None]), dim=1)
         with eval_mode:
             if cache is not None:
-                logits = decode_one_token(model, new, cache, padding)
+                logits = read(new)
             elif tokens is not None:
                 logits = prefill(model, tokens, None, padding)
 

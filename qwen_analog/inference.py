@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .attention import GQAttention, NormedAttention, grouped_query_attention
+from .compiled import CompiledStep, can_compile
 from .kv_cache import KVCache
 from .model import DecoderLayer, QwenForCausalLM, QwenModel
 from .norm import RMSNorm
@@ -33,11 +34,13 @@ def can_pack(weight: torch.Tensor) -> bool:
 class PackedLinear(nn.Module):
     """`nn.Linear` for inference, its matrix packed where that can be done."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None, pack: bool = True
+    ):
         super().__init__()
         self.weight = weight.detach()
         self.bias = None if bias is None else bias.detach()
-        self.packed = can_pack(weight)
+        self.packed = pack and can_pack(weight)
         if self.packed:
             reorder = torch.ops.mkldnn._reorder_linear_weight
             self.weight = reorder(self.weight.contiguous(), 1)
@@ -137,6 +140,9 @@ class FusedModel(Frozen):
     @torch.inference_mode()
     def forward(self, input_ids, position_ids=None, mask=None, cache=None):
         """As `QwenModel`: `input_ids` [B, T] -> [B, T, D]."""
+        return self.hidden_states(input_ids, position_ids, mask, cache)
+
+    def hidden_states(self, input_ids, position_ids, mask, cache) -> torch.Tensor:
         x = self.embed_tokens(input_ids)  # [B, T, D]
         if position_ids is None:
             start = 0 if cache is None else cache.length
@@ -154,12 +160,13 @@ class FusedModel(Frozen):
 
 # %% ../chapters/33_inference.ipynb #cell-028
 def optimize_for_inference(
-    model: QwenForCausalLM, quantize: str | None = None
+    model: QwenForCausalLM, quantize: str | None = None, compile: bool = False
 ) -> QwenForCausalLM:
     """Lay a model's weights out for reading and writing text, in place; return it.
 
     In float32 and bfloat16 the results are those of the model, up to the order of sums.
-    `quantize` is None, "int8" or "int4". Afterwards it is in eval mode and cannot be
+    `quantize` is None, "int8" or "int4"; with `compile` the step that writes a token is
+    compiled when it is first used. Afterwards the model is in eval mode and cannot be
     trained, moved, cast or saved. Raises ValueError, and changes nothing, for another
     format, a shape that does not fit it, a model that is laid out already, and one with
     adapters that are not merged.
@@ -169,11 +176,15 @@ def optimize_for_inference(
     refuse_adapters(model)
     if quantize is not None:
         check_format(model, quantize)
-    make = PackedLinear if quantize is None else FORMATS[quantize]
+    compile = compile and can_compile(model.model.embed_tokens.weight.device)
+    plain = partial(PackedLinear, pack=not compile)  # no compiler reads packed ones
+    make = plain if quantize is None else FORMATS[quantize]
     linear = partial(_one_layer, make)
     model.eval().requires_grad_(False)
     model.set_submodule("lm_head", linear(model.lm_head))
     model.set_submodule("model", FusedModel(model.model, linear))
+    if compile:
+        model.compiled_step = CompiledStep(model)
     return model
 
 # %% ../chapters/33_inference.ipynb #cell-058

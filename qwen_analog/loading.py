@@ -236,6 +236,7 @@ def load(
     check_memory: bool = True,
     inference: bool = False,
     quantize: str | None = None,
+    compile: bool = False,
     base: str | Path | None = None,
 ) -> tuple[QwenForCausalLM, Tokenizer]:
     """Load a model, in eval mode, and its tokenizer from whatever holds them.
@@ -247,20 +248,19 @@ def load(
     `dtype` float32. `inference` lays the weights out for reading and writing text only,
     and `quantize`, "int8" or "int4", makes them small as well: see
     `qwen_analog.inference`. "stored" keeps the small ones of a GGUF file as they are.
-    Raises ValueError for what is wrong with the source, with `check_memory` for a model
-    that does not fit into the memory.
+    `compile` compiles the step that writes a token. Raises ValueError for what is wrong
+    with the source, with `check_memory` for a model that does not fit into the memory.
     """
     if quantize not in (None, "int8", "int4", "stored"):
-        raise ValueError(
-            f"quantize must be int8, int4 or stored, not {shown(quantize)}"
-        )
+        names = "int8, int4 or stored"
+        raise ValueError(f"quantize must be {names}, not {shown(quantize)}")
     stored = quantize == "stored"
     options = {"check_memory": check_memory, "stored": stored, "base": base}
     model, tokenizer = open_source(source, device, dtype, **options)
-    if inference or quantize:
+    if inference or quantize or compile:
         from qwen_analog.inference import optimize_for_inference
 
-        optimize_for_inference(model, None if stored else quantize)
+        optimize_for_inference(model, None if stored else quantize, compile)
     if tokenizer is None:
         raise ValueError(
             f"{source} holds no tokenizer: QwenForCausalLM.from_pretrained loads the"

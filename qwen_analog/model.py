@@ -175,6 +175,7 @@ class GenerationMixin:
     """What a model that writes text has besides; the work is done in other modules."""
 
     _generation_config = GenerationDefaults()
+    compiled_step: Any = None  # a `CompiledStep`, where one writes the tokens
 
     @property
     def generation_config(self: Any) -> GenerationDefaults:

@@ -21,6 +21,7 @@ from .chat_template import chat_ids
 from .checkpoint import read_state
 from .config import QwenConfig, parameter_counts
 from .finetune import answer_end
+from .float8 import check_float8
 from .loading import load
 from .hardware import require_memory
 from .memory import adapter_parameters, estimate_for
@@ -166,6 +167,7 @@ def prepare_start(
     """Find settings, tokenizer and weights of a run; refuse what cannot go well."""
     with context.together():
         check_method(config)
+        check_float8(config, context.device)
         if config.method == "grpo":
             load_reward(config.reward)
         config, notes = fitted(config)

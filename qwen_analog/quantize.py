@@ -187,7 +187,7 @@ class Int4Matrix(QuantizedLinear):
     def fill(self, levels, scales, zeros, bias) -> None:
         N, K = levels.shape
         super().__init__(N, K, bias)
-        self.block = cpu_block() or 64
+        self.cpu_kernel, self.block = cpu_block() > 0, cpu_block() or 64
         self.group_size = K // scales.shape[1]
         self.register_buffer("weight", pack_levels(levels.to(torch.uint8), self.block))
         pairs = torch.stack((scales, zeros), dim=2).to(torch.bfloat16)  # [N, G, 2]
@@ -243,7 +243,7 @@ class Int4Linear(Int4Matrix):
         if self.group_size not in (32, 64, 128, 256):
             return False
         if self.weight.device.type == "cpu":
-            return cpu_block() > 0
+            return self.cpu_kernel
         return self.gpu_weight is not None
 
     def kernel(self, rows: torch.Tensor) -> torch.Tensor:

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TrainerState', 'train_loop', 'take_step', 'Trainer', 'NextToken', 'stop_signals', 'RunData', 'open_run_data',
-           'print_note', 'check_dataset_kind', 'build', 'copy_weights', 'build_reference', 'first_weights',
-           'choose_objective', 'Saver', 'batch_or_save', 'advance', 'note_step', 'schedule_learning_rate',
-           'nonfinite_error', 'train', 'train_from', 'describe_run', 'summarize', 'run', 'run_settings', 'main']
+           'print_note', 'check_dataset_kind', 'build', 'prepare_layers', 'copy_weights', 'build_reference',
+           'first_weights', 'choose_objective', 'Saver', 'batch_or_save', 'advance', 'note_step',
+           'schedule_learning_rate', 'nonfinite_error', 'train', 'train_from', 'describe_run', 'summarize', 'run',
+           'run_settings', 'main']
 
 # %% ../chapters/38_pretraining.ipynb #cell-007
 import runpy
@@ -139,6 +140,7 @@ from .checkpoint import load_model, save_checkpoint
 from .checkpointer import Checkpointer
 from .data import PackedDataset, data_difference
 from .finetune import add_adapters, end_at_answers, save_adapters
+from .float8 import to_float8
 from .hardware import keep_freed_memory, peak_memory
 from .jsonl import DataError
 from .memory import set_activation_checkpointing
@@ -291,7 +293,7 @@ def build(
         precision=config.precision,
         reshard_after_forward=config.reshard_after_forward,
         compile=config.compile,
-        prepare=partial(add_adapters, config=config),
+        prepare=partial(prepare_layers, config=config),
     )
     if start.source is not None:
         torch.manual_seed(config.seed)
@@ -313,6 +315,13 @@ def build(
     return model, wrapped, optimizers
 
 # %% ../chapters/38_pretraining.ipynb #cell-087
+def prepare_layers(model: QwenForCausalLM, config: TrainConfig) -> None:
+    """Add the adapters, or the products in eight bits, that the settings ask for."""
+    add_adapters(model, config)
+    if config.float8:
+        to_float8(model)
+
+
 @torch.no_grad()
 def copy_weights(source: nn.Module, model: nn.Module) -> None:
     """Copy the weights of `source`, of the same shape, into `model`, however it is laid

@@ -122,6 +122,8 @@ class HardwareSettings(_Settings):
     compile: bool | None = None
     """compile each block with torch.compile: minutes at the start, faster GPU steps;
     left out, on a GPU only"""
+    float8: bool = False
+    """make the blocks' products in eight bits: on a Hopper GPU, with torchao"""
     peak_tflops: float = Field(0.0, ge=0)
     """what one device can do at most, for the MFU; 0: by its name, or measured"""
 

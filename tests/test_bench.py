@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -92,12 +93,46 @@ def test_without_training_a_plan_has_nothing_to_read():
         read_measured("o.json")
 
 
+@pytest.fixture
+def no_process(monkeypatch, tmp_path):
+    """Memory is not measured, and the vocabulary has room for bytes."""
+    monkeypatch.setattr(module, "in_a_process", lambda work: 5)
+    shape = json.dumps({**SHAPE, "vocab_size": 320})
+    (tmp_path / "shape.json").write_text(shape)
+
+
+def test_clients_and_losses(no_process, tmp_path, capsys):
+    words = "--work serve loss --clients 3 --dtype float32 --output o.json".split()
+    assert main(command(*words)) == 0
+    served = cases_of(tmp_path / "o.json", "serve")
+    assert set(served) == {"qwen_analog served", "one batch"}
+    assert {case["rows"] for case in served.values()} == {3}
+    found = cases_of(tmp_path / "o.json", "loss")
+    assert {"qwen_analog", "naive"} <= set(found)
+    assert {case["peak_bytes"] for case in found.values()} == {5}
+    assert "served" in capsys.readouterr().out
+
+
+def test_the_memory_of_a_loss_is_of_a_process_of_its_own(tmp_path):
+    place = module.Place(tmp_path, torch.device("cpu"), torch.float32)
+    sizes = {"sizes": (4096, 8, 4096), "place": place}  # 67 MB of logits
+    work = partial(module._loss_memory, name="naive", **sizes)
+    assert module.in_a_process(work) > 1e8
+
+
+@pytest.mark.mutant
+def test_a_wrong_loss_is_refused_by_name(no_process, monkeypatch, capsys):
+    wrong = lambda h, w, targets: module.cross_entropy(h @ w.T * 1.5, targets)
+    monkeypatch.setattr(module, "_naive", wrong)
+    assert "naive" in refused(capsys, *command("--work", "loss"))
+
+
 @pytest.mark.mutant
 @pytest.mark.parametrize("name", ["qwen_analog laid out", "transformers"])
 def test_wrong_logits_are_refused_by_name_and_not_timed(name, monkeypatch, capsys):
     right = module.writers_for
 
-    def writers_for(dtype):
+    def writers_for(dtype, compiled=False):
         def wrong(place):
             writer = right(dtype)[name](place)
             return writer._replace(logits=lambda ids: writer.logits(ids.flip(1)))

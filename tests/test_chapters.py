@@ -161,11 +161,11 @@ MODULES = {
 FLOORS = [
     "config norm rope mask kv_cache mlp bpe loss optim hardware files arguments "
     "archive distributed",
-    "attention tokenizer sampling jsonl shards train_config baselines",
+    "attention tokenizer sampling jsonl shards train_config baselines compiled",
     "hf_tokenizer token_cache data corpora model grammar",
     "tools",
     "generate memory pages parallel monitor quantize streaming weights checkpoint "
-    "tokenizer_json chat_template lora",
+    "tokenizer_json chat_template lora float8",
     "inference scoring restore text_stream step search run_directory gguf_file hf",
     "gguf checkpointer finetune resume lm_eval_adapter scheduler",
     "loading engine preferences",

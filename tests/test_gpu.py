@@ -14,6 +14,7 @@ from qwen_analog import attention
 from qwen_analog import model as model_module
 from qwen_analog.attention import PackedDocuments, document_mask, packed_documents
 from qwen_analog.checkpoint import save_checkpoint
+from qwen_analog.inference import optimize_for_inference
 from qwen_analog.memory import set_activation_checkpointing
 from qwen_analog.optim import build_optimizers
 from qwen_analog.parallel import compile_layers
@@ -334,3 +335,17 @@ def test_sampling(device):
     history = logits.argmax(-1, keepdim=True)
     other = sample(there, repeated, history.to(device))
     assert not other.cpu().eq(history[:, 0]).any()
+
+
+@needs_gpu
+@pytest.mark.parametrize("format", [None, "int8"])
+def test_a_compiled_step_is_recorded_and_writes_the_same(format):
+    plain, model = (
+        optimize_for_inference(small_model().cuda(), format, compile=compiled)
+        for compiled in (False, True)
+    )
+    ids = torch.randint(300, (2, 5), device="cuda")
+    texts = [m.generate(ids, 8, temperature=0, eos_token_id=[]) for m in (plain, model)]
+    made = [memory for rooms in model.compiled_step.made.values() for memory in rooms]
+    assert made and all(memory.graph is not None for memory in made)
+    assert format or torch.equal(*texts)

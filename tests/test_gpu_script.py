@@ -13,6 +13,7 @@ FIELDS = {
     "machine": {"tflops", "gb_per_second", "milliseconds"},
     "train": {"tokens_per_second", "mfu", "peak_gb", "planned_gb"},
     "decode": {"tokens_per_second", "gb_per_second", "of_bandwidth"},
+    "compiled": {"tokens_per_second", "of_bandwidth", "equal_tokens"},
     "prefill": {"tokens_per_second"},
     "serve": {"tokens_per_second"},
     "transformers": {"tokens_per_second"},
@@ -41,7 +42,7 @@ def test_every_part_writes_its_numbers_and_one_that_fails_costs_no_other(tmp_pat
         for case in found["cases"]:
             assert case.get("error", "not available").startswith("not available"), case
     train = json.loads((tmp_path / "train.json").read_text())["cases"]
-    assert len({case["case"] for case in train}) == 6
+    assert len({case["case"] for case in train}) == 8
     table = (tmp_path / "summary.md").read_text()
     assert table.splitlines()[0].count("torch") == 1
     assert all(f"| {part} |" in table for part in FIELDS)

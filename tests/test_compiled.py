@@ -1,0 +1,247 @@
+"""The compiled step against the plain model: the same text, and no program twice."""
+
+import copy
+import gc
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from book import scramble_
+from torch._dynamo.utils import counters
+from weights_helpers import QWEN3
+
+from qwen_analog import QwenConfig, QwenForCausalLM
+from qwen_analog import compiled as module
+from qwen_analog.compiled import StaticCache, StaticStep, room_for
+from qwen_analog.generate import decode_steps, pad_left
+from qwen_analog.inference import optimize_for_inference
+
+IDS, REAL = pad_left([[5, 9, 30, 2], [7, 8], [3]], 0)
+GREEDY = {"temperature": 0, "eos_token_id": []}
+COMPILE = torch.compile
+no_compiler = module.missing_compiler(torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def traced(monkeypatch):
+    """A program is traced, and not translated, which takes seconds."""
+    monkeypatch.setattr(
+        torch, "compile", lambda f, options, **how: COMPILE(f, backend="eager", **how)
+    )
+    monkeypatch.setattr(module, "ROOM", 8)
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def programs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def make(dtype=torch.float32, **changes):
+    settings = {
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        **changes,
+    }
+    return scramble_(QwenForCausalLM(QwenConfig(**settings))).eval().to(dtype)
+
+
+def laid_out(model, **options):
+    return optimize_for_inference(copy.deepcopy(model), **options)
+
+
+def same_text(model, quantize=None, new=8) -> bool:
+    """Three padded rows, through rooms of 8 and 16 tokens."""
+    plain = laid_out(model, quantize=quantize)
+    compiled = laid_out(model, quantize=quantize, compile=True)
+    options = {**GREEDY, "attention_mask": REAL}
+    texts = [m.generate(IDS, new, **options) for m in (plain, compiled)]
+    return torch.equal(*texts)
+
+
+@pytest.mark.parametrize("changes", [{}, {**QWEN3, "num_key_value_heads": 1}])
+def test_text_is_the_plain_models(changes):
+    assert same_text(make(**changes))
+
+
+def test_text_is_the_plain_models_in_bfloat16_and_in_eight_bits():
+    assert same_text(make(torch.bfloat16)) and same_text(make(), "int8")
+
+
+def test_samples_of_one_prompt():
+    drawn = {"temperature": 1.0, "seed": 3, "num_return_sequences": 2}
+    models = make(), laid_out(make(), compile=True)
+    texts = [m.generate(IDS[:1], 4, **GREEDY | drawn) for m in models]
+    assert torch.equal(*texts) and not torch.equal(*texts[0])
+
+
+def test_four_bits_are_compiled_too():
+    model = laid_out(make(), quantize="int4", compile=True)
+    model.generate(IDS, 3, attention_mask=REAL, **GREEDY)
+    assert programs() == 1 and model.compiled_step.made
+
+
+def test_a_program_for_each_room_and_none_for_a_token():
+    model = laid_out(make(), compile=True)
+    write = partial(model.generate, **GREEDY)
+    write(IDS, 12, attention_mask=REAL)  # 4 tokens held, 15 at the last step
+    assert list(model.compiled_step.made) == [(3, 8), (3, 16)]
+    assert programs() == 2
+    write(IDS, 12, attention_mask=REAL)
+    write(IDS[:, :2], 9)
+    assert programs() == 2
+    write(IDS[:1], 3)
+    assert programs() == 3 and (1, 8) in model.compiled_step.made
+
+
+def test_more_programs_than_dynamo_keeps_by_itself():
+    model = laid_out(make(), compile=True)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for rows in (1, 2):
+            model.generate(IDS[:1].expand(rows, -1), 3, **GREEDY)
+    assert programs() == 2
+
+
+def test_two_texts_by_turns_and_a_room_used_again():
+    plain, model = make(), laid_out(make(), compile=True)
+    prompts = IDS[:1], IDS[:1].flip(1)
+    expected = [plain.generate(p, 4, **GREEDY)[0, 4:].tolist() for p in prompts]
+    steps = [decode_steps(model, p, 4, **GREEDY) for p in prompts]
+    found = [[step.ids[0] for step in both] for both in zip(*steps)]
+    assert [list(row) for row in zip(*found)] == expected
+    del steps
+    gc.collect()
+    model.generate(IDS[:1], 4, **GREEDY)
+    assert [len(made) for made in model.compiled_step.made.values()] == [2]
+
+
+def test_inside_inference_mode_and_outside():
+    plain, model = make(), laid_out(make(), compile=True)
+    expected = plain.generate(IDS[:1], 8, **GREEDY)
+    with torch.inference_mode():
+        assert torch.equal(model.generate(IDS[:1], 8, **GREEDY), expected)
+    assert torch.equal(model.generate(IDS[:1], 8, **GREEDY), expected)
+
+
+class Replayed:
+    """What a CUDA graph does: the same step again, its result at the same place."""
+
+    def __init__(self, step, memory):
+        self.step, self.memory = step, memory
+        memory.logits = step.logits(memory)
+        memory.graph = self
+
+    def replay(self):
+        self.memory.logits.copy_(self.step.logits(self.memory))
+
+
+def test_a_recorded_step_writes_the_same(monkeypatch):
+    monkeypatch.setattr(module, "_record", Replayed)
+    model = laid_out(make(), compile=True)
+    model.compiled_step.cuda = True
+    options = {**GREEDY, "attention_mask": REAL, "return_logprobs": True}
+    found = model.generate(IDS, 8, **options)
+    expected = make().generate(IDS, 8, **options)
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-3, atol=1e-3)
+    made = [memory for rooms in model.compiled_step.made.values() for memory in rooms]
+    assert len(made) == 2 and all(isinstance(m.graph, Replayed) for m in made)
+
+
+def test_a_compiler_that_fails_is_done_without(monkeypatch, capsys):
+    def fails(f, options, **how):
+        def broken(*args):
+            raise RuntimeError("no\nsuch luck")
+
+        return broken
+
+    monkeypatch.setattr(torch, "compile", fails)
+    assert same_text(make())
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["note: the writing of tokens is not compiled: no such luck"]
+
+
+def test_without_a_compiler_the_model_is_laid_out_as_ever(monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    model = laid_out(make(), compile=True)
+    assert model.compiled_step is None
+    said = capsys.readouterr().err
+    assert "no-such-compiler" in said and said.count("\n") == 1
+    assert torch.equal(
+        model.generate(IDS[:1], 3, **GREEDY), make().generate(IDS[:1], 3, **GREEDY)
+    )
+
+
+def test_rooms():
+    assert [room_for(n) for n in (1, 8, 9, 17)] == [8, 8, 16, 32]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(no_compiler), reason=str(no_compiler))
+def test_translated_by_inductor(monkeypatch):
+    monkeypatch.setattr(torch, "compile", COMPILE)
+    assert same_text(make(num_hidden_layers=2), new=4)
+
+
+def sees_one_more(self, cache):
+    cache.slots -= 1
+    found = LOGITS(self, cache)
+    cache.slots += 1
+    return found
+
+
+def without_padding(self, keys, values, held, padding):
+    FILL(self, keys, values, held, None)
+
+
+def one_token_less(self, keys, values, held, padding):
+    FILL(self, keys, values, held - 1, padding)
+    self.position += 1
+
+
+FILL, LOGITS = StaticCache.fill, StaticStep.logits
+SLOT = module._Slot.update
+
+
+def one_slot_on(self, layer_idx, keys, values):
+    self.position = self.position - 1
+    return SLOT(self, layer_idx, keys, values)
+
+
+def never_free(self, reader, keys, values):
+    """The room of another reader is taken."""
+    for made in self.made.values():
+        for memory in made:
+            memory.reader = lambda: None
+    return LEND(self, reader, keys, values)
+
+
+LEND = module.CompiledStep.lend
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize(
+    ("owner", "name", "broken"),
+    [
+        (StaticStep, "logits", sees_one_more),
+        (StaticCache, "fill", without_padding),
+        (StaticCache, "fill", one_token_less),
+        (module._Slot, "update", one_slot_on),
+    ],
+)
+def test_broken_parts_are_noticed(monkeypatch, owner, name, broken):
+    monkeypatch.setattr(owner, name, broken)
+    assert not same_text(make())
+
+
+@pytest.mark.mutant
+def test_a_room_that_is_taken_is_noticed(monkeypatch):
+    monkeypatch.setattr(module.CompiledStep, "lend", never_free)
+    with pytest.raises((AssertionError, IndexError)):
+        test_two_texts_by_turns_and_a_room_used_again()
