@@ -256,8 +256,9 @@ def _advice(instead: dict | None) -> str:
         )
     changes = {name: value for name, value in instead.items() if name != "gpus"}
     flags = [f"--{name.replace('_', '-')} {value}" for name, value in changes.items()]
+    gpus = f"{instead['gpus']} GPU{'s' if instead['gpus'] > 1 else ''}"
     return (
-        f"cheapest settings that fit: {instead['gpus']} GPUs with"
+        f"cheapest settings that fit: {gpus} with"
         f" {' '.join(flags) or 'the same settings'}"
     )
 
