@@ -233,11 +233,11 @@ def main() -> None:
     for key in sys.argv[1:] or CHANGES:
         measure, name, why, expected = CHANGES[key]
         texts = {"name": name, "why": why, "expected": expected}
-        found[key] = {"key": key, **texts, "ratios": measure()}
+        device = device_name(CPU)
+        found[key] = {"key": key, **texts, "ratios": measure(), "device": device}
         print(found[key])
         changes = [found[key] for key in CHANGES if key in found]
-        head = {"device": device_name(CPU), "torch": torch.__version__}
-        head |= {"threads": torch.get_num_threads()}
+        head = {"torch": torch.__version__}
         text = json.dumps({**head, "changes": changes}, indent=1)
         FILE.write_text(text + "\n")
 
