@@ -214,6 +214,7 @@ def run_tasks(
     chat = apply_chat_template
     adapter = lm_eval_model(model, tokenizer, add_bos_token=add_bos_token, is_chat=chat)
     from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
     found = simple_evaluate(
         model=adapter,
@@ -222,6 +223,8 @@ def run_tasks(
         limit=limit,
         apply_chat_template=chat,
         bootstrap_iters=1000,
+        # the tasks are read already, so the harness's own need not be looked through
+        task_manager=TaskManager(include_defaults=False),
     )
     return {
         name: _of_task(found["results"][name], samples)
