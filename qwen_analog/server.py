@@ -779,6 +779,8 @@ class Server(uvicorn.Server):
         while loop.time() < until and not self.hurry:
             await asyncio.sleep(0.05)
         self.engine.stop()
+        while self.engine.running:  # a step may take seconds
+            await asyncio.sleep(0.02)
         await asyncio.sleep(1)  # for the last words
         for connection in list(self.server_state.connections):
             if isinstance(connection, Connection):
@@ -815,7 +817,7 @@ def build_server(
         server_header=False,
         backlog=backlog,
         timeout_keep_alive=int(request_seconds) + 1,  # Connection is there before it
-        timeout_graceful_shutdown=int(grace_seconds) + 3,
+        timeout_graceful_shutdown=int(grace_seconds) + 13,  # 10 for the last step
     )
     return Server(config, engine, grace_seconds)
 

@@ -710,6 +710,21 @@ def test_the_end_of_a_server(grace, log):
     assert len(found) == 5 and "Traceback" not in log.text and not engine.running
 
 
+def test_a_step_that_takes_long_delays_the_last_event():
+    engine = endless(max_batch=1, max_context=4096)
+    step = engine.step
+    engine.step = lambda: (time.sleep(1.5), step())
+    ending = build_server(build_app(engine, NAME), engine, grace_seconds=0)
+    with running(ending) as port:
+        stream = client(port).completions.create(
+            model=NAME, prompt=[1], max_tokens=4000, stream=True
+        )
+        next(stream)
+        ending.handle_exit(signal.SIGTERM, None)
+        with pytest.raises(openai.APIError, match="shutting down"):
+            list(stream)
+
+
 def test_a_second_signal_ends_the_grace():
     engine = endless(max_batch=1, max_context=4096)
     ending = build_server(build_app(engine, NAME), engine, grace_seconds=600)
