@@ -1,9 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# threads that spin while they wait for each other take the processor from the ones that work
-export OMP_WAIT_POLICY ?= PASSIVE
-
 .PHONY: train test test-fast test-site lint export execute figures lab hooks book epub
 
 # the stamp is newer than every file that names a dependency once they are installed
@@ -25,7 +22,7 @@ train: .venv/installed data/wiki/tokenizer.tiktoken
 # two chapters share the cores: their threads sleep while they wait, instead of spinning
 # in each other's way
 test: .venv/installed lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests
 	$(BIN)/python tests/solve_exercises.py
 	OMP_WAIT_POLICY=PASSIVE PYTHONPATH=$(CURDIR)/tests/no_network HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=300 --timeout=300 build/solved/chapters
 
