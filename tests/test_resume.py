@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from helpers import Bomb
+from helpers import Bomb, up_to_rounding
 from training import (  # noqa: F401
     MODEL,
     ROOT,
@@ -296,9 +296,11 @@ def test_a_run_of_version_0_1_0_goes_on_exactly(settings_from):
         words += ["--config", "train_config.json", *THEIR_OPTIMIZER]
     assert module.main(words) == 0
     before, now = training_state("plain/final"), training_state("out/final")
-    assert same(now, before)
+    # another machine's bits: its kernels may round otherwise
+    assert same(now, before, up_to_rounding)
     then = losses_of("plain")
-    assert losses_of("out") == {step: then[step] for step in (3, 4)}
+    expected = {step: pytest.approx(then[step], rel=1e-6) for step in (3, 4)}
+    assert losses_of("out") == expected
     assert load_checkpoint("out/final")["tokens"] == 4 * 2 * 32
     assert load_checkpoint("out/final")["train_config"]["sequence_length"] == 32
 
@@ -309,7 +311,8 @@ def test_a_directory_of_version_0_1_0_goes_on_by_auto():
     assert module.main(["--resume", "auto", "--output-dir", "plain"]) == 0
     assert losses_of("plain").keys() == {1, 2, 3, 4}
     weights = load_file(OLD / "plain/final/model.safetensors")
-    assert same(dict(load_file("plain/final/model.safetensors")), dict(weights))
+    found = load_file("plain/final/model.safetensors")
+    assert same(dict(found), dict(weights), up_to_rounding)
 
 
 def test_a_sharded_run_of_version_0_1_0_goes_on_with_one_process():
