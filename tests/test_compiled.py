@@ -11,6 +11,7 @@ from book import scramble_
 from torch._dynamo.utils import counters
 from weights_helpers import QWEN3
 
+import test_inference
 from qwen_analog import QwenConfig, QwenForCausalLM
 from qwen_analog import compiled as module
 from qwen_analog.compiled import StaticCache, StaticStep, room_for
@@ -39,17 +40,7 @@ def programs() -> int:
 
 
 def make(dtype=torch.float32, **changes):
-    settings = {
-        "vocab_size": 96,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        **changes,
-    }
-    return scramble_(QwenForCausalLM(QwenConfig(**settings))).eval().to(dtype)
+    return test_inference.make(**changes).to(dtype)
 
 
 def laid_out(model, **options):
