@@ -8,10 +8,15 @@ import argparse
 import contextlib
 import gc
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
+import sysconfig
+import tempfile
 import time
+from base64 import b64encode
 from pathlib import Path
 
 import torch
@@ -34,7 +39,15 @@ TINY = dict(
     intermediate_size=128,
     max_position_embeddings=256,
 )
-# the whole run, in seconds; the last minute of nine is for starting and stopping
+SMALL = dict(
+    hidden_size=1024,
+    num_hidden_layers=8,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    intermediate_size=4096,
+    max_position_embeddings=2048,
+)
+# seconds of the whole run; the last minute of nine is for starting and stopping
 TOTAL = 500
 
 
@@ -48,9 +61,12 @@ class Sizes:
         self.documents = 3 if tiny else 8  # in each
         self.steps = 2 if tiny else 5
         self.prompts = (16, 64) if tiny else (1024, 4096)
-        self.new = 8 if tiny else 96  # tokens to write
+        self.new = 8 if tiny else 64  # tokens to write
         self.clients = 64
         self.compile = not tiny
+        # of the run from the command line, beside analog-3b's
+        self.small = TINY if tiny else {**TINY, **SMALL}
+        self.small_steps = 12 if tiny else 60
 
     def config(self) -> QwenConfig:
         return QwenConfig(**self.shape)
@@ -106,12 +122,16 @@ def bandwidth(sizes: Sizes) -> float:
 
 
 def unit_tests(sizes: Sizes):
-    command = [sys.executable, "-m", "pytest", "-q", "tests/test_gpu.py"]
-    command += ["-k", "bounds"] if sizes.tiny else []
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    lines = done.stdout.strip().splitlines() or [done.stderr[-300:]]
-    failed = [line for line in lines if line.startswith("FAILED")]
-    yield {"case": lines[-1], "passed": done.returncode == 0, "failed": failed}
+    command = [sys.executable, "-m", "pytest", "-v", "tests/test_gpu.py"]
+    command += ["-o", "faulthandler_timeout=40", "-k"]
+    command += ["bounds" if sizes.tiny else "cuda or gpu or recorded"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    lines = []
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        lines.append(line.strip())
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    yield {"case": lines[-1], "passed": process.wait() == 0, "failed": failed}
 
 
 def machine(sizes: Sizes):
@@ -168,22 +188,24 @@ def predicted(config) -> float:
     return estimate_for(config).total
 
 
-def train_case(sizes: Sizes, layout: str, mode: str, float8: bool = False) -> dict:
-    """A few steps of training on packed documents."""
+def train_case(
+    sizes: Sizes, layout: str, mode: str, rows: int = 1, passes: int = 1, float8=False
+) -> dict:
+    """A few steps of training on packed documents: `passes` of `rows` sequences."""
     from qwen_analog.float8 import to_float8
     from qwen_analog.hardware import peak_flops, peak_memory
     from qwen_analog.memory import flops_per_token, set_activation_checkpointing
     from qwen_analog.optim import build_optimizers
-    from qwen_analog.parallel import compile_layers
+    from qwen_analog.parallel import clip_grad_norm, compile_layers
     from qwen_analog.step import accumulate_gradients
     from qwen_analog.train_config import TrainConfig
 
-    T, config, size = sizes.length, sizes.config(), 1
+    T, config = sizes.length, sizes.config()
     settings = TrainConfig(
         model=config.to_dict(),
         sequence_length=T,
-        micro_batch_size=size,
-        gradient_accumulation_steps=1,
+        micro_batch_size=rows,
+        gradient_accumulation_steps=passes,
         activation_checkpointing=mode,
     )
     model = new_model(sizes, torch.float32)
@@ -194,28 +216,41 @@ def train_case(sizes: Sizes, layout: str, mode: str, float8: bool = False) -> di
     set_activation_checkpointing(model, mode)
     wrapped = laid_out(model, layout)
     optimizers = build_optimizers(model, 1e-4)
-    ids = torch.randint(config.vocab_size, (size, T + 1))
     document = torch.arange(T) * sizes.documents // T
-    batch = {"input_ids": ids[:, :-1], "targets": ids[:, 1:]}
-    batch["document_ids"] = document.expand(size, T).clone()
-    losses, times = [], []
-    for _ in range(sizes.steps):
+    batches = []
+    for _ in range(passes):
+        ids = torch.randint(config.vocab_size, (rows, T + 1))
+        batch = {"input_ids": ids[:, :-1], "targets": ids[:, 1:]}
+        batches.append(batch | {"document_ids": document.expand(rows, T).clone()})
+    tokens = passes * rows * T
+    losses, times, phases = [], [], {}
+    steps = sizes.steps if tokens < 10 * T else 3
+    for step in range(steps):
+        last = step == steps - 1  # the device is waited for between its phases
         wait()
-        began = time.perf_counter()
-        loss = accumulate_gradients(wrapped, [batch], size * T, settings, DEVICE, 1)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=layout != "ddp")
-        losses.append(loss.item() / (size * T))
+        began = mark = time.perf_counter()
+        loss = accumulate_gradients(wrapped, batches, tokens, settings, DEVICE, 1)
+        for phase in ("passes", "clipping", "update"):
+            if phase == "clipping":
+                clip_grad_norm(model, 1.0)
+            if phase == "update":
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=step == 0 or layout != "ddp")
+            if last:
+                wait()
+                phases[phase] = 1e3 * (time.perf_counter() - mark)
+                mark = time.perf_counter()
+        losses.append(loss.item() / tokens)
         times.append(time.perf_counter() - began)
-    speed = size * T / statistics.median(times[len(times) // 2 :])
+    speed = tokens / statistics.median(times[len(times) // 2 :])
     return {
         "tokens_per_second": speed,
         "mfu": speed * flops_per_token(config, T) / peak_flops(DEVICE),
         "peak_gb": peak_memory(DEVICE) / 1e9,
         "planned_gb": predicted(settings) / 1e9,
         "first_seconds": times[0],
+        "milliseconds": {name: round(value, 1) for name, value in phases.items()},
         "losses": [losses[0], losses[-1]],
     }
 
@@ -234,24 +269,159 @@ def guarded(case: str, function, *arguments) -> dict:
 
 
 def train(sizes: Sizes):
-    cases = [("none", mode) for mode in ("full", "selective", "none")]
-    cases += [("ddp", "full"), ("fsdp", "full"), ("fsdp", "selective")]
-    for layout, mode in cases:
+    cases = [("none", "full", 1, 4), ("none", "full", 4, 4)]
+    cases += [("none", "full", 4, 4, True), ("ddp", "full", 1, 1)]
+    cases += [("fsdp", "full", 1, 1), ("none", "none", 1, 4), ("fsdp", "full", 4, 4)]
+    cases += [("none", "selective", 1, 4)]
+    for layout, *how in cases:
         with one_process() if layout != "none" else contextlib.nullcontext():
-            yield guarded(f"{layout}, {mode}", train_case, sizes, layout, mode)
-    for layout in ("none", "fsdp"):
-        with one_process() if layout != "none" else contextlib.nullcontext():
-            case = f"{layout}, full, float8"
-            yield guarded(case, train_case, sizes, layout, "full", True)
+            mode, rows, passes, *float8 = how
+            case = f"{layout}, {mode}, {passes} x {rows}{', float8' * len(float8)}"
+            yield guarded(case, train_case, sizes, layout, *how)
+
+
+def write_corpus(folder: Path) -> None:
+    """Python's own library as documents, and its bytes as a vocabulary."""
+    from qwen_analog.bpe import BYTE_ORDER
+    from qwen_analog.jsonl import write_jsonl
+
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    texts = [{"text": file.read_text("utf-8", "replace")} for file in files]
+    write_jsonl(texts, folder / "library.jsonl")
+    lines = [f"{b64encode(t).decode()} {rank}" for rank, t in enumerate(BYTE_ORDER)]
+    (folder / "bytes.tiktoken").write_text("\n".join(lines))
+
+
+def metrics(run: Path) -> list[dict]:
+    file = run / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def start_training(folder: Path, run: str, launcher: list[str], **settings):
+    """`qwen-analog train` as its user starts it."""
+    settings = {
+        "data": folder / "library.jsonl",
+        "tokenizer": f"tiktoken:{folder / 'bytes.tiktoken'}",
+        "output_dir": folder / run,
+        "log_every": 1,
+        **settings,
+    }
+    command = [sys.executable, *launcher, "-m", "qwen_analog.train"]
+    for name, value in settings.items():
+        command += [f"--{name.replace('_', '-')}"]
+        command += [] if value is None else [str(value)]
+    print(*command, flush=True)
+    return subprocess.Popen(command, cwd=ROOT)
+
+
+def until_step(process, run: Path, step: int) -> list[dict]:
+    """The metrics once that step is done."""
+    while process.poll() is None:
+        found = [line for line in metrics(run) if "loss" in line]
+        if found and found[-1]["step"] >= step:
+            return found
+        time.sleep(0.2)
+    raise RuntimeError(f"the run ended with {process.returncode}")
+
+
+def numbers_of(lines: list[dict]) -> dict:
+    late = lines[len(lines) // 2 :]
+    speeds = [line["tokens_per_second"] for line in late]
+    return {
+        "tokens_per_second": statistics.median(speeds),
+        "mfu": statistics.median(line["mfu"] for line in late),
+        "losses": [lines[0]["loss"], lines[-1]["loss"]],
+        "steps": len(lines),
+    }
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+
+
+def stopped_and_resumed(folder: Path, sizes: Sizes, layout: str) -> dict:
+    """A small run; SIGTERM half-way; then its rest, and text from its model."""
+    (folder / "model.json").write_text(json.dumps({"model": sizes.small}))
+    run, half = folder / layout, sizes.small_steps // 2
+    settings = {
+        "config": folder / "model.json",
+        "parallel": layout,
+        "sequence_length": 64 if sizes.tiny else 2048,
+        "micro_batch_size": 2 if sizes.tiny else 16,
+        "gradient_accumulation_steps": 1,
+        "max_steps": sizes.small_steps,
+        "warmup_steps": 5,
+        "learning_rate": 1e-3,
+        "eval_every": half,
+        "eval_sequences": 4,
+    }
+    launcher = TORCHRUN if layout == "fsdp" else []
+    process = start_training(folder, layout, launcher, **settings)
+    until_step(process, run, half)
+    process.send_signal(signal.SIGTERM)
+    statuses = [process.wait()]
+    process = start_training(folder, layout, launcher, **settings, resume="auto")
+    statuses.append(process.wait())
+    lines = [line for line in metrics(run) if "loss" in line]
+    steps = [line["step"] for line in lines]
+    write = [sys.executable, "-m", "qwen_analog", "generate"]
+    write += ["def read(self", "--model", str(run / "final")]
+    write += ["--max-new-tokens", "60"]
+    text = subprocess.run(write, cwd=ROOT, capture_output=True, text=True)
+    return numbers_of(lines) | {
+        "statuses": statuses,
+        "every_step_once": steps == list(range(1, sizes.small_steps + 1)),
+        "text": text.stdout[-200:] or text.stderr[-200:],
+    }
+
+
+def large(folder: Path, sizes: Sizes) -> dict:
+    """The default model, by the default settings, for a few steps."""
+    shape = {"vocab_size": TINY["vocab_size"], **sizes.shape}  # of bytes
+    (folder / "large.json").write_text(json.dumps({"model": shape}))
+    settings = {
+        "config": folder / "large.json",
+        "sequence_length": sizes.length,
+        "gradient_accumulation_steps": 4,
+        "warmup_steps": 5,
+        "ignore_memory": None,  # the run ends before it would need the disk
+    }
+    process = start_training(folder, "large", [], **settings)
+    lines = until_step(process, folder / "large", 8)
+    process.kill()
+    process.wait()
+    return numbers_of(lines)
+
+
+def from_the_command_line(case: str, function, *arguments):
+    with tempfile.TemporaryDirectory() as name:
+        write_corpus(Path(name))
+        yield guarded(case, function, Path(name), *arguments)
+
+
+def run(sizes: Sizes):
+    """`qwen-analog train` with text, checkpoints, a stop, and a resumed run."""
+    return from_the_command_line("small", stopped_and_resumed, sizes, "ddp")
+
+
+def torchrun(sizes: Sizes):
+    """The same under torchrun, split by fsdp."""
+    return from_the_command_line("small, fsdp", stopped_and_resumed, sizes, "fsdp")
+
+
+def run_3b(sizes: Sizes):
+    return from_the_command_line("analog-3b", large, sizes)
 
 
 def random_prompt(sizes: Sizes, rows: int, length: int) -> torch.Tensor:
     return torch.randint(sizes.config().vocab_size, (rows, length), device=DEVICE)
 
 
-def decode_numbers(step, sizes: Sizes, rows: int, nbytes: int, read: float) -> dict:
+def decode_numbers(
+    step, sizes: Sizes, rows: int, nbytes: int, read: float, tries: int = 3
+) -> dict:
     """Tokens a second of `step`, a function that writes `sizes.new` tokens a row."""
-    speed = sizes.new / seconds(step, 3)  # steps a second
+    speed = sizes.new / seconds(step, tries)  # steps a second
     return {
         "tokens_per_second": rows * speed,
         "gb_per_second": nbytes * speed / 1e9,
@@ -364,10 +534,12 @@ def compiled(sizes: Sizes):
             write = lambda m=model: m.generate(prompt, sizes.new, **greedy)
             texts.append(write()[:, 4:])
             first = time.perf_counter() - began
-            numbers = decode_numbers(write, sizes, rows, nbytes, read)
+            tries = 3 if step == "compiled" else 1
+            numbers = decode_numbers(write, sizes, rows, nbytes, read, tries)
             found |= numbers
             found[f"{step}_tokens_per_second"] = numbers["tokens_per_second"]
             found[f"{step}_first_seconds"] = first
+            print(form, step, first, numbers, flush=True)
             if step == "compiled":
                 made = getattr(model.compiled_step, "made", {})
                 graphs = [m.graph is not None for ms in made.values() for m in ms]
@@ -377,7 +549,7 @@ def compiled(sizes: Sizes):
         same = (texts[0] == texts[1]).long().cumprod(1).sum().item()
         return found | {"equal_tokens": f"{same} of {texts[0].numel()}"}
 
-    for form, rows in (("bf16", 1), ("int8", 1), ("int4", 1), ("bf16", 16)):
+    for form, rows in (("bf16", 1), ("bf16", 16), ("int8", 1), ("int4", 1)):
         yield guarded(f"{form}, {rows} rows", both, form, rows)
 
 
@@ -476,14 +648,17 @@ def transformers(sizes: Sizes):
 
 # name: what runs, and the seconds that it may take
 PARTS = {
-    "machine": (machine, 60),
-    "tests": (unit_tests, 110),
-    "train": (train, 220),
-    "decode": (decode, 120),
-    "compiled": (compiled, 120),
-    "prefill": (prefill, 40),
-    "serve": (serve, 60),
+    "machine": (machine, 40),
+    "tests": (unit_tests, 120),
+    "train": (train, 180),
+    "run": (run, 110),
+    "torchrun": (torchrun, 110),
+    "run_3b": (run_3b, 110),
+    "compiled": (compiled, 110),
+    "prefill": (prefill, 30),
+    "serve": (serve, 40),
     "transformers": (transformers, 60),
+    "decode": (decode, 120),
 }
 
 
@@ -512,19 +687,29 @@ def start_part(part: str, out: Path, limit: float, options: list[str]) -> None:
     command = [sys.executable, __file__, str(out), "--part", part, *options]
     error = None
     with (out / f"{part}.log").open("w") as log:
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env={**os.environ, "PYTHONFAULTHANDLER": "1"},
+        )
         try:
-            done = subprocess.run(command, stdout=log, stderr=log, timeout=limit)
-            if done.returncode:
-                error = f"ended with {done.returncode}"
+            if process.wait(limit):
+                last = (out / f"{part}.log").read_text().strip().splitlines()[-1:]
+                error = " ".join([f"ended with {process.returncode}", *last])
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGABRT)  # each prints where it is
+            time.sleep(2)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
             error = f"stopped after {limit:.0f} s"
     if error:
-        last = (out / f"{part}.log").read_text().strip().splitlines()[-1:]
         file = out / f"{part}.json"
         values = {"part": part, "cases": []}
         if file.exists():
             values = json.loads(file.read_text())
-        write_json(out, part, values | {"error": " ".join([error, *last])[:400]})
+        write_json(out, part, values | {"error": error[:400]})
 
 
 def summary(out: Path) -> str:
@@ -555,6 +740,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--size", choices=("tiny", "full"), default="full")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--seconds", type=float, default=TOTAL, help="of the whole run")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument(
         "--fail", help="a part that is to fail, to see the others go on"
@@ -569,7 +755,7 @@ def main() -> None:
     options += ["--fail", arguments.fail] if arguments.fail else []
     began = time.monotonic()
     for part in arguments.parts:
-        left = TOTAL - (time.monotonic() - began)
+        left = arguments.seconds - (time.monotonic() - began)
         start_part(part, out, max(1.0, min(PARTS[part][1], left)), options)
         (out / "summary.md").write_text(summary(out))
     print(summary(out))

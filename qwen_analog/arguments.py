@@ -7,6 +7,7 @@ __all__ = ['EXTRAS', 'whole', 'number', 'MissingExtraError', 'missing_extra', 'n
 
 # %% ../chapters/B01_arguments.ipynb #702f21a7
 import argparse
+import gc
 import importlib
 import math
 import os
@@ -159,6 +160,11 @@ def report_errors(prog: str, action: Callable[[], None]) -> int:
             raise
         _say(f"{prefix}error: {text}")
         return 2
+    finally:
+        torch = sys.modules.get("torch")
+        if torch and torch.cuda.is_initialized():
+            # Python's last search for garbage held an H100 for more than ten seconds
+            gc.freeze()
     return 0
 
 

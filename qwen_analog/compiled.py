@@ -115,7 +115,7 @@ class CompiledStep(StaticStep):
         self.made: dict[tuple[int, int], list[StaticCache]] = {}
         self.cuda = model.model.embed_tokens.weight.is_cuda
         options: dict[str, Any] = {"emulate_precision_casts": True}  # rounds as eager
-        if self.cuda and hasattr(self.head, "scales"):  # int8, widened on the way
+        if self.cuda:  # a product with one row becomes a sum, read once, tuned
             options = {"coordinate_descent_tuning": True}
         make = partial(torch.compile, fullgraph=True, dynamic=False, options=options)
         if self.cuda:

@@ -232,8 +232,23 @@ def _initialize(model: QwenForCausalLM, seed: int) -> None:
         model.init_weights()
 
 # %% ../chapters/34_many_gpus.ipynb #cell-097
+import signal
+
+
+def _start_compilers() -> None:
+    """Start the processes that compile for a GPU, deaf to SIGTERM."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        AsyncCompile.warm_pool()  # a new process inherits what is blocked
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+
+
 def compile_layers(model: QwenForCausalLM) -> None:
     """Compile each block in place; one compiled block serves all, and names stay."""
+    _start_compilers()
     for layer in model.model.layers:
         layer.compile()
 

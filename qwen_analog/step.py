@@ -101,7 +101,9 @@ def train_step(
     (total,) = context.all_reduce_sum(total.item())
     grad_norm = clip_grad_norm(model, config.max_grad_norm)
     finite = math.isfinite(total) and math.isfinite(grad_norm)
-    let_go = not isinstance(model, DistributedDataParallel)
+    # DDP makes its buckets anew before the second step, and then keeps gradients there
+    ddp = isinstance(model, DistributedDataParallel)
+    let_go = not (ddp and model._has_rebuilt_buckets)
     for optimizer in optimizers:
         if finite:
             optimizer.step()

@@ -98,3 +98,12 @@ def test_choices_in_flags_are_those_of_the_modules_that_offer_them():
     assert corpus.choices == (*CORPORA, *CONVERSATIONS)
     share = actions(arguments.add_eval_arguments)["heldout_fraction"]
     assert f"{HELDOUT_FRACTION} for other models" in share.help
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_nothing_is_searched_for_garbage_when_a_gpu_was_used(gpu, monkeypatch):
+    frozen = []
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: gpu)
+    monkeypatch.setattr("gc.freeze", lambda: frozen.append(1))
+    assert arguments.report_errors("p", lambda: None) == 0
+    assert len(frozen) == gpu

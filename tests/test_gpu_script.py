@@ -11,7 +11,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = {
     "machine": {"tflops", "gb_per_second", "milliseconds"},
-    "train": {"tokens_per_second", "mfu", "peak_gb", "planned_gb"},
+    "train": {"tokens_per_second", "mfu", "peak_gb", "planned_gb", "milliseconds"},
+    "run": {"tokens_per_second", "every_step_once", "text"},
+    "torchrun": {"tokens_per_second", "every_step_once", "text"},
+    "run_3b": {"tokens_per_second"},
     "decode": {"tokens_per_second", "gb_per_second", "of_bandwidth"},
     "compiled": {"tokens_per_second", "of_bandwidth", "equal_tokens"},
     "prefill": {"tokens_per_second"},

@@ -730,3 +730,20 @@ def test_the_forward_pass_keeps_two_gradients_and_no_logits():
         held[loss.__name__] = sum(kept.values())
     assert held["linear_cross_entropy"] < 4 * 16 * (512 + 3000) + 100
     assert held["naive"] > 4 * 512 * 3000
+
+
+@pytest.mark.parametrize("device, size", [("cpu", 256), ("cuda", 1024)])
+def test_the_usual_chunk_is_the_devices(device, size, monkeypatch):
+    """A head's gradient is added once a chunk, which a GPU feels."""
+    sizes = []
+
+    def noted(hidden, weight, targets, chunk_size, z_loss):
+        sizes.append(chunk_size)
+        return torch.zeros(())
+
+    monkeypatch.setattr(loss_module._ChunkedCrossEntropy, "apply", noted)
+    with FakeTensorMode(), torch.no_grad():
+        hidden, weight = torch.empty(6, 8, device=device), torch.empty(4, 8)
+        targets = torch.zeros(6, dtype=torch.int64, device=device)
+        linear_cross_entropy(hidden, weight, targets, reduction="sum")
+    assert sizes == [size]

@@ -4,6 +4,7 @@ initial weights; launching on two machines.
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._inductor.async_compile import AsyncCompile
 from torch.func import functional_call
 
 from parallel_worker import BLOCKS, STEPS, batch, small, train
@@ -26,6 +28,7 @@ from qwen_analog.parallel import (
     _initialize,
     build_model,
     clip_grad_norm,
+    compile_layers,
     gradient_sync,
     make_mesh,
 )
@@ -447,3 +450,23 @@ def test_the_batch_script_saves_and_goes_back_into_the_queue(tmp_path, status):
         tmp_path / "signalled"
     ).read_text() == "-TERM -f [-]u -m qwen_analog.train\n"
     assert (tmp_path / "queued").exists() == (status == 0)
+
+
+def test_compilers_do_not_hear_what_stops_a_run(monkeypatch):
+    """torchrun sends it to all of a run's processes; a compiler that is gone is waited
+    for without end.
+    """
+    started = []
+
+    def warm_pool():
+        command = [sys.executable, "-c", "input()"]
+        started.append(subprocess.Popen(command, stdin=subprocess.PIPE))
+
+    monkeypatch.setattr(AsyncCompile, "warm_pool", warm_pool)
+    compile_layers(QwenForCausalLM(small(tied=True)))
+    (compiler,) = started
+    compiler.terminate()
+    with pytest.raises(subprocess.TimeoutExpired):
+        compiler.wait(0.5)
+    assert compiler.communicate(b"\n") and compiler.returncode == 0
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, set())

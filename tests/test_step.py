@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from training import MODEL, settings
 
 from qwen_analog import step as module
@@ -206,3 +208,21 @@ def test_processes_share_the_held_out_sequences_in_equal_numbers(world_size):
 def test_padding_has_no_targets():
     (batch,) = micro_batches([replace(sequences(1)[0])], settings())
     assert count_targets([batch]) == 1
+
+
+def test_a_replicated_model_holds_its_gradients_once():
+    """DDP makes other buckets before the second step: until then nothing is kept."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        trained = model()
+        wrapped = DistributedDataParallel(trained, gradient_as_bucket_view=True)
+        optimizers = build_optimizers(trained, 1e-2)
+        config = settings(micro_batch_size=4)
+        batches = micro_batches(sequences(), config)
+        kept = []
+        for _ in range(3):
+            train_step(wrapped, optimizers, batches, config, ALONE)
+            kept.append([p.grad is not None for p in trained.parameters()])
+    finally:
+        dist.destroy_process_group()
+    assert not any(kept[0]) and all(kept[1]) and all(kept[2])
