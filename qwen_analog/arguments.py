@@ -167,7 +167,7 @@ def report_errors(prog: str, action: Callable[[], None]) -> int:
             gc.freeze()
     return 0
 
-
+# %% ../chapters/B01_arguments.ipynb #b01saying
 def _say(line: str) -> None:
     with suppress(OSError, ValueError):  # stderr may be closed
         print(line, file=sys.stderr)
