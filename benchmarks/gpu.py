@@ -182,10 +182,11 @@ def laid_out(model: QwenForCausalLM, layout: str) -> nn.Module:
     return model
 
 
-def predicted(config) -> float:
+def predicted(config, copies: bool) -> float:
     from qwen_analog.memory import estimate_for
 
-    return estimate_for(config).total
+    # a copy of several keeps its gradients between steps
+    return estimate_for(config, 2 if copies else 1).total
 
 
 def train_case(
@@ -248,7 +249,7 @@ def train_case(
         "tokens_per_second": speed,
         "mfu": speed * flops_per_token(config, T) / peak_flops(DEVICE),
         "peak_gb": peak_memory(DEVICE) / 1e9,
-        "planned_gb": predicted(settings) / 1e9,
+        "planned_gb": predicted(settings, layout == "ddp") / 1e9,
         "first_seconds": times[0],
         "milliseconds": {name: round(value, 1) for name, value in phases.items()},
         "losses": [losses[0], losses[-1]],
