@@ -1,8 +1,8 @@
-import multiprocessing
 import os
 import sys
 from pathlib import Path
 
+import forks  # now, so that every process forked in a test has torch already
 import pytest
 import torch
 
@@ -10,8 +10,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # book.py: scramble_
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "chapters"))
 torch.set_num_threads(1)
-# what a process that tests start by "forkserver" need not import again
-multiprocessing.set_forkserver_preload(["qwen_analog.train", "torch.distributed.fsdp"])
 pytest.register_assert_rewrite("checkpoint_cases", "text_helpers", "weights_helpers")
 
 

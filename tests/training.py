@@ -1,24 +1,23 @@
 """What the tests of training share: a small corpus, settings, and runs in processes."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import socket
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from forks import exit_code, fork
 from helpers import BYTES, ROOT, SHAPE, same
 
 from qwen_analog.checkpoint import load_checkpoint
 from qwen_analog.cli import main
 from qwen_analog.monitor import documents_of_step
-from qwen_analog import train as train_module
+from qwen_analog.train import main as train_main
 from qwen_analog.train import train
 from qwen_analog.train_config import TrainConfig
 
@@ -123,45 +122,22 @@ def losses(directory):
     return {entry["step"]: entry["loss"] for entry in entries if "loss" in entry}
 
 
-def _rank(arguments, environment, log):
-    """One of the processes of `train_on`, in a fork."""
-    os.environ.clear()
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    with open(log, "w") as sys.stdout:
-        sys.stderr = sys.stdout
-        try:
-            code = train_module.main(arguments)
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-    os._exit(code)
-
-
-def train_on(processes, *arguments):
+def train_on(processes, *words):
     """`python -m qwen_analog.train` as torchrun starts it on one machine, without what
-    torchrun and the import of torch take: for tests that are not about the start.
+    torchrun and the import of torch take.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": probe.getsockname()[1]}
-    size = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-    forks = multiprocessing.get_context("forkserver")
-    ranks = []
-    for rank in range(processes):
-        own = {**address, **size, "RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0}
-        environment = {**os.environ, "HF_HOME": str(Path.cwd() / "hf")}
-        environment |= {name: str(value) for name, value in own.items()}
-        words = [str(word) for word in arguments]
-        log = Path(f"rank_{rank}.log").absolute()
-        process = forks.Process(target=_rank, args=(words, environment, log))
-        process.start()
-        ranks.append(process)
-    for process in ranks:
-        process.join(180)
-        process.kill()
-    said = "".join(Path(f"rank_{rank}.log").read_text() for rank in range(processes))
-    assert [process.exitcode for process in ranks] == [0] * processes, said[-2000:]
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": probe.getsockname()[1]}
+    shared |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    shared |= {**os.environ, "HF_HOME": Path.cwd() / "hf"}
+    logs = [Path(f"rank_{rank}.log").absolute() for rank in range(processes)]
+    started = []
+    for rank, log in enumerate(logs):
+        environment = {**shared, "RANK": rank, "LOCAL_RANK": rank}
+        started.append(fork(train_main, words, Path.cwd(), environment, log))
+    codes = [exit_code(process) for process in started]
+    assert codes == [0] * processes, [log.read_text()[-1000:] for log in logs]
 
 
 def launched(processes, *arguments, **changes):
