@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from forks import exit_code, fork
+from forks import on_ranks
 from helpers import BYTES, ROOT, SHAPE, same
 
 from qwen_analog.checkpoint import load_checkpoint
@@ -123,21 +122,11 @@ def losses(directory):
 
 
 def train_on(processes, *words):
-    """`python -m qwen_analog.train` as torchrun starts it on one machine, without what
-    torchrun and the import of torch take.
+    """`python -m qwen_analog.train` on several processes, without what torchrun and the
+    import of torch take.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": probe.getsockname()[1]}
-    shared |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-    shared |= {**os.environ, "HF_HOME": Path.cwd() / "hf"}
-    logs = [Path(f"rank_{rank}.log").absolute() for rank in range(processes)]
-    started = []
-    for rank, log in enumerate(logs):
-        environment = {**shared, "RANK": rank, "LOCAL_RANK": rank}
-        started.append(fork(train_main, words, Path.cwd(), environment, log))
-    codes = [exit_code(process) for process in started]
-    assert codes == [0] * processes, [log.read_text()[-1000:] for log in logs]
+    here = Path.cwd()
+    on_ranks(processes, train_main, words, here, HF_HOME=here / "hf")
 
 
 def launched(processes, *arguments, **changes):
