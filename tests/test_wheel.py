@@ -177,7 +177,7 @@ def test_every_command_runs(full, folder):
     run(*many, "-m", "qwen_analog", *lines[cut].split()[1:], **options)
     run(full / "python", "-c", ONE_BY_ONE, *lines[cut + 1 :], **options)
     where = "import qwen_analog; print(qwen_analog.__file__)"
-    assert str(full.parent) in run(full / "python", "-c", where, cwd=folder)
+    assert str(full.parent) in run(full / "python", "-c", where, **options)
 
 
 def test_the_server_answers(full, folder):
