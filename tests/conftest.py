@@ -2,6 +2,7 @@ import os
 import sys
 from pathlib import Path
 
+import forks  # now, so that every process forked in a test has torch already
 import pytest
 import torch
 

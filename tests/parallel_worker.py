@@ -391,7 +391,8 @@ class Worker:
         self.train("hsdp", mutant, mutant=mutant)
 
 
-def main(out: str) -> None:
+def main(words: list[str]) -> None:
+    (out,) = words
     with DistributedContext() as processes:
         worker = Worker(processes)
         for strategy in worker.meshes:
@@ -405,4 +406,4 @@ def main(out: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

@@ -20,6 +20,7 @@ from training import (  # noqa: F401
     run,
     same,
     settings,
+    train_on,
     training_state,
 )
 from safetensors.torch import load_file
@@ -706,8 +707,7 @@ def test_adapters_are_one_on_any_layout(conversations):
     )
     Path("two.json").write_text(config.model_dump_json(exclude_unset=True))
     arguments = ["--config", "two.json", "--init-from", "base"]
-    done = run("-m", "qwen_analog.train", *arguments, processes=2)
-    assert done.returncode == 0, done.stderr[-2000:]
+    train_on(2, *arguments)
     assert distance(final_weights("one"), final_weights("two")) < 1e-4
     assert (Path("two") / "adapter" / "adapter_model.safetensors").is_file()
 

@@ -227,7 +227,7 @@ def test_lm_eval_charges_for_what_a_continuation_changes():
             adapter.loglikelihood([Request(context, continuation)], disable_tqdm=True)
 
 
-def test_lm_eval_runs_a_task(tmp_path):
+def test_lm_eval_runs_a_task(tmp_path, no_environment):
     """A task of local data, from its dictionary; the accuracy is counted by hand."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -308,7 +308,13 @@ TASKS = {"choices.yaml": CHOICES, "last_word.yaml": LAST_WORD, "written.yaml": W
 
 
 @pytest.fixture
-def tasks(folder):
+def no_environment(monkeypatch):
+    """The harness does not ask pip, gcc and others about this machine."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+
+
+@pytest.fixture
+def tasks(folder, no_environment):
     """A model of 128 positions, and three tasks of ten questions in files; five of the
     texts to be written are what transformers' model writes.
     """

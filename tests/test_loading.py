@@ -95,17 +95,17 @@ def test_a_model_is_saved_and_loaded_by_its_own_methods(tmp_path):
         assert torch.equal(again.state_dict()[name], weight.to(torch.bfloat16))
 
 
-@pytest.mark.parametrize("heavy", ["transformers", "tokenizers", "gguf", "jinja2"])
-def test_a_checkpoint_is_opened_without_heavy_libraries(tmp_path, heavy):
+def test_a_checkpoint_is_opened_without_heavy_libraries(tmp_path):
     save_checkpoint(tmp_path / "final", small(), TOKENIZER)
     code = (
         "import sys; from qwen_analog.loading import load;"
-        f" load({str(tmp_path / 'final')!r}); print({heavy!r} in sys.modules)"
+        f" load({str(tmp_path / 'final')!r});"
+        ' print({"transformers", "tokenizers", "gguf", "jinja2"} & {*sys.modules})'
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
-    assert result.stdout == "False\n"
+    assert result.stdout == "set()\n"
 
 
 HF_NAMES = ("config.json", "tokenizer.json", "model.safetensors")

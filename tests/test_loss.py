@@ -379,7 +379,7 @@ def _two_ranks(rank, folder):
 
 @pytest.mark.slow
 def test_unequal_documents_on_two_ranks(tmp_path):
-    mp.spawn(_two_ranks, (tmp_path,), nprocs=2)
+    mp.start_processes(_two_ranks, (tmp_path,), nprocs=2, start_method="forkserver")
 
 
 FULL_SIZE = """

@@ -535,7 +535,7 @@ def _sharded(rank, folder):
 
 @pytest.mark.slow
 def test_sharded_parameters_get_the_updates_of_whole_ones(tmp_path):
-    mp.spawn(_sharded, (tmp_path,), nprocs=2)
+    mp.start_processes(_sharded, (tmp_path,), nprocs=2, start_method="forkserver")
 
 
 def mean_of_bf16_is_the_rule(steps, copies=5000):

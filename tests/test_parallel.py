@@ -19,7 +19,9 @@ from torch import nn
 from torch._inductor.async_compile import AsyncCompile
 from torch.func import functional_call
 
+from forks import on_ranks
 from parallel_worker import BLOCKS, STEPS, batch, small, train
+from parallel_worker import main as worker
 from qwen_analog.distributed import DistributedContext
 from qwen_analog.loss import IGNORE_INDEX
 from qwen_analog.model import QwenForCausalLM
@@ -107,7 +109,7 @@ def finish(*agents):
 def two_processes(tmp_path_factory):
     """What parallel_worker.py finds on two processes."""
     out = tmp_path_factory.mktemp("two") / "found.pt"
-    finish(start("--standalone", "--nproc_per_node=2", WORKER, str(out)))
+    on_ranks(2, worker, [out], out.parent)
     return torch.load(out)
 
 

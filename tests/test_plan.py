@@ -132,9 +132,13 @@ def test_the_command(capsys):
         assert message in error and error.count("\n") == 1
 
 
-def test_a_plan_of_adapters_stands_beside_all_weights(capsys):
-    words = ["plan", "--model", "qwen2.5-3b", "--sequence-length", "512", "--json"]
-    words += ["--gradient-accumulation-steps", "1", "--gpu", "RTX 3090"]
+def test_a_plan_of_adapters_stands_beside_all_weights(tmp_path, capsys):
+    wide = {**MODEL, "vocab_size": 32_000, "hidden_size": 4096, "num_hidden_layers": 8}
+    wide |= {"num_attention_heads": 32, "intermediate_size": 14_336}
+    config = {"model": wide, "sequence_length": 512, "gradient_accumulation_steps": 1}
+    (tmp_path / "wide.json").write_text(json.dumps(config))
+    words = ["plan", "--config", str(tmp_path / "wide.json"), "--json"]
+    words += ["--gpu", "RTX 3090"]
     assert cli([*words, "--lora-rank", "16"]) == 0
     plan = json.loads(capsys.readouterr().out)
     full = plan["all_weights"]

@@ -21,9 +21,9 @@ from training import (  # noqa: F401
     folder,
     read_the_same,
     resumed_to_the_bit,
-    run,
     same,
     settings,
+    train_on,
     training_state,
 )
 from weights_helpers import TOKENIZER, small
@@ -464,8 +464,7 @@ def test_processes_share_a_step(parallel, rank, pairs):
     )
     Path("two.json").write_text(config.model_dump_json(exclude_unset=True))
     words = ["--config", "two.json", "--init-from", "base"]
-    done = run("-m", "qwen_analog.train", *words, processes=2)
-    assert done.returncode == 0, done.stderr[-2000:]
+    train_on(2, *words)
     assert distance(final_weights("one"), final_weights("two")) < 1e-4
     one, two = (
         [e["heldout_margin"] for e in entries(name) if "heldout_margin" in e]

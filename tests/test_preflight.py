@@ -13,8 +13,8 @@ from training import (  # noqa: F401
     entries,
     final_weights,
     folder,
-    run,
     settings,
+    train_on,
 )
 
 from qwen_analog import QwenConfig, QwenForCausalLM, batches, preflight
@@ -145,16 +145,7 @@ def test_a_sharded_run_begins_with_the_weights_of_others():
             }
         )
     )
-    done = run(
-        "-m",
-        "qwen_analog.train",
-        "--config",
-        config,
-        "--init-from",
-        "checkpoint",
-        processes=2,
-    )
-    assert done.returncode == 0, done.stderr
+    train_on(2, "--config", config, "--init-from", "checkpoint")
     for name, weight in model.state_dict().items():
         assert (final_weights("checkpoints")[name] - weight).abs().max() < 1e-8
 

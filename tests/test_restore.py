@@ -1,7 +1,6 @@
 """Every layout into every other, bit for bit; what does not fit is refused."""
 
 import errno
-import multiprocessing
 import os
 import random
 import shutil
@@ -27,6 +26,7 @@ from checkpoint_cases import (
     same,
     train,
 )
+from forks import FORKS
 from torch.distributed.device_mesh import init_device_mesh
 
 from qwen_analog.archive import CheckpointError
@@ -385,8 +385,9 @@ def two(tmp_path_factory):
         writer = checkpointer(name, **options)
         writer.save("step_3", model, optimizers, {"step": 2})
     os.chdir(before)
-    spawn = multiprocessing.get_context("spawn").Process
-    processes = [spawn(target=two_processes, args=(r, str(folder))) for r in range(2)]
+    processes = [
+        FORKS.Process(target=two_processes, args=(r, str(folder))) for r in range(2)
+    ]
     for process in processes:
         process.start()
     deadline = time.monotonic() + 150

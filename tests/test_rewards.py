@@ -22,8 +22,8 @@ from training import (  # noqa: F401
     folder,
     read_the_same,
     resumed_to_the_bit,
-    run,
     settings,
+    train_on,
     training_state,
 )
 from weights_helpers import TOKENIZER, small
@@ -447,8 +447,7 @@ def test_processes_share_a_step(questions):
         config = grpo_settings(output_dir=parallel, parallel=parallel, **own)
         Path("two.json").write_text(config.model_dump_json(exclude_unset=True))
         words = ["--config", "two.json", "--init-from", "base"]
-        done = run("-m", "qwen_analog.train", *words, processes=2)
-        assert done.returncode == 0, done.stderr[-2000:]
+        train_on(2, *words)
     for name in ("reward", "heldout_reward", "answer_tokens"):
         assert logged("fsdp", name) == logged("ddp", name) != {}
     assert distance(final_weights("ddp"), final_weights("fsdp")) < 1e-4

@@ -166,6 +166,9 @@ def differs():
     with torch.device("meta"):
         parameters = QwenForCausalLM(shape).count_parameters()
     expected = flops_per_token(shape, 192) * 192 * 8
+    states = plan.memory.get("optimizer", 0) / (4 * parameters)  # Muon 1, AdamW 2
+    if abs(plan.flops / expected - 1) > 0.02 or not 1 < states < 2:
+        return True
     spread = settings(parallel="hsdp", shard_size=4, gradient_accumulation_steps=4)
     sent = simulate(spread, 8).sent
     blocks = QwenForCausalLM(shape).model.layers
@@ -175,12 +178,7 @@ def differs():
         "reduce-scatter": 4 * 3 / 4 * 4 * parameters,
         "all-reduce": 2 * 1 / 2 * 4 * parameters / 4,
     }
-    states = plan.memory.get("optimizer", 0) / (4 * parameters)  # Muon 1, AdamW 2
-    return (
-        abs(plan.flops / expected - 1) > 0.02
-        or not 1 < states < 2
-        or any(abs(sent[kind] / by_hand[kind] - 1) > 0.02 for kind in by_hand)
-    )
+    return any(abs(sent[kind] / by_hand[kind] - 1) > 0.02 for kind in by_hand)
 
 
 def test_a_plan_is_what_is_known_without_it():

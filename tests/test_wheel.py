@@ -149,6 +149,14 @@ generate hi --model thin/adapter --base model --max-new-tokens 3
 bench --model model --work decode --prompt-tokens 8 --new-tokens 4 --only qwen_analog
 """
 
+# one process for several commands: torch is imported once
+ONE_BY_ONE = """
+import sys
+from qwen_analog.cli import main
+for line in sys.argv[1:]:
+    assert main(line.split()) == 0, line
+"""
+
 
 def environ(folder):
     kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
@@ -162,14 +170,14 @@ def test_every_command_runs(full, folder):
     words = {line.split()[0] for line in lines} - {"--version", "torchrun"}
     assert words | {"serve"} == {*known}  # which does not end
     many = [full / "python", "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    for line in lines:
-        first, *rest = line.split()
-        command = [full / "qwen-analog", first, *rest]
-        if first == "torchrun":
-            command = [*many, "-m", "qwen_analog", *rest]
-        run(*command, cwd=folder, env=environ(folder), input="hello\n")
+    (cut,) = (i for i, line in enumerate(lines) if line.startswith("torchrun"))
+    options = {"cwd": folder, "env": environ(folder), "input": "hello\n"}
+    run(full / "qwen-analog", *lines[0].split(), **options)
+    run(full / "python", "-c", ONE_BY_ONE, *lines[1:cut], **options)
+    run(*many, "-m", "qwen_analog", *lines[cut].split()[1:], **options)
+    run(full / "python", "-c", ONE_BY_ONE, *lines[cut + 1 :], **options)
     where = "import qwen_analog; print(qwen_analog.__file__)"
-    assert str(full.parent) in run(full / "python", "-c", where, cwd=folder)
+    assert str(full.parent) in run(full / "python", "-c", where, **options)
 
 
 def test_the_server_answers(full, folder):

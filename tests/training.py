@@ -10,11 +10,13 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from forks import on_ranks
 from helpers import BYTES, ROOT, SHAPE, same
 
 from qwen_analog.checkpoint import load_checkpoint
 from qwen_analog.cli import main
 from qwen_analog.monitor import documents_of_step
+from qwen_analog.train import main as train_main
 from qwen_analog.train import train
 from qwen_analog.train_config import TrainConfig
 
@@ -119,18 +121,17 @@ def losses(directory):
     return {entry["step"]: entry["loss"] for entry in entries if "loss" in entry}
 
 
+def train_on(processes, *words):
+    """`python -m qwen_analog.train` on several processes, without what torchrun and the
+    import of torch take.
+    """
+    here = Path.cwd()
+    on_ranks(processes, train_main, words, here, HF_HOME=here / "hf")
+
+
 def launched(processes, *arguments, **changes):
-    """A run under torchrun."""
-    done = run(
-        "-m",
-        "qwen_analog.train",
-        "--config",
-        as_file(settings(**changes)),
-        *arguments,
-        processes=processes,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done
+    """A run on several processes."""
+    train_on(processes, "--config", as_file(settings(**changes)), *arguments)
 
 
 def resumed_to_the_bit() -> dict:
