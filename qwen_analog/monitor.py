@@ -38,7 +38,8 @@ class LossSpikeDetector:
     It does when it lies more than `threshold` robust standard deviations above their
     median. The deviation is 1.4826 times the median distance from the median, which for
     a normal distribution is the standard deviation, and at least a thousandth of the
-    median. The first `window` losses never stand out.
+    median. A loss that is not finite always stands out; of the others the first
+    `window` never do.
     """
 
     def __init__(self, window: int = 64, threshold: float = 6.0):
@@ -301,8 +302,9 @@ def plot_losses(
 ) -> None:
     """Draw the training and held-out loss of a metrics.jsonl.
 
-    Of a step logged twice the later line counts; what is no number is left out. An
-    OSError names the file that cannot be read or written.
+    Where the steps go back, a continued run begins: earlier lines of its first step and
+    of later ones are left out, and so is what is no number. An OSError names the file
+    that cannot be read or written.
     """
     from matplotlib.figure import Figure
 
@@ -322,15 +324,20 @@ def plot_losses(
     with _naming(picture):
         Path(picture).write_bytes(drawn.getvalue())
 
-
+# %% ../chapters/36_watching.ipynb #cell-089b
 def _curve(metrics: str | Path, name: str) -> list[tuple[float, float]]:
     """Return the pairs (step, value) of a log, sorted."""
-    values = {}
+    values, last = {}, -math.inf
     for entry in log_entries(metrics):
         step, value = entry.get("step"), entry.get(name)
-        if _is_number(step) and _is_number(value):
+        if not _is_number(step):
+            continue
+        if step < last:  # a continued run begins
+            values = {before: values[before] for before in values if before < step}
+        last = step
+        if _is_number(value):
             values[step] = value
-    return sorted(values.items())
+    return list(values.items())
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

@@ -13,8 +13,9 @@ from torch import nn
 class RMSNorm(nn.Module):
     """Divide each vector by its root mean square, then scale it.
 
-    Zhang & Sennrich 2019, eq. 4. Statistics are float32; the result is cast back to the
-    input's dtype before it is multiplied by `weight`, as in Qwen2, bit for bit.
+    Zhang & Sennrich 2019, eq. 4. Statistics of 16-bit inputs are float32, others keep
+    their dtype; the result is cast back to the input's dtype before it is multiplied by
+    `weight`, as in Qwen2, bit for bit.
     """
 
     def __init__(self, hidden_size: int, eps: float = 1e-6):

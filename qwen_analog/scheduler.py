@@ -237,8 +237,9 @@ def _make_places(
         return []
     displaced = whose_places(fresh, len(group), group[0].group.client)
     if len(displaced) < excess:
+        full = "is full" if len(fresh) >= max_queue else f"has no room for {len(group)}"
         raise QueueFull(
-            f"the queue is full: of its {max_queue} places, {len(fresh)} are taken; try"
+            f"the queue {full}: of its {max_queue} places, {len(fresh)} are taken; try"
             " again later"
         )
     return displaced

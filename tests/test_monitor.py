@@ -263,6 +263,26 @@ def test_any_metrics_give_a_picture(lines):
     assert Path("loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_curve_leaves_out_what_a_continued_run_took_back(monkeypatch):
+    curves = {}
+    drawn = lambda figure, *_, **__: curves.update(
+        (line.get_label(), line.get_xydata().tolist()) for line in figure.axes[0].lines
+    )
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", drawn)
+    log = RunLog(".", tensorboard=False)
+    for step in (1, 2, 3, 4, 5):
+        log.log_metrics(step, loss=float(step))
+        log.log_metrics(step, heldout_loss=step + 0.5)
+    log.log_metrics(3, skipped="by skip_steps")  # continued from step 2
+    log.log_metrics(4, loss=40.0)  # and stopped again before step 5
+    log.close()
+    plot_losses("metrics.jsonl", "loss.png")
+    assert curves == {
+        "training": [[1, 1], [2, 2], [4, 40]],
+        "held out": [[1, 1.5], [2, 2.5]],
+    }
+
+
 def test_an_axis_says_what_the_loss_is_a_mean_of(monkeypatch):
     labels = []
     drawn = lambda figure, *_, **__: labels.append(figure.axes[0].get_ylabel())

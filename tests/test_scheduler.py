@@ -6,7 +6,7 @@ import pytest
 from serving_helpers import new_request
 
 from qwen_analog import scheduler
-from qwen_analog.scheduler import Group, Scheduler, SequenceState
+from qwen_analog.scheduler import Group, QueueFull, Scheduler, SequenceState
 
 
 def job(number, client="", group=None, unread=0):
@@ -127,6 +127,17 @@ def test_whose_places_in_a_full_queue():
     assert (
         lose(full(("a", 8))[1:], 1, "b") == set()
     )  # one of its answers is being written
+
+
+def test_a_queue_says_that_it_is_full_or_has_too_little_room():
+    queue = Scheduler(1, 4)
+    queue.add([job(0)])
+    large = Group("", 4, print)
+    with pytest.raises(QueueFull, match="has no room for 4: of its 4 places, 1 are"):
+        queue.add([job(i, group=large) for i in range(1, 5)])
+    queue.add([job(i) for i in range(1, 4)])
+    with pytest.raises(QueueFull, match="the queue is full: of its 4 places, 4 are"):
+        queue.add([job(4)])
 
 
 def answers_of(lengths, client, first):
