@@ -248,7 +248,8 @@ def _start_compilers() -> None:
 
 def compile_layers(model: QwenForCausalLM) -> None:
     """Compile each block in place; one compiled block serves all, and names stay."""
-    _start_compilers()
+    if next(model.parameters()).is_cuda:
+        _start_compilers()
     for layer in model.model.layers:
         layer.compile()
 

@@ -465,7 +465,11 @@ def test_compilers_do_not_hear_what_stops_a_run(monkeypatch):
         started.append(subprocess.Popen(command, stdin=subprocess.PIPE))
 
     monkeypatch.setattr(AsyncCompile, "warm_pool", warm_pool)
-    compile_layers(QwenForCausalLM(small(tied=True)))
+    model = QwenForCausalLM(small(tied=True))
+    compile_layers(model)
+    assert not started  # a CPU's compiler is another
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    compile_layers(model)
     (compiler,) = started
     compiler.terminate()
     with pytest.raises(subprocess.TimeoutExpired):
