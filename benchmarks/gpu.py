@@ -189,6 +189,12 @@ def predicted(config, copies: bool) -> float:
     return estimate_for(config, 2 if copies else 1).total
 
 
+def note(marks: list[float], waits: bool) -> None:
+    if waits:
+        wait()
+    marks.append(time.perf_counter())
+
+
 def train_case(
     sizes: Sizes, layout: str, mode: str, rows: int = 1, passes: int = 1, float8=False
 ) -> dict:
@@ -224,26 +230,23 @@ def train_case(
         batch = {"input_ids": ids[:, :-1], "targets": ids[:, 1:]}
         batches.append(batch | {"document_ids": document.expand(rows, T).clone()})
     tokens = passes * rows * T
-    losses, times, phases = [], [], {}
+    losses, times = [], []
     steps = sizes.steps if tokens < 10 * T else 3
     for step in range(steps):
         last = step == steps - 1  # the device is waited for between its phases
         wait()
-        began = mark = time.perf_counter()
+        marks = [time.perf_counter()]
         loss = accumulate_gradients(wrapped, batches, tokens, settings, DEVICE, 1)
-        for phase in ("passes", "clipping", "update"):
-            if phase == "clipping":
-                clip_grad_norm(model, 1.0)
-            if phase == "update":
-                for optimizer in optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=step == 0 or layout != "ddp")
-            if last:
-                wait()
-                phases[phase] = 1e3 * (time.perf_counter() - mark)
-                mark = time.perf_counter()
+        note(marks, last)
+        clip_grad_norm(model, 1.0)
+        note(marks, last)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=step == 0 or layout != "ddp")
+        note(marks, last)
         losses.append(loss.item() / tokens)
-        times.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - marks[0])
+    phases = [1e3 * (end - begin) for begin, end in zip(marks, marks[1:])]
     speed = tokens / statistics.median(times[len(times) // 2 :])
     return {
         "tokens_per_second": speed,
@@ -251,7 +254,7 @@ def train_case(
         "peak_gb": peak_memory(DEVICE) / 1e9,
         "planned_gb": predicted(settings, layout == "ddp") / 1e9,
         "first_seconds": times[0],
-        "milliseconds": {name: round(value, 1) for name, value in phases.items()},
+        "milliseconds": dict(zip(("passes", "clipping", "update"), phases)),
         "losses": [losses[0], losses[-1]],
     }
 
