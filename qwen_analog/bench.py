@@ -915,7 +915,11 @@ def bench_starts(bench: Bench) -> None:
     """Let each that writes begin in a process of its own."""
     openers = chosen(writers_for(bench.place.dtype), bench.arguments.only)
     for name, opener in openers.items():
-        if name not in bench.left_out:
+        # here first: what is opened may have to be converted, or be refused
+        able, left_out = opened({name: opener}, bench.place)
+        bench.left_out |= left_out
+        if able:
+            del able
             found = alone(bench.place, opener, bench.ids(1))
             bench.cases.append({"work": "start", "rows": 1, "who": name, **found})
 

@@ -259,13 +259,14 @@ class PagedCache(RowPages):
         size, T = self.pool.size, positions.shape[1]
         end = int(positions.max()) + 1
         P = pages_for(end, size)
-        table = []
+        nobody, table = self.pool.num_pages, []
         for row in rows:
-            held = len(self.reserved[row]) == T
-            pages = self.tables.pages[row] if held else [self.pool.num_pages]
+            pages = self.tables.pages[row] if self.reserved[row] else [nobody]
             table.append((pages + pages[:1] * P)[:P])
         every = torch.tensor(table)  # [n, P]
         pages = every.gather(1, positions // size)  # [n, T]
+        own = torch.tensor([len(self.reserved[row]) for row in rows])  # [n]
+        pages[torch.arange(T) >= own[:, None]] = nobody  # padding
         device = self.keys.device
         places = positions % size
         return PagePass(pages.to(device), places.to(device), every.to(device), end)

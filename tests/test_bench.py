@@ -173,6 +173,13 @@ def test_what_is_not_installed_is_left_out_in_one_line(monkeypatch, capsys):
         assert library in line and f"qwen-analog[{extra}]" in line
 
 
+def test_what_cannot_start_is_left_out(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ctranslate2", None)
+    assert main(command("--work", "start", "--only", "CTranslate2")) == 0
+    said = capsys.readouterr()
+    assert "left out: CTranslate2 int8: " in said.out and not said.err
+
+
 @pytest.mark.slow
 def test_a_process_of_its_own_tells_its_memory(capsys):
     words = "--work start --only laid --output o.json".split()

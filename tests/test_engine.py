@@ -4,6 +4,7 @@ alone.
 
 import asyncio
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -205,6 +206,97 @@ def test_each_answer_is_that_of_the_request_alone(rows, chunk):
         engine.scheduler.rows == [None] * rows
         and engine.runner.cache.lengths == [0] * rows
     )
+
+
+def joined(rows, sizes, cost, room=64, cached=0):
+    """In which groups rows that hold `cached` tokens read `sizes`, by row."""
+    shares = []
+    for row, size in zip(rows, sizes):
+        sequence = types.SimpleNamespace(row=row, cached=cached)
+        shares.append((sequence, size))
+    groups = engine_module.join_reads(shares, cost, room)
+    return [[(s.row, size) for s, size in group] for group in groups]
+
+
+def test_who_reads_in_one_pass():
+    assert joined([1, 0, 2], [4, 5, 60], 8) == [[(0, 5), (1, 4)], [(2, 60)]]
+    assert joined([0, 2], [5, 5], 8) == [[(0, 5)], [(2, 5)]], "they are no neighbours"
+    assert len(joined([0, 1, 2], [5, 5, 60], 109)) == 2
+    assert len(joined([0, 1, 2], [5, 5, 60], 110)) == 1
+    # the second row has room for 4 tokens more, not for 5
+    assert len(joined([0, 1], [5, 4], 8, room=64, cached=60)) == 2
+    assert len(joined([0, 1], [5, 4], 8, room=65, cached=60)) == 1
+    assert joined([], [], 8) == []
+
+
+def at_once(cost, chunk=None):
+    """What is written for requests that all come before the first step."""
+    engine = Engine(MODEL, TOKENIZER, max_batch=16, max_context=64, prefill_chunk=chunk)
+    engine.runner.pass_cost = cost  # of 1,000 tokens: all that may are read together
+    return [
+        [token for delta in deltas for token, _, _ in delta.logprobs]
+        for deltas in answers(engine, *requests())
+    ]
+
+
+@pytest.mark.parametrize("cost, chunk", [(-1, 128), (8, 128), (1000, 128), (1000, 20)])
+def test_prompts_at_once(cost, chunk):
+    assert at_once(cost, chunk) == EXPECTED
+
+
+def test_prompts_at_once_are_one_pass(monkeypatch):
+    engine = endless(max_batch=16, max_context=64)
+    wanted = [new_request([i + 1] * (3 + i % 2), 8) for i in range(16)]
+    engine.add_request(*wanted, deliver=lambda delta: None)
+    passes = count_calls(monkeypatch, ModelRunner, "place")
+    step = engine.step()
+    assert len(step.read) == len(step.wrote) == 16
+    assert len(passes) == 2
+
+
+def padding_counted(monkeypatch):
+    """Padding becomes part of the text."""
+
+    def read(self, sequences, sizes):
+        T = max(sizes[s] for s in sequences)
+        for s in sequences:
+            self.cache.advance(s.row, T - sizes[s])
+        return read_right(self, sequences, sizes)
+
+    read_right = ModelRunner.read
+    monkeypatch.setattr(ModelRunner, "read", read)
+
+
+@pytest.mark.mutant
+def test_padding_that_counts(monkeypatch):
+    padding_counted(monkeypatch)
+    assert at_once(-1) == EXPECTED, "there is no padding"
+    assert at_once(1000) != EXPECTED
+
+
+def read_beside_a_full_row(engine):
+    """A row that is nearly full reads its last token when its neighbour begins."""
+    wanted = new_request([1] * 38, 2, temperature=0), new_request([2] * 21, 4, seed=1)
+    written = []
+    for request in wanted:
+        written += engine.add_request(request, deliver=lambda delta: None)
+        engine.step()
+    while engine.step():
+        pass
+    return [s.written for s in written], [alone(request) for request in wanted]
+
+
+@pytest.mark.parametrize(
+    "broken", [False, pytest.param(True, marks=[pytest.mark.mutant])]
+)
+def test_padding_needs_room(broken, log):
+    engine = Engine(MODEL, TOKENIZER, max_batch=2, max_context=40, prefill_chunk=36)
+    engine.runner.pass_cost = 1000
+    if broken:
+        engine.runner.room = 1000
+    found, expected = read_beside_a_full_row(engine)
+    assert found == expected
+    assert any("at once failed" in line for line in log.lines) == broken
 
 
 def test_arrivals_at_once():
@@ -717,10 +809,10 @@ def faulty_logprobs(monkeypatch):
 def faulty_reading(monkeypatch):
     read = ModelRunner.read
 
-    def fails(self, sequence, size):
-        if sequence.request.params.seed == 13:
+    def fails(self, sequences, sizes):
+        if any(s.request.params.seed == 13 for s in sequences):
             raise MemoryError("out of memory")
-        return read(self, sequence, size)
+        return read(self, sequences, sizes)
 
     monkeypatch.setattr(ModelRunner, "read", fails)
 
@@ -754,7 +846,7 @@ def test_an_error_of_one_row_ends_that_row(faulty, message, log, monkeypatch):
     assert found[-1].finish_reason == "error"
     assert message in found[-1].text and "\n" not in found[-1].text
     together = [line for line in log.lines if "at once failed" in line]
-    assert len(together) == (faulty in (faulty_draw, faulty_logprobs, faulty_writing))
+    assert len(together) == (faulty is not faulty_text)
     assert len(log.lines) == 1 + len(together)
     assert "request" in log.lines[-1] and "failed" in log.lines[-1]
     assert not any("\n" in line for line in log.lines)

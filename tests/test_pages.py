@@ -104,6 +104,7 @@ class Schedule:
     spare: int  # pages beyond those that one request needs
     rows: int
     chunk: int
+    cost: int = 1000  # tokens that a pass costs: what is padded to be read together
 
 
 SCHEDULES = st.builds(
@@ -113,6 +114,7 @@ SCHEDULES = st.builds(
     st.sampled_from([0, 1, 3, 20]),
     st.integers(1, 5),
     st.sampled_from([1, 3, 8, 64]),
+    st.sampled_from([-1, 4, 1000]),
 )
 
 
@@ -121,6 +123,7 @@ def run_schedule(schedule):
     context = 40
     pages = pages_for(context, schedule.size) + schedule.spare
     engine = new_engine(schedule.rows, pages, schedule.size, context, schedule.chunk)
+    engine.runner.pass_cost = schedule.cost
     cache, written, leaving = engine.runner.cache, {}, []
     todo = list(enumerate(schedule.asked))
     wait = steps = 0
@@ -248,6 +251,18 @@ def idle_rows_write_to_their_pages(monkeypatch):
     monkeypatch.setattr(PagedCache, "begin", all_reserved)
 
 
+def padding_in_pages(monkeypatch):
+    """Padding is written where a row's next tokens go, in a page that others hold."""
+    plan = PagedCache._plan
+
+    def written(self, rows, positions):
+        made = plan(self, rows, positions)
+        index = positions // self.pool.size
+        return dataclasses.replace(made, pages=made.table.gather(1, index))
+
+    monkeypatch.setattr(PagedCache, "_plan", written)
+
+
 def nobody_gives_way(monkeypatch):
     def never(engine, sequence, size):
         tokens = sequence.next_tokens(size)
@@ -265,6 +280,7 @@ MUTANTS = [
     digest_of_the_page_alone,
     content_remembered_when_taken,
     idle_rows_write_to_their_pages,
+    padding_in_pages,
     nobody_gives_way,
 ]
 

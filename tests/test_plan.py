@@ -10,6 +10,7 @@ import pytest
 from qwen_analog import plan as module
 from qwen_analog.arguments import add_plan_arguments
 from qwen_analog.cli import main as cli
+from qwen_analog.config import parameter_counts
 from qwen_analog.hardware import GPUS
 from qwen_analog.memory import estimate_for, flops_per_token
 from qwen_analog.plan import cheapest_fit, fits, report, run
@@ -160,12 +161,38 @@ def test_a_plan_of_pairs_is_that_of_finetune(capsys):
     assert plan["tokens_per_step"] == 2 * 2 * 2 * 64 and plan["all_weights"]
     vocabulary = TrainConfig.create({"model": "tiny"}).qwen_config().vocab_size
     assert plan["arithmetic"]["logits"] >= 12 * 2 * 2 * 64 * vocabulary
-    assert (
-        cli([*words[:3], "--method", "grpo", *words[-2:], "--max-new-tokens", "9"]) == 0
-    )
-    assert "drawing      left out" in capsys.readouterr().out
+    assert plan["drawing_seconds"] == 0
     assert cli([*words, "--reward", "number"]) == 2
     assert "reward: method dpo has no use for it" in capsys.readouterr().err
+
+
+def test_a_plan_counts_the_drawing_of_answers(capsys):
+    words = ["plan", "--model", "tiny", "--method", "grpo", "--gpu", "A100"]
+    words += ["--sequence-length", "64", "--max-new-tokens"]
+
+    def planned(*options):
+        assert cli([*words, *options, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    short, long = planned("8"), planned("40")
+    config = TrainConfig.create({"model": "tiny"}).qwen_config()
+    weights = sum(parameter_counts(config).values())  # 2 bytes each, at 2,039 GB/s
+    assert short["drawing_seconds"] == pytest.approx(8 * weights * 2 / 2039e9)
+    assert (
+        planned("8", "--precision", "fp32")["drawing_seconds"]
+        > 1.9 * (short["drawing_seconds"])
+    )
+
+    def seconds(plan):
+        return plan["tokens_per_step"] / plan["tokens_per_second"]
+
+    more = seconds(long) - seconds(short)
+    assert more == pytest.approx(long["drawing_seconds"] - short["drawing_seconds"])
+    learning = seconds(short) - short["drawing_seconds"]
+    twice = seconds(planned("8", "--updates-per-step", "2"))
+    assert twice == pytest.approx(2 * learning + short["drawing_seconds"])
+    assert cli([*words, "8"]) == 0
+    assert "  drawing      at least " in capsys.readouterr().out
 
 
 def test_a_plan_says_what_is_measured_and_what_assumed(tmp_path, capsys):
