@@ -240,7 +240,7 @@ def draw(logits: torch.Tensor, sequences: Sequence[SequenceState]) -> torch.Tens
 # %% ../chapters/28_batching.ipynb #reads-code
 def pass_cost(device: torch.device) -> int:
     """Return in how many tokens' time a pass begins, roughly."""
-    return 8 if device.type == "cpu" else 1024
+    return 16 if device.type == "cpu" else 1024
 
 
 Reads = list[tuple[SequenceState, int]]  # who reads how many tokens
