@@ -513,7 +513,7 @@ def test_the_timeline_is_the_chapters_run(compute):
     assert moments[0]["loss"] is None and moments[0]["text"] == stored["samples"]["0"]
     for step, moment in enumerate(moments[1:], 1):
         rate = learning_rate_at(
-            step - 1, learning_rate=5e-3, max_steps=steps, warmup_steps=5
+            step - 1, learning_rate=1e-2, max_steps=steps, warmup_steps=5
         )
         assert moment["rate"] == pytest.approx(rate, abs=1e-6)
         assert moment["loss"] == stored["loss"][step - 1]
