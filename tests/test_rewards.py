@@ -443,14 +443,16 @@ def test_processes_share_a_step(questions):
     """
     Path("vowels.py").write_text(LETTERS)
     own = dict(max_steps=3, reward="vowels:share", eval_sequences=3)
-    for parallel in ("ddp", "fsdp"):
-        config = grpo_settings(output_dir=parallel, parallel=parallel, **own)
+    layouts = {"ddp": {}, "fsdp": {}, "hsdp": {"shard_size": 1}}
+    for parallel, size in layouts.items():
+        config = grpo_settings(output_dir=parallel, parallel=parallel, **size, **own)
         Path("two.json").write_text(config.model_dump_json(exclude_unset=True))
         words = ["--config", "two.json", "--init-from", "base"]
         train_on(2, *words)
-    for name in ("reward", "heldout_reward", "answer_tokens"):
-        assert logged("fsdp", name) == logged("ddp", name) != {}
-    assert distance(final_weights("ddp"), final_weights("fsdp")) < 1e-4
+    for parallel in ("fsdp", "hsdp"):
+        for name in ("reward", "heldout_reward", "answer_tokens"):
+            assert logged(parallel, name) == logged("ddp", name) != {}
+        assert distance(final_weights("ddp"), final_weights(parallel)) < 1e-4
 
 
 def test_what_does_not_fit_the_method_is_refused_before_anything_is_read(
