@@ -38,7 +38,7 @@ def _judge(
     # all were accepted: one more comes for free
     return [*guesses, _draw(p[-1], generator)], len(guesses)
 
-# %% ../chapters/17_search.ipynb #cell-041
+# %% ../chapters/B49_beams_and_drafts.ipynb #cell-041
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,7 +62,7 @@ from qwen_analog.sampling import (
     distribution,
 )
 
-# %% ../chapters/17_search.ipynb #cell-074
+# %% ../chapters/B49_beams_and_drafts.ipynb #cell-074
 class Beam(NamedTuple):
     """A finished continuation: `tokens` [T + n], the prompt included, and its
     log-probability divided by n ** length_penalty.
@@ -88,7 +88,7 @@ def _follow(cache: KVCache, running: list[_Candidate]) -> None:
     cache.keys = cache.keys.index_select(1, origin)
     cache.values = cache.values.index_select(1, origin)
 
-# %% ../chapters/17_search.ipynb #cell-075
+# %% ../chapters/B49_beams_and_drafts.ipynb #cell-075
 def _grow(
     logprobs: torch.Tensor, running: list[_Candidate], count: int
 ) -> list[_Candidate]:
@@ -103,7 +103,7 @@ def _grow(
         for logprob, place in zip(best.tolist(), places.tolist())
     ]
 
-# %% ../chapters/17_search.ipynb #cell-077
+# %% ../chapters/B49_beams_and_drafts.ipynb #cell-077
 @dataclass(frozen=True)
 class _Rules:
     """Which beams are finished, what they are worth, and when the search is over."""
@@ -144,7 +144,54 @@ class _Rules:
         score = self.score(best.logprob, self.max_new_tokens if patient else n)
         return self.early_stopping is True or score <= finished[-1][0]
 
-# %% ../chapters/17_search.ipynb #cell-079
+# %% ../chapters/B49_beams_and_drafts.ipynb #cell-090
+def _check_beams(rules: _Rules, vocabulary: int) -> int:
+    """Return how many candidates each step needs. Raise ValueError for what has no
+    meaning here, or would lead out of the range of floating point.
+    """
+    n, stopping = rules.max_new_tokens, rules.early_stopping
+    check_whole("max_new_tokens", n, 1)
+    if not isinstance(stopping, bool) and not (
+        isinstance(stopping, str) and stopping == "never"
+    ):
+        raise ValueError(
+            f'early_stopping must be True, False or "never", not {shown(stopping)}'
+        )
+    most = int(600 / math.log(max(2, n)))
+    wanted = f"a number from {-most} to {most} for {n} new tokens"
+    check_number("length_penalty", rules.length_penalty, wanted, -most, most)
+    check_whole("num_beams", rules.num_beams, 1)
+    spare = max(2, 1 + len(rules.ends))  # for each beam: all but one may end here
+    if spare * rules.num_beams > vocabulary:
+        raise ValueError(
+            f"num_beams {rules.num_beams} needs {spare} candidates for each beam, one"
+            " more than there are end tokens and at least 2; the vocabulary has"
+            f" {vocabulary} tokens"
+        )
+    return spare * rules.num_beams
+
+# %% ../chapters/B49_beams_and_drafts.ipynb #cell-080
+def check_one_prompt(
+    model: QwenForCausalLM, input_ids: torch.Tensor, max_new_tokens: int
+) -> None:
+    """Raise ValueError unless `input_ids` are one prompt [1, T] with room behind it."""
+    check_prompt(model, input_ids, max_new_tokens)
+    if len(input_ids) != 1:
+        raise ValueError(
+            f"input_ids must be one prompt, [1, T], not {list(input_ids.shape)}"
+        )
+
+
+def read_logits(
+    model: QwenForCausalLM, ids: torch.Tensor, cache: KVCache, last: int = 1
+) -> torch.Tensor:
+    """Return `next_logits` [B, last, V]; raise LogitsError for one without a number."""
+    logits = next_logits(model, ids, cache, last=last)
+    usable = logits.amax(-1).isfinite().flatten().tolist()
+    check_ids([0 if row else -1 for row in usable])
+    return logits
+
+# %% ../chapters/B49_beams_and_drafts.ipynb #cell-079
 def _search(
     model: QwenForCausalLM,
     unread: torch.Tensor,
@@ -169,28 +216,7 @@ def _search(
         unread = unread.new_tensor([beam.tokens[-1:] for beam in running])  # [beams, 1]
     return finished
 
-# %% ../chapters/17_search.ipynb #cell-080
-def check_one_prompt(
-    model: QwenForCausalLM, input_ids: torch.Tensor, max_new_tokens: int
-) -> None:
-    """Raise ValueError unless `input_ids` are one prompt [1, T] with room behind it."""
-    check_prompt(model, input_ids, max_new_tokens)
-    if len(input_ids) != 1:
-        raise ValueError(
-            f"input_ids must be one prompt, [1, T], not {list(input_ids.shape)}"
-        )
-
-
-def read_logits(
-    model: QwenForCausalLM, ids: torch.Tensor, cache: KVCache, last: int = 1
-) -> torch.Tensor:
-    """Return `next_logits` [B, last, V]; raise LogitsError for one without a number."""
-    logits = next_logits(model, ids, cache, last=last)
-    usable = logits.amax(-1).isfinite().flatten().tolist()
-    check_ids([0 if row else -1 for row in usable])
-    return logits
-
-# %% ../chapters/17_search.ipynb #cell-081
+# %% ../chapters/B49_beams_and_drafts.ipynb #cell-081
 @torch.no_grad()
 def beam_search(
     model: QwenForCausalLM,
@@ -228,7 +254,7 @@ def beam_search(
         for score, tokens in finished[:num_return_sequences]
     ]
 
-# %% ../chapters/17_search.ipynb #cell-046
+# %% ../chapters/B49_beams_and_drafts.ipynb #cell-046
 class _Reader:
     """A model that reads no token twice and gives the distributions of the next."""
 
@@ -253,7 +279,7 @@ class _Reader:
         """Forget what was read behind the first `length` tokens."""
         self.cache.crop(min(self.cache.length, length))
 
-# %% ../chapters/17_search.ipynb #cell-048
+# %% ../chapters/B49_beams_and_drafts.ipynb #cell-048
 def _propose(
     draft: _Reader, tokens: list[int], count: int, generator: torch.Generator | None
 ) -> tuple[list[int], list[torch.Tensor]]:
@@ -285,7 +311,7 @@ def _round(
         reader.forget(len(tokens) + len(new) - 1)
     return new, right
 
-# %% ../chapters/17_search.ipynb #cell-087
+# %% ../chapters/B49_beams_and_drafts.ipynb #cell-087
 class Speculation(NamedTuple):
     """`tokens` [1, T + n]; `passes` of the large model, and how many tokens the draft
     `proposed` and the large model `accepted`.
@@ -309,7 +335,25 @@ def _before(
     history, mask = pad_left(before, 0)
     return history.to(reader.device), mask.to(reader.device)
 
-# %% ../chapters/17_search.ipynb #cell-088
+# %% ../chapters/B49_beams_and_drafts.ipynb #cell-091
+def _check_draft(
+    model: QwenForCausalLM,
+    draft: QwenForCausalLM,
+    input_ids: torch.Tensor,
+    max_new_tokens: int,
+    draft_tokens: int,
+) -> None:
+    """Raise ValueError where the two models cannot write together."""
+    check_whole("draft_tokens", draft_tokens, 1)
+    if draft.config.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"draft has a vocabulary of {draft.config.vocab_size}, not of"
+            f" {model.config.vocab_size}: their tokens must be the same"
+        )
+    for each in (model, draft):
+        check_one_prompt(each, input_ids, max_new_tokens)
+
+# %% ../chapters/B49_beams_and_drafts.ipynb #cell-088
 @torch.no_grad()
 def speculate(
     model: QwenForCausalLM,
@@ -346,47 +390,3 @@ def speculate(
             accepted += right
     ids = torch.tensor([tokens], device=device)
     return Speculation(ids, passes, proposed, accepted)
-
-# %% ../chapters/17_search.ipynb #cell-090
-def _check_beams(rules: _Rules, vocabulary: int) -> int:
-    """Return how many candidates each step needs. Raise ValueError for what has no
-    meaning here, or would lead out of the range of floating point.
-    """
-    n, stopping = rules.max_new_tokens, rules.early_stopping
-    check_whole("max_new_tokens", n, 1)
-    if not isinstance(stopping, bool) and not (
-        isinstance(stopping, str) and stopping == "never"
-    ):
-        raise ValueError(
-            f'early_stopping must be True, False or "never", not {shown(stopping)}'
-        )
-    most = int(600 / math.log(max(2, n)))
-    wanted = f"a number from {-most} to {most} for {n} new tokens"
-    check_number("length_penalty", rules.length_penalty, wanted, -most, most)
-    check_whole("num_beams", rules.num_beams, 1)
-    spare = max(2, 1 + len(rules.ends))  # for each beam: all but one may end here
-    if spare * rules.num_beams > vocabulary:
-        raise ValueError(
-            f"num_beams {rules.num_beams} needs {spare} candidates for each beam, one"
-            " more than there are end tokens and at least 2; the vocabulary has"
-            f" {vocabulary} tokens"
-        )
-    return spare * rules.num_beams
-
-# %% ../chapters/17_search.ipynb #cell-091
-def _check_draft(
-    model: QwenForCausalLM,
-    draft: QwenForCausalLM,
-    input_ids: torch.Tensor,
-    max_new_tokens: int,
-    draft_tokens: int,
-) -> None:
-    """Raise ValueError where the two models cannot write together."""
-    check_whole("draft_tokens", draft_tokens, 1)
-    if draft.config.vocab_size != model.config.vocab_size:
-        raise ValueError(
-            f"draft has a vocabulary of {draft.config.vocab_size}, not of"
-            f" {model.config.vocab_size}: their tokens must be the same"
-        )
-    for each in (model, draft):
-        check_one_prompt(each, input_ids, max_new_tokens)

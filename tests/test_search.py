@@ -9,7 +9,6 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qwen_analog import QwenConfig, QwenForCausalLM
 from qwen_analog import search as module
-from chapter_code import from_chapter
 from qwen_analog.sampling import filter_logits
 from qwen_analog.search import beam_search, speculate
 
@@ -49,9 +48,6 @@ def theirs(model):
     return reference
 
 
-HELD = from_chapter("*_search.ipynb", "class HeldPrefixes", vars(module))
-HeldPrefixes = HELD["HeldPrefixes"]
-PrefixCache = from_chapter("*_search.ipynb", "class PrefixCache", HELD)["PrefixCache"]
 PROMPT = torch.tensor([[3, 1, 4, 1, 5, 7, 2]])
 
 
@@ -508,89 +504,6 @@ def test_wrong_arguments_of_speculation_are_named(name, value):
         speculate(tiny(), tiny(), PROMPT, **{"max_new_tokens": 4, name: value})
 
 
-def test_prefixes_change_nothing_but_the_work():
-    model = tiny(3, flat=1.0)
-    cache = PrefixCache(model, max_tokens=200)
-    system = torch.randint(24, (1, 40), generator=torch.Generator().manual_seed(0))
-    read = []
-    model.model.register_forward_pre_hook(
-        lambda module, args: read.append(args[0].shape[1])
-    )
-    for question in ([1, 2, 3], [1, 2, 9, 4], [5]):
-        ids = torch.cat((system, torch.tensor([question])), 1)
-        read.clear()
-        found, known = cache.generate(ids, 8, temperature=0.8, seed=7)
-        assert sum(read) == ids.shape[1] - known + 7
-        assert torch.equal(found, model.generate(ids, 8, temperature=0.8, seed=7))
-        assert known == {(1, 2, 3): 0, (1, 2, 9, 4): 42, (5,): 40}[tuple(question)]
-    again, known = cache.generate(found[:, :-1], 1, temperature=0)
-    assert known == found.shape[1] - 2 and torch.equal(
-        again, model.generate(found[:, :-1], 1, temperature=0)
-    )
-
-
-def test_the_oldest_prefix_goes_first():
-    cache = PrefixCache(tiny(), max_tokens=25)
-    for start in (1, 2, 3):
-        cache.generate(torch.full((1, 9), start), 2, temperature=0)
-    assert cache.tokens <= 25
-    assert [
-        cache.generate(torch.full((1, 9), start), 1, temperature=0)[1]
-        for start in (3, 1)
-    ] == [8, 0]
-    cache.generate(
-        torch.full((1, 60), 3), 2, temperature=0
-    )  # longer than all room: not held, nothing else lost, not even what it begins with
-    assert cache.generate(torch.full((1, 9), 3), 1, temperature=0)[1] == 8
-
-
-def test_what_is_in_a_held_sequence_is_not_held_twice():
-    cache = PrefixCache(tiny())
-    cache.generate(PROMPT, 9, temperature=0)
-    held = cache.tokens
-    cache.generate(PROMPT, 4, temperature=0)
-    assert cache.tokens == held == PROMPT.shape[1] + 8
-    longer = cache.generate(PROMPT, 12, temperature=0)[0]
-    assert cache.tokens == longer.shape[1] - 1
-
-
-def test_prefixes_with_settings_and_ends_are_generates():
-    model = tiny(3, flat=1.0)
-    own = [int(model.generate(PROMPT, 20, temperature=0)[0, 12]), 5]
-    for options in (
-        dict(temperature=1e-40, seed=3),
-        dict(repetition_penalty=1e300, seed=3),
-        dict(top_p=1e-300, seed=3),
-        dict(repetition_penalty=1.6, temperature=0),
-        dict(repetition_penalty=1.6, seed=1),
-        dict(eos_token_id=own, temperature=0),
-    ):
-        expected = model.generate(PROMPT, 20, **options)
-        assert torch.equal(
-            PrefixCache(model).generate(PROMPT, 20, **options)[0], expected
-        )
-    ended = expected
-    model.generation_config = {"eos_token_id": own}
-    assert torch.equal(PrefixCache(model).generate(PROMPT, 20, temperature=0)[0], ended)
-    with torch.no_grad():
-        model.lm_head.weight[3] = torch.nan
-    with pytest.raises(ValueError, match="not finite"):
-        PrefixCache(model).generate(PROMPT, 2)
-
-
-def test_wrong_arguments_of_prefixes_are_named():
-    for name, value in DRAFTS:
-        if name != "draft_tokens":
-            with pytest.raises(ValueError, match=f"^{name} must be "):
-                PrefixCache(tiny()).generate(
-                    PROMPT, **{"max_new_tokens": 4, name: value}
-                )
-    with pytest.raises(ValueError, match="max_tokens"):
-        PrefixCache(tiny(), 0)
-    with pytest.raises(ValueError, match="one prompt"):
-        PrefixCache(tiny()).generate(PROMPT.repeat(2, 1), 3)
-
-
 @pytest.mark.parametrize("length_penalty", [-140, 140.0, 0, 1e-300])
 def test_far_length_penalties_give_finite_scores(length_penalty):
     beams = beam_search(
@@ -729,117 +642,3 @@ def test_guesses_that_stay_in_the_cache_are_noticed(monkeypatch):
     monkeypatch.setattr(module._Reader, "forget", lambda reader, length: None)
     with pytest.raises((AssertionError, ValueError)):
         test_greedy_speculation_is_greedy_decoding(4)
-
-
-def any_will_do(longest):
-    def mutant(prefixes, ids):
-        held = next(iter(prefixes.held), None)
-        if held is None:
-            return 0, None
-        return min(len(held), len(ids) - 1), held
-
-    return mutant
-
-
-def last_token_not_read(longest):
-    return lambda prefixes, ids: longest(prefixes, [*ids, -1])
-
-
-def first_that_shares(longest):
-    def mutant(prefixes, ids):
-        for held in prefixes.held:
-            only = HeldPrefixes(10**9)
-            only.held[held] = None
-            if longest(only, ids)[0]:
-                return longest(only, ids)
-        return 0, None
-
-    return mutant
-
-
-def one_too_many(take):
-    def mutant(prefixes, held, known, cache):
-        take(prefixes, held, known, cache)
-        cache.lengths = [known + 1] * len(cache.lengths)
-
-    return mutant
-
-
-def newest_goes_first(keep):
-    def mutant(prefixes, ids, cache):
-        keep(prefixes, ids, cache)
-        if len(prefixes.held) > 1:
-            prefixes.held.popitem()
-
-    return mutant
-
-
-def use_does_not_count(take):
-    def mutant(prefixes, held, known, cache):
-        order = list(prefixes.held)
-        take(prefixes, held, known, cache)
-        for each in order:
-            prefixes.held.move_to_end(each)
-
-    return mutant
-
-
-def no_limit(keep):
-    def mutant(prefixes, ids, cache):
-        most, prefixes.max_tokens = prefixes.max_tokens, 10**9
-        keep(prefixes, ids, cache)
-        prefixes.max_tokens = most
-
-    return mutant
-
-
-PREFIX_MUTANTS = {
-    "any held sequence will do": ("longest", any_will_do),
-    "the last token is not read": ("longest", last_token_not_read),
-    "the first that shares anything": ("longest", first_that_shares),
-    "one token too many": ("take", one_too_many),
-    "the newest goes first": ("keep", newest_goes_first),
-    "use does not count": ("take", use_does_not_count),
-    "no limit": ("keep", no_limit),
-}
-
-
-def check_prefixes():
-    """Equal tokens, exact counts of what is not read again, the right order to go."""
-    model = tiny(3, flat=1.0)
-    service = PrefixCache(model, max_tokens=150)
-    system = torch.randint(24, (40,), generator=torch.Generator().manual_seed(0))
-    for question, known in (
-        ([1, 2, 3], 0),
-        ([1, 2, 9, 4], 42),
-        ([5], 40),
-        ([1, 2, 3], 42),
-    ):
-        ids = torch.cat((system, torch.tensor(question)))[None]
-        for options, expected in (
-            (dict(temperature=0), known),
-            (dict(temperature=0.8, seed=7), ids.shape[1] - 1),
-        ):
-            found, counted = service.generate(ids, 8, **options)
-            assert torch.equal(found, model.generate(ids, 8, **options))
-            assert counted == expected
-        assert service.tokens <= 150
-    service = PrefixCache(model, max_tokens=25)
-    a, b, c = (torch.full((1, 10), first) for first in (1, 2, 3))
-    for ids in (a, b, a, c):  # there is room for two of them
-        service.generate(ids, 1, temperature=0)
-    assert service.generate(a, 1, temperature=0)[1] == 9
-    assert service.generate(b, 1, temperature=0)[1] == 0
-
-
-def test_prefixes_are_found_kept_and_forgotten():
-    check_prefixes()
-
-
-@pytest.mark.mutant
-@pytest.mark.parametrize("name", PREFIX_MUTANTS)
-def test_a_broken_prefix_cache_is_noticed(name, monkeypatch):
-    part, change = PREFIX_MUTANTS[name]
-    monkeypatch.setattr(HeldPrefixes, part, change(getattr(HeldPrefixes, part)))
-    with pytest.raises((AssertionError, RuntimeError, IndexError, ValueError)):
-        check_prefixes()
