@@ -7,29 +7,9 @@ __all__ = ['LossSpikeDetector', 'log_entries', 'LogFile', 'TensorBoardFile', 'Ru
            'plot_losses']
 
 # %% ../chapters/36_watching.ipynb #22e61f5b
-import io
-import itertools
-import json
 import math
-import mmap
-import operator
-import os
-import socket
 import statistics
-import sys
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
-from typing import Any, TypeGuard
-
-import torch
-
-from .data import TokenSequence
-from .files import make_directory
 
 # %% ../chapters/36_watching.ipynb #cell-028
 class LossSpikeDetector:
@@ -69,6 +49,28 @@ class LossSpikeDetector:
 
     def load_state_dict(self, state_dict: dict[str, list[float]]) -> None:
         self.losses = deque(state_dict["losses"], maxlen=self.losses.maxlen)
+
+# %% ../chapters/36_watching.ipynb #22430946
+import io
+import itertools
+import json
+import mmap
+import operator
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import torch
+
+from .data import TokenSequence
+from .files import make_directory
 
 # %% ../chapters/36_watching.ipynb #cell-071
 def _parse_entry(line: bytes) -> dict | None:
