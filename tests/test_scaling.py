@@ -1,4 +1,4 @@
-"""The scaling law of the chapter on evaluation, which no module exports."""
+"""The scaling law of the chapter on scoring, which no module exports."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ for beginning in (
     "def fit_power_law",
     "def fit_scaling_law",
 ):
-    _LAW |= from_chapter("*_evaluation.ipynb", beginning, _LAW)
+    _LAW |= from_chapter("*_scoring.ipynb", beginning, _LAW)
 fit_scaling_law = _LAW["fit_scaling_law"]
 
 
