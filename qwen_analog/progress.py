@@ -86,12 +86,12 @@ class Metrics:
         self.log = open_log(config, context)
         self.bar = progress_bar(step, config.max_steps, shown=context.rank == 0)
         self.speed = SpeedMeter(config, context, model)
-        self.last: dict[str, float] = {}  # the loss last applied, the last evaluation
+        self.last: dict[str, float] = {}  # the loss last applied, its evaluation
         self.spikes = self.nonfinite = 0  # in all; in a row
 
     def write_step(self, step: int, values: dict[str, float], spike: bool) -> None:
         """Show a step; write it where it is its turn, or its loss a spike."""
-        self.last["loss"], self.nonfinite = values["loss"], 0
+        self.last, self.nonfinite = {"loss": values["loss"]}, 0
         values = {**values, "memory_gib": peak_memory(self.device) / 2**30}
         show_step(self.bar, values)
         last = step == self.config.max_steps

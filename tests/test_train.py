@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -556,6 +557,34 @@ def test_summary_and_metrics_are_json_whatever_the_loss_is(monkeypatch):
         for entry in entries("checkpoints")
         if "heldout_loss" in entry
     ] == [None, None]
+
+
+def test_the_last_words_have_a_held_out_loss_of_their_step_only(monkeypatch, capsys):
+    def stopped_after(steps):
+        @contextmanager
+        def stop_signals():
+            left = iter(range(steps - 1, -1, -1))
+            yield lambda: next(left) == 0
+
+        return stop_signals
+
+    for steps, evaluated in ((4, True), (5, False)):
+        monkeypatch.setattr(module, "stop_signals", stopped_after(steps))
+        directory = f"stopped_{steps}"
+        summary = train(settings(output_dir=directory, eval_every=2))
+        (words,) = (
+            line
+            for line in capsys.readouterr().out.splitlines()
+            if line.startswith(f"step {steps}, tokens")
+        )
+        assert ("heldout_loss" in words) == ("heldout_loss" in summary) == evaluated
+        if evaluated:
+            by_step = {
+                e["step"]: e["heldout_loss"]
+                for e in entries(directory)
+                if "heldout_loss" in e
+            }
+            assert summary["heldout_loss"] == by_step[steps]
 
 
 @pytest.mark.parametrize(
