@@ -51,8 +51,8 @@ class Evaluation:
 
 # %% ../chapters/26_evaluation.ipynb #cell-024
 def evaluation_of(nll: Sequence[np.ndarray], texts: Sequence[str]) -> Evaluation:
-    """Sum up the negative log-likelihoods of each document's tokens, as `token_nll` and
-    `NGram.nll` give them, over the documents `texts`.
+    """Sum up the negative log-likelihoods `nll`, [tokens] of each document, over the
+    documents `texts`.
     """
     sums = np.array([document.sum() for document in nll])
     lengths = np.array([len(document) for document in nll])
