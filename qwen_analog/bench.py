@@ -149,7 +149,7 @@ def off_by(logits: torch.Tensor, expected: torch.Tensor) -> float:
 
 # %% ../chapters/32_speed.ipynb #cell-066
 def train_work(config: QwenConfig, rows: int, tokens: int, precision: str) -> Work:
-    """Count a training step, AdamW's included."""
+    """Count a training step, AdamW's included; attention unmasked, as for MFU."""
     flops = rows * tokens * flops_per_token(config, tokens)
     computed = 4 if precision == "fp32" else 2  # bytes of a weight in a product
     stored = 2 if precision == "bf16-pure" else 4
