@@ -12,7 +12,6 @@ from serving_helpers import together
 from test_compiled import Replayed, no_compiler
 
 from qwen_analog import compiled
-from qwen_analog.compiled import CompiledStep
 from qwen_analog.compiled_rows import CompiledRows, PageRoom, RowRoom, RowSlot
 from qwen_analog.engine import Engine, ModelRunner
 from qwen_analog.inference import optimize_for_inference
@@ -26,13 +25,12 @@ MEMORIES = pytest.mark.parametrize("memory", [{}, PAGES], ids=["rows", "pages"])
 def without_a_compiler(monkeypatch):
     """The step is the compiled one's, line by line; its rooms are small."""
     monkeypatch.setattr(torch, "compile", lambda f, options, **how: f)
+    monkeypatch.setattr(compiled, "missing_compiler", lambda device: None)
     monkeypatch.setattr(compiled, "ROOM", 8)
 
 
 def new_model():
-    model = optimize_for_inference(copy.deepcopy(MODEL))
-    model.compiled_step = CompiledStep(model)
-    return model
+    return optimize_for_inference(copy.deepcopy(MODEL), compile=True)
 
 
 def new_engine(memory, rows=4, context=56, chunk=8, model=None):
