@@ -119,6 +119,13 @@ class StaticStep:
         hidden = self.backbone.hidden_states(room.token, positions, mask, room)
         return self.head(hidden)[:, -1].float()
 
+    def run(self, room: Room) -> torch.Tensor:
+        """As `logits`, by the recorded step where there is one."""
+        if room.graph is None:
+            return self.logits(room)
+        room.graph.replay()
+        return room.logits.clone()  # the next step writes there again
+
 # %% ../chapters/B37_compiled.ipynb #cell-018
 class CompiledStep(StaticStep):
     """A step that is compiled, once for each number of rows and each room."""
@@ -155,13 +162,6 @@ class CompiledStep(StaticStep):
     def prepare(self, room: Room) -> None:
         """Compile for a new room, and record on a GPU; what fails is done without."""
         _prepare(self, room)
-
-    def run(self, room: Room) -> torch.Tensor:
-        """As `logits`, by the recorded step where there is one."""
-        if room.graph is None:
-            return self.logits(room)
-        room.graph.replay()
-        return room.logits.clone()  # the next step writes there again
 
 # %% ../chapters/B37_compiled.ipynb #cell-020
 class Reader:

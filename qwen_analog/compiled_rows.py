@@ -122,7 +122,7 @@ class CompiledRows:
             self.token[rows] = torch.tensor(ids, device=self.token.device)
             return self.step.run(self.plan())[rows]
 
-
+# %% ../chapters/B57_compiled_rows.ipynb #rows-choice-code
 def compile_writing(runner: Any, max_context: int) -> None:
     """Let a runner write with its model's compiled step, where the model has one.
 
