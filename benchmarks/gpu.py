@@ -588,17 +588,24 @@ def prefill(sizes: Sizes):
 def serve(sizes: Sizes):
     from qwen_analog.bpe import BYTE_ORDER
     from qwen_analog.engine import Engine, Request
+    from qwen_analog.inference import optimize_for_inference
     from qwen_analog.sampling import SamplingParams
     from qwen_analog.tokenizer import TiktokenTokenizer
 
     tokenizer = TiktokenTokenizer({token: n for n, token in enumerate(BYTE_ORDER)})
-    model = new_model(sizes, torch.bfloat16).eval()
     context = 64 if sizes.tiny else 512
+    if not sizes.compile:  # the same step, not translated
+        torch.compile = lambda function, **how: function
 
-    def clients() -> dict:
+    def clients(compile: bool) -> dict:
+        model = new_model(sizes, torch.bfloat16).eval()
+        optimize_for_inference(model, compile=compile)
+        began = time.perf_counter()
         engine = Engine(
             model, tokenizer, max_batch=64, max_context=context, max_queue=64
         )
+        made = time.perf_counter() - began
+        rooms = getattr(engine.runner.forward, "rooms", {}).values()
         written, left = [0], [sizes.clients]
 
         def deliver(delta):
@@ -617,9 +624,14 @@ def serve(sizes: Sizes):
         while left[0]:
             engine.step()
         took = time.perf_counter() - began
-        return {"tokens_per_second": written[0] / took, "tokens": written[0]}
+        found = {"tokens_per_second": written[0] / took, "tokens": written[0]}
+        if not compile:
+            return found
+        recorded = bool(rooms) and all(room.graph is not None for room in rooms)
+        return found | {"made_seconds": made, "recorded": recorded}
 
-    yield guarded(f"{sizes.clients} clients", clients)
+    yield guarded(f"{sizes.clients} clients", clients, False)
+    yield guarded(f"{sizes.clients} clients, compiled", clients, True)
 
 
 def transformers(sizes: Sizes):
@@ -660,7 +672,7 @@ PARTS = {
     "run_3b": (run_3b, 110),
     "compiled": (compiled, 110),
     "prefill": (prefill, 30),
-    "serve": (serve, 40),
+    "serve": (serve, 75),
     "transformers": (transformers, 60),
     "decode": (decode, 120),
 }

@@ -104,6 +104,7 @@ from itertools import count
 from typing import Any
 
 from .arguments import one_line
+from .compiled_rows import compile_writing
 from .generate import pad_left, sampling_defaults, stop_ids
 from .grammar import GrammarError, restrict
 from .pages import PagedCache, has_pages, new_paged_cache, pages_for
@@ -457,6 +458,7 @@ class EngineParts:
         cache = _new_cache(model, max_batch, self.max_context, kv_pages, page_size)
         fits = partial(may_begin, cache)
         self.runner = ModelRunner(model, cache, tokenizer.vocab_size)
+        compile_writing(self.runner, self.max_context)  # where the model was opened so
         self.scheduler = Scheduler(max_batch, max_queue, cache.free, fits)
         self.stop_ids = {*stop_ids(model, tokenizer), *_turn_end(tokenizer)}
 

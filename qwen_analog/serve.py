@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import add_base, add_ignore_memory, add_model, add_quantize
+from .arguments import add_base, add_compile, add_ignore_memory
+from .arguments import add_model, add_quantize
 from .arguments import default_model
 from .arguments import need, number, whole
 
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_limits(parser)
     _add_memory(parser)
     add_quantize(parser)
+    add_compile(parser)
     add_ignore_memory(parser)
 
 
@@ -87,6 +89,7 @@ def _build_engine(arguments: argparse.Namespace, source: str) -> "AsyncEngine":
 
     check_memory, quantize = not arguments.ignore_memory, arguments.quantize
     options = {"quantize": quantize, "base": arguments.base}
+    options["compile"] = arguments.compile
     model, tokenizer = load(
         source, check_memory=check_memory, inference=True, **options
     )

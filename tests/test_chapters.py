@@ -166,7 +166,8 @@ FLOORS = [
     "tools",
     "generate memory pages parallel monitor quantize streaming weights checkpoint "
     "tokenizer_json chat_template lora float8",
-    "inference scoring restore text_stream step search run_directory gguf_file hf",
+    "inference scoring restore text_stream step search run_directory gguf_file hf "
+    "compiled_rows",
     "gguf checkpointer finetune resume lm_eval_adapter scheduler",
     "loading engine preferences",
     "rewards",

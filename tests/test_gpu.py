@@ -11,15 +11,18 @@ from helpers import BYTES, same, small_model
 from torch.nn.attention import varlen
 
 from qwen_analog import attention
+from qwen_analog import compiled as compiled_module
 from qwen_analog import model as model_module
 from qwen_analog.attention import PackedDocuments, document_mask, packed_documents
 from qwen_analog.checkpoint import save_checkpoint
+from qwen_analog.engine import Engine
 from qwen_analog.inference import optimize_for_inference
 from qwen_analog.memory import set_activation_checkpointing
 from qwen_analog.optim import build_optimizers
 from qwen_analog.parallel import compile_layers
 from qwen_analog.restore import restore_checkpoint
 from qwen_analog.sampling import SamplingParams, new_generator, sample
+from qwen_analog.scheduler import Request
 
 no_gpu = not torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(no_gpu, reason="this machine has no CUDA GPU")
@@ -349,3 +352,34 @@ def test_a_compiled_step_is_recorded_and_writes_the_same(format):
     made = [memory for rooms in model.compiled_step.made.values() for memory in rooms]
     assert made and all(memory.graph is not None for memory in made)
     assert format or torch.equal(*texts)
+
+
+@needs_gpu
+@pytest.mark.parametrize("memory", [{}, {"kv_pages": 20, "page_size": 4}])
+def test_a_recorded_step_of_a_server_writes_the_same(memory, monkeypatch):
+    """Requests come one by one, and outgrow the first room."""
+    monkeypatch.setattr(compiled_module, "ROOM", 16)
+    plain, model = (
+        optimize_for_inference(small_model().cuda(), compile=compiled)
+        for compiled in (False, True)
+    )
+    texts = []
+    for m in (plain, model):
+        engine = Engine(m, BYTES, max_batch=3, max_context=48, **memory)
+        engine.stop_ids, found = set(), [[] for _ in range(5)]
+        for i, answer in enumerate(found):
+            request = Request(
+                [*range(30 if i == 2 else 3 + i)],
+                12,
+                SamplingParams(temperature=0),
+                logprobs=0,
+            )
+            take = lambda delta, answer=answer: answer.extend(delta.logprobs)
+            engine.add_request(request, deliver=take)
+            engine.step()
+        while engine.step():
+            pass
+        texts.append([[entry.token for entry in answer] for answer in found])
+    rooms = engine.runner.forward.rooms
+    assert [*rooms] == [16, 32, 48] and all(room.graph for room in rooms.values())
+    assert all(len(answer) == 12 for answer in texts[0]) and same(*texts)

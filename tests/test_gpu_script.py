@@ -18,7 +18,7 @@ FIELDS = {
     "decode": {"tokens_per_second", "gb_per_second", "of_bandwidth"},
     "compiled": {"tokens_per_second", "of_bandwidth", "equal_tokens"},
     "prefill": {"tokens_per_second"},
-    "serve": {"tokens_per_second"},
+    "serve": {"tokens_per_second", "made_seconds", "recorded"},
     "transformers": {"tokens_per_second"},
     "tests": {"passed"},
 }

@@ -283,3 +283,19 @@ def test_a_cache_that_does_not_fit(checkpoint, monkeypatch):
     few = ["--model", str(checkpoint), "--port", "0", "--kv-memory", "0.1"]
     with pytest.raises(ValueError, match="a smaller --kv-pages or --kv-memory, or"):
         serve.run(parser.parse_args(few))
+
+
+@pytest.mark.parametrize("flags", [[], ["--compile"]])
+def test_the_model_is_opened_compiled_where_that_is_asked(flags, checkpoint):
+    opened = []
+
+    def load(source, **options):
+        opened.append(options["compile"])
+        raise ValueError("enough")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "load", load)
+        options = ["--model", str(checkpoint), "--port", "0", *flags]
+        with pytest.raises(ValueError, match="^enough$"):
+            serve.run(new_parser().parse_args(options))
+    assert opened == [bool(flags)]
