@@ -86,11 +86,8 @@ class CompiledRows:
     """Writes a token in every row of a cache: a runner's `forward`, compiled."""
 
     def __init__(self, model: Any, cache: Any, max_context: int):
-        self.step, self.cache, self.max_context = (
-            model.compiled_step,
-            cache,
-            max_context,
-        )
+        self.step, self.cache = model.compiled_step, cache
+        self.max_context = max_context
         self.mode = cache.keys.is_inference()  # tensors of such a mode stay in it
         self.rooms: dict[int, RowRoom] = {}
         make = PageRoom if isinstance(cache, PagedCache) else RowRoom
