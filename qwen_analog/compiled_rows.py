@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .compiled import Room, room_for
+from .compiled import StaticRoom, room_for
 from .pages import PagedCache, PagePass, pages_for
 
 # %% ../chapters/B57_compiled_rows.ipynb #rows-11
@@ -29,7 +29,7 @@ class RowSlot:
         return self.keys, self.values
 
 
-class RowRoom(Room):
+class RowRoom(StaticRoom):
     """The first `room` places of every row of a cache; n rows read `token` [n, 1]."""
 
     def __init__(self, cache: Any, token: torch.Tensor, room: int):
