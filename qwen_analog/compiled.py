@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -33,7 +34,7 @@ def room_for(tokens: int) -> int:
     return room
 
 
-class StaticRoom:
+class StaticRoom(ABC):
     """What a step finds at the same place each time."""
 
     token: torch.Tensor  # [B, 1], what each row reads
@@ -41,9 +42,9 @@ class StaticRoom:
     graph: Any = None  # the recorded step
     logits = torch.empty(0)  # what the graph writes
 
+    @abstractmethod
     def where(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the tokens' positions [B, 1], what they see [B, 1, 1, room]."""
-        raise NotImplementedError
 
 # %% ../chapters/B37_compiled.ipynb #static-cache
 class StaticCache(StaticRoom):

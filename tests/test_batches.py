@@ -4,13 +4,13 @@ thread left behind.
 
 import json
 import threading
-from contextlib import closing, contextmanager
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from training import folder, same, settings, training_state  # noqa: F401
+from training import folder, same, settings, stops_after, training_state  # noqa: F401
 
 from qwen_analog import batches
 from qwen_analog import train as module
@@ -140,17 +140,6 @@ def test_a_run_is_the_same_as_without_preparing_ahead(stream, monkeypatch):
     for name in ("step_4", "step_8", "final"):
         ahead, plain = (training_state(f"{d}/{name}") for d in ("ahead", "plain"))
         assert same(ahead, plain)
-
-
-def stops_after(steps):
-    """Return `stop_signals` of a run that is stopped after so many steps."""
-
-    @contextmanager
-    def stop_signals():
-        left = iter(range(steps - 1, -1, -1))
-        yield lambda: next(left) == 0
-
-    return stop_signals
 
 
 @pytest.mark.parametrize("stream, steps", [(False, (3, 1, 5)), (True, (1, 1, 4))])

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +26,7 @@ from training import (  # noqa: F401
     run,
     same,
     settings,
+    stops_after,
     training_state,
     write_corpus,
     launched,
@@ -560,16 +560,8 @@ def test_summary_and_metrics_are_json_whatever_the_loss_is(monkeypatch):
 
 
 def test_the_last_words_have_a_held_out_loss_of_their_step_only(monkeypatch, capsys):
-    def stopped_after(steps):
-        @contextmanager
-        def stop_signals():
-            left = iter(range(steps - 1, -1, -1))
-            yield lambda: next(left) == 0
-
-        return stop_signals
-
     for steps, evaluated in ((4, True), (5, False)):
-        monkeypatch.setattr(module, "stop_signals", stopped_after(steps))
+        monkeypatch.setattr(module, "stop_signals", stops_after(steps))
         directory = f"stopped_{steps}"
         summary = train(settings(output_dir=directory, eval_every=2))
         (words,) = (

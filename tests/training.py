@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -182,3 +183,14 @@ def stopped(**changes):
     train(settings(output_dir="whole", **changes))
     shutil.copytree("whole", "checkpoints")
     shutil.rmtree("checkpoints/final")
+
+
+def stops_after(steps):
+    """Return `stop_signals` of a run that is stopped after so many steps."""
+
+    @contextmanager
+    def stop_signals():
+        left = iter(range(steps - 1, -1, -1))
+        yield lambda: next(left) == 0
+
+    return stop_signals
