@@ -1,4 +1,4 @@
-"""Draw documents, the stream they are laid into, one block of it and the block's mask:
+"""Draw documents, the stream they are laid into, one sequence of it and its mask:
 writes data.svg beside this file.
 """
 
@@ -73,10 +73,11 @@ top.annotate(
     arrowprops={"arrowstyle": "->", "color": END},
 )
 top.text(
-    epoch + 0.3,
+    epoch - 0.4,
     -0.8,
-    "the next epoch begins, in the same block",
+    "the next epoch begins in the same sequence",
     fontsize=8,
+    ha="right",
     va="center",
 )
 top.text(0, 3.25, "documents, each opened by its end token (dark)", fontsize=9)
@@ -91,7 +92,7 @@ for i in range(T):
     left.text(i + 0.46, 1.46, str(documents[i]), ha="center", va="center", fontsize=9)
     left.text(i + 0.46, 0.46, str(positions[i]), ha="center", va="center", fontsize=9)
 left.set(xlim=(-2.2, T + 0.2), ylim=(-0.2, 4.2))
-left.set_title("the second block", fontsize=10)
+left.set_title("the second sequence", fontsize=10)
 
 visible = np.tril(documents[:, None] == documents[None])
 right.imshow(
