@@ -178,20 +178,20 @@ def clean_text(text: str) -> str:
 def text_pieces(text: str, limit: int = 1 << 18) -> Iterator[str]:
     """Cut `text` into pieces of at most `limit` characters, each small to work on.
 
-    It is cut between a letter and a blank, or else a sign, where the patterns of the
-    common tokenizers cut too: the ids are those of the whole text. (Before a sign,
-    SentencePiece may add a blank.) Where there is no such place, it is cut at `limit`.
+    It is cut between a letter and a space, or else a punctuation mark, where the
+    patterns of the common tokenizers cut too: the ids are those of the whole text.
+    Where there is no such place, it is cut at `limit`.
     """
     start = 0
     while len(text) - start > limit:
         window = dict(pos=start, endpos=start + limit)
-        before_blank = regex.search(r"(?r)\p{L}(?=\s)", text, **window)
-        cut = before_blank or regex.search(r"(?r)\p{L}(?=\p{P})", text, **window)
-        end = cut.end() if cut else start + limit
+        before_space = regex.search(r"(?r)\p{L}(?=\s)", text, **window)
+        place = before_space or regex.search(r"(?r)\p{L}(?=\p{P})", text, **window)
+        end = place.end() if place else start + limit
         yield text[start:end]
         start = end
     if start < len(text):
-        yield text[start:] if start else text
+        yield text[start:]
 
 # %% ../chapters/01_bpe.ipynb #cell-108
 def keep_most_common(pieces: Counter[str], characters: int) -> Counter[str]:
