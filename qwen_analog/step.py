@@ -69,7 +69,7 @@ def accumulate_gradients(
         total += loss.detach()
     return total
 
-# %% ../chapters/14_training_step.ipynb #cell-093
+# %% ../chapters/14_training_step.ipynb #m3140003
 class StepResult(NamedTuple):
     """What one optimizer step was, over all processes."""
 
@@ -77,7 +77,7 @@ class StepResult(NamedTuple):
     grad_norm: float  # before clipping
     applied: bool  # loss and gradients were finite
 
-
+# %% ../chapters/14_training_step.ipynb #cell-093
 def train_step(
     model: nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
@@ -96,18 +96,19 @@ def train_step(
     """
     own = count_targets(batches) if count is None else count
     (targets,) = context.all_reduce_sum(own)
-    sizes = context.device, context.world_size
-    total = accumulate_gradients(model, batches, targets, config, *sizes, loss_of)
+    total = accumulate_gradients(
+        model, batches, targets, config, context.device, context.world_size, loss_of
+    )
     (total,) = context.all_reduce_sum(total.item())
     grad_norm = clip_grad_norm(model, config.max_grad_norm)
     finite = math.isfinite(total) and math.isfinite(grad_norm)
     # DDP makes its buckets anew before the second step, and then keeps gradients there
     ddp = isinstance(model, DistributedDataParallel)
-    let_go = not (ddp and model._has_rebuilt_buckets)
+    in_buckets = ddp and model._has_rebuilt_buckets
     for optimizer in optimizers:
         if finite:
             optimizer.step()
-        optimizer.zero_grad(set_to_none=let_go)
+        optimizer.zero_grad(set_to_none=not in_buckets)
     return StepResult(total / targets, grad_norm, finite)
 
 # %% ../chapters/14_training_step.ipynb #cell-101
