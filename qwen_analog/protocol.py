@@ -648,8 +648,9 @@ def _grammar(engine: Engine, body: Body) -> Grammar | None:
     try:
         if not functions:
             return json_grammar(engine.tokenizer, schema or {})
-        form = {} if body.must_call() else {"otherwise": schema, "free": schema is None}
-        rules = calls_grammar(engine.tokenizer, functions, body.calls_again(), **form)
+        instead, free = (None, False) if body.must_call() else (schema, schema is None)
+        several = body.calls_again()
+        rules = calls_grammar(engine.tokenizer, functions, several, instead, free)
         return Grammar(engine.tokenizer, rules)
     except (ValueError, MissingExtraError, RecursionError) as error:
         raise ApiError(f"{name}: {error}", param=name) from None
