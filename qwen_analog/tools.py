@@ -157,6 +157,17 @@ class CallFinder:
         return [before.rstrip(), call] if before.strip() else [call]
 
 # %% ../chapters/B36_tools.ipynb #cell-020
+def _function_rules(functions: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the rules f0, f1, ... of what calls of `functions` say."""
+    rules = []
+    for i, function in enumerate(functions):
+        begin = f'{{"name": "{function["name"]}", "arguments": '
+        schema = {"type": "object", **(function.get("parameters") or {})}
+        rules.append(f'f{i}: {_dumps(begin)} a{i} "}}"')
+        rules.append(f"a{i}: %json {schema_text(schema)}")
+    return rules
+
+# %% ../chapters/B36_tools.ipynb #calls-grammar
 _ANY = r"/(.|\n)*/"
 
 
@@ -188,11 +199,7 @@ def calls_grammar(
     choices = " | ".join(f"f{i}" for i in range(len(functions)))
     rules += [f"first: {head} body", f"call: {mark(OPEN)} body"]
     rules.append(f'body: "\\n" ({choices}) "\\n" {mark(CLOSE)}')
-    for i, function in enumerate(functions):
-        begin = f'{{"name": "{function["name"]}", "arguments": '
-        schema = {"type": "object", **(function.get("parameters") or {})}
-        rules.append(f'f{i}: {_dumps(begin)} a{i} "}}"')
-        rules.append(f"a{i}: %json {schema_text(schema)}")
+    rules += _function_rules(functions)
     text = "\n".join(rules)
     if len(text) > MAX_SCHEMA:
         raise ValueError(f"all schemas together may have {MAX_SCHEMA:,} characters")
