@@ -16,6 +16,7 @@ from torch import nn
 
 from .attention import GQAttention, NormedAttention, grouped_query_attention
 from .compiled import CompiledStep, can_compile
+from .hardware import float32_is_faster
 from .kv_cache import KVCache
 from .model import DecoderLayer, QwenForCausalLM, QwenModel
 from .norm import RMSNorm
@@ -47,6 +48,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [..., K] -> [..., N]."""
+        if _faster_in_float32(x, x.shape[:-1].numel()):
+            return _widened(self, x)
         if not self.packed:
             return F.linear(x, self.weight, self.bias)
         product = torch.ops.mkldnn._linear_pointwise
@@ -117,7 +120,7 @@ class FusedLayer:
         q, k = qk.split((H, K), dim=1)
         if cache is not None:
             k, v = cache.update(self.layer_idx, k, v)  # [B, K, S, h]
-        out = grouped_query_attention(q, k, v, mask)  # [B, H, T, h]
+        out = _attend(q, k, v, mask)  # [B, H, T, h]
         return out.transpose(1, 2).flatten(2)  # [B, T, H h]
 
 # %% ../chapters/33_inference.ipynb #cell-026
@@ -206,3 +209,24 @@ def _of_blocks(make: Callable, *linears: Any) -> nn.Module:
     biases = [linear.bias for linear in linears if linear.bias is not None]
     bias = torch.cat(biases) if biases else None
     return Blocks(rows, linears[0].kind, bias).layer()
+
+# %% ../chapters/33_inference.ipynb #wide-2
+def _faster_in_float32(x: torch.Tensor, rows: int) -> bool:
+    """Whether products with so many rows of `x` are worth copies in float32."""
+    on_cpu = x.dtype == torch.bfloat16 and x.device.type == "cpu"
+    return rows >= 512 and on_cpu and float32_is_faster()
+
+
+def _widened(layer: PackedLinear, x: torch.Tensor) -> torch.Tensor:
+    """`layer` of `x`, the product in float32, its result in x's dtype."""
+    to_float32 = layer.weight.to_dense if layer.packed else layer.weight.to
+    bias = None if layer.bias is None else layer.bias.float()
+    return F.linear(x.float(), to_float32(torch.float32), bias).to(x.dtype)
+
+
+def _attend(q, k, v, mask) -> torch.Tensor:
+    """As `grouped_query_attention`."""
+    if not _faster_in_float32(q, q.shape[2]):
+        return grouped_query_attention(q, k, v, mask)
+    wide = grouped_query_attention(q.float(), k.float(), v.float(), mask)
+    return wide.to(q.dtype)

@@ -288,6 +288,8 @@ MOST_SEQUENCES = 4096  # of a micro-batch
 def run(arguments: argparse.Namespace) -> None:
     """Say what a run will need, before any GPU is paid for."""
     config = given_settings(arguments)
+    if config.precision == "auto":  # what it is on a GPU
+        config = config.model_copy(update={"precision": "bf16"})
     if config.method != "sft":  # as `qwen-analog finetune` completes them
         config = finetune_settings(config, from_checkpoint=False)
     check_method(config)

@@ -641,14 +641,16 @@ def _prompt_ids(engine: Engine, body: AnyBody) -> list[list[int]]:
 def _grammar(engine: Engine, body: Body) -> Grammar | None:
     """Return the form that a body wants for its answers. Raises ApiError."""
     schema, functions = body.response_format.schema_asked(), body.functions()
-    if schema is None and not body.must_call():
+    strict = any(function.get("strict") for function in functions)
+    if schema is None and not body.must_call() and not strict:
         return None
-    name = "tools" if body.must_call() else "response_format"
+    name = "tools" if body.must_call() or schema is None else "response_format"
     try:
         if not functions:
             return json_grammar(engine.tokenizer, schema or {})
-        instead = None if body.must_call() else schema
-        rules = calls_grammar(engine.tokenizer, functions, body.calls_again(), instead)
+        instead, free = (None, False) if body.must_call() else (schema, schema is None)
+        several = body.calls_again()
+        rules = calls_grammar(engine.tokenizer, functions, several, instead, free)
         return Grammar(engine.tokenizer, rules)
     except (ValueError, MissingExtraError, RecursionError) as error:
         raise ApiError(f"{name}: {error}", param=name) from None

@@ -48,6 +48,7 @@ from torch import nn
 
 from .arguments import need
 from .config import shown
+from .hardware import float32_is_faster
 
 # %% ../chapters/B48_quantized_layers.ipynb #cell-091
 def pack_levels(levels: torch.Tensor, block: int = 64) -> torch.Tensor:
@@ -141,10 +142,11 @@ class QuantizedLinear(_Moved):
         self.out_features = out_features
         self.in_features = in_features
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self.wide_dtype = torch.float32 if float32_is_faster() else torch.bfloat16
         self.training = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` [..., K] -> [..., N] in x's dtype; the product is bfloat16."""
+        """`x` [..., K], rounded to bfloat16 -> [..., N] in x's dtype."""
         rows = x.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()
         if len(rows) <= self.few_rows and self.has_kernel():
             out = self.kernel(rows)  # [M, N]
@@ -154,7 +156,9 @@ class QuantizedLinear(_Moved):
         return out if self.bias is None else out + self.bias.to(x.dtype)
 
     def in_pieces(self, rows: torch.Tensor) -> torch.Tensor:
-        weights = 2**20 if rows.device.type == "cpu" else 2**26  # at a time
+        weights = 2**26  # at a time
+        if rows.device.type == "cpu":
+            weights, rows = 2**20, rows.to(self.wide_dtype)
         step = max(64, weights // self.in_features // 64 * 64)
         starts = range(0, self.out_features, step)
         pieces = [self.piece(rows, start, start + step) for start in starts]

@@ -157,30 +157,49 @@ class CallFinder:
         return [before.rstrip(), call] if before.strip() else [call]
 
 # %% ../chapters/B36_tools.ipynb #cell-020
-def calls_grammar(
-    tokenizer: Tokenizer,
-    functions: Sequence[Mapping[str, Any]],
-    several: bool = True,
-    otherwise: dict | None = None,
-) -> str:
-    """Return the grammar of an answer that calls one of `functions`, or `several`.
-
-    Each has a `name` and the schema of its `parameters`. With the schema `otherwise`,
-    the answer may be JSON of that schema instead.
-    """
-    controls = control_tokens(tokenizer)
-    mark = lambda text: f"<[{controls[text]}]>" if text in controls else _dumps(text)
-    rules = ["start: calls", "calls: call" + ' ("\\n" call)*' * several]
-    if otherwise is not None:
-        rules[0] += " | answer"
-        rules.append(f"answer: %json {schema_text(otherwise)}")
-    choices = " | ".join(f"f{i}" for i in range(len(functions)))
-    rules.append(f'call: {mark(OPEN)} "\\n" ({choices}) "\\n" {mark(CLOSE)}')
+def _function_rules(functions: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the rules f0, f1, ... of what calls of `functions` say."""
+    rules = []
     for i, function in enumerate(functions):
         begin = f'{{"name": "{function["name"]}", "arguments": '
         schema = {"type": "object", **(function.get("parameters") or {})}
         rules.append(f'f{i}: {_dumps(begin)} a{i} "}}"')
         rules.append(f"a{i}: %json {schema_text(schema)}")
+    return rules
+
+# %% ../chapters/B36_tools.ipynb #calls-grammar
+_ANY = r"/(.|\n)*/"
+
+
+def calls_grammar(
+    tokenizer: Tokenizer,
+    functions: Sequence[Mapping[str, Any]],
+    several: bool = True,
+    otherwise: dict | None = None,
+    free: bool = False,
+) -> str:
+    """Return the grammar of an answer that calls one of `functions`, or `several`.
+
+    Each has a `name` and the schema of its `parameters`. With the schema `otherwise`,
+    the answer may be JSON of that schema instead. With `free`, it may say something
+    before its calls, or call nothing.
+    """
+    controls = control_tokens(tokenizer)
+    mark = lambda text: f"<[{controls[text]}]>" if text in controls else _dumps(text)
+    rules = ["start: calls", "calls: first" + ' ("\\n" call)*' * several]
+    if otherwise is not None:
+        rules[0] += " | answer"
+        rules.append(f"answer: %json {schema_text(otherwise)}")
+    head = mark(OPEN)
+    if free:
+        rules[0] = 'start: calls "\\n"? | SAID'
+        rules.append(f"SAID: {_ANY} & ~({_ANY} {_dumps(OPEN)} {_ANY})")
+        rules.append(f"said[lazy]: {_ANY} {_dumps(OPEN)}")
+        head = f"SAID {head}" if OPEN in controls else "said"
+    choices = " | ".join(f"f{i}" for i in range(len(functions)))
+    rules += [f"first: {head} body", f"call: {mark(OPEN)} body"]
+    rules.append(f'body: "\\n" ({choices}) "\\n" {mark(CLOSE)}')
+    rules += _function_rules(functions)
     text = "\n".join(rules)
     if len(text) > MAX_SCHEMA:
         raise ValueError(f"all schemas together may have {MAX_SCHEMA:,} characters")

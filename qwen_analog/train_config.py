@@ -26,7 +26,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from .config import ActivationCheckpointing, Precision, QwenConfig, Strategy
+from .config import ActivationCheckpointing, QwenConfig, Strategy
 from .files import read_json
 
 # %% ../chapters/B17_settings.ipynb #cell-014
@@ -104,8 +104,9 @@ class OptimizerSettings(_Settings):
 class HardwareSettings(_Settings):
     """how it is computed"""
 
-    precision: Precision = "bf16"
-    """bf16 keeps weights in fp32 and computes in bf16; bf16-pure keeps them in bf16"""
+    precision: Literal["auto", "bf16", "bf16-pure", "fp32"] = "bf16"
+    """bf16 keeps weights in fp32 and computes in bf16; bf16-pure keeps them in bf16;
+    auto is bf16, or fp32 on a CPU that computes faster so"""
     activation_checkpointing: ActivationCheckpointing = "full"
     """full keeps only each block's input and computes the rest again, selective keeps
     what is dear to compute, none keeps all"""

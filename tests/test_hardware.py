@@ -157,9 +157,27 @@ def test_a_known_gpu_has_its_data_sheets_speed(monkeypatch, name, gpu):
 def test_an_unknown_gpu_is_measured(monkeypatch):
     """An RTX A1000 is no A100."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX A1000")
-    monkeypatch.setattr(hardware, "_measured_flops", lambda device, dtype: 7.0)
+    monkeypatch.setattr(hardware, "_measured_flops", lambda device, dtype, size: 7.0)
     assert peak_flops(torch.device("cuda")) == 7.0
     assert peak_flops(torch.device("cuda"), torch.float32) == 7.0
+
+
+@pytest.mark.parametrize("ratio, faster", [(2.0, True), (1.0, False), (0.1, False)])
+def test_float32_is_faster_where_it_is(monkeypatch, ratio, faster):
+    speeds = {torch.float32: ratio, torch.bfloat16: 1.0}
+    asked = []
+
+    def measured(device, dtype, size):
+        asked.append(dtype)
+        return speeds[dtype]
+
+    monkeypatch.setattr(hardware, "_measured_flops", measured)
+    hardware.float32_is_faster.cache_clear()
+    try:
+        assert hardware.float32_is_faster() == hardware.float32_is_faster() == faster
+        assert len(asked) == 2  # once for each
+    finally:
+        hardware.float32_is_faster.cache_clear()
 
 
 def test_measuring_leaves_the_random_numbers_where_they_are():

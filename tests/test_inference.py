@@ -80,6 +80,34 @@ def test_bfloat16_is_bit_equal(changes):
     assert torch.equal(logits_of(model), logits_of(laid_out(model)))
 
 
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("changes", [{}, QWEN3])
+def test_long_prompts_in_float32_are_the_models(monkeypatch, changes, packed):
+    """Of 600 tokens, and of 520 behind 80: hidden states as near as bfloat16 allows."""
+    model = make(**changes, max_position_embeddings=1024).bfloat16()
+    if not packed:
+        monkeypatch.setattr(module, "can_pack", lambda weight: False)
+    fast = laid_out(model)
+    exact = copy.deepcopy(model).float()
+    ids = torch.randint(96, (1, 600), generator=torch.Generator().manual_seed(1))
+
+    def read(model, asked, parts=(80, 520)):
+        monkeypatch.setattr(module, "float32_is_faster", lambda: asked)
+        cache = model.new_cache(1, 600)
+        with torch.no_grad():
+            read = [model.model(part, cache=cache) for part in ids.split(parts, 1)]
+        return torch.cat(read, dim=1).float()
+
+    right = read(exact, False)
+    narrow, wide = read(fast, False), read(fast, True)
+    off = (narrow - right).norm(), (wide - right).norm()
+    assert off[1] < 1.1 * off[0] < 0.05 * right.norm()
+    assert torch.equal(narrow[:, :80], wide[:, :80])  # few rows: as without
+    assert not torch.equal(narrow, wide)
+    whole = read(fast, True, (600,))
+    assert (whole - right).norm() < 1.1 * off[0]
+
+
 def test_without_packing(monkeypatch):
     monkeypatch.setattr(module, "can_pack", lambda weight: False)
     assert agree(make())

@@ -118,6 +118,8 @@ def test_the_command(capsys):
         and "fits: " in text
         and "all-gather" in text
     )
+    assert cli([*arguments, "--precision", "auto"]) == 0
+    assert capsys.readouterr().out == text  # on a GPU auto is bf16
     assert cli([*arguments, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["days"] == pytest.approx(

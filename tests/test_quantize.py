@@ -3,6 +3,7 @@ against the gguf package, whole models, and what is refused.
 """
 
 import copy
+from itertools import product
 
 import gguf
 import numpy as np
@@ -83,10 +84,16 @@ def check_levels():
 def check_pieces():
     """A matrix so large that it is widened in several pieces."""
     weight, x = uneven(2000, 1024), drawn(3, 1024).bfloat16()
-    for make in (Int8Linear, Int4Linear):
+    for make, dtype in product(
+        (Int8Linear, Int4Linear), (torch.float32, torch.bfloat16)
+    ):
         layer = make(weight)
-        found = layer.in_pieces(x).float()
-        assert off(found, x.float() @ layer.dequantize().T) < 0.01
+        layer.wide_dtype = dtype
+        found = layer.in_pieces(x)
+        assert found.dtype == dtype
+        error = off(found.float(), x.float() @ layer.dequantize().T)
+        assert error < (1e-5 if dtype == torch.float32 else 0.01)
+        assert layer(x).dtype == x.dtype
 
 
 CHECKS = [check_reads_back, check_products, check_levels, check_pieces]

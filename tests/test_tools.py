@@ -398,21 +398,45 @@ def test_the_grammar_of_calls():
             grammar = Grammar(TOKENIZER, rules)
             right = [*texts, "{}"] if otherwise else texts
             for text in [one, two, one + "\n" + two, "{}", call_text("add", {}), "x"]:
-                ids = TOKENIZER.encode(text, special=True)
-                state = grammar.start([EOS])
-                taken = 0
-                while taken < len(ids) and state.allowed(ids[:taken])[ids[taken]]:
-                    taken += 1
-                whole = taken == len(ids) and bool(state.allowed(ids)[EOS])
+                whole = may_be_written(grammar, TOKENIZER, text)
                 assert whole == (text in right), (text, several, otherwise)
+
+
+def may_be_written(grammar, tokenizer, text, **spelled):
+    ids = tokenizer.encode(text, **(spelled or {"special": True}))
+    state, end = grammar.start([tokenizer.eos_token_id]), tokenizer.eos_token_id
+    for i, token in enumerate(ids):
+        if not state.allowed(ids[:i])[token]:
+            return False
+    return bool(state.allowed(ids)[end])
+
+
+@pytest.mark.parametrize("several", [True, False])
+@pytest.mark.parametrize("marks", ["tokens", "text"])
+def test_the_grammar_of_free_answers(several, marks):
+    """Any text, and calls that have their schema; the marks may be no tokens."""
+    tokenizer = TOKENIZER if marks == "tokens" else load("smollm2")[1]
+    functions = [t["function"] for t in TOOLS]
+    rules = calls_grammar(tokenizer, functions, several, free=True)
+    grammar = Grammar(tokenizer, rules)
+    one, two = call_text("add", {"a": 5}), call_text("weather", {"city": "x"})
+    empty, text_for_number = call_text("add", {}), call_text("add", {"a": "5"})
+    right = ["", "\u00e9, a < b\n{}", "so <tool_call", one, f"Wait.\n{two}\n"]
+    both = [f"{one}\n{two}", f"x {one}\n{two}"]
+    wrong = [empty, f"Wait. {text_for_number}", "<tool_call>", f"{one} b"]
+    for text in right + both + wrong:
+        allowed = text in right or several and text in both
+        assert may_be_written(grammar, tokenizer, text) == allowed, text
+    if marks == "tokens":  # spelled with letters, a mark would be read as one
+        assert not may_be_written(grammar, tokenizer, one, special=False)
 
 
 # --- over HTTP, with OpenAI's own client
 
 
-def writing(text, **options):
+def writing(text, tools=TOOLS, **options):
     """A server whose model writes this answer to `ask`'s prompt."""
-    prompt = chat_ids(TOKENIZER, USER, tools=TOOLS)
+    prompt = chat_ids(TOKENIZER, USER, tools=tools)
     script = [0] * len(prompt) + TOKENIZER.encode(text, special=True) + [EOS]
     engine = AsyncEngine(Scripted(script), TOKENIZER, max_context=2000, **options)
     return serving(engine)
@@ -480,6 +504,40 @@ def test_one_call_only():
     assert one.finish_reason == "tool_calls"
     # a call that max_tokens cut off is none
     assert cut.finish_reason == "length" and len(cut.message.tool_calls) == 1
+
+
+STRICT = [{**t, "function": {**t["function"], "strict": True}} for t in TOOLS]
+
+
+@pytest.mark.parametrize("text, content, calls, reason", ANSWERS[:4], ids=range(4))
+def test_strict_tools_leave_good_answers_alone(text, content, calls, reason):
+    with writing(text, tools=STRICT) as port:
+        ask = client(port).chat.completions.create
+        options = dict(model=NAME, messages=USER, tools=STRICT, max_tokens=400)
+        choice = ask(**options).choices[0]
+    found = choice.message.tool_calls or []
+    assert [(c.function.name, json.loads(c.function.arguments)) for c in found] == calls
+    assert choice.message.content == content and choice.finish_reason == reason
+
+
+@pytest.mark.parametrize("text", [call_text("add", {"a": "x"}), call_text("other", {})])
+def test_strict_tools_are_called_by_their_schema(text):
+    """The model wants to write a call that is none; only a good one can come of it."""
+    for tools in (TOOLS, STRICT):
+        with writing(f"Well.\n{text}", tools=tools) as port:
+            ask = client(port).chat.completions.create
+            options = dict(model=NAME, messages=USER, tools=tools, max_tokens=90)
+            message = ask(**options).choices[0].message
+        schemas = {t["function"]["name"]: t["function"]["parameters"] for t in tools}
+        good = "</tool_call>" not in message.content
+        for call in message.tool_calls or []:
+            schema = schemas[call.function.name]
+            good = good and is_valid(json.loads(call.function.arguments), schema)
+        assert message.content.startswith("Well.") and good == (tools is STRICT)
+
+
+def is_valid(value, schema):
+    return jsonschema.Draft202012Validator(schema).is_valid(value)
 
 
 def test_required_and_named():

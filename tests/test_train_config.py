@@ -259,7 +259,7 @@ def test_the_help_needs_no_torch_and_names_every_setting_once():
 def test_choices_are_those_of_the_modules_that_offer_them():
     fields = TrainConfig.model_fields
     for name, choices in (
-        ("precision", PRECISIONS),
+        ("precision", ("auto", *PRECISIONS)),
         ("parallel", STRATEGIES),
         ("activation_checkpointing", ACTIVATION_CHECKPOINTING),
     ):

@@ -30,11 +30,31 @@ from training import (  # noqa: F401
 from qwen_analog import QwenConfig, QwenForCausalLM, batches
 from qwen_analog import train as module
 from qwen_analog.run_directory import latest_checkpoint
+from qwen_analog.checkpoint import load_checkpoint
 from qwen_analog.cli import main as cli
 from qwen_analog.jsonl import DataError
 from qwen_analog.memory import flops_per_token
 from qwen_analog.monitor import documents_of_step
 from qwen_analog.train import train
+
+
+def saved_settings(directory):
+    return load_checkpoint(directory)["train_config"]
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_auto_is_what_the_machine_computes_faster(monkeypatch, faster):
+    """And a run that goes on asks again, since it may be on another machine."""
+    decided = {True: "fp32", False: "bf16"}
+    monkeypatch.setattr(module, "float32_is_faster", lambda: faster)
+    train(settings(output_dir="auto", precision="auto", max_steps=3, save_every=2))
+    train(settings(output_dir="plain", precision=decided[faster], max_steps=3))
+    assert losses("auto") == losses("plain")
+    assert saved_settings("auto/step_2")["precision"] == decided[faster]
+    monkeypatch.setattr(module, "float32_is_faster", lambda: not faster)
+    more = settings(output_dir="more", precision="auto", max_steps=5)
+    train(more, "auto/step_2")
+    assert saved_settings("more/final")["precision"] == decided[not faster]
 
 
 @pytest.mark.slow
