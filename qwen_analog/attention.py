@@ -39,9 +39,10 @@ def document_positions(document_ids: torch.Tensor) -> torch.Tensor:
     """`document_ids` [B, T] -> [B, T] int64: positions from 0 in each document."""
     B, T = document_ids.shape
     index = torch.arange(T, device=document_ids.device).expand(B, T)
-    starts = torch.ones_like(document_ids, dtype=torch.bool)
-    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return index - (index * starts).cummax(dim=1).values
+    begins = torch.ones_like(document_ids, dtype=torch.bool)
+    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    start = (index * begins).cummax(dim=1).values  # t where one begins, else 0
+    return index - start
 
 # %% ../chapters/06_attention.ipynb #cell-106
 from .kv_cache import KVCache

@@ -13,11 +13,11 @@ from torch import nn
 
 # %% ../chapters/05_rope.ipynb #7ab25d00
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
-    """[..., h] -> [..., h]: the two halves (a, b) become (-b, a)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((-b, a), dim=-1)
+    """[..., h] -> [..., h]: the halves (first, second) become (-second, first)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
 
-
+# %% ../chapters/05_rope.ipynb #m2r008
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate queries or keys `x` [B, heads, T, h] by `cos`, `sin` [B, T, h]."""
     return x * cos[:, None] + rotate_half(x) * sin[:, None]
@@ -28,10 +28,9 @@ def interleaved_to_half(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
 
     `weight` is [heads * h, D] or a bias [heads * h]; the same shape comes back.
     """
-    head_dim = weight.shape[0] // num_heads
-    pairs = weight.unflatten(0, (num_heads, head_dim // 2, 2))  # [heads, h/2, 2, ...]
-    halves = pairs.transpose(1, 2)  # [heads, 2, h/2, ...]
-    return halves.flatten(0, 2)  # [heads * h, ...]
+    heads = weight.unflatten(0, (num_heads, -1))  # [heads, h, ...]
+    halves = torch.cat((heads[:, 0::2], heads[:, 1::2]), dim=1)
+    return halves.flatten(0, 1)  # [heads * h, ...]
 
 # %% ../chapters/05_rope.ipynb #e2a3a2bc
 class RotaryEmbedding(nn.Module):

@@ -2,10 +2,13 @@
 with documents, with a cache, in five shapes and three number formats.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
-from book import scramble_
+from book import attention_tables, scramble_
+from helpers import small_model
 from transformers.cache_utils import DynamicCache
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
@@ -288,3 +291,19 @@ def test_a_mutant_is_noticed(mutant, monkeypatch):
 def test_the_output_has_no_bias():
     keys = {f"{n}_proj.weight" for n in "qkvo"} | {f"{n}_proj.bias" for n in "qkv"}
     assert set(GQAttention(48, 4, 2).state_dict()) == keys
+
+
+def test_the_shown_weights_are_those_that_mix_the_values():
+    model = small_model()
+    ids = [5, 3, 7, 3]
+    tokenizer = SimpleNamespace(encode=lambda text: ids, decode=str)
+    _, tables = attention_tables(model, tokenizer, "")  # [layer, H, T, S]
+    layer = model.model.layers[1].self_attn
+    values, mixed = [], []
+    layer.v_proj.register_forward_hook(lambda module, x, y: values.append(y[0]))
+    layer.o_proj.register_forward_hook(lambda module, x, y: mixed.append(x[0][0]))
+    model(torch.tensor([ids]))
+    heads = values[0].unflatten(-1, (-1, layer.head_dim)).transpose(0, 1)  # [K, S, h]
+    heads = heads.repeat_interleave(tables.shape[1] // len(heads), dim=0)
+    expected = (tables[1] @ heads).transpose(0, 1).flatten(1)  # [T, H h]
+    assert torch.allclose(mixed[0], expected, atol=1e-4)

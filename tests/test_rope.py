@@ -156,6 +156,9 @@ def test_an_odd_head_is_refused_and_bfloat16_spoils_nothing():
     p = torch.arange(30000, 30005)[None]
     cast = RotaryEmbedding(64).to(torch.bfloat16)
     assert torch.equal(cast(p)[0], RotaryEmbedding(64)(p)[0])
+    plain = RotaryEmbedding(64)(p)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(RotaryEmbedding(64)(p)[0], plain)
     assert not list(cast.state_dict())
 
 
