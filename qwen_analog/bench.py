@@ -43,7 +43,7 @@ def alternating(
     return seconds
 
 # %% ../chapters/32_speed.ipynb #cell-011
-LARGE = {"cpu": 2**28, "cuda": 2**31}  # bytes, beyond any cache
+LARGE = {"cpu": 2**28, "cuda": 2**31}  # bytes, more than most caches hold
 
 
 def fastest(call: Callable, device: torch.device, tries: int = 5) -> float:
@@ -64,36 +64,39 @@ def product_speed(
     x = torch.randn(M, K, device=device, dtype=dtype)
     weight = torch.randn(N, K, device=device, dtype=dtype)
     packed = PackedLinear(weight)
-    plain = fastest(lambda: F.linear(x, weight), device, 3)
-    return 2 * M * N * K / min(plain, fastest(lambda: packed(x), device, 3))
+    seconds = min(
+        fastest(lambda: F.linear(x, weight), device, 3),
+        fastest(lambda: packed(x), device, 3),
+    )
+    return 2 * M * N * K / seconds
 
 # %% ../chapters/32_speed.ipynb #cell-065
 # of a weight in memory, with the scales of its row or group
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.625}
 
 
-def _layer(form: str, weight: torch.Tensor) -> nn.Module:
+def _layers(form: str, weight: torch.Tensor, number: int) -> list[nn.Module]:
+    """Return layers with as many matrices of their own."""
     if form in FORMATS:
-        return FORMATS[form](weight)
-    return PackedLinear(weight.to(getattr(torch, form)))
+        layer = FORMATS[form](weight)
+        return [copy.deepcopy(layer) for _ in range(number)]
+    dtype = getattr(torch, form)
+    return [PackedLinear(weight.to(dtype, copy=True)) for _ in range(number)]
 
 
 def vector_bandwidth(device: torch.device, form: str, N: int = 4096) -> float:
     """Return the bytes of weights a second that matrices times one vector read."""
-    weight = torch.randn(N, N, device=device)
-    first = _layer(form, weight).to(device)
-    layers = [first]
-    for _ in range(int(LARGE[device.type] // (BYTES[form] * N * N))):
-        small = form in FORMATS  # a packed matrix cannot be copied
-        layers.append(copy.deepcopy(first) if small else _layer(form, weight))
+    size = BYTES[form] * N * N
+    number = 1 + int(LARGE[device.type] // size)
+    layers = _layers(form, torch.randn(N, N, device=device), number)
     dtype = torch.float32 if form == "float32" else torch.bfloat16
     x = torch.randn(1, N, device=device, dtype=dtype)
 
-    def all_of_them() -> None:
+    def multiply_all() -> None:
         for layer in layers:
             layer(x)
 
-    return len(layers) * BYTES[form] * N * N / fastest(all_of_them, device)
+    return number * size / fastest(multiply_all, device)
 
 # %% ../chapters/32_speed.ipynb #cell-016
 class Work(NamedTuple):

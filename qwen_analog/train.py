@@ -17,7 +17,8 @@ def train_loop(
     traced: Callable[[], None],
 ) -> None:
     """Take step after step, until the last or until a process was asked to stop."""
-    config, stop = run.config, False
+    config = run.config
+    stop = False
     while run.step < config.max_steps and not stop:
         began = time.perf_counter()
         batch = batch_or_save(batches, run, run.saver)
@@ -25,22 +26,25 @@ def train_loop(
         traced()  # a profiler may want to know
         if run.held_out and run.is_due(config.eval_every):
             run.metrics.write_evaluation(run.step, run.objective.evaluate(run))
-        (stop,) = run.context.all_reduce_sum(stopped())
+        answers = run.context.all_reduce_sum(stopped())  # over all processes
+        stop = answers[0] > 0
         if stop or run.is_due(config.save_every):
             run.saver.save(run)
 
 # %% ../chapters/38_pretraining.ipynb #cell-030
 def take_step(run: "Trainer", batch: "Batch", began: float) -> None:
     """Learn from a batch, for which the loop has waited since `began`."""
-    waited, before = time.perf_counter() - began, run.tokens
+    waited = time.perf_counter() - began
+    tokens_before = run.tokens
     advance(run, batch)
     if run.step in run.config.skip_steps:
         run.metrics.log.log_metrics(run.step, skipped="by skip_steps")
         return
     rate = schedule_learning_rate(run.optimizers, run.step, run.config)
-    (loss, grad_norm, applied), scores = run.objective.step(run, batch)
+    result, scores = run.objective.step(run, batch)
+    loss, grad_norm, applied = result
     seconds = time.perf_counter() - began
-    speed = run.metrics.speed.measure(seconds, waited, run.tokens - before)
+    speed = run.metrics.speed.measure(seconds, waited, run.tokens - tokens_before)
     values = {"tokens": run.tokens, "learning_rate": rate, "loss": loss, **scores}
     values |= {"grad_norm": grad_norm, **speed, "data_wait": waited}
     note_step(run, batch, values, applied)  # too many failures end the run
