@@ -52,9 +52,11 @@ def parameter_counts(config: ModelShape) -> dict[str, int]:
     kv = config.num_key_value_heads * config.head_dim
     biases = q + 2 * kv if config.attention_bias else 0
     head_norms = 2 * config.head_dim if config.qk_norm else 0
+    q_and_o = 2 * D * q
+    k_and_v = 2 * D * kv
     return {
         "embedding": V * D,
-        "attention": L * (D * q + 2 * D * kv + biases + head_norms + q * D),
+        "attention": L * (q_and_o + k_and_v + biases + head_norms),
         "mlp": L * 3 * D * F,
         "norms": (2 * L + 1) * D,
         "lm_head": 0 if config.tie_word_embeddings else V * D,

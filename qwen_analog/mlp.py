@@ -22,4 +22,5 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [B, T, D] -> [B, T, D] through F = intermediate_size."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        hidden = F.silu(self.gate_proj(x)) * self.up_proj(x)  # [B, T, F]
+        return self.down_proj(hidden)

@@ -299,7 +299,7 @@ def test_the_ledger_counts_what_the_modules_hold(counted):
 WRONG_COUNTS = {
     "forgets the bias of q": ("q + 2 * kv if", "2 * kv if"),
     "forgets the bias of v": ("q + 2 * kv if", "q + kv if"),
-    "a bias on o too": ("+ q * D)", "+ q * D + D)"),
+    "a bias on o too": ("2 * D * q\n", "2 * D * q + D\n"),
     "K = H": ("config.num_key_value_heads *", "config.num_attention_heads *"),
     "keys and values share a matrix": ("2 * D * kv", "D * kv"),
     "an MLP of two matrices": ("L * 3 * D * F", "L * 2 * D * F"),
@@ -312,7 +312,7 @@ WRONG_COUNTS = {
     "norms of heads always": (" if config.qk_norm else 0", ""),
     "a norm of queries only": ("2 * config.head_dim if", "config.head_dim if"),
     "a norm weight for each head": ("2 * config.head_dim if", "q + kv if"),
-    "o is D x D": ("+ q * D)", "+ D * D)"),
+    "o is D x D": ("2 * D * q\n", "D * q + D * D\n"),
     "h = D / H": ("config.num_attention_heads * config.head_dim", "D"),
 }
 
