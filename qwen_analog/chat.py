@@ -34,13 +34,13 @@ class TokenCache:
         self.model = model
         self.ids: list[int] = []
         self.cache = KVCache(
-            config.num_hidden_layers,
-            1,
-            config.num_key_value_heads,
-            config.head_dim,
-            config.max_position_embeddings,
-            weight.dtype,
-            weight.device,
+            num_layers=config.num_hidden_layers,
+            batch_size=1,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            max_length=config.max_position_embeddings,
+            dtype=weight.dtype,
+            device=weight.device,
             growable=True,
         )
 
@@ -49,7 +49,8 @@ class TokenCache:
 
         One is left at least, since the logits after the last one are wanted.
         """
-        kept, most = 0, min(len(self.ids), len(prompt) - 1)
+        most = min(len(self.ids), len(prompt) - 1)  # one is left to read
+        kept = 0
         while kept < most and self.ids[kept] == prompt[kept]:
             kept += 1
         self.cache.crop(kept)
@@ -104,8 +105,9 @@ class Conversation:
 class Chat(Conversation):
     """A conversation with a model that was trained for conversations.
 
-    `system` None is the model's own. `sampling` are fields of SamplingParams; defaults
-    are the model's own, or temperature 0.2 and top_p 0.9. ValueError for other models.
+    `system` None is the model's own. `max_new_tokens` is at most a quarter of the
+    context. `sampling` are fields of SamplingParams; defaults are the model's own, or
+    temperature 0.2 and top_p 0.9. ValueError for other models.
     """
 
     def __init__(
@@ -136,14 +138,16 @@ class Chat(Conversation):
         return _answer(self, text, self.prompt(text))
 
     def prompt(self, text: str) -> list[int]:
-        """Return the ids that the model is given for `text`."""
+        """Return the ids for `text`; forget the oldest turns where they do not fit."""
         room = self.context - self.max_new_tokens
         return prompt_that_fits(self, self.tokenizer, text, self.context, room)
 
 # %% ../chapters/20_chat.ipynb #19-029
 def _answer(chat: Chat, text: str, prompt: list[int]) -> Iterator[str]:
     """Yield the answer in pieces of text, and add the turn to the conversation."""
-    words, said, complete = TextStream(chat.tokenizer, context=prompt), "", False
+    words = TextStream(chat.tokenizer, context=prompt)
+    said = ""
+    complete = False
     try:
         for token in _tokens(chat, prompt):
             piece = words.push(token)
@@ -151,11 +155,12 @@ def _answer(chat: Chat, text: str, prompt: list[int]) -> Iterator[str]:
             if piece:
                 yield piece
         piece = words.finish()
-        said, complete = said + piece, True
+        said += piece
+        complete = True
         if piece:
             yield piece
     finally:
-        if said or complete:
+        if said or complete:  # an empty answer counts where it was finished
             chat.add_turn(text, said)
 
 # %% ../chapters/20_chat.ipynb #19-030

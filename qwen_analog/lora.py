@@ -20,18 +20,18 @@ from .model import QwenForCausalLM
 class LoRALinear(nn.Linear):
     """`W x + scaling * B A x`; `weight` W is the given layer's own and stays as it is.
 
-    Hu et al. 2021. A [r, K] is drawn as `nn.Linear` draws, B [N, r] is zero, both at
-    least float32.
+    Hu et al. 2021. A [r, K] is drawn as `nn.Linear` draws, within 1 / sqrt(K), and
+    B [N, r] is zero. Both are at least float32: bfloat16 would round small steps away.
     """
 
     def __init__(
         self, linear: nn.Linear, rank: int, scaling: float, dropout: float = 0.0
     ):
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # not nn.Linear's, which makes a new weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.scaling = scaling
-        self.dropout = dropout
+        self.dropout = dropout  # the share of A's inputs zeroed in training
         self.enabled = True  # see `lora_disabled`
         N, K = linear.weight.shape
         dtype = torch.promote_types(linear.weight.dtype, torch.float32)
@@ -280,37 +280,6 @@ def _fits(layer: nn.Linear, A: torch.Tensor | None, B: torch.Tensor | None) -> b
     rank, (N, K) = len(A), layer.weight.shape
     return rank > 0 and A.shape == (rank, K) and B.shape == (N, rank)
 
-# %% ../chapters/22_lora.ipynb #cell-072
-def read_adapter_config(directory: Path) -> dict[str, Any]:
-    """Return a directory's adapter_config.json; ValueError names what is not supported.
-
-    Ranks are not looked up there: the tensors have them.
-    """
-    path = directory / "adapter_config.json"
-    config = read_json(path)
-    for name, value in config.items():
-        if name not in _READ and value and value not in _HARMLESS.get(name, ()):
-            raise ValueError(f"{path}: {shown(name)} {shown(value)} is not supported")
-    if config.get("peft_type") != "LORA":
-        raise ValueError(
-            f"{path}: peft_type {shown(config.get('peft_type'))} is not supported, only"
-            " 'LORA'"
-        )
-    if not _is_share(config.get("lora_dropout", 0)):
-        raise ValueError(f"{path}: lora_dropout must be at least 0 and below 1")
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise ValueError(f"{path}: alpha_pattern must be an object")
-    for name, value in {"lora_alpha": config.get("lora_alpha"), **patterns}.items():
-        if not _is_positive(value):
-            raise ValueError(f"{path}: {shown(name)} must be a number above 0")
-    for pattern in patterns:
-        if not re.fullmatch(r"\^?[\w.]+\$?", pattern):
-            raise ValueError(
-                f"{path}: alpha_pattern {shown(pattern)} is not supported, only names"
-            )
-    return config
-
 # %% ../chapters/22_lora.ipynb #cell-073
 import re
 
@@ -349,6 +318,37 @@ def _is_positive(value: Any) -> bool:
 
 def _is_share(value: Any) -> bool:
     return value == 0 or _is_positive(value) and value < 1
+
+# %% ../chapters/22_lora.ipynb #cell-072
+def read_adapter_config(directory: Path) -> dict[str, Any]:
+    """Return a directory's adapter_config.json; ValueError names what is not supported.
+
+    Ranks are not looked up there: the tensors have them.
+    """
+    path = directory / "adapter_config.json"
+    config = read_json(path)
+    for name, value in config.items():
+        if name not in _READ and value and value not in _HARMLESS.get(name, ()):
+            raise ValueError(f"{path}: {shown(name)} {shown(value)} is not supported")
+    if config.get("peft_type") != "LORA":
+        raise ValueError(
+            f"{path}: peft_type {shown(config.get('peft_type'))} is not supported, only"
+            " 'LORA'"
+        )
+    if not _is_share(config.get("lora_dropout", 0)):
+        raise ValueError(f"{path}: lora_dropout must be at least 0 and below 1")
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{path}: alpha_pattern must be an object")
+    for name, value in {"lora_alpha": config.get("lora_alpha"), **patterns}.items():
+        if not _is_positive(value):
+            raise ValueError(f"{path}: {shown(name)} must be a number above 0")
+    for pattern in patterns:
+        if not re.fullmatch(r"\^?[\w.]+\$?", pattern):
+            raise ValueError(
+                f"{path}: alpha_pattern {shown(pattern)} is not supported, only names"
+            )
+    return config
 
 # %% ../chapters/22_lora.ipynb #cell-074
 def _check_adapter(

@@ -19,8 +19,8 @@ def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
     Neighbours are groups, `group_size` answers to one question each.
     """
     groups = rewards.view(-1, group_size)  # [B / G, G]
-    apart = groups - groups.mean(dim=1, keepdim=True)
-    return (apart / (groups.std(dim=1, keepdim=True) + 1e-4)).flatten()
+    above = groups - groups.mean(dim=1, keepdim=True)
+    return (above / (groups.std(dim=1, keepdim=True) + 1e-4)).flatten()
 
 # %% ../chapters/24_rewards.ipynb #cell-042
 def grpo_loss(
@@ -40,8 +40,8 @@ def grpo_loss(
     ratio = (log_probs - old_log_probs).exp()
     a = advantages[:, None]  # [B, 1]
     gain = torch.min(ratio * a, ratio.clamp(1 - epsilon, 1 + epsilon) * a)
-    apart = reference_log_probs - log_probs
-    kl = apart.exp() - apart - 1
+    d = reference_log_probs - log_probs
+    kl = d.exp() - d - 1
     loss = (beta * kl - gain) * mask  # [B, T]
     return (loss.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()
 

@@ -15,6 +15,7 @@ from qwen_analog.hf import save_pretrained
 from qwen_analog.inference import optimize_for_inference
 from qwen_analog.jsonl import write_jsonl
 from qwen_analog.lora import (
+    TARGETS,
     LoRALinear,
     add_lora,
     load_lora,
@@ -59,6 +60,16 @@ def test_peft_reads_ours_and_has_our_gradients(tmp_path):
             name = f"base_model.model.{name}.default.weight"
             grad = theirs.get_parameter(name).grad
             torch.testing.assert_close(p.grad, grad, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_bfloat16_is_peft_to_the_bit():
+    ours = adapted()
+    settings = LoraConfig(r=4, lora_alpha=8, target_modules=list(TARGETS))
+    theirs = get_peft_model(small_model(), settings).eval()
+    for p, q in zip(theirs.parameters(), ours.parameters(), strict=True):
+        p.copy_(q)
+    assert torch.equal(ours.bfloat16()(IDS), theirs.bfloat16()(IDS))
 
 
 @pytest.mark.parametrize(
