@@ -274,5 +274,5 @@ class NormedAttention(GQAttention):
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Do as `GQAttention`, and normalise the h numbers of queries and keys."""
-        q, k, v = super().project(x)
-        return self.q_norm(q), self.k_norm(k), v
+        q, k, v = super().project(x)  # [B, H, T, h], then twice [B, K, T, h]
+        return self.q_norm(q), self.k_norm(k), v  # over the last dimension, h

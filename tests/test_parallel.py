@@ -476,3 +476,23 @@ def test_compilers_do_not_hear_what_stops_a_run(monkeypatch):
         compiler.wait(0.5)
     assert compiler.communicate(b"\n") and compiler.returncode == 0
     assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, set())
+
+
+def test_one_compiled_block_serves_all(monkeypatch):
+    compiled = torch.nn.Module.compile
+
+    def captured(self):
+        return compiled(self, backend="eager")  # a back end that compiles nothing
+
+    monkeypatch.setattr(torch.nn.Module, "compile", captured)
+    counts = []
+    for layers in (1, 3):
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        model = QwenForCausalLM(replace(small(tied=True), num_hidden_layers=layers))
+        compile_layers(model)
+        with torch.no_grad():
+            model(torch.zeros(1, 8, dtype=torch.int64))
+        counts.append(torch._dynamo.utils.counters["stats"]["calls_captured"])
+    torch.compiler.reset()
+    assert counts[0] == counts[1] > 0
