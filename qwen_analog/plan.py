@@ -10,7 +10,6 @@ __all__ = ['CONTEXT', 'SLACK', 'MOST_SEQUENCES', 'fits', 'cheapest_fit', 'Measur
 import argparse
 import json
 from collections.abc import Iterator
-from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,19 +59,20 @@ def _alternatives(
     sequences = config.micro_batch_size * config.gradient_accumulation_steps
     sizes = [n for n in range(config.micro_batch_size, 0, -1) if sequences % n == 0]
     numbers = (config.precision, config.optimizer), ("bf16-pure", "adamw-bf16")
-    for (precision, optimizer), recomputed, size, spread in product(
-        numbers, ACTIVATION_CHECKPOINTING, sizes, parallel
-    ):
-        changes = {
-            "precision": precision,
-            "optimizer": optimizer,
-            "activation_checkpointing": recomputed,
-            "parallel": spread,
-            "shard_size": 0,
-            "micro_batch_size": size,
-            "gradient_accumulation_steps": sequences // size,
-        }
-        yield config.model_copy(update=changes)
+    for precision, optimizer in numbers:
+        for recomputed in ACTIVATION_CHECKPOINTING:
+            for size in sizes:
+                for spread in parallel:
+                    changes = {
+                        "precision": precision,
+                        "optimizer": optimizer,
+                        "activation_checkpointing": recomputed,
+                        "parallel": spread,
+                        "shard_size": 0,
+                        "micro_batch_size": size,
+                        "gradient_accumulation_steps": sequences // size,
+                    }
+                    yield config.model_copy(update=changes)
 
 # %% ../chapters/37_plan.ipynb #origins-code
 class Measured(NamedTuple):
