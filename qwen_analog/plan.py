@@ -83,18 +83,22 @@ class Measured(NamedTuple):
     overlap: float | None  # part of the sending that hid behind computing
 
 
-def origins(gpu_name: str, measured: Measured | None) -> dict[str, str]:
+def origins(
+    config: TrainConfig, gpu_name: str, sends: bool, measured: Measured | None
+) -> dict[str, str]:
     """Say of each number that a plan's speed rests on where it comes from."""
-    found = dict.fromkeys(("MFU", "sending", "recomputing"), "assumed")
+    found = {"MFU": "assumed"}
     if measured:
         found["MFU"] = f"measured on {measured.device}"
         if gpu_name not in measured.device:
             found["MFU"] += f", assumed to hold on {gpu_name}"
-    if measured and measured.overlap is not None:
-        found["sending"] = f"measured on {measured.device}"
-    hidden = 1.0 if measured is None or measured.overlap is None else measured.overlap
-    found["sending"] += f": {hidden:.0%} hides behind computing"
-    found["recomputing"] += ": it costs no time"
+    if sends and measured and measured.overlap is not None:
+        hides = f"{measured.overlap:.0%} hides behind computing"
+        found["sending"] = f"measured on {measured.device}: {hides}, the MFU has it"
+    elif sends:
+        found["sending"] = "assumed: all of it hides behind computing"
+    if config.activation_checkpointing != "none":
+        found["recomputing"] = "assumed: it costs no time"
     return found
 
 # %% ../chapters/37_plan.ipynb #p1900023
@@ -133,7 +137,10 @@ def report(
         "flops": step.flops,
         "sent": step.sent,
         **_speed(config, gpu, world_size, mfu, tokens),
-        "origins": {**origins(gpu_name, measured), **_drawn(config, drawing)},
+        "origins": {
+            **origins(config, gpu_name, bool(step.sent), measured),
+            **_drawn(config, drawing),
+        },
         "instead": None if fit else _instead(config, gpu, world_size, gpus_per_node),
     }
 

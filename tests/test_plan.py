@@ -200,6 +200,7 @@ def test_a_plan_counts_the_drawing_of_answers(capsys):
 def test_a_plan_says_what_is_measured_and_what_assumed(tmp_path, capsys):
     bench = tmp_path / "bench.json"
     arguments = ["plan", "--model", "tiny", "--sequence-length", "128", "--gpu", "A100"]
+    arguments += ["--gpus", "2"]
 
     def planned(device, overlap):
         found = {"device": device, "training": {"mfu": 0.3}, "overlap": overlap}
@@ -209,6 +210,7 @@ def test_a_plan_says_what_is_measured_and_what_assumed(tmp_path, capsys):
 
     assert cli([*arguments, "--mfu", "0.3", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
+    assert plan["origins"].keys() == {"MFU", "sending", "recomputing"}
     assert all(origin.startswith("assumed") for origin in plan["origins"].values())
     same = planned("NVIDIA A100-SXM4-80GB", 0.75)
     assert same["days"] == plan["days"]
@@ -220,6 +222,11 @@ def test_a_plan_says_what_is_measured_and_what_assumed(tmp_path, capsys):
     assert other["origins"]["sending"] == plan["origins"]["sending"]
     assert cli(arguments) == 0
     assert "  MFU          assumed\n" in capsys.readouterr().out
+    alone = ["--gpus", "1", "--activation-checkpointing", "none"]
+    assert cli([*arguments, *alone]) == 0  # sends nothing, computes nothing again
+    text = capsys.readouterr().out
+    assert "  MFU          assumed" in text and "hides" not in text
+    assert "costs no time" not in text
 
 
 @pytest.mark.parametrize(
