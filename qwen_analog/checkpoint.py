@@ -442,11 +442,12 @@ def _empty_model(config: dict, weights: dict, file: Path) -> QwenForCausalLM:
     """
     shape = QwenConfig.from_dict(config)
     described = sum(parameter_counts(shape).values())
-    held = sum(weight.numel() for weight in weights.values())
-    if described > held or shape.num_hidden_layers > len(weights):
+    room = sum(weight.numel() for weight in weights.values())  # a tied head twice
+    if described > room or shape.num_hidden_layers > len(weights):
+        own = {weight.data_ptr(): weight.numel() for weight in weights.values()}
         raise CheckpointError(
             f"{file} does not fit its own configuration, which describes {described:,}"
-            f" weights: it holds {held:,}"
+            f" weights: it holds {sum(own.values()):,}"
         )
     with torch.device("meta"):
         model = QwenForCausalLM(shape)

@@ -300,6 +300,8 @@ class QwenForCausalLM(GenerationMixin, CheckpointMixin, PreTrainedModel):
         if targets is None:
             return self.lm_head(hidden[:, -logits_to_keep:])  # -0 is 0: all of them
         if not isinstance(self.lm_head, nn.Linear):  # it has no plain matrix
+            if z_loss:
+                raise ValueError("z_loss needs an lm_head that is nn.Linear")
             return cross_entropy(self.lm_head(hidden), targets, reduction)
         head = self.lm_head.weight
         return linear_cross_entropy(hidden, head, targets, reduction, z_loss=z_loss)

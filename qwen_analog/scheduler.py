@@ -121,7 +121,9 @@ def _rows_held(sequences: Sequences, holders: Sequences) -> dict[SequenceState, 
 
 # %% ../chapters/B52_scheduler.ipynb #cell-030
 def _more_rows(a: SequenceState, b: SequenceState, held: dict) -> int:
-    """Return how many rows more than `b` side `a` holds: clients, or groups of one."""
+    """Return how many more rows the client of `a` holds than that of `b`; where it is
+    the same client, how many more the group of `a` than that of `b`.
+    """
     if a.group.client == b.group.client:
         return held[a].group - held[b].group
     return held[a].client - held[b].client
@@ -150,7 +152,8 @@ def next_turn(waiting: Sequences, holders: Sequences) -> Change | None:
 
     All rows are taken, and nobody holds too many. The first request that never had a
     row takes that of the answer which has written most in it, at least `TURN` tokens,
-    unless that one's client or its group holds fewer rows than its own.
+    unless that one's client holds fewer rows than its own, or as many and its group
+    fewer.
     """
     new = [s for s in waiting if not s.started]
     if not new:

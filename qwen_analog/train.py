@@ -201,7 +201,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     def handler(number, frame):
         received.append(time.monotonic())
         if received[-1] - received[0] > 2:
-            signal.signal(number, old[number])
+            signal.signal(number, old[number] or signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
     stopping = (signal.SIGTERM, signal.SIGINT)

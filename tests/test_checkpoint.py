@@ -328,3 +328,13 @@ def test_a_save_that_fails_anywhere_leaves_a_checkpoint(monkeypatch):
 def test_other_ways_of_saving_are_noticed(save, monkeypatch):
     with pytest.raises((AssertionError, CheckpointError)):
         check_save(save, monkeypatch)
+
+
+def test_a_tied_head_is_no_second_weight_of_a_checkpoint():
+    model, _ = fresh(tie_word_embeddings=True)
+    file = save_checkpoint("tied/step_1", model, TOKENIZER)
+    contents = load_checkpoint(file)
+    contents["config"]["num_hidden_layers"] += 9
+    torch.save(contents, file)
+    with pytest.raises(CheckpointError, match=f"holds {model.count_parameters():,}$"):
+        load_model(file)

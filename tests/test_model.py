@@ -318,3 +318,12 @@ def test_without_its_guard_the_file_cannot_be_imported_inside_its_folder():
     broken = source.replace("if not __package__", "if False")
     with pytest.raises(ImportError):
         exec(broken, {"__name__": "model", "__package__": ""})
+
+
+def test_a_z_loss_is_refused_where_the_head_has_no_plain_matrix():
+    model, ids = QwenForCausalLM(TINY), torch.arange(6).view(2, 3)
+    loss = model(ids, targets=ids)
+    model.lm_head = torch.nn.Sequential(model.lm_head)  # as a quantized head
+    torch.testing.assert_close(model(ids, targets=ids), loss)
+    with pytest.raises(ValueError, match="z_loss needs an lm_head that is nn.Linear"):
+        model(ids, targets=ids, z_loss=1e-4)

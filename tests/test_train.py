@@ -616,3 +616,23 @@ def test_data_that_cannot_be_read_saves_the_steps_before(error, monkeypatch):
     with pytest.raises(DataError, match="the disk is gone; the 7 steps before are sav"):
         module.batch_or_save(iter([]), SimpleNamespace(step=7, context=None), Saver())
     assert saved == [7, "waited"]
+
+
+def test_a_second_signal_acts_where_a_library_in_c_had_set_the_handler(monkeypatch):
+    handlers, killed, now = {}, [], [0.0]
+
+    def set_handler(number, handler):
+        assert handler is not None, "signal.signal takes no None"
+        before, handlers[number] = handlers.get(number), handler
+        return before  # None at first: set by a library in C
+
+    monkeypatch.setattr(module.signal, "signal", set_handler)
+    monkeypatch.setattr(module.os, "kill", lambda pid, number: killed.append(number))
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    with module.stop_signals() as stopped:
+        handler = handlers[signal.SIGTERM]
+        handler(signal.SIGTERM, None)
+        assert stopped() and not killed
+        now[0] = 3.0
+        handler(signal.SIGTERM, None)
+        assert handlers[signal.SIGTERM] is signal.SIG_DFL and killed == [signal.SIGTERM]
