@@ -195,8 +195,11 @@ def _split_for_muon(model: nn.Module) -> tuple[list, list]:
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        table = not {"embed_tokens", "lm_head"}.isdisjoint(name.split("."))
-        (hidden if p.ndim == 2 and not table else rest).append(p)
+        is_table = not {"embed_tokens", "lm_head"}.isdisjoint(name.split("."))
+        if p.ndim == 2 and not is_table:
+            hidden.append(p)
+        else:
+            rest.append(p)
     return hidden, rest
 
 # %% ../chapters/13_optimizer.ipynb #cell-muon-1
