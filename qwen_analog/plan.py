@@ -98,7 +98,7 @@ def origins(
     elif sends:
         found["sending"] = "assumed: all of it hides behind computing"
     if config.activation_checkpointing != "none":
-        found["recomputing"] = "assumed: it costs no time"
+        found["recomputing"] = "counted only as far as the MFU has it"
     return found
 
 # %% ../chapters/37_plan.ipynb #p1900023
@@ -124,6 +124,7 @@ def report(
     estimate = estimate_for(config, world_size, gpus_per_node)
     total = max(sum(step.memory.values()), estimate.total)  # the less hopeful one
     fit, drawing = fits(total, gpu), drawing_seconds(config, gpu)
+    found = origins(config, gpu_name, bool(step.sent), measured)
     return {
         "gpu": gpu_name,
         "gpus": world_size,
@@ -137,10 +138,7 @@ def report(
         "flops": step.flops,
         "sent": step.sent,
         **_speed(config, gpu, world_size, mfu, tokens),
-        "origins": {
-            **origins(config, gpu_name, bool(step.sent), measured),
-            **_drawn(config, drawing),
-        },
+        "origins": {**found, **_drawn(config, drawing)},
         "instead": None if fit else _instead(config, gpu, world_size, gpus_per_node),
     }
 
