@@ -38,7 +38,7 @@ def alternating(
             began = time.perf_counter()
             call()
             wait(device)
-            if turn:
+            if turn > 0:  # turn 0 only warms up
                 seconds[name].append(time.perf_counter() - began)
     return seconds
 

@@ -41,8 +41,7 @@ def take_step(run: "Trainer", batch: "Batch", began: float) -> None:
         run.metrics.log.log_metrics(run.step, skipped="by skip_steps")
         return
     rate = schedule_learning_rate(run.optimizers, run.step, run.config)
-    result, scores = run.objective.step(run, batch)
-    loss, grad_norm, applied = result
+    (loss, grad_norm, applied), scores = run.objective.step(run, batch)
     seconds = time.perf_counter() - began
     speed = run.metrics.speed.measure(seconds, waited, run.tokens - tokens_before)
     values = {"tokens": run.tokens, "learning_rate": rate, "loss": loss, **scores}
