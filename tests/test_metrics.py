@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import threading
 import time
 
 import pytest
@@ -45,8 +46,15 @@ def ended(port, reason):
 
 
 @pytest.mark.parametrize("kv_pages", [None, 60])
-def test_what_is_counted(kv_pages):
+def test_what_is_counted(kv_pages, monkeypatch):
     engine = endless(max_batch=2, max_context=400, kv_pages=kv_pages)
+    write, released = engine.runner.write, threading.Event()
+
+    def slowly(sequences):  # long answers last until they are let go
+        released.wait(0.2 if sequences[0].request.max_tokens == 300 else 0)
+        return write(sequences)
+
+    monkeypatch.setattr(engine.runner, "write", slowly)
     with serving(engine) as port:
         assert ended(port, "length") == 0
         body = {"model": NAME, "prompt": [[1, 2, 3], [4]], "max_tokens": 6}
@@ -78,6 +86,7 @@ def test_what_is_counted(kv_pages):
             assert 4 <= found["pages_used",] <= 60
         for stream in streams:
             stream.close()
+        released.set()
         idle(engine)
         while ended(port, "abort") < 3:
             time.sleep(0.005)
