@@ -44,8 +44,15 @@ def take_step(run: "Trainer", batch: "Batch", began: float) -> None:
     (loss, grad_norm, applied), scores = run.objective.step(run, batch)
     seconds = time.perf_counter() - began
     speed = run.metrics.speed.measure(seconds, waited, run.tokens - tokens_before)
-    values = {"tokens": run.tokens, "learning_rate": rate, "loss": loss, **scores}
-    values |= {"grad_norm": grad_norm, **speed, "data_wait": waited}
+    values = {
+        "tokens": run.tokens,
+        "learning_rate": rate,
+        "loss": loss,
+        **scores,
+        "grad_norm": grad_norm,
+        **speed,
+        "data_wait": waited,
+    }
     note_step(run, batch, values, applied)  # too many failures end the run
 
 # %% ../chapters/B44_run.ipynb #cell-007
