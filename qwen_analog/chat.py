@@ -106,9 +106,8 @@ class Conversation:
 class Chat(Conversation):
     """A conversation with a model that was trained for conversations.
 
-    `system` None is the model's own. `max_new_tokens` is at most a quarter of the
-    context. `sampling` are fields of SamplingParams; defaults are the model's own, or
-    temperature 0.2 and top_p 0.9. ValueError for other models.
+    `system` None is the model's own; `max_new_tokens` is at most a quarter of the
+    context; `sampling` are fields of SamplingParams. ValueError for other models.
     """
 
     def __init__(
