@@ -30,7 +30,8 @@ class TokenCache:
     """A KV cache, and the ids of the tokens that it holds."""
 
     def __init__(self, model: QwenForCausalLM):
-        config, weight = model.config, model.model.embed_tokens.weight
+        config = model.config
+        weight = model.model.embed_tokens.weight
         self.model = model
         self.ids: list[int] = []
         self.cache = KVCache(
@@ -49,9 +50,9 @@ class TokenCache:
 
         One is left at least, since the logits after the last one are wanted.
         """
-        most = min(len(self.ids), len(prompt) - 1)  # one is left to read
+        limit = min(len(self.ids), len(prompt) - 1)  # one is left to read
         kept = 0
-        while kept < most and self.ids[kept] == prompt[kept]:
+        while kept < limit and self.ids[kept] == prompt[kept]:
             kept += 1
         self.cache.crop(kept)
         del self.ids[kept:]
@@ -105,9 +106,8 @@ class Conversation:
 class Chat(Conversation):
     """A conversation with a model that was trained for conversations.
 
-    `system` None is the model's own. `max_new_tokens` is at most a quarter of the
-    context. `sampling` are fields of SamplingParams; defaults are the model's own, or
-    temperature 0.2 and top_p 0.9. ValueError for other models.
+    `system` None is the model's own; `max_new_tokens` is at most a quarter of the
+    context; `sampling` are fields of SamplingParams. ValueError for other models.
     """
 
     def __init__(
@@ -125,7 +125,8 @@ class Chat(Conversation):
         super().__init__(system)
         check_whole("max_new_tokens", max_new_tokens, 1)
         self.params = _chat_params(model, sampling)
-        self.tokenizer, self.cache = tokenizer, TokenCache(model)
+        self.tokenizer = tokenizer
+        self.cache = TokenCache(model)
         self.context = model.config.max_position_embeddings
         self.max_new_tokens = min(max_new_tokens, max(1, self.context // 4))
         self.end_ids = set(stop_ids(model, tokenizer))
@@ -142,27 +143,6 @@ class Chat(Conversation):
         room = self.context - self.max_new_tokens
         return prompt_that_fits(self, self.tokenizer, text, self.context, room)
 
-# %% ../chapters/20_chat.ipynb #19-029
-def _answer(chat: Chat, text: str, prompt: list[int]) -> Iterator[str]:
-    """Yield the answer in pieces of text, and add the turn to the conversation."""
-    words = TextStream(chat.tokenizer, context=prompt)
-    said = ""
-    complete = False
-    try:
-        for token in _tokens(chat, prompt):
-            piece = words.push(token)
-            said += piece
-            if piece:
-                yield piece
-        piece = words.finish()
-        said += piece
-        complete = True
-        if piece:
-            yield piece
-    finally:
-        if said or complete:  # an empty answer counts where it was finished
-            chat.add_turn(text, said)
-
 # %% ../chapters/20_chat.ipynb #19-030
 def _tokens(chat: Chat, prompt: list[int]) -> Iterator[int]:
     """Yield the ids of the answer, without the one that ends it."""
@@ -177,6 +157,29 @@ def _tokens(chat: Chat, prompt: list[int]) -> Iterator[int]:
             return
         yield token
         new_ids = [token]
+
+# %% ../chapters/20_chat.ipynb #19-029
+def _pieces(chat: Chat, prompt: list[int]) -> Iterator[str]:
+    """Yield the text of the answer as it becomes certain."""
+    words = TextStream(chat.tokenizer, context=prompt)
+    for token in _tokens(chat, prompt):
+        yield words.push(token)
+    yield words.finish()
+
+
+def _answer(chat: Chat, text: str, prompt: list[int]) -> Iterator[str]:
+    """Yield the answer in pieces of text, and add the turn to the conversation."""
+    said = ""
+    complete = False
+    try:
+        for piece in _pieces(chat, prompt):
+            said += piece
+            if piece:
+                yield piece
+        complete = True
+    finally:
+        if said or complete:  # an empty answer counts where it was finished
+            chat.add_turn(text, said)
 
 # %% ../chapters/20_chat.ipynb #1de29023
 import json
@@ -197,12 +200,15 @@ def prompt_that_fits(
     def ids(forgotten: int) -> list[int] | None:
         return _prompt_ids(tokenizer, conversation.given(text, forgotten), context)
 
+    def enough(forgotten: int) -> bool:
+        return _fits(ids(forgotten), room // 2)
+
     forgotten = conversation.forgotten
     prompt = ids(forgotten)
     if not _fits(prompt, room):
-        turns = range(forgotten, len(conversation.messages), 2)
-        half = room // 2
-        forgotten += 2 * bisect_left(turns, True, key=lambda n: _fits(ids(n), half))
+        cuts = range(forgotten, len(conversation.messages), 2)
+        turns = bisect_left(cuts, True, key=enough)  # the fewest that are enough
+        forgotten += 2 * turns
         prompt = ids(forgotten)
     if prompt is None or len(prompt) > room:
         size = f"more than {context}" if prompt is None else len(prompt)
@@ -224,8 +230,8 @@ def _prompt_ids(
     return chat_ids(tokenizer, messages)
 
 
-def _fits(prompt: list[int] | None, most: int) -> bool:
-    return prompt is not None and len(prompt) <= most
+def _fits(prompt: list[int] | None, room: int) -> bool:
+    return prompt is not None and len(prompt) <= room
 
 # %% ../chapters/20_chat.ipynb #f369ba6d
 def _chat_params(model: QwenForCausalLM, given: dict[str, Any]) -> SamplingParams:

@@ -39,10 +39,10 @@ def grpo_loss(
     """
     ratio = (log_probs - old_log_probs).exp()
     a = advantages[:, None]  # [B, 1]
-    gain = torch.min(ratio * a, ratio.clamp(1 - epsilon, 1 + epsilon) * a)
+    objective = torch.min(ratio * a, ratio.clamp(1 - epsilon, 1 + epsilon) * a)
     d = reference_log_probs - log_probs
     kl = d.exp() - d - 1
-    loss = (beta * kl - gain) * mask  # [B, T]
+    loss = (beta * kl - objective) * mask  # [B, T]
     return (loss.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()
 
 # %% ../chapters/24_rewards.ipynb #reward-imports
