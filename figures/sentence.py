@@ -64,6 +64,13 @@ for x, name in zip(BLOCKS, ("block 1", "block 30")):
         ax.plot(x + 1.05, y + 0.2, "s", color="#2a9d60", markersize=6)
         ax.plot([x + 0.15, x + 1.05], [y + 0.2] * 2, color="#0b63a5", linewidth=0.7)
 ax.text((BLOCKS[0] + BLOCKS[1] + WIDTH) / 2, 2.2, "...", ha="center", fontsize=14)
+for x, shape in (
+    (1.45, "[1, 5]"),
+    (3.0, "[1, 5, 576]"),
+    (9.5, "[1, 5, 576]"),
+    (11.7, "[49152]"),
+):
+    ax.text(x, -0.5, shape, fontsize=9, color=GREY, family="monospace")
 ax.text(BLOCKS[0], -0.5, "lines: tokens look at earlier ones", fontsize=8, color=GREY)
 ax.text(BLOCKS[0], -0.9, "squares: each computes alone", fontsize=8, color=GREY)
 

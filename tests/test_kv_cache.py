@@ -4,8 +4,9 @@ values either way.
 
 import pytest
 import torch
-from book import scramble_
+from book import hugging_face, scramble_
 from hypothesis import given, settings, strategies as st
+from transformers.cache_utils import DynamicCache
 
 from qwen_analog import KVCache, QwenConfig, QwenForCausalLM, attention
 from qwen_analog.attention import GQAttention
@@ -179,6 +180,34 @@ def out_length(out):
 
 def test_any_pieces_give_the_outputs_of_one_pass(one_pass):
     assert first_difference(one_pass) is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"),
+    [(torch.float64, 1e-5), (torch.float32, 1e-4), (torch.bfloat16, 0)],
+)
+def test_pieces_give_the_logits_of_hugging_face(dtype, bound):
+    config = QwenConfig(
+        vocab_size=96,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        tie_word_embeddings=False,
+    )
+    theirs = scramble_(hugging_face(config))
+    ours = QwenForCausalLM(config)
+    ours.load_state_dict(theirs.state_dict())
+    ours.to(dtype)
+    theirs.to(dtype)
+    ids = torch.randint(96, (2, 11), generator=torch.Generator().manual_seed(0))
+    our_cache, their_cache = ours.new_cache(2, 11), DynamicCache()
+    for piece in ids.split([4, 1, 5, 1], dim=1):
+        with torch.no_grad():
+            our_logits = ours(piece, cache=our_cache)  # [B, T, V]
+            their_logits = theirs(piece, past_key_values=their_cache).logits
+        assert (our_logits - their_logits).abs().max() <= bound
 
 
 real_update = KVCache.update
