@@ -69,7 +69,8 @@ class ShuffledRows:
             rng = np.random.default_rng((self.seed, epoch))
             order = rng.permutation(len(self.rows)).astype(np.int32)
             self._epoch = epoch, order, np.cumsum(self.lengths[order], dtype=np.int64)
-        return self._epoch[1:]
+        _, order, ends = self._epoch
+        return order, ends
 
     def runs(self, epoch: int, offset: int, tokens: int) -> Iterator[tuple[int, slice]]:
         """Yield the row and the place in it of each run that the `tokens` from token
