@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import matplotlib.pyplot as plt
@@ -31,36 +30,48 @@ from qwen_analog.optim import build_optimizers, stochastic_round_
 from qwen_analog.sampling import SamplingParams, distribution
 from qwen_analog.text_stream import StopFinder
 
-rotate, grouped, update = (
+rotate, grouped, update, whole_forward = (
     attention.apply_rotary,
     attention.grouped_query_attention,
     KVCache.update,
+    QwenModel.forward,
 )
 
 
-def draw(curves, healthy):
-    """Draw each curve in a small panel of its own, the healthy ones behind in grey."""
+def draw(curves, healthy, best):
+    """Draw each curve in a small panel of its own, the healthy ones behind in grey,
+    and a dotted line at the lowest loss that a model can have which sees no answer.
+    """
     size = (2.1 * len(curves), 2.2)
     fig, axes = plt.subplots(1, len(curves), figsize=size, sharey=True)
     for ax, (name, losses) in zip(axes.flat, curves.items()):
         for behind in healthy:
             ax.plot(behind, color="0.8", linewidth=1)
+        ax.axhline(best, color="0.4", linewidth=0.8, linestyle=":")
         ax.plot(losses, color="#b5502f", linewidth=1)
         ax.set_title(name, fontsize=8)
-        ax.set(ylim=(0, 8), xlabel="step")
+        ax.set(yscale="log", xlabel="step")
+        ax.minorticks_off()
+    highest = max(loss for losses in curves.values() for loss in losses)
+    axes.flat[0].set_ylim(0.01, max(10, 2 * highest))
     axes.flat[0].set_ylabel("loss, nats")
+    plt.show()
+
+
+def draw_apart(restarts, whole, first):
+    """Draw by how much each restart's loss differs from the whole run's."""
+    fig, ax = plt.subplots(figsize=(6, 2.6))
+    for name, losses in restarts.items():
+        apart = torch.tensor(losses) - torch.tensor(whole)
+        ax.plot(range(first, first + len(whole)), apart, label=name, linewidth=1)
+    ax.set(ylim=(-0.2, 0.4), xlabel="step", ylabel="loss minus the whole run's")
+    ax.legend(title="forgotten", loc="upper left", bbox_to_anchor=(1, 1))
     plt.show()
 
 
 def instead(owner, name, replacement):
     """Parts of a program in which `replacement` stands in place of `owner.name`."""
     return {"around": patch.object(owner, name, replacement)}
-
-
-def attends(replacement):
-    """In the attention layer, another function in place of PyTorch's."""
-    functions = vars(F) | {"scaled_dot_product_attention": replacement}
-    return instead(attention, "F", SimpleNamespace(**functions))
 
 
 def untied(model):
@@ -120,13 +131,17 @@ def branches_in_parallel(self, x, *rest):
     return x + attended + self.mlp(self.post_attention_layernorm(x))
 
 
-def decoder(order=lambda layers: layers, first=1.0, norm=True):
+def decoder(order=lambda layers: layers, scale=False, norm=True):
     """`QwenModel.forward` with its blocks in another order, and so on."""
 
     def forward(self, input_ids, position_ids=None, mask=None, cache=None):
-        x = first * self.embed_tokens(input_ids)
-        cos, sin = self.rotary_emb(torch.arange(x.shape[1])[None], x.dtype)
-        for layer in order(list(self.layers)):
+        x = self.embed_tokens(input_ids)
+        x = x * x.shape[-1] ** 0.5 if scale else x
+        layers = order(list(self.layers))
+        start = 0 if cache is None else cache.lengths[layers[0].self_attn.layer_idx]
+        positions = start + torch.arange(x.shape[1])[None]
+        cos, sin = self.rotary_emb(positions, x.dtype)
+        for layer in layers:
             x = layer(x, cos, sin, mask, cache)
         return self.norm(x) if norm else x
 
@@ -149,6 +164,10 @@ def writes_at_the_start(self, layer_idx, keys, values):
 def overwrites_the_last(self, layer_idx, keys, values):
     self.crop(max(0, self.length - 1))
     return update(self, layer_idx, keys, values)
+
+
+def unscaled(q, k, v, mask=None):
+    return grouped(q * q.shape[-1] ** 0.5, k, v, mask)
 
 
 def no_rotation(x, cos, sin):
@@ -176,8 +195,19 @@ def no_norm(self, x):
     return x
 
 
+def cut_off(self, *inputs, **options):
+    return whole_forward(self, *inputs, **options).detach()
+
+
+def bad_batch_applied(model, optimizer):
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 # these are trained, too
 TRAINED = {
+    "scores not scaled": (attention, "grouped_query_attention", unscaled),
     "no rotation": (attention, "apply_rotary", no_rotation),
     "other pairs rotated": (attention, "apply_rotary", neighbours),
     "no norms": (RMSNorm, "forward", no_norm),
@@ -203,7 +233,7 @@ MODEL = {
     "branches in parallel": (DecoderLayer, "forward", branches_in_parallel),
     "blocks in reverse order": (QwenModel, "forward", decoder(lambda x: x[::-1])),
     "last block left out": (QwenModel, "forward", decoder(lambda x: x[:-1])),
-    "embedding times sqrt(D)": (QwenModel, "forward", decoder(first=8.0)),
+    "embedding times sqrt(D)": (QwenModel, "forward", decoder(scale=True)),
     "no final norm": (QwenModel, "forward", decoder(norm=False)),
     "documents see each other": (
         attention,
@@ -884,12 +914,14 @@ PARTS = [
 ]
 
 
-def findings():
-    """Yield section, fault, check and what it says, for each of `PARTS`."""
+def findings(section):
+    """Yield fault, check and what it says, for each of `PARTS` of a section."""
     for subject in PARTS:
+        if subject.section != section:
+            continue
         check = subject.check
         assert check(subject.healthy) is None, check.__name__
         for name, part in subject.broken.items():
             said = check(part)
             assert said, f"{check.__name__} does not notice: {name}"
-            yield subject.section, name, check.__name__, said
+            yield name, check.__name__, said
