@@ -6,24 +6,10 @@
 __all__ = ['HELP', 'TokenCache', 'Conversation', 'Chat', 'prompt_that_fits', 'run']
 
 # %% ../chapters/20_chat.ipynb #19-013
-from collections.abc import Iterator
-from pathlib import Path
-
 import torch
 
-from .chat_template import chat_ids, why_no_chat
-from .generate import sampling_defaults, stop_ids
 from .kv_cache import KVCache
 from .model import QwenForCausalLM
-from qwen_analog.sampling import (
-    SamplingParams,
-    check_ids,
-    check_whole,
-    new_generator,
-    sample,
-)
-from .text_stream import LONGEST_TOKEN, TextStream
-from .tokenizer import Tokenizer
 
 # %% ../chapters/20_chat.ipynb #19-014
 class TokenCache:
@@ -65,6 +51,22 @@ class TokenCache:
         logits = self.model(inputs, cache=self.cache, logits_to_keep=1)  # [1, 1, V]
         self.ids += new_ids
         return logits[:, -1].float()
+
+# %% ../chapters/20_chat.ipynb #class-imports
+from collections.abc import Iterator
+from pathlib import Path
+
+from .chat_template import chat_ids, why_no_chat
+from .generate import sampling_defaults, stop_ids
+from qwen_analog.sampling import (
+    SamplingParams,
+    check_ids,
+    check_whole,
+    new_generator,
+    sample,
+)
+from .text_stream import LONGEST_TOKEN, TextStream
+from .tokenizer import Tokenizer
 
 # %% ../chapters/20_chat.ipynb #19-021
 class Conversation:

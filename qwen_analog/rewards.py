@@ -111,7 +111,8 @@ def roll_out(
     new = drawn[:, input_ids.shape[1] :].tolist()
     answers = [ids[: ids.index(end) + 1] if end in ids else ids for ids in new]
     asked = [row for row in rows for _ in range(group_size)]
-    return Rollouts(*answer_batch(list(zip(asked, answers))), answers)
+    input_ids, targets = answer_batch(list(zip(asked, answers)))
+    return Rollouts(input_ids, targets, answers)
 
 # %% ../chapters/24_rewards.ipynb #reward-functions
 def exact_reward(text: str, record: dict[str, Any]) -> float:
