@@ -175,8 +175,8 @@ def _adapter_config(model: QwenForCausalLM, base: str | Path | None) -> dict[str
     layers = lora_layers(model)
     ranks = {name: len(layer.lora_A) for name, layer in layers.items()}
     alphas = {name: _whole(m.scaling * ranks[name]) for name, m in layers.items()}
-    (rank, _), *_ = Counter(ranks.values()).most_common(1)
-    (alpha, _), *_ = Counter(alphas.values()).most_common(1)
+    [(rank, _)] = Counter(ranks.values()).most_common(1)
+    [(alpha, _)] = Counter(alphas.values()).most_common(1)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
