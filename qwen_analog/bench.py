@@ -59,7 +59,8 @@ LARGE = {"cpu": 2**28, "cuda": 2**31}  # bytes, more than most caches hold
 
 def fastest(call: Callable, device: torch.device, tries: int = 5) -> float:
     """Return the least seconds of a call."""
-    return min(alternating({"": call}, tries, device)[""])
+    seconds = alternating({"call": call}, tries, device)
+    return min(seconds["call"])
 
 
 def read_bandwidth(device: torch.device) -> float:
@@ -94,7 +95,8 @@ def decode_work(
 ) -> Work:
     """Count a step that writes a token in each row, `context` tokens before it.
 
-    `each` is the bytes of a weight, `cached` those of a number in the cache.
+    `each` is the bytes of a weight, `cached` those of a number in the cache. The
+    new token's attention to itself is left out.
     """
     weights = sum(_matrices(config))
     L, h = config.num_hidden_layers, config.head_dim
@@ -128,7 +130,7 @@ BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.625}
 
 
 def _layers(form: str, weight: torch.Tensor, number: int) -> list[nn.Module]:
-    """Return layers with as many matrices of their own."""
+    """Return `number` layers of a form, each with its own copy of the weight."""
     if form in FORMATS:
         layer = FORMATS[form](weight)
         return [copy.deepcopy(layer) for _ in range(number)]
@@ -152,7 +154,7 @@ def vector_bandwidth(device: torch.device, form: str, N: int = 4096) -> float:
 
 # %% ../chapters/32_speed.ipynb #cell-066
 def train_work(config: QwenConfig, rows: int, tokens: int, precision: str) -> Work:
-    """Count a training step, AdamW's included; attention unmasked, as for MFU."""
+    """Count a training step, AdamW's included; attention over all pairs."""
     flops = rows * tokens * flops_per_token(config, tokens)
     computed = 4 if precision == "fp32" else 2  # bytes of a weight in a product
     stored = 2 if precision == "bf16-pure" else 4

@@ -51,7 +51,8 @@ class RowCache(KVCache):
         """Choose `rows` for T tokens each: their positions [n, T], mask [n, 1, T, S]"""
         held = self.lengths[rows]
         end = max(held) + T
-        _check_room(end, self.max_length)
+        if end > self.max_length:
+            raise ValueError(f"a row holds {self.max_length} tokens; {end} are needed")
         positions = torch.tensor(held)[:, None] + torch.arange(T)  # [n, T]
         self.present = RowPass(rows, positions.to(self.keys.device), end)
         return self.present.positions, self.present.mask()
@@ -67,7 +68,7 @@ class RowCache(KVCache):
         self.lengths[row] += T
 
     def free(self, row: int) -> None:
-        """Empty `row` for its next user, whom no nan of the last one may reach."""
+        """Empty `row` for its next user, and wipe what it held."""
         self.keys[:, row], self.values[:, row] = 0, 0
         self.lengths[row] = 0
 
@@ -77,14 +78,6 @@ class RowCache(KVCache):
         return min(self.lengths[self.present.rows] if self.present else self.lengths)
 
 # %% ../chapters/28_batching.ipynb #cell-022
-def _check_room(needed: int, max_length: int) -> None:
-    if needed > max_length:
-        raise ValueError(
-            f"a row of the cache holds {max_length} tokens; {needed} are needed:"
-            " make it with a larger max_length"
-        )
-
-
 def new_row_cache(model: QwenForCausalLM, num_rows: int, max_context: int) -> RowCache:
     """Make an empty `RowCache` of a model's shape, dtype and device."""
     c, weight = model.config, model.model.embed_tokens.weight
