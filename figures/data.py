@@ -14,44 +14,37 @@ from matplotlib.colors import ListedColormap
 HERE = Path(__file__).resolve().parent
 plt.style.use(HERE / "book.mplstyle")
 
-LENGTHS, T = {"A": 5, "B": 3, "C": 7, "D": 4}, 8
-COLORS = {"A": "#a9c9e4", "B": "#f0b5bd", "C": "#a8d9bf", "D": "#f3dd9c"}
-ORDERS = ["BCDA", "CADB"]  # of two epochs
-END = "#2b3640"
+DOCUMENTS, T = ("the cat sat", "a hat", "in the hat ."), 5  # those of the chapter
+COLORS = ("#a9c9e4", "#f0b5bd", "#a8d9bf")
+MARK = "#2b3640"
 
 
 def squares(ax, x, y, tokens, width=0.92):
-    """One square a token, (document, place); the end token, place 0, is dark."""
-    for i, (document, place) in enumerate(tokens):
-        color = COLORS[document] if place else END
+    """One square a token, (number of its document, word); the mark is dark."""
+    for i, (document, word) in enumerate(tokens):
+        mark = word == "|"
+        color = MARK if mark else COLORS[document]
         ax.add_patch(plt.Rectangle((x + i, y), width, width, facecolor=color))
         ax.text(
             x + i + width / 2,
             y + width / 2,
-            f"{document.lower()}{place}" if place else document,
+            word,
             ha="center",
             va="center",
-            fontsize=7,
-            color="white" if place == 0 else "black",
+            fontsize=10,
+            color="white" if mark else "black",
         )
 
 
-stream = [
-    (document, place)
-    for order in ORDERS
-    for document in order
-    for place in range(LENGTHS[document])
-][: 3 * T + 2]
+documents = []
+for number, text in enumerate(DOCUMENTS):
+    documents.append([(number, word) for word in ["|", *text.split()]])
+stream = [token for document in documents for token in document]
 block = stream[T : 2 * T + 1]
-documents = np.cumsum([place == 0 for _, place in block[:T]])
-documents -= documents[0]
-positions = [
-    i - max(j for j in range(i + 1) if j == 0 or documents[j] != documents[j - 1])
-    for i in range(T)
-]
+numbers = np.array([number for number, _ in block[:T]])
 
-figure = plt.figure(figsize=(9.5, 5.2))
-grid = figure.add_gridspec(2, 2, height_ratios=[1, 1.15], width_ratios=[2.2, 1])
+figure = plt.figure(figsize=(9.5, 5.6))
+grid = figure.add_gridspec(2, 2, height_ratios=[1.25, 1], width_ratios=[2, 1])
 top, left, right = (
     figure.add_subplot(grid[0, :]),
     figure.add_subplot(grid[1, 0]),
@@ -59,55 +52,42 @@ top, left, right = (
 )
 
 x = 0
-for document in LENGTHS:
-    squares(top, x, 2.1, [(document, place) for place in range(LENGTHS[document])])
-    x += LENGTHS[document] + 1.2
+for document in documents:
+    squares(top, x, 2.0, document)
+    x += len(document) + 0.6
 squares(top, 0, 0, stream)
-epoch = sum(LENGTHS.values())
 for cut in range(0, len(stream), T):
-    top.plot([cut - 0.04] * 2, [-0.35, 1.3], color="#d1495b", linewidth=1.6)
-top.annotate(
-    "",
-    (epoch - 0.04, -0.15),
-    (epoch - 0.04, -0.8),
-    arrowprops={"arrowstyle": "->", "color": END},
-)
-top.text(
-    epoch - 0.4,
-    -0.8,
-    "the next epoch begins in the same sequence",
-    fontsize=8,
-    ha="right",
-    va="center",
-)
-top.text(0, 3.25, "documents, each opened by its end token (dark)", fontsize=9)
-top.text(0, 1.45, "shuffled, laid end to end, cut every T = 8 tokens (red)", fontsize=9)
-top.set(xlim=(-0.2, len(stream) + 0.3), ylim=(-1.2, 3.8))
+    top.plot([cut - 0.04] * 2, [-0.25, 1.17], color="#d1495b", linewidth=2)
+top.text(0, 3.1, "documents, each opened by its mark (dark)", fontsize=10)
+top.text(0, 1.25, f"laid end to end, cut every T = {T} tokens (red)", fontsize=10)
+top.set(xlim=(-0.2, x), ylim=(-0.4, 3.6))
 
-for y, name in ((3, "tokens"), (2, "targets"), (1, "document"), (0, "position")):
-    left.text(-0.4, y + 0.46, name, ha="right", va="center", fontsize=9)
-squares(left, 0, 3, block[:T])
-squares(left, 0, 2, block[1:])
+for y, name in ((2, "tokens"), (1, "targets"), (0, "document")):
+    left.text(-0.3, y + 0.46, name, ha="right", va="center", fontsize=10)
+squares(left, 0, 2, block[:T])
+squares(left, 0, 1, block[1:])
 for i in range(T):
-    left.text(i + 0.46, 1.46, str(documents[i]), ha="center", va="center", fontsize=9)
-    left.text(i + 0.46, 0.46, str(positions[i]), ha="center", va="center", fontsize=9)
-left.set(xlim=(-2.2, T + 0.2), ylim=(-0.2, 4.2))
-left.set_title("the second sequence", fontsize=10)
+    left.text(i + 0.46, 0.46, str(numbers[i]), ha="center", va="center", fontsize=10)
+left.set(xlim=(-1.8, T + 0.2), ylim=(-0.1, 3.1))
+left.set_title("the second sequence", fontsize=11)
 
-visible = np.tril(documents[:, None] == documents[None])
+visible = np.tril(numbers[:, None] == numbers[None])
 right.imshow(
-    np.where(visible, documents[None] + 1, 0),
-    cmap=ListedColormap(["#eef1f3", COLORS["C"], COLORS["D"], COLORS["A"]]),
+    np.where(visible, numbers[None], 0),
+    cmap=ListedColormap(["#eef1f3", *COLORS[1:]]),
     vmin=0,
-    vmax=3,
+    vmax=2,
 )
+words = [word for _, word in block[:T]]
+right.set_xticks(range(T), words)
+right.set_yticks(range(T), words)
 right.set_xticks(np.arange(T - 1) + 0.5, minor=True)
 right.set_yticks(np.arange(T - 1) + 0.5, minor=True)
 right.grid(False)
 right.grid(which="minor", color="white", linewidth=1.5, alpha=1)
 right.tick_params(which="both", length=0)
-right.set(xlabel="may be seen", ylabel="token", xticks=[], yticks=[])
-right.set_title("its mask", fontsize=10)
+right.set(xlabel="may be seen", ylabel="token")
+right.set_title("its mask", fontsize=11)
 for ax in (top, left):
     ax.set_aspect("equal")
     ax.axis("off")

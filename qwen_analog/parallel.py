@@ -30,8 +30,8 @@ def make_mesh(
     """Return how `strategy` arranges the processes; None where each holds all.
 
     "fsdp": one dimension, "shard", over all. "hsdp": two, "replicate" x "shard";
-    `shard_size` neighbours, by default those of one machine, share one copy of the
-    model. ValueError for sizes that do not fit.
+    one copy of the model is sharded over `shard_size` neighbours, by default those of
+    one machine. ValueError for sizes that do not fit.
     """
     check_strategy(strategy, shard_size)
     if strategy == "ddp" or world_size == 1:
@@ -65,8 +65,8 @@ def build_model(
     """Return the model on `device`, and what training calls: DDP's wrapper or itself.
 
     `mesh` is `make_mesh`'s. The weights are bit for bit those of
-    `torch.manual_seed(seed); QwenForCausalLM(config)` on a CPU, however many processes
-    share them; `prepare` may change it before that. Sharded only:
+    `torch.manual_seed(seed); QwenForCausalLM(config)` on a CPU, over however many
+    processes they are sharded; `prepare` may change it before that. Sharded only:
     `reshard_after_forward` frees a block's gathered weights until the backward pass;
     weights are gathered `prefetch` blocks ahead. `compile` None compiles on a GPU only.
     ValueError for names that are unknown or do not fit together.
