@@ -28,10 +28,12 @@ def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return the model's tensors by their `state_dict` name; a tied one under its first
     name only.
     """
-    names = {}
+    tensors, seen = {}, set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        names.setdefault(tensor, name)
-    return {f"weights/{name}": tensor.detach() for tensor, name in names.items()}
+        if tensor not in seen:  # with keep_vars both names give the same object
+            seen.add(tensor)
+            tensors[f"weights/{name}"] = tensor.detach()
+    return tensors
 
 # %% ../chapters/35_checkpoints.ipynb #395c9621
 def split_tensors(state_dict: dict, names: list[str]) -> tuple[dict, dict]:
