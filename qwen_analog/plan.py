@@ -28,7 +28,7 @@ def fits(total: float, gpu: Gpu) -> bool:
 def cheapest_fit(
     config: TrainConfig, gpu: Gpu, world_size: int = 1, gpus_per_node: int = 8
 ) -> TrainConfig | None:
-    """Return the settings nearest to `config` that fit by arithmetic, or None.
+    """Return the first settings tried that fit by arithmetic, or None.
 
     The tokens of a step stay the same.
     """
@@ -41,7 +41,7 @@ def cheapest_fit(
 def _alternatives(
     config: TrainConfig, world_size: int, gpus_per_node: int
 ) -> Iterator[TrainConfig]:
-    """Yield settings of the same step, from the cheapest change to the dearest.
+    """Yield settings of the same step, in the order in which they are tried.
 
     They change how the model is spread, the micro-batch, what is computed again; last,
     since it changes the result, weights and optimizer states become bfloat16.
@@ -102,47 +102,6 @@ def origins(
         found["recomputing"] = "counted only as far as the MFU has it"
     return found
 
-# %% ../chapters/37_plan.ipynb #p1900023
-def report(
-    config: TrainConfig,
-    gpu_name: str,
-    world_size: int,
-    mfu: float,
-    tokens: float,
-    gpus_per_node: int = 8,
-    measured: Measured | None = None,
-) -> dict:
-    """Return all that `qwen-analog plan` prints, as plain values.
-
-    Memory is in bytes a GPU; `flops` and `sent` are of a GPU and step; `mfu` is
-    assumed, unless it is that of `measured`.
-    """
-    gpu = GPUS[gpu_name]
-    if config.parallel == "hsdp" and not config.shard_size:
-        changes = {"shard_size": min(gpus_per_node, world_size)}
-        config = config.model_copy(update=changes)
-    step = simulate(config, world_size)
-    estimate = estimate_for(config, world_size, gpus_per_node)
-    total = max(sum(step.memory.values()), estimate.total)  # the less hopeful one
-    fit = fits(total, gpu)
-    found = origins(config, gpu_name, bool(step.sent), measured)
-    return {
-        "gpu": gpu_name,
-        "gpus": world_size,
-        "simulated": step.memory,
-        "arithmetic": estimate.categories(),
-        "moment": estimate.moment,
-        "all_weights": _all_weights(config, world_size, gpus_per_node),
-        "total": total,
-        "available": gpu.memory,
-        "fits": fit,
-        "flops": step.flops,
-        "sent": step.sent,
-        **_speed(config, gpu, world_size, mfu, tokens),
-        "origins": found | _drawn(config, drawing_seconds(config, gpu)),
-        "instead": None if fit else _instead(config, gpu, world_size, gpus_per_node),
-    }
-
 # %% ../chapters/37_plan.ipynb #3f2a516d
 def _speed(
     config: TrainConfig, gpu: Gpu, world_size: int, mfu: float, tokens: float
@@ -202,6 +161,47 @@ def _instead(
     new = found.model_dump()
     changes = {name: v for name, v in new.items() if v != getattr(config, name)}
     return {"gpus": gpus, **changes}
+
+# %% ../chapters/37_plan.ipynb #p1900023
+def report(
+    config: TrainConfig,
+    gpu_name: str,
+    world_size: int,
+    mfu: float,
+    tokens: float,
+    gpus_per_node: int = 8,
+    measured: Measured | None = None,
+) -> dict:
+    """Return all that `qwen-analog plan` prints, as plain values.
+
+    Memory is in bytes a GPU; `flops` and `sent` are of a GPU and step; `mfu` is
+    assumed, unless it is that of `measured`.
+    """
+    gpu = GPUS[gpu_name]
+    if config.parallel == "hsdp" and not config.shard_size:
+        changes = {"shard_size": min(gpus_per_node, world_size)}
+        config = config.model_copy(update=changes)
+    step = simulate(config, world_size)
+    estimate = estimate_for(config, world_size, gpus_per_node)
+    total = max(sum(step.memory.values()), estimate.total)  # the less hopeful one
+    fit = fits(total, gpu)
+    found = origins(config, gpu_name, bool(step.sent), measured)
+    return {
+        "gpu": gpu_name,
+        "gpus": world_size,
+        "simulated": step.memory,
+        "arithmetic": estimate.categories(),
+        "moment": estimate.moment,
+        "all_weights": _all_weights(config, world_size, gpus_per_node),
+        "total": total,
+        "available": gpu.memory,
+        "fits": fit,
+        "flops": step.flops,
+        "sent": step.sent,
+        **_speed(config, gpu, world_size, mfu, tokens),
+        "origins": found | _drawn(config, drawing_seconds(config, gpu)),
+        "instead": None if fit else _instead(config, gpu, world_size, gpus_per_node),
+    }
 
 # %% ../chapters/37_plan.ipynb #32495c8d
 from typing import TYPE_CHECKING
