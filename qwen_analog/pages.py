@@ -217,10 +217,8 @@ class RowPages(PageMemory):
         if missing + copies > len(self.pool.free):
             return False
         if kept:  # it goes on in a page that is begun
-            spare = len(self.pool.free) > missing
-            pages[now] = self.own(pages[now], kept, spare)
-        for _ in range(missing):
-            pages.append(self.new_page())
+            pages[now] = self.own(pages[now], kept, len(self.pool.free) > missing)
+        pages += [self.new_page() for _ in range(missing)]
         self.reserved[row] = tokens
         return True
 
