@@ -43,14 +43,16 @@ def set_activation_checkpointing(model: QwenForCausalLM, mode: str) -> None:
     "none" computes nothing again, "full" all that is needed (Chen et al. 2016).
     "selective" keeps the results of matrix products and of attention, and computes the
     cheap rest again; nothing reads the down projection's result, so it is not kept.
-    (To choose by cost is from Korthikanti et al. 2022, who dropped attention's tables.)
     ValueError for another mode.
     """
     _check_choice("activation_checkpointing", mode, ACTIVATION_CHECKPOINTING)
     down = model.config.intermediate_size, model.config.hidden_size
 
     def policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-        keep = op in _ATTENTION or op in _MATMUL and args[-1].shape != down
+        if op in _MATMUL:
+            keep = args[-1].shape != down  # the last argument is the matrix
+        else:
+            keep = op in _ATTENTION
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     if mode == "none":

@@ -26,6 +26,14 @@ def page_digest(before: bytes, tokens: Sequence[int]) -> bytes:
     """
     return hashlib.sha256(before + repr(list(tokens)).encode()).digest()
 
+# %% ../chapters/29_pages.ipynb #m2p29-find
+def equal_tokens(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return how many tokens two texts have in common at their beginning."""
+    count = 0
+    while count < min(len(a), len(b)) and a[count] == b[count]:
+        count += 1
+    return count
+
 # %% ../chapters/29_pages.ipynb #cell-015
 class PageHolders:
     """Who holds which page, and which are free."""
@@ -85,17 +93,9 @@ class PagePool(PageHolders):
         pages = self._after.get(before, {})
         if tokens in pages:
             return pages[tokens], len(tokens)
-        alike = {page: _alike(content, tokens) for content, page in pages.items()}
+        alike = {page: equal_tokens(content, tokens) for content, page in pages.items()}
         best = max(alike, key=alike.__getitem__, default=-1)
         return best, alike.get(best, 0)
-
-# %% ../chapters/29_pages.ipynb #cell-018
-def _alike(a: Sequence[int], b: Sequence[int]) -> int:
-    """Return how many tokens two texts have in common at their beginning."""
-    count = 0
-    while count < min(len(a), len(b)) and a[count] == b[count]:
-        count += 1
-    return count
 
 # %% ../chapters/29_pages.ipynb #cell-028
 @dataclass(frozen=True)
@@ -212,12 +212,12 @@ class RowPages(PageMemory):
         """Make room for the next `tokens` of `row`; False where pages are missing."""
         pages, size, length = self.tables.pages[row], self.pool.size, self.lengths[row]
         now, kept = divmod(length, size)
-        begun = pages[now : now + 1] if kept else []  # where it goes on
         missing = pages_for(length + len(tokens), size) - len(pages)
-        if missing + sum(self.pool.holders[p] > 1 for p in begun) > len(self.pool.free):
+        copies = 1 if kept and self.pool.holders[pages[now]] > 1 else 0
+        if missing + copies > len(self.pool.free):
             return False
-        spare = len(self.pool.free) > missing
-        pages[now : now + len(begun)] = [self.own(p, kept, spare) for p in begun]
+        if kept:  # it goes on in a page that is begun
+            pages[now] = self.own(pages[now], kept, len(self.pool.free) > missing)
         pages += [self.new_page() for _ in range(missing)]
         self.reserved[row] = tokens
         return True

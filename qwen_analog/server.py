@@ -23,21 +23,24 @@ async def _checked(stream: AsyncIterable[Delta]) -> AsyncIterator[Delta]:
         yield delta
 
 
+def _event(values: dict) -> str:
+    return f"data: {json.dumps(values)}\n\n"
+
+
 async def _events(
     stream: AsyncIterable[Delta], writer: ReplyWriter, scope: Scope
 ) -> AsyncIterator[str]:
     """Yield the server-sent events of an answer; an error is the last one."""
-    event = lambda values: f"data: {json.dumps(values)}\n\n"
     try:
         for chunk in writer.openings():
-            yield event(chunk)
+            yield _event(chunk)
         async for delta in _checked(stream):
-            yield event(writer.chunk(delta))
+            yield _event(writer.chunk(delta))
         if writer.with_usage:
-            yield event(writer.usage_chunk())
+            yield _event(writer.usage_chunk())
         yield "data: [DONE]\n\n"
     except Exception as error:
-        yield event(_api_error(error, scope).body())
+        yield _event(_api_error(error, scope).body())
 
 # %% ../chapters/B41_application.ipynb #application-05
 import asyncio
