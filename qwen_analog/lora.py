@@ -219,7 +219,7 @@ def _target_modules(model: QwenForCausalLM) -> list[str]:
 def load_lora(model: QwenForCausalLM, directory: str | Path) -> QwenForCausalLM:
     """Freeze the model and put the adapters of a PEFT directory on it; return it.
 
-    Generation settings that lie there replace the model's. Raises ValueError, and
+    Generation settings saved there replace the model's. Raises ValueError, and
     changes nothing, for adapters of another kind or another model.
     """
     directory = Path(directory)

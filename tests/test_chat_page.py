@@ -115,6 +115,42 @@ def test_an_answer_is_seen_while_it_is_written_and_can_be_stopped(visit, slowly)
     idle(engine)
 
 
+def test_the_focus_is_never_lost(visit, slowly):
+    page = visit(endless(max_batch=1, max_context=3000)).page
+
+    def begin():
+        page.keyboard.press("Enter")
+        page.locator(".writing .token").nth(2).wait_for()
+
+    def focus():
+        return page.evaluate("document.activeElement.id")
+
+    page.get_by_label("Message").fill("Hello")
+    page.keyboard.press("Tab")
+    assert focus() == "send"
+    begin()
+    assert focus() == "stop"
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".writing", state="detached")
+    assert focus() == "text"
+    again = page.get_by_role("button", name="Regenerate")
+    again.focus()
+    begin()
+    assert focus() == "again" and again.is_disabled()
+    page.keyboard.press("Enter")  # does nothing while an answer is written
+    assert page.locator(".assistant").count() == 1
+    page.keyboard.press("Escape")
+    page.wait_for_selector(".writing", state="detached")
+    assert focus() == "again" and again.is_enabled()
+    # an answer that ends while Stop has the focus
+    page.get_by_label("Most tokens").fill("30")
+    again.focus()
+    begin()
+    page.locator("#stop").focus()
+    page.wait_for_selector(".writing", state="detached")
+    assert focus() == "text"
+
+
 def test_another_answer_to_the_same_question(visit):
     page = visit(AsyncEngine(MODEL, TOKENIZER, max_batch=2, max_context=400)).page
     asked = []

@@ -249,10 +249,14 @@ async function write(takeBack) {
 // --- what one can do
 
 function setButtons() {
+  const focused = document.activeElement;
   $("send").hidden = writing !== null;
   $("stop").hidden = writing === null;
-  $("again").disabled = writing !== null || messages.length === 0;
+  $("again").disabled = messages.length === 0;
+  $("again").ariaDisabled = writing !== null; // what is disabled loses the focus
   $("clear").disabled = writing !== null;
+  if (focused === $("send") && writing) $("stop").focus();
+  if (focused === $("stop") && !writing) $("text").focus();
 }
 
 function fitText() {
