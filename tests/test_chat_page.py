@@ -143,7 +143,7 @@ def test_the_focus_is_never_lost(visit, slowly):
     page.wait_for_selector(".writing", state="detached")
     assert focus() == "again" and again.is_enabled()
     # an answer that ends while Stop has the focus
-    page.get_by_label("Most tokens").fill("30")
+    page.get_by_label("Most tokens").fill("200")
     again.focus()
     begin()
     page.locator("#stop").focus()
