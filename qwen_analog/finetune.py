@@ -676,6 +676,7 @@ def save_adapters(config: TrainConfig) -> None:
         model = QwenForCausalLM(config.qwen_config())
     add_adapters(model, config)
     model.load_state_dict(checkpoint["model_state_dict"], strict=False, assign=True)
+    model.generation_config = checkpoint.get("generation_config")
     kind, _, source = config.tokenizer.partition(":")
     base = source if kind == "source" else None
     shutil.rmtree(output / "adapter", ignore_errors=True)  # of an earlier end

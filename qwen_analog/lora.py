@@ -133,10 +133,11 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .config import shown
+from .config import GenerationDefaults, shown
 from .files import commit_partial, new_partial, read_json, write_json
 
 _PREFIX = "base_model.model."
+_GENERATION = "generation_config.json"
 
 # %% ../chapters/22_lora.ipynb #cell-064
 def save_lora(
@@ -144,7 +145,8 @@ def save_lora(
 ) -> Path:
     """Write the adapters as PEFT does: adapter_config.json, adapter_model.safetensors.
 
-    `base` names the model that they belong to. The directory appears whole or not at
+    `base` names the model that they belong to; its generation settings, which PEFT has
+    no place for, go into generation_config.json. The directory appears whole or not at
     all. Raises ValueError for one that exists and for a model without adapters.
     """
     layers = lora_layers(model)
@@ -158,6 +160,9 @@ def save_lora(
     partial = new_partial(directory)
     try:
         write_json(_adapter_config(model, base), partial / "adapter_config.json")
+        if model.generation_config:
+            settings = model.generation_config.to_dict()
+            write_json(settings, partial / _GENERATION)
         path = partial / "adapter_model.safetensors"
         save_file(tensors, path, metadata={"format": "pt"})
         # it is made for its owner alone: give it the mode that new files have here
@@ -214,13 +219,14 @@ def _target_modules(model: QwenForCausalLM) -> list[str]:
 def load_lora(model: QwenForCausalLM, directory: str | Path) -> QwenForCausalLM:
     """Freeze the model and put the adapters of a PEFT directory on it; return it.
 
-    Raises ValueError, and changes nothing, for adapters of another kind or another
-    model.
+    Generation settings saved there replace the model's. Raises ValueError, and
+    changes nothing, for adapters of another kind or another model.
     """
     directory = Path(directory)
     _refuse_second_adapter(model)
     config = read_adapter_config(directory)
     pairs = _read_pairs(model, directory / "adapter_model.safetensors")
+    model.generation_config = _read_generation(model, directory / _GENERATION)
     model.requires_grad_(False)
     linears = block_linears(model)
     for name, (A, B) in pairs.items():
@@ -234,6 +240,17 @@ def load_lora(model: QwenForCausalLM, directory: str | Path) -> QwenForCausalLM:
     return model
 
 # %% ../chapters/22_lora.ipynb #cell-069
+def _read_generation(model: QwenForCausalLM, path: Path) -> dict[str, Any]:
+    """Return the model's generation settings with those of a file, where there is one.
+
+    Fine-tuning adds the token that ends an answer, which the base may not end at.
+    """
+    given = read_json(path) if path.exists() else {}
+    vocab_size = model.config.vocab_size
+    own = GenerationDefaults.from_dict(given, vocab_size, path).to_dict()
+    return {**model.generation_config.to_dict(), **own}
+
+
 def _alpha_of(name: str, config: dict[str, Any]) -> float:
     """Return the alpha of a layer: that of the first pattern that fits, or of all."""
     for pattern, alpha in (config.get("alpha_pattern") or {}).items():

@@ -115,6 +115,42 @@ def test_an_answer_is_seen_while_it_is_written_and_can_be_stopped(visit, slowly)
     idle(engine)
 
 
+def test_the_focus_is_never_lost(visit, slowly):
+    page = visit(endless(max_batch=1, max_context=3000)).page
+
+    def begin():
+        page.keyboard.press("Enter")
+        page.locator(".writing .token").nth(2).wait_for()
+
+    def focus():
+        return page.evaluate("document.activeElement.id")
+
+    page.get_by_label("Message").fill("Hello")
+    page.keyboard.press("Tab")
+    assert focus() == "send"
+    begin()
+    assert focus() == "stop"
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".writing", state="detached")
+    assert focus() == "text"
+    again = page.get_by_role("button", name="Regenerate")
+    again.focus()
+    begin()
+    assert focus() == "again" and again.is_disabled()
+    page.keyboard.press("Enter")  # does nothing while an answer is written
+    assert page.locator(".assistant").count() == 1
+    page.keyboard.press("Escape")
+    page.wait_for_selector(".writing", state="detached")
+    assert focus() == "again" and again.is_enabled()
+    # an answer that ends while Stop has the focus
+    page.get_by_label("Most tokens").fill("200")
+    again.focus()
+    begin()
+    page.locator("#stop").focus()
+    page.wait_for_selector(".writing", state="detached")
+    assert focus() == "text"
+
+
 def test_another_answer_to_the_same_question(visit):
     page = visit(AsyncEngine(MODEL, TOKENIZER, max_batch=2, max_context=400)).page
     asked = []
@@ -208,6 +244,87 @@ def test_errors_are_one_line(visit):
     # Chromium notes each refusal
     assert all("400" in line for line in visitor.noted) and len(visitor.noted) == 4
     visitor.noted.clear()
+
+
+def refused(visitor, count=1):
+    """The line of a refusal, which Chromium notes as well."""
+    visitor.page.wait_for_selector("#error:not(:empty)")
+    visitor.page.wait_for_selector(".writing", state="detached")
+    assert all("400" in line for line in visitor.noted)
+    assert len(visitor.noted) == 2 * count
+    visitor.noted.clear()
+    return visitor.page.locator("#error").text_content()
+
+
+def test_a_refusal_leaves_the_conversation_as_it_was(visit):
+    visitor = visit(endless(max_batch=2, max_context=300))
+    page = visitor.page
+    asked = []
+    page.on("request", lambda r: r.method == "POST" and asked.append(r.post_data_json))
+    page.get_by_label("Most tokens").fill("5")
+    send(page)
+    first = answer(page)
+    send(page, "x" * 400)  # does not fit without the first turn, either
+    assert "of the prompt and 5 of the answer do not fit" in refused(visitor, 2)
+    assert page.locator(".user").count() == page.locator(".assistant").count() == 1
+    assert page.get_by_label("Message").input_value() == "x" * 400
+    send(page, "short")
+    answer(page, 1)
+    assert page.locator("#error").text_content() == ""
+    said = [message["content"] for message in asked[-1]["messages"]]
+    assert said == ["Hello", first, "short"]
+    # a setting that is refused: the former answer stays
+    second = answer(page, 1)
+    page.get_by_label("Seed").fill("1.5")
+    page.get_by_role("button", name="Regenerate").click()
+    assert "seed must be a whole number" in refused(visitor)
+    assert answer(page, 1) == second
+    page.get_by_label("Seed").fill("")
+    page.get_by_role("button", name="Regenerate").click()
+    answer(page, 1)
+    assert page.locator(".user").count() == page.locator(".assistant").count() == 2
+    assert [message["content"] for message in asked[-1]["messages"]] == said
+
+
+def test_a_full_context_forgets_the_oldest_turns(visit):
+    visitor = visit(endless(max_batch=2, max_context=300))
+    page = visitor.page
+    asked = []
+    page.on("request", lambda r: r.method == "POST" and asked.append(r.post_data_json))
+    page.get_by_label("Most tokens").fill("5")
+    page.get_by_label("System prompt").fill("Be brief.")
+    for turn in range(1, 13):
+        send(page, f"question {turn}")
+        page.locator(".assistant").nth(turn - 1).wait_for()
+        answer(page)
+        assert page.locator("#error").text_content() == ""
+        assert page.locator(".assistant").count() == turn
+        system, *rest = asked[-1]["messages"]
+        assert system["content"] == "Be brief."
+        roles = [message["role"] for message in rest]
+        assert roles == ["user", "assistant"] * (len(rest) // 2) + ["user"]
+        assert rest[-1]["content"] == f"question {turn}"
+    left_out = 2 * 12 - 1 - len(rest)
+    notes = page.locator("#chat > .notes").all_text_contents()
+    assert len(notes) > 1 and notes[-1] == (
+        f"The context is full: the first {left_out} messages are no longer read."
+    )
+    assert all("400" in line for line in visitor.noted)
+    visitor.noted.clear()
+    page.get_by_role("button", name="Regenerate").click()
+    answer(page)
+    assert asked[-1]["messages"] == [system, *rest]
+    # the longest message that fits, alone
+    empty = [system, {"role": "user", "content": ""}]
+    long = "y" * (300 - 5 - len(chat_ids(TOKENIZER, empty)))
+    send(page, long)
+    answer(page)
+    assert [m["content"] for m in asked[-1]["messages"]] == ["Be brief.", long]
+    visitor.noted.clear()
+    page.get_by_role("button", name="New chat").click()
+    send(page)
+    answer(page)
+    assert asked[-1]["messages"] == [system, *QUESTION]
 
 
 def test_an_error_in_the_middle_of_an_answer(visit):

@@ -26,11 +26,11 @@ from training import (  # noqa: F401
 from safetensors.torch import load_file
 from weights_helpers import TOKENIZER, small
 
-from qwen_analog import QwenForCausalLM
+from qwen_analog import QwenForCausalLM, load
 from qwen_analog.archive import CheckpointError
 from qwen_analog.attention import document_mask
 from qwen_analog.batches import open_data
-from qwen_analog.chat_template import chat_ids
+from qwen_analog.chat_template import chat_ids, has_chat_format
 from qwen_analog.checkpoint import load_checkpoint, load_model, save_checkpoint
 from qwen_analog.cli import main
 from qwen_analog.corpora import first_sentence
@@ -647,6 +647,20 @@ def test_adapters_resume_exactly_and_open_merged(conversations):
     name = "model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(files[name], merged.state_dict()[name])
     assert not any("lora" in name for name in files)
+
+
+def test_the_adapter_converses_as_the_final_model_does(conversations):
+    assert not has_chat_format(*load("base"))
+    train(chat_settings(**LORA), init_from="base")
+    final, tokenizer = load("checkpoints/final")
+    model, _ = load("checkpoints/adapter")
+    assert has_chat_format(model, tokenizer)
+    assert model.generation_config == final.generation_config
+    assert model.generation_config.eos_token_id[0] == answer_end(tokenizer)
+    # a run that goes on from the adapter
+    train(chat_settings(output_dir="on", **LORA), init_from="checkpoints/adapter")
+    on, _ = load("on/adapter", base="base")
+    assert on.generation_config == final.generation_config
 
 
 MEASURED = ("loss", "grad_norm", "learning_rate", "tokens", "heldout_loss")

@@ -121,6 +121,24 @@ def test_off_merged_and_opened(tmp_path):
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_generation_settings_stay_with_an_adapter(tmp_path):
+    model, path = adapted(), tmp_path / "a" / "generation_config.json"
+    save_lora(model, tmp_path / "a")
+    assert not path.exists()  # nothing to say
+    model.generation_config = {"eos_token_id": [7, 3], "temperature": 0.5}
+    save_lora(model, tmp_path / "b")
+    (tmp_path / "b" / path.name).rename(path)
+    base = small_model()
+    base.generation_config = {"eos_token_id": 3, "top_k": 9}
+    expected = {"eos_token_id": [7, 3], "temperature": 0.5, "top_k": 9}
+    assert load_lora(base, tmp_path / "a").generation_config == expected
+    path.write_text('{"eos_token_id": 99999}')
+    base = small_model()
+    with pytest.raises(ValueError, match="generation_config.json: eos_token_id 99999"):
+        load_lora(base, tmp_path / "a")
+    assert not lora_layers(base) and not base.generation_config
+
+
 def test_an_adapter_is_put_on_the_base_that_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = adapted()

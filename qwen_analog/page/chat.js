@@ -8,6 +8,7 @@ const NUMBERS = [
 ];
 let model = null;
 let messages = []; // {role, content}, without the system prompt
+let forgotten = 0; // messages at the front that no longer fit into the context
 let writing = null; // the AbortController of the answer that is being written
 
 function element(name, className, text = "") {
@@ -41,7 +42,9 @@ async function ask(path, options = {}) {
     $("key").focus();
   }
   const body = await response.json().catch(() => ({}));
-  throw new Error(body.error?.message ?? `the server says ${response.status}`);
+  const refusal = new Error(body.error?.message ?? `the server says ${response.status}`);
+  refusal.code = body.error?.code;
+  throw refusal;
 }
 
 async function findModel() {
@@ -69,11 +72,12 @@ async function* events(response) {
   }
 }
 
-function requestBody() {
+function requestBody(from) {
   const system = $("system").value.trim();
+  const said = messages.slice(from);
   const body = {
     model,
-    messages: [...(system ? [{ role: "system", content: system }] : []), ...messages],
+    messages: [...(system ? [{ role: "system", content: system }] : []), ...said],
     stream: true,
     stream_options: { include_usage: true },
     logprobs: true,
@@ -84,6 +88,24 @@ function requestBody() {
     if (!Number.isNaN(value)) body[name] = value;
   }
   return JSON.stringify(body);
+}
+
+// Where the conversation is too long, the older half of its turns is left out.
+async function askForAnswer(signal) {
+  const users = [...messages.keys()].filter((i) => messages[i].role === "user");
+  let from = forgotten;
+  for (;;) {
+    const options = { method: "POST", body: requestBody(from), signal };
+    try {
+      const response = await ask("v1/chat/completions", options);
+      forgotten = from;
+      return response;
+    } catch (error) {
+      const later = users.filter((i) => i > from);
+      if (error.code !== "context_length_exceeded" || !later.length) throw error;
+      from = later[(later.length - 1) >> 1];
+    }
+  }
 }
 
 // --- an answer on the page
@@ -163,7 +185,10 @@ function notes(times, usage, reason) {
   return parts.join(" · ");
 }
 
-async function write() {
+// `takeBack` makes the conversation what it was, where there is no answer.
+async function write(takeBack) {
+  const before = forgotten;
+  const full = element("p", "notes");
   const box = addMessage("assistant", "");
   const answer = new Answer(box.querySelector(".text"));
   const line = element("p", "notes");
@@ -177,8 +202,12 @@ async function write() {
   setButtons();
   try {
     if (model === null) await findModel();
-    const options = { method: "POST", body: requestBody(), signal: writing.signal };
-    const response = await ask("v1/chat/completions", options);
+    const response = await askForAnswer(writing.signal);
+    if (forgotten > before) {
+      const first = `the first ${forgotten} messages are no longer read`;
+      full.textContent = `The context is full: ${first}.`;
+      box.before(full);
+    }
     for await (const event of events(response)) {
       usage = event.usage ?? usage;
       for (const choice of event.choices) {
@@ -209,7 +238,10 @@ async function write() {
     messages.push({ role: "assistant", content: answer.text });
     box.querySelector(".text").tabIndex = 0; // for the arrow keys
   } else if ($("error").textContent) {
+    full.remove();
     box.remove();
+    forgotten = before;
+    takeBack();
   }
   setButtons();
 }
@@ -217,10 +249,14 @@ async function write() {
 // --- what one can do
 
 function setButtons() {
+  const focused = document.activeElement;
   $("send").hidden = writing !== null;
   $("stop").hidden = writing === null;
-  $("again").disabled = writing !== null || messages.length === 0;
+  $("again").disabled = messages.length === 0;
+  $("again").ariaDisabled = writing !== null; // what is disabled loses the focus
   $("clear").disabled = writing !== null;
+  if (focused === $("send") && writing) $("stop").focus();
+  if (focused === $("stop") && !writing) $("text").focus();
 }
 
 function fitText() {
@@ -232,24 +268,35 @@ function send() {
   const text = $("text").value;
   if (writing || !text.trim()) return;
   messages.push({ role: "user", content: text });
-  addMessage("user", text);
+  const box = addMessage("user", text);
   $("text").value = "";
   fitText();
-  write();
+  write(() => {
+    messages.pop();
+    box.remove();
+    // what was typed meanwhile stays
+    $("text").value = [text, $("text").value].filter(Boolean).join("\n");
+    fitText();
+  });
 }
 
 function again() {
   if (writing || !messages.length) return;
-  if (messages.at(-1).role === "assistant") messages.pop();
+  const said = messages.at(-1).role === "assistant" ? [messages.pop()] : [];
   const last = $("chat").lastElementChild;
-  if (last?.classList.contains("assistant")) last.remove();
+  const shown = last?.classList.contains("assistant") ? [last] : [];
+  shown.forEach((box) => box.remove());
   hideToken();
-  write();
+  write(() => {
+    messages.push(...said);
+    $("chat").append(...shown);
+  });
 }
 
 function clear() {
   if (writing) return;
   messages = [];
+  forgotten = 0;
   $("chat").replaceChildren();
   $("error").textContent = "";
   hideToken();
