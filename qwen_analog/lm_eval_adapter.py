@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from .arguments import one_line
 from .chat_template import chat_ids
 from .model import QwenForCausalLM
 from .scoring import score_tokens, token_nll
@@ -362,11 +363,19 @@ def _read_tasks(tasks: Sequence[str]) -> list:
             raise ValueError(f"{task}: there is no such task file")
     # the harness's own tasks are looked through only where one is asked for by name
     manager = TaskManager(include_defaults=not all(files.values()))
-    read = {}
-    for task in files:
+    read, sources = {}, {}
+    for task, is_file in files.items():
         try:
-            read |= manager.load(task)["tasks"]
+            found = manager.load(task)["tasks"]
         except Exception as error:  # of yaml, of datasets, of the harness: any kind
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error)
             raise ValueError(f"{task}: no task can be made of it: {reason}") from None
+        for name in read.keys() & found.keys():
+            if is_file or files[sources[name]]:  # else both are the harness's own
+                raise ValueError(
+                    f"{task}: the task {name} is in {sources[name]} too: give one of"
+                    " them another name, or leave one out"
+                )
+        read |= found
+        sources |= dict.fromkeys(found, task)
     return list(read.values())

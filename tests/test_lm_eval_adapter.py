@@ -442,6 +442,14 @@ def test_a_task_that_cannot_be_read_is_named(tasks, text, message):
     assert "\n" not in str(raised.value)
 
 
+def test_two_tasks_of_one_name_are_refused(tasks):
+    Path("b").mkdir()
+    Path("b/choices.yaml").write_text(CHOICES.replace(" is", " was"))
+    message = "b/choices.yaml: the task choices is in choices.yaml too: give one of"
+    with pytest.raises(ValueError, match=message):
+        run_tasks(tasks, BYTES, ["last_word.yaml", "choices.yaml", "b/choices.yaml"])
+
+
 def test_paired_scores():
     difference, error = paired_scores([1, 1, 0, 0], [1, 1, 0, 1])
     assert difference == 0.25 and error == pytest.approx(0.25)
