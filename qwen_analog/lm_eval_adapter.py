@@ -13,10 +13,12 @@ from typing import Any
 
 from .arguments import one_line
 from .chat_template import chat_ids
+from .generate import stop_ids
+from .hf_tokenizer import BackendTokenizer
 from .model import QwenForCausalLM
 from .scoring import score_tokens, token_nll
 from .text_stream import stream
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, control_tokens
 
 # %% ../chapters/B30_lm_eval.ipynb #cell-012
 def _split(
@@ -76,7 +78,7 @@ def _score_texts(
     scored = token_nll(model, tokenizer, texts, stride=stride, batch_size=batch_size)
     return [-float(nll.sum()) for nll in scored]
 
-
+# %% ../chapters/B30_lm_eval.ipynb #cell-018-write
 def _continue(
     model: QwenForCausalLM,
     tokenizer: Tokenizer,
@@ -85,14 +87,37 @@ def _continue(
     context: str,
     options: dict,
 ) -> str:
-    """Return what the model writes after a context, with a task's options."""
+    """Return what the model writes after a context, with a task's options; of control
+    tokens nothing but that they may end it.
+    """
     ids = tokenizer.encode(context, special=is_chat)
     if add_bos_token or not ids:
         ids = [tokenizer.eos_token_id, *ids]
     limit = model.config.max_position_embeddings
-    return "".join(
-        stream(model, tokenizer, **_fitting(ids, _harness_options(options), limit))
-    )
+    asked = _fitting(ids, _harness_options(options), limit)
+    controls = control_tokens(tokenizer)
+    ends = [controls[text] for text in asked["stop"] if text in controls]
+    ends += stop_ids(model, tokenizer)
+    silent: Any = _Silent(tokenizer)
+    return "".join(stream(model, silent, eos_token_id=ends, **asked))
+
+
+class _Silent:
+    """A tokenizer whose texts lack control tokens, as the harness reads what
+    `transformers` writes.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._left_out = set(control_tokens(tokenizer).values())
+        if isinstance(tokenizer, BackendTokenizer):
+            self._left_out = tokenizer.special_ids
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode([i for i in ids if i not in self._left_out])
 
 # %% ../chapters/B30_lm_eval.ipynb #cell-020
 def _template_lm() -> Any:
