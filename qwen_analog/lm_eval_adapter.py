@@ -6,7 +6,8 @@
 __all__ = ['lm_eval_model', 'chat_prompt', 'run_tasks', 'paired_scores']
 
 # %% ../chapters/B30_lm_eval.ipynb #cell-003
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -235,23 +236,24 @@ def run_tasks(
     the current directory, as they are for lm-eval. The first `limit` questions only,
     each with `num_fewshot` solved ones before it, where given. With
     `apply_chat_template` they are turns of a conversation in the model's own form.
-    ValueError for a task that cannot be read.
+    ValueError for a task that cannot be read or scored.
     """
     chat = apply_chat_template
     adapter = lm_eval_model(model, tokenizer, add_bos_token=add_bos_token, is_chat=chat)
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    found = simple_evaluate(
-        model=adapter,
-        tasks=_read_tasks(tasks),
-        num_fewshot=num_fewshot,
-        limit=limit,
-        apply_chat_template=chat,
-        bootstrap_iters=1000,
-        # the tasks are read already, so the harness's own need not be looked through
-        task_manager=TaskManager(include_defaults=False),
-    )
+    asked = {"num_fewshot": num_fewshot, "limit": limit, "apply_chat_template": chat}
+    read = _read_tasks(tasks)
+    with _failures_named(tasks):
+        found = simple_evaluate(
+            model=adapter,
+            tasks=read,
+            **asked,
+            bootstrap_iters=1000,
+            # the tasks are read already, the harness's own need not be looked through
+            task_manager=TaskManager(include_defaults=False),
+        )
     return {
         name: _of_task(found["results"][name], samples)
         for name, samples in found["samples"].items()
@@ -404,3 +406,18 @@ def _read_tasks(tasks: Sequence[str]) -> list:
         read |= found
         sources |= dict.fromkeys(found, task)
     return list(read.values())
+
+# %% ../chapters/B30_lm_eval.ipynb #cell-074-fails
+@contextmanager
+def _failures_named(tasks: Sequence[str]) -> Iterator[None]:
+    """Turn what fails within the harness into a ValueError that names the tasks."""
+    try:
+        yield
+    except (ValueError, OSError, MemoryError, RuntimeError):
+        raise  # they say what is wrong, or are of torch
+    except Exception as error:
+        kind, reason = type(error).__name__, one_line(error)
+        raise ValueError(
+            f"{', '.join(map(str, tasks))}: lm-eval fails on a task ({kind}: {reason}):"
+            " correct it, its metrics for example, or leave it out"
+        ) from error

@@ -479,6 +479,18 @@ def test_two_tasks_of_one_name_are_refused(tasks):
         run_tasks(tasks, BYTES, ["last_word.yaml", "choices.yaml", "b/choices.yaml"])
 
 
+def test_a_task_that_the_harness_cannot_score_is_named(tasks):
+    for name in ("fails", "fails_too"):
+        text = task(name, "multiple_choice", "doc_to_choice: answers\n")
+        text += "doc_to_target: right\nmetric_list: [{metric: likelihood}]\n"
+        Path(f"{name}.yaml").write_text(text)
+    message = (
+        r"^fails.yaml, fails_too.yaml: lm-eval fails on a task \(TypeError: .*out$"
+    )
+    with pytest.raises(ValueError, match=message):
+        run_tasks(tasks, BYTES, ["fails.yaml", "fails_too.yaml"])
+
+
 def test_paired_scores():
     difference, error = paired_scores([1, 1, 0, 0], [1, 1, 0, 1])
     assert difference == 0.25 and error == pytest.approx(0.25)
