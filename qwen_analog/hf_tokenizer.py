@@ -67,6 +67,9 @@ class BackendTokenizer(Tokenizer):
     ):
         # texts come one by one; else the library warns at each fork
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        own = backend.get_added_tokens_decoder()
+        # by the file, before more are marked: what `transformers` leaves out of texts
+        self.special_ids = {i for i, token in own.items() if token.special}
         make_deterministic(backend)
         self.backend = backend
         self.lock = threading.Lock()  # what is special is the backend's state

@@ -6,16 +6,20 @@
 __all__ = ['lm_eval_model', 'chat_prompt', 'run_tasks', 'paired_scores']
 
 # %% ../chapters/B30_lm_eval.ipynb #cell-003
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from .arguments import one_line
 from .chat_template import chat_ids
+from .generate import stop_ids
+from .hf_tokenizer import BackendTokenizer
 from .model import QwenForCausalLM
 from .scoring import score_tokens, token_nll
 from .text_stream import stream
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, control_tokens
 
 # %% ../chapters/B30_lm_eval.ipynb #cell-012
 def _split(
@@ -75,7 +79,7 @@ def _score_texts(
     scored = token_nll(model, tokenizer, texts, stride=stride, batch_size=batch_size)
     return [-float(nll.sum()) for nll in scored]
 
-
+# %% ../chapters/B30_lm_eval.ipynb #cell-018-write
 def _continue(
     model: QwenForCausalLM,
     tokenizer: Tokenizer,
@@ -84,14 +88,37 @@ def _continue(
     context: str,
     options: dict,
 ) -> str:
-    """Return what the model writes after a context, with a task's options."""
+    """Return what the model writes after a context, with a task's options; of control
+    tokens nothing but that they may end it.
+    """
     ids = tokenizer.encode(context, special=is_chat)
     if add_bos_token or not ids:
         ids = [tokenizer.eos_token_id, *ids]
     limit = model.config.max_position_embeddings
-    return "".join(
-        stream(model, tokenizer, **_fitting(ids, _harness_options(options), limit))
-    )
+    asked = _fitting(ids, _harness_options(options), limit)
+    controls = control_tokens(tokenizer)
+    ends = [controls[text] for text in asked["stop"] if text in controls]
+    ends += stop_ids(model, tokenizer)
+    silent: Any = _Silent(tokenizer)
+    return "".join(stream(model, silent, eos_token_id=ends, **asked))
+
+
+class _Silent:
+    """A tokenizer whose texts lack control tokens, as the harness reads what
+    `transformers` writes.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._left_out = set(control_tokens(tokenizer).values())
+        if isinstance(tokenizer, BackendTokenizer):
+            self._left_out = tokenizer.special_ids
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode([i for i in ids if i not in self._left_out])
 
 # %% ../chapters/B30_lm_eval.ipynb #cell-020
 def _template_lm() -> Any:
@@ -209,23 +236,24 @@ def run_tasks(
     the current directory, as they are for lm-eval. The first `limit` questions only,
     each with `num_fewshot` solved ones before it, where given. With
     `apply_chat_template` they are turns of a conversation in the model's own form.
-    ValueError for a task that cannot be read.
+    ValueError for a task that cannot be read or scored.
     """
     chat = apply_chat_template
     adapter = lm_eval_model(model, tokenizer, add_bos_token=add_bos_token, is_chat=chat)
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    found = simple_evaluate(
-        model=adapter,
-        tasks=_read_tasks(tasks),
-        num_fewshot=num_fewshot,
-        limit=limit,
-        apply_chat_template=chat,
-        bootstrap_iters=1000,
-        # the tasks are read already, so the harness's own need not be looked through
-        task_manager=TaskManager(include_defaults=False),
-    )
+    asked = {"num_fewshot": num_fewshot, "limit": limit, "apply_chat_template": chat}
+    read = _read_tasks(tasks)
+    with _failures_named(tasks):
+        found = simple_evaluate(
+            model=adapter,
+            tasks=read,
+            **asked,
+            bootstrap_iters=1000,
+            # the tasks are read already, the harness's own need not be looked through
+            task_manager=TaskManager(include_defaults=False),
+        )
     return {
         name: _of_task(found["results"][name], samples)
         for name, samples in found["samples"].items()
@@ -362,11 +390,34 @@ def _read_tasks(tasks: Sequence[str]) -> list:
             raise ValueError(f"{task}: there is no such task file")
     # the harness's own tasks are looked through only where one is asked for by name
     manager = TaskManager(include_defaults=not all(files.values()))
-    read = {}
-    for task in files:
+    read, sources = {}, {}
+    for task, is_file in files.items():
         try:
-            read |= manager.load(task)["tasks"]
+            found = manager.load(task)["tasks"]
         except Exception as error:  # of yaml, of datasets, of the harness: any kind
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error)
             raise ValueError(f"{task}: no task can be made of it: {reason}") from None
+        for name in read.keys() & found.keys():
+            if is_file or files[sources[name]]:  # else both are the harness's own
+                raise ValueError(
+                    f"{task}: the task {name} is in {sources[name]} too: give one of"
+                    " them another name, or leave one out"
+                )
+        read |= found
+        sources |= dict.fromkeys(found, task)
     return list(read.values())
+
+# %% ../chapters/B30_lm_eval.ipynb #cell-074-fails
+@contextmanager
+def _failures_named(tasks: Sequence[str]) -> Iterator[None]:
+    """Turn what fails within the harness into a ValueError that names the tasks."""
+    try:
+        yield
+    except (ValueError, OSError, MemoryError, RuntimeError):
+        raise  # they say what is wrong, or are of torch
+    except Exception as error:
+        kind, reason = type(error).__name__, one_line(error)
+        raise ValueError(
+            f"{', '.join(map(str, tasks))}: lm-eval fails on a task ({kind}: {reason}):"
+            " correct it, its metrics for example, or leave it out"
+        ) from error

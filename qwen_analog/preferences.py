@@ -100,6 +100,7 @@ import numpy as np
 from .chat_template import chat_ids
 from .data import PackedDataset
 from .distributed import DistributedContext
+from .finetune import refuse_message_fields, refuse_record_fields
 from .finetune import split_examples
 from .jsonl import DataError, Line
 from .jsonl import parse_json, read_lines, refuse_surrogates
@@ -136,6 +137,7 @@ def encode_pair(
     for name in ("prompt", "chosen", "rejected"):
         if name not in record:
             raise ValueError(f'no field "{name}"')
+    refuse_record_fields(record)
     if record["chosen"] == record["rejected"]:
         raise ValueError("both answers are the same, so nothing is preferred")
     asked, tools = field_messages(record, "prompt"), checked_tools(record.get("tools"))
@@ -169,6 +171,10 @@ def field_messages(record: dict, name: str, role: str = "user") -> list[dict[str
 def _field_message(name: str, message: Any) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise ValueError(f'"{name}" needs a text, or messages with texts')
+    try:
+        refuse_message_fields(message)
+    except ValueError as error:
+        raise ValueError(f'"{name}": {error}') from None
     role, content, calls = map(message.get, ("role", "content", "tool_calls"))
     if calls and role == "assistant":
         content = "" if content is None else content

@@ -265,6 +265,7 @@ def line(record, tmp_path):
     return found
 
 
+ANSWER = {"role": "assistant", "content": "x"}
 GOOD = {"prompt": "3+4?", "chosen": "7", "rejected": "07"}
 
 
@@ -283,6 +284,13 @@ GOOD = {"prompt": "3+4?", "chosen": "7", "rejected": "07"}
             "tool",
         ),
         ({"prompt": [{"role": "robot", "content": "x"}, *conversation("a")]}, "a role"),
+        ({"chosen": [ANSWER | {"weight": 0}]}, '"chosen": "weight" 0 is not supported'),
+        (
+            {"rejected": [ANSWER | {"reasoning_content": "z"}]},
+            '"rejected": "reasoning_',
+        ),
+        ({"prompt": [ANSWER | {"name": "x"}, *conversation("a")]}, '"prompt": "name"'),
+        ({"chat_template_kwargs": {"think": 1}}, "kwargs. are not supported"),
         ({"chosen": "\ud800"}, "half a surrogate pair"),
         ({"chosen": "y " * 99}, "more than sequence_length 110"),
         ({"chosen": "y" * 200_000}, "more than sequence_length 110"),
@@ -313,6 +321,9 @@ def test_plain_and_conversational_pairs_are_one(tmp_path):
     }
     plain, said = (read_pair(line(x, tmp_path), TOKENIZER, 110) for x in (GOOD, talk))
     assert plain.ids == said.ids and plain.content() == said.content()
+    noted = [ANSWER | {"content": "7", "weight": 1, "reasoning_content": None}]
+    again = read_pair(line(GOOD | {"chosen": noted}, tmp_path), TOKENIZER, 110)
+    assert again.ids == plain.ids
     silent = [{"role": "system", "content": ""}, *talk["prompt"]]
     asked, *_ = encode_pair({**GOOD, "prompt": silent}, TOKENIZER)
     assert TOKENIZER.decode(asked).startswith("<|im_start|>system\n<|im_end|>")

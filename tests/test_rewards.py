@@ -357,6 +357,10 @@ def read(record, tmp_path, **changes):
         ({"answer": "x"}, 'no field "prompt"'),
         ({**GOOD, "answer": "seven"}, '"answer" holds no number'),
         ({**GOOD, "prompt": " "}, '"prompt" needs a text'),
+        (
+            {**GOOD, "prompt": [{"role": "user", "content": "x", "weight": 0}]},
+            '"prompt": "weight" 0',
+        ),
         ({**GOOD, "prompt": "y " * 99}, "more than sequence_length 128"),
     ],
 )
