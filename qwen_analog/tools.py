@@ -157,14 +157,25 @@ class CallFinder:
         return [before.rstrip(), call] if before.strip() else [call]
 
 # %% ../chapters/B36_tools.ipynb #cell-020
+def _object_schema(function: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema of a function's arguments. ValueError where no object has it."""
+    schema = {"type": "object", **(function.get("parameters") or {})}
+    found = schema["type"]
+    if "object" not in (found if isinstance(found, list) else [found]):
+        raise ValueError(
+            f"the parameters of {function['name']} have the type {shown(found)}:"
+            ' arguments are an object, so write "type": "object"'
+        )
+    return {**schema, "type": "object"}  # of ["object", "null"] too
+
+
 def _function_rules(functions: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the rules f0, f1, ... of what calls of `functions` say."""
     rules = []
     for i, function in enumerate(functions):
         begin = f'{{"name": "{function["name"]}", "arguments": '
-        schema = {"type": "object", **(function.get("parameters") or {})}
         rules.append(f'f{i}: {_dumps(begin)} a{i} "}}"')
-        rules.append(f"a{i}: %json {schema_text(schema)}")
+        rules.append(f"a{i}: %json {schema_text(_object_schema(function))}")
     return rules
 
 # %% ../chapters/B36_tools.ipynb #calls-grammar

@@ -582,6 +582,38 @@ def test_required_and_named():
         idle(big)
 
 
+def of_type(kind):
+    function = {"name": "f", "parameters": {"type": kind, "maxProperties": 0}}
+    return {"type": "function", "function": function}
+
+
+@pytest.mark.parametrize("free", [True, False])
+@pytest.mark.parametrize("kind", [["object", "null"], ["string", "object"], ["object"]])
+def test_arguments_are_an_object_where_a_schema_leaves_a_choice(kind, free):
+    rules = calls_grammar(TOKENIZER, [of_type(kind)["function"]], free=free)
+    grammar = Grammar(TOKENIZER, rules)
+    assert may_be_written(grammar, TOKENIZER, call_text("f", {}))
+    for other in (None, "a", [], 1):
+        assert not may_be_written(grammar, TOKENIZER, call_text("f", other)), other
+
+
+@pytest.mark.parametrize("kind", ["array", "string", ["null", "string"], [], 3, None])
+@pytest.mark.parametrize("forced", [True, False])
+def test_parameters_that_are_no_object_are_refused_by_name(kind, forced, tiny):
+    tools = [ADD, of_type(kind)]
+    body = bad(tools=tools, tool_choice="required")
+    if not forced:
+        tools[1]["function"]["strict"] = True
+        body = bad(tools=tools)
+    status, content, _ = post(tiny[0], body, "/v1/chat/completions")
+    error = content["error"]
+    assert status == 400 and error["param"] == "tools"
+    assert error["message"] == (
+        f"tools: the parameters of f have the type {kind!r}: arguments are an object,"
+        ' so write "type": "object"'
+    )
+
+
 def bad(**more):
     return {"model": NAME, "messages": USER, "max_tokens": 2, **more}
 
