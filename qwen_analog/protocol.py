@@ -192,7 +192,11 @@ class _ToolCall(_Strict):
     function: _Wanted
 
     def plain(self) -> dict[str, Any]:
-        arguments = call_arguments(self.function.arguments)
+        try:
+            arguments = call_arguments(self.function.arguments)
+        except ValueError as error:
+            name = ascii(self.function.name)[:42]
+            raise ValueError(f"the arguments of a call of {name}: {error}") from None
         function = {"name": self.function.name, "arguments": arguments}
         return {"type": "function", "function": function}
 
@@ -209,14 +213,14 @@ class _Message(_Strict):
         if calls and found.data.get("role") != "assistant":
             raise ValueError("only the assistant calls")
         for call in calls:
-            call_arguments(call.function.arguments)
+            call.plain()
         return calls
 
     @field_validator("content")
     @classmethod
     def _says_something(cls, content: Any, found: ValidationInfo) -> Any:
         if content is None and not found.data.get("tool_calls"):
-            raise ValueError("a message without a content")
+            raise ValueError("a message without a content: write a text")
         return content
 
     def text(self) -> str:
@@ -260,8 +264,9 @@ def _check_tools(tools: list[dict[str, Any]]) -> None:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     names = [_Tool.model_validate(tool).function.name for tool in tools]
-    if len(set(names)) < len(names):
-        raise ValueError("two tools have one name")
+    for name, times in Counter(names).items():
+        if times > 1:
+            raise ValueError(f"{times} tools have the name {name}: give each its own")
 
 # %% ../chapters/B32_protocol.ipynb #tools-words
 _TOOLS = (
@@ -294,9 +299,10 @@ class _WithTools(Body):
     def _one_of_them(cls, choice: Any, found: ValidationInfo) -> Any:
         names = [tool["function"]["name"] for tool in found.data.get("tools", [])]
         if isinstance(choice, _NamedTool) and choice.function.name not in names:
-            raise ValueError("there is no such tool")
+            name = ascii(choice.function.name)[:66]
+            raise ValueError(f"there is no tool {name}: name one of the tools")
         if choice == "required" and not names:
-            raise ValueError("there is no tool")
+            raise ValueError('"required" needs tools')
         return choice
 
     def must_call(self) -> bool:
@@ -417,6 +423,10 @@ def _refusal(schema: type[Body], error: ValidationError) -> ApiError:
     if found["type"] == "missing" and whole:
         code = "missing_required_parameter"
         return ApiError(f"{param} is missing", param=param, code=code)
+    reason = found.get("ctx", {}).get("error")
+    if isinstance(reason, ValueError) and not isinstance(reason, ValidationError):
+        head = "" if str(reason).startswith(name) else f"{param}: "
+        return ApiError(f"{head}{reason}", param=param)
     wanted = schema.model_fields[name].description
     value = ascii(found["input"])[:80]
     return ApiError(f"{name} must be {wanted}: {param} is {value}", param=param)

@@ -158,7 +158,7 @@ class CallFinder:
 
 # %% ../chapters/B36_tools.ipynb #cell-020
 def _object_schema(function: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the schema of a function's arguments. ValueError where no object has it."""
+    """Return the schema of what `function` takes. ValueError where it is no object."""
     schema = {"type": "object", **(function.get("parameters") or {})}
     found = schema["type"]
     if "object" not in (found if isinstance(found, list) else [found]):

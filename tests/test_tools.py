@@ -667,6 +667,35 @@ def test_what_is_refused(body, param, tiny):
     assert len(error["message"]) < 400 and "\n" not in error["message"]
 
 
+NAMED = {"type": "function", "function": {"name": "x"}}
+ASKED = [{"role": "user", "content": "x", "tool_calls": [CALL]}]
+REASONS = [
+    (dict(tools=[ADD, WEATHER, ADD]), "tools: 2 tools have the name add: give each"),
+    (dict(tools=TOOLS, tool_choice=NAMED), "tool_choice: there is no tool 'x': name"),
+    (dict(tool_choice=NAMED), "tool_choice: there is no tool 'x': name one of the"),
+    (dict(tool_choice="required"), 'tool_choice: "required" needs tools'),
+    (dict(messages=ASKED), "messages[0].tool_calls: only the assistant calls"),
+    (
+        dict(messages=[calling("[1]")]),
+        "messages[0].tool_calls: the arguments of a call of 'add': no JSON object",
+    ),
+    (
+        dict(messages=[{"role": "user"}]),
+        "messages[0].content: a message without a content: write a text",
+    ),
+    (dict(stop=["a"] * 17), "stop must be at most 16 texts"),
+    (dict(tools=[{"type": "function"}]), "tools must be a list of at most 128"),
+]
+
+
+@pytest.mark.parametrize("more, reason", REASONS, ids=range(len(REASONS)))
+def test_a_refusal_says_why(more, reason):
+    with pytest.raises(protocol.ApiError) as caught:
+        protocol.parse_body(json.dumps(bad(**more)).encode(), True)
+    said = str(caught.value)
+    assert said.startswith(reason) and "\n" not in said
+
+
 def test_a_template_without_tools_refuses_by_name(hf):
     own, plain = hf.tokenizer.chat_template, "{{ messages[0].content }}"
     hf.tokenizer.chat_template = plain
