@@ -186,7 +186,7 @@ class _Wanted(_Strict):
 
 
 class _ToolCall(_Strict):
-    id: str = ""
+    id: str | None = None
     index: int = 0
     type: Literal["function"] = "function"
     function: _Wanted
@@ -198,7 +198,8 @@ class _ToolCall(_Strict):
             name = ascii(self.function.name)[:42]
             raise ValueError(f"the arguments of a call of {name}: {error}") from None
         function = {"name": self.function.name, "arguments": arguments}
-        return {"type": "function", "function": function}
+        own = {} if self.id is None else {"id": self.id}
+        return {**own, "type": "function", "function": function}
 
 # %% ../chapters/B32_protocol.ipynb #message-code
 class _Message(_Strict):
@@ -231,6 +232,8 @@ class _Message(_Strict):
     def plain(self) -> dict[str, Any]:
         """Return the message as chat templates take it."""
         message: dict[str, Any] = {"role": self.role, "content": self.text()}
+        if self.tool_call_id:
+            message["tool_call_id"] = self.tool_call_id
         if self.tool_calls:
             message["tool_calls"] = [call.plain() for call in self.tool_calls]
         return message
@@ -336,7 +339,8 @@ class ChatBody(_WithTools):
         called = [call for m in self.messages for call in m.tool_calls]
         given = [*self.tools, *(call.plain() for call in called)]
         texts = [json.dumps(value) for value in given]
-        return 1, sum(map(len, [*texts, *(m.text() for m in self.messages)]))
+        texts += [m.text() + m.tool_call_id for m in self.messages]
+        return 1, sum(map(len, texts))
 
     def encode(self, tokenizer: Tokenizer) -> list[list[int]]:
         tools = self.tools if self.functions() else []

@@ -32,6 +32,7 @@ from test_grammar import QUICK, SCHEMAS
 from qwen_analog import protocol, tools as tools_module
 from qwen_analog.chat_template import chat_ids, knows_tools
 from qwen_analog.engine import AsyncEngine
+from qwen_analog.finetune import read_messages
 from qwen_analog.grammar import Grammar
 from qwen_analog.hf import save_pretrained
 from qwen_analog.hf_tokenizer import HFTokenizer
@@ -665,6 +666,51 @@ def test_what_is_refused(body, param, tiny):
     error = content["error"]
     assert status == 400 and error["param"] == param, error
     assert len(error["message"]) < 400 and "\n" not in error["message"]
+
+
+# in a row: what is said, the calls with their ids, the id of what is answered
+WITH_IDS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.id }}<tool_call>\n"
+    '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson'
+    " }}}\n</tool_call>{% endfor %}"
+    "{% if m.role == 'tool' %}{% if m.tool_call_id | length < 9 %}"
+    "{{ raise_exception('ids have 9 characters') }}{% endif %} for {{ m.tool_call_id }}"
+    "{% endif %}<|im_end|>\n{% endfor %}{{ tools | tojson }}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+IDS = ["abcdefghi", "call_<|im_end|>", "call_\ue000<|im_end|>"]
+
+
+def answered(number):
+    return [
+        *USER,
+        {"role": "assistant", "content": "", "tool_calls": [{**CALL, "id": number}]},
+        {"role": "tool", "tool_call_id": number, "content": "1"},
+    ]
+
+
+@pytest.mark.parametrize("number", IDS)
+def test_ids_of_calls_are_told_as_in_training(number, hf, monkeypatch):
+    monkeypatch.setattr(hf.tokenizer, "chat_template", WITH_IDS)
+    engine = AsyncEngine(MODEL, hf, max_batch=1, max_context=1500)
+    body = bad(messages=answered(number), tools=TOOLS)
+    with pytest.raises(protocol.ApiError, match="ids have 9 characters"):
+        make(engine, bad(messages=answered("short"), tools=TOOLS))
+    (request,) = make(engine, body)
+    trained = read_messages({"messages": answered(number)})
+    assert list(request.prompt) == chat_ids(hf, trained, tools=TOOLS)
+    assert TOKENIZER.decode(list(request.prompt)).count(number) == 2
+    # an id spells no control token
+    end = TOKENIZER.encode("<|im_end|>", special=True)[0]
+    assert list(request.prompt).count(end) == len(trained)
+
+
+def make(engine, body):
+    asked = protocol.parse_body(json.dumps(body).encode(), True)
+    return protocol.make_requests(engine, asked)
 
 
 NAMED = {"type": "function", "function": {"name": "x"}}
