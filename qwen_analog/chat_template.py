@@ -112,12 +112,13 @@ def _checked(messages: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
 
 def _contents(messages: Sequence[dict[str, Any]]) -> str:
     """Return all texts in one. ValueError for a message without a role or a text."""
-    calls = [m["tool_calls"] for m in _checked(messages) if m.get("tool_calls")]
-    return "".join(message["content"] for message in messages) + _as_text(calls)
+    return _as_text([*_checked(messages)])
 
 
 def _as_text(value: list | None) -> str:
-    return json.dumps(value, ensure_ascii=False) if value else ""
+    if not value:
+        return ""
+    return json.dumps(value, ensure_ascii=False, skipkeys=True, default=str)
 
 
 def _private_character(text: str) -> str:
@@ -148,11 +149,10 @@ def _fill(
 # %% ../chapters/B11_chat_template.ipynb #tools-code
 def _hidden(messages: Sequence[dict[str, Any]], hiding: _Hiding) -> list[dict]:
     """Return messages in whose texts control tokens are hidden."""
-    hidden = [{**m, "content": hiding.hide(m["content"])} for m in messages]
-    for message in hidden:
-        if "tool_calls" in message:
-            message["tool_calls"] = hiding.hide_all(message["tool_calls"])
-    return hidden
+    return [
+        {k: v if k == "role" else hiding.hide_all(v) for k, v in message.items()}
+        for message in messages
+    ]
 
 
 def _encode_tools(

@@ -98,7 +98,7 @@ from qwen_analog.streaming import (
 from .text_stream import LONGEST_TOKEN
 from .token_cache import hash_key, held_out_mask
 from .tokenizer import Tokenizer
-from .tools import checked_calls, checked_tools, said
+from .tools import checked_calls, checked_tools, refuse_spelled_call, said
 from .train_config import TrainConfig
 
 # %% ../chapters/B43_conversations.ipynb #cell-012
@@ -363,6 +363,8 @@ def encode_record(
         raise ValueError(f"more than sequence_length {sequence_length:,} tokens")
     title = record.get("title")
     key = title if isinstance(title, str) and title else repr(messages)
+    for number, message in enumerate(messages, 1):
+        refuse_spelled_call(tokenizer, message, f"message {number}")
     examples = encode_turns(tokenizer, messages, end, key, source, tools)
     longest = max(map(len, examples))
     if longest > sequence_length:

@@ -107,7 +107,7 @@ from .jsonl import parse_json, read_lines, refuse_surrogates
 from .step import StepResult, train_step
 from .text_stream import LONGEST_TOKEN
 from .tokenizer import Tokenizer
-from .tools import checked_calls, checked_tools
+from .tools import checked_calls, checked_tools, refuse_spelled_call
 from .train_config import TrainConfig
 
 # %% ../chapters/23_preferences.ipynb #m-064
@@ -143,8 +143,10 @@ def encode_pair(
     asked, tools = field_messages(record, "prompt"), checked_tools(record.get("tools"))
     prompt, answers = chat_ids(tokenizer, asked, tools=tools), []
     for name in ("chosen", "rejected"):
-        told = [*asked, *field_messages(record, name, "assistant")]
-        ids = chat_ids(tokenizer, told, False, tools)
+        answer = field_messages(record, name, "assistant")
+        for message in answer:
+            refuse_spelled_call(tokenizer, message, f'"{name}"')
+        ids = chat_ids(tokenizer, [*asked, *answer], False, tools)
         if ids[: len(prompt)] != prompt:
             raise ValueError(f'the chat template writes the prompt of "{name}" anew')
         answers.append(ids[len(prompt) :])

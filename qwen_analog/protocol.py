@@ -186,15 +186,20 @@ class _Wanted(_Strict):
 
 
 class _ToolCall(_Strict):
-    id: str = ""
+    id: str | None = None
     index: int = 0
     type: Literal["function"] = "function"
     function: _Wanted
 
     def plain(self) -> dict[str, Any]:
-        arguments = call_arguments(self.function.arguments)
+        try:
+            arguments = call_arguments(self.function.arguments)
+        except ValueError as error:
+            name = ascii(self.function.name)[:42]
+            raise ValueError(f"the arguments of a call of {name}: {error}") from None
         function = {"name": self.function.name, "arguments": arguments}
-        return {"type": "function", "function": function}
+        own = {} if self.id is None else {"id": self.id}
+        return {**own, "type": "function", "function": function}
 
 # %% ../chapters/B32_protocol.ipynb #message-code
 class _Message(_Strict):
@@ -209,14 +214,14 @@ class _Message(_Strict):
         if calls and found.data.get("role") != "assistant":
             raise ValueError("only the assistant calls")
         for call in calls:
-            call_arguments(call.function.arguments)
+            call.plain()
         return calls
 
     @field_validator("content")
     @classmethod
     def _says_something(cls, content: Any, found: ValidationInfo) -> Any:
         if content is None and not found.data.get("tool_calls"):
-            raise ValueError("a message without a content")
+            raise ValueError("a message without a content: write a text")
         return content
 
     def text(self) -> str:
@@ -227,6 +232,8 @@ class _Message(_Strict):
     def plain(self) -> dict[str, Any]:
         """Return the message as chat templates take it."""
         message: dict[str, Any] = {"role": self.role, "content": self.text()}
+        if self.tool_call_id:
+            message["tool_call_id"] = self.tool_call_id
         if self.tool_calls:
             message["tool_calls"] = [call.plain() for call in self.tool_calls]
         return message
@@ -260,8 +267,9 @@ def _check_tools(tools: list[dict[str, Any]]) -> None:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     names = [_Tool.model_validate(tool).function.name for tool in tools]
-    if len(set(names)) < len(names):
-        raise ValueError("two tools have one name")
+    for name, times in Counter(names).items():
+        if times > 1:
+            raise ValueError(f"{times} tools have the name {name}: give each its own")
 
 # %% ../chapters/B32_protocol.ipynb #tools-words
 _TOOLS = (
@@ -294,9 +302,10 @@ class _WithTools(Body):
     def _one_of_them(cls, choice: Any, found: ValidationInfo) -> Any:
         names = [tool["function"]["name"] for tool in found.data.get("tools", [])]
         if isinstance(choice, _NamedTool) and choice.function.name not in names:
-            raise ValueError("there is no such tool")
+            name = ascii(choice.function.name)[:66]
+            raise ValueError(f"there is no tool {name}: name one of the tools")
         if choice == "required" and not names:
-            raise ValueError("there is no tool")
+            raise ValueError('"required" needs tools')
         return choice
 
     def must_call(self) -> bool:
@@ -330,7 +339,8 @@ class ChatBody(_WithTools):
         called = [call for m in self.messages for call in m.tool_calls]
         given = [*self.tools, *(call.plain() for call in called)]
         texts = [json.dumps(value) for value in given]
-        return 1, sum(map(len, [*texts, *(m.text() for m in self.messages)]))
+        texts += [m.text() + m.tool_call_id for m in self.messages]
+        return 1, sum(map(len, texts))
 
     def encode(self, tokenizer: Tokenizer) -> list[list[int]]:
         tools = self.tools if self.functions() else []
@@ -417,6 +427,10 @@ def _refusal(schema: type[Body], error: ValidationError) -> ApiError:
     if found["type"] == "missing" and whole:
         code = "missing_required_parameter"
         return ApiError(f"{param} is missing", param=param, code=code)
+    reason = found.get("ctx", {}).get("error")
+    if isinstance(reason, ValueError) and not isinstance(reason, ValidationError):
+        head = "" if str(reason).startswith(name) else f"{param}: "
+        return ApiError(f"{head}{reason}", param=param)
     wanted = schema.model_fields[name].description
     value = ascii(found["input"])[:80]
     return ApiError(f"{name} must be {wanted}: {param} is {value}", param=param)

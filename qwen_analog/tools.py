@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPEN', 'CLOSE', 'BEFORE_TOOLS', 'AFTER_TOOLS', 'Message', 'call_text', 'plain_messages', 'said', 'Call', 'read_call',
-           'CallFinder', 'calls_grammar', 'call_arguments', 'checked_calls', 'checked_tools']
+           'CallFinder', 'calls_grammar', 'call_arguments', 'checked_calls', 'checked_tools', 'refuse_spelled_call']
 
 # %% ../chapters/B36_tools.ipynb #cell-007
 import json
@@ -157,14 +157,25 @@ class CallFinder:
         return [before.rstrip(), call] if before.strip() else [call]
 
 # %% ../chapters/B36_tools.ipynb #cell-020
+def _object_schema(function: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema of what `function` takes. ValueError where it is no object."""
+    schema = {"type": "object", **(function.get("parameters") or {})}
+    found = schema["type"]
+    if "object" not in (found if isinstance(found, list) else [found]):
+        raise ValueError(
+            f"the parameters of {function['name']} have the type {shown(found)}:"
+            ' arguments are an object, so write "type": "object"'
+        )
+    return {**schema, "type": "object"}  # of ["object", "null"] too
+
+
 def _function_rules(functions: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the rules f0, f1, ... of what calls of `functions` say."""
     rules = []
     for i, function in enumerate(functions):
         begin = f'{{"name": "{function["name"]}", "arguments": '
-        schema = {"type": "object", **(function.get("parameters") or {})}
         rules.append(f'f{i}: {_dumps(begin)} a{i} "}}"')
-        rules.append(f"a{i}: %json {schema_text(schema)}")
+        rules.append(f"a{i}: %json {schema_text(_object_schema(function))}")
     return rules
 
 # %% ../chapters/B36_tools.ipynb #calls-grammar
@@ -264,3 +275,19 @@ def checked_tools(tools: Any) -> list[dict[str, Any]]:
     if not good:
         raise ValueError(f'"tools" is no list of descriptions but {shown(tools)}')
     return _encodable("tools", tools)
+
+
+def refuse_spelled_call(tokenizer: Tokenizer, message: Message, place: str) -> None:
+    """Raise ValueError where the text of an assistant's message spells a call.
+
+    What is said stays text, so marks that are control tokens would be learned as
+    letters.
+    """
+    if message["role"] != "assistant" or CLOSE not in message["content"]:
+        return
+    inside = CLOSE in message["content"].partition(OPEN)[2]
+    if inside and OPEN in control_tokens(tokenizer):
+        raise ValueError(
+            f"{place}: its content spells {OPEN}...{CLOSE}, which would be learned as"
+            ' letters, not as calls: put calls into "tool_calls"'
+        )

@@ -483,7 +483,7 @@ BAD = [
         {"model": NAME, "messages": [{"role": "user"}]},
         400,
         "messages[0].content",
-        "messages must be",
+        "a message without a content",
     ),
     (
         "chat/completions",

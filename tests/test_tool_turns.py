@@ -24,6 +24,7 @@ from qwen_analog.finetune import (
     read_messages,
 )
 from qwen_analog.jsonl import DataError, Line
+from qwen_analog.loading import load
 from qwen_analog.preferences import read_pair
 from qwen_analog.rewards import read_question
 from qwen_analog.tools import checked_tools
@@ -286,6 +287,33 @@ def test_a_bad_call_is_named(change, reason, tmp_path, monkeypatch):
     said = str(caught.value)
     assert said.startswith("chat.jsonl, line 2: message 2: ") and reason in said
     assert "\n" not in said and len(said) < 400
+
+
+SPELLED = 'Hm.\n<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>'
+
+
+def test_a_call_spelled_in_a_content_is_refused(tmp_path, monkeypatch):
+    """Its marks would be learned as letters; where they are no tokens, they are."""
+    monkeypatch.chdir(tmp_path)
+    asked = {"role": "user", "content": SPELLED}
+    about = says("A call begins with <tool_call>, and ends.")
+    good = {"messages": [asked, about]}
+    bad = {"messages": [asked, says(SPELLED), asked, says("ok")]}
+    path = write(good, bad)
+    with pytest.raises(DataError) as caught:
+        read_conversations([path], TOKENIZER, 2000)
+    said = str(caught.value)
+    assert said.startswith("chat.jsonl, line 2: message 2: its content spells <tool_c")
+    assert 'put calls into "tool_calls"' in said and "\n" not in said
+    assert len(read_conversations([path], TOKENIZER, 2000, True)[0]) == 1
+    letters = load("smollm2")[1]
+    assert len(read_conversations([path], letters, 2000)[0]) == 2
+    pair = {"prompt": SPELLED, "chosen": "ok", "rejected": "no"}
+    assert read_pair(line(pair), TOKENIZER, 2000)
+    for name in ("chosen", "rejected"):
+        with pytest.raises(ValueError, match=f'^"{name}": its content spells'):
+            read_pair(line({**pair, name: SPELLED}), TOKENIZER, 2000)
+    assert read_pair(line({**pair, "chosen": SPELLED}), letters, 2000)
 
 
 @pytest.mark.parametrize("tools", [3, "x", "[1]", [3], {"a": 1}, "[" * 99_999])

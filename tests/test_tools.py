@@ -32,6 +32,7 @@ from test_grammar import QUICK, SCHEMAS
 from qwen_analog import protocol, tools as tools_module
 from qwen_analog.chat_template import chat_ids, knows_tools
 from qwen_analog.engine import AsyncEngine
+from qwen_analog.finetune import read_messages
 from qwen_analog.grammar import Grammar
 from qwen_analog.hf import save_pretrained
 from qwen_analog.hf_tokenizer import HFTokenizer
@@ -582,6 +583,38 @@ def test_required_and_named():
         idle(big)
 
 
+def of_type(kind):
+    function = {"name": "f", "parameters": {"type": kind, "maxProperties": 0}}
+    return {"type": "function", "function": function}
+
+
+@pytest.mark.parametrize("free", [True, False])
+@pytest.mark.parametrize("kind", [["object", "null"], ["string", "object"], ["object"]])
+def test_arguments_are_an_object_where_a_schema_leaves_a_choice(kind, free):
+    rules = calls_grammar(TOKENIZER, [of_type(kind)["function"]], free=free)
+    grammar = Grammar(TOKENIZER, rules)
+    assert may_be_written(grammar, TOKENIZER, call_text("f", {}))
+    for other in (None, "a", [], 1):
+        assert not may_be_written(grammar, TOKENIZER, call_text("f", other)), other
+
+
+@pytest.mark.parametrize("kind", ["array", "string", ["null", "string"], [], 3, None])
+@pytest.mark.parametrize("forced", [True, False])
+def test_parameters_that_are_no_object_are_refused_by_name(kind, forced, tiny):
+    tools = [ADD, of_type(kind)]
+    body = bad(tools=tools, tool_choice="required")
+    if not forced:
+        tools[1]["function"]["strict"] = True
+        body = bad(tools=tools)
+    status, content, _ = post(tiny[0], body, "/v1/chat/completions")
+    error = content["error"]
+    assert status == 400 and error["param"] == "tools"
+    assert error["message"] == (
+        f"tools: the parameters of f have the type {kind!r}: arguments are an object,"
+        ' so write "type": "object"'
+    )
+
+
 def bad(**more):
     return {"model": NAME, "messages": USER, "max_tokens": 2, **more}
 
@@ -633,6 +666,80 @@ def test_what_is_refused(body, param, tiny):
     error = content["error"]
     assert status == 400 and error["param"] == param, error
     assert len(error["message"]) < 400 and "\n" not in error["message"]
+
+
+# in a row: what is said, the calls with their ids, the id of what is answered
+WITH_IDS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.id }}<tool_call>\n"
+    '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson'
+    " }}}\n</tool_call>{% endfor %}"
+    "{% if m.role == 'tool' %}{% if m.tool_call_id | length < 9 %}"
+    "{{ raise_exception('ids have 9 characters') }}{% endif %} for {{ m.tool_call_id }}"
+    "{% endif %}<|im_end|>\n{% endfor %}{{ tools | tojson }}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+IDS = ["abcdefghi", "call_<|im_end|>", "call_\ue000<|im_end|>"]
+
+
+def answered(number):
+    return [
+        *USER,
+        {"role": "assistant", "content": "", "tool_calls": [{**CALL, "id": number}]},
+        {"role": "tool", "tool_call_id": number, "content": "1"},
+    ]
+
+
+@pytest.mark.parametrize("number", IDS)
+def test_ids_of_calls_are_told_as_in_training(number, hf, monkeypatch):
+    monkeypatch.setattr(hf.tokenizer, "chat_template", WITH_IDS)
+    engine = AsyncEngine(MODEL, hf, max_batch=1, max_context=1500)
+    body = bad(messages=answered(number), tools=TOOLS)
+    with pytest.raises(protocol.ApiError, match="ids have 9 characters"):
+        make(engine, bad(messages=answered("short"), tools=TOOLS))
+    (request,) = make(engine, body)
+    trained = read_messages({"messages": answered(number)})
+    assert list(request.prompt) == chat_ids(hf, trained, tools=TOOLS)
+    assert TOKENIZER.decode(list(request.prompt)).count(number) == 2
+    # an id spells no control token
+    end = TOKENIZER.encode("<|im_end|>", special=True)[0]
+    assert list(request.prompt).count(end) == len(trained)
+
+
+def make(engine, body):
+    asked = protocol.parse_body(json.dumps(body).encode(), True)
+    return protocol.make_requests(engine, asked)
+
+
+NAMED = {"type": "function", "function": {"name": "x"}}
+ASKED = [{"role": "user", "content": "x", "tool_calls": [CALL]}]
+REASONS = [
+    (dict(tools=[ADD, WEATHER, ADD]), "tools: 2 tools have the name add: give each"),
+    (dict(tools=TOOLS, tool_choice=NAMED), "tool_choice: there is no tool 'x': name"),
+    (dict(tool_choice=NAMED), "tool_choice: there is no tool 'x': name one of the"),
+    (dict(tool_choice="required"), 'tool_choice: "required" needs tools'),
+    (dict(messages=ASKED), "messages[0].tool_calls: only the assistant calls"),
+    (
+        dict(messages=[calling("[1]")]),
+        "messages[0].tool_calls: the arguments of a call of 'add': no JSON object",
+    ),
+    (
+        dict(messages=[{"role": "user"}]),
+        "messages[0].content: a message without a content: write a text",
+    ),
+    (dict(stop=["a"] * 17), "stop must be at most 16 texts"),
+    (dict(tools=[{"type": "function"}]), "tools must be a list of at most 128"),
+]
+
+
+@pytest.mark.parametrize("more, reason", REASONS, ids=range(len(REASONS)))
+def test_a_refusal_says_why(more, reason):
+    with pytest.raises(protocol.ApiError) as caught:
+        protocol.parse_body(json.dumps(bad(**more)).encode(), True)
+    said = str(caught.value)
+    assert said.startswith(reason) and "\n" not in said
 
 
 def test_a_template_without_tools_refuses_by_name(hf):
