@@ -127,7 +127,7 @@ def read_preferences(
             where = f"{line.name}, line {line.number}"
             raise DataError(f"{where}: {error}. Mend the line") from None
 
-
+# %% ../chapters/23_preferences.ipynb #m-064b
 def encode_pair(
     record: Any, tokenizer: Tokenizer
 ) -> tuple[list[int], list[int], list[int]]:
