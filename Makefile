@@ -19,10 +19,10 @@ data/wiki/tokenizer.tiktoken: | .venv/installed
 train: .venv/installed data/wiki/tokenizer.tiktoken
 	$(BIN)/qwen-analog train --config qwen_analog/train_small.json --resume auto
 
-# two tests, or two chapters, share the cores: their threads sleep while they wait,
-# instead of spinning in each other's way
+# tests share the cores, three at once since some of them only wait, and so do two
+# chapters: their threads sleep while they wait, instead of spinning in each other's way
 test: .venv/installed lint
-	OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests
+	OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal tests
 	$(BIN)/python tests/solve_exercises.py
 	OMP_WAIT_POLICY=PASSIVE PYTHONPATH=$(CURDIR)/tests/no_network HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=300 --timeout=300 build/solved/chapters
 
