@@ -256,12 +256,18 @@ def refused(visitor, count=1):
     return visitor.page.locator("#error").text_content()
 
 
-def test_a_refusal_leaves_the_conversation_as_it_was(visit):
-    visitor = visit(endless(max_batch=2, max_context=300))
+def short_answers(visit):
+    """A visitor of a server with a small context, and what the page asks of it."""
+    visitor, asked = visit(endless(max_batch=2, max_context=300)), []
     page = visitor.page
-    asked = []
     page.on("request", lambda r: r.method == "POST" and asked.append(r.post_data_json))
     page.get_by_label("Most tokens").fill("5")
+    return visitor, asked
+
+
+def test_a_refusal_leaves_the_conversation_as_it_was(visit):
+    visitor, asked = short_answers(visit)
+    page = visitor.page
     send(page)
     first = answer(page)
     send(page, "x" * 400)  # does not fit without the first turn, either
@@ -287,11 +293,8 @@ def test_a_refusal_leaves_the_conversation_as_it_was(visit):
 
 
 def test_a_full_context_forgets_the_oldest_turns(visit):
-    visitor = visit(endless(max_batch=2, max_context=300))
+    visitor, asked = short_answers(visit)
     page = visitor.page
-    asked = []
-    page.on("request", lambda r: r.method == "POST" and asked.append(r.post_data_json))
-    page.get_by_label("Most tokens").fill("5")
     page.get_by_label("System prompt").fill("Be brief.")
     for turn in range(1, 13):
         send(page, f"question {turn}")
