@@ -13,6 +13,14 @@ torch.set_num_threads(1)
 pytest.register_assert_rewrite("checkpoint_cases", "text_helpers", "weights_helpers")
 
 
+LONG = {"test_gpu_script", "test_site", "test_wheel", "test_readme"}
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the long ones: one that begins last keeps the other cores idle."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """An empty directory to work in."""
