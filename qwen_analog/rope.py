@@ -29,7 +29,8 @@ def interleaved_to_half(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
     `weight` is [heads * h, D] or a bias [heads * h]; the same shape comes back.
     """
     heads = weight.unflatten(0, (num_heads, -1))  # [heads, h, ...]
-    halves = torch.cat((heads[:, 0::2], heads[:, 1::2]), dim=1)
+    even, odd = heads[:, 0::2], heads[:, 1::2]
+    halves = torch.cat((even, odd), dim=1)
     return halves.flatten(0, 1)  # [heads * h, ...]
 
 # %% ../chapters/05_rope.ipynb #e2a3a2bc
