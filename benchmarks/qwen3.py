@@ -25,25 +25,30 @@ BASE = dict(
     rope_theta=1e4,
     initializer_range=0.1,
     tie_word_embeddings=False,
+    attention_bias=False,
 )
 ARMS = {
     "biases": dict(attention_bias=True),
-    "neither": dict(attention_bias=False),
-    "norms": dict(attention_bias=False, qk_norm=True),
+    "neither": dict(),
+    "norms": dict(qk_norm=True),
     "norms and biases": dict(attention_bias=True, qk_norm=True),
-    # twice the head_dim; F is smaller by what attention is larger
-    "wide heads": dict(
-        attention_bias=False, qk_norm=True, head_dim=32, intermediate_size=64
-    ),
-    # one matrix for embedding and head; F is larger by what is saved
-    "tied": dict(
-        attention_bias=False,
+    # half and twice as wide heads; F makes the number of weights equal again
+    "narrow heads": dict(qk_norm=True, head_dim=8, intermediate_size=160),
+    "wide heads": dict(qk_norm=True, head_dim=32, intermediate_size=64),
+    # as wide in all as the wide heads, by number
+    "more heads": dict(
         qk_norm=True,
-        tie_word_embeddings=True,
-        intermediate_size=171,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=16,
+        intermediate_size=64,
     ),
+    # F is smaller still, and pays for the larger scores, too
+    "wide heads, equal work": dict(qk_norm=True, head_dim=32, intermediate_size=42),
+    # one matrix for embedding and head; F is larger by what is saved
+    "tied": dict(qk_norm=True, tie_word_embeddings=True, intermediate_size=171),
 }
-RATES, SEEDS, STEPS = (3e-3, 1e-2, 3e-2), 4, 200
+RATES, SEEDS, STEPS = (3e-3, 1e-2, 3e-2), 8, 200
 TEXT = torch.tensor(list("\n".join(topics[key] for key in sorted(topics)).encode()))
 TRAINING, HELD_OUT = TEXT[:-16_384], TEXT[-16_384:].view(-1, 64)
 
@@ -72,9 +77,10 @@ def run(seed: int, rate: float, **changes) -> dict:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0
     )
+    batches = torch.Generator().manual_seed(seed)  # the same for every arm
     scores = [largest_score(model, HELD_OUT[:16])]
     for step in range(STEPS):
-        starts = torch.randint(len(TRAINING) - 64, (16,))
+        starts = torch.randint(len(TRAINING) - 64, (16,), generator=batches)
         window = TRAINING[starts[:, None] + torch.arange(65)]  # [B, T + 1]
         optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / 20)
         loss = model(window[:, :-1], targets=window[:, 1:])

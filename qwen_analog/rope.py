@@ -156,7 +156,7 @@ class Llama3RotaryEmbedding(RotaryEmbedding):
 
 SCALED_ROTATIONS["llama3"] = Llama3RotaryEmbedding
 
-# %% ../chapters/25_qwen3.ipynb #cell-070
+# %% ../chapters/B15_gguf_file.ipynb #cell-070
 def llama3_scaling(factors: torch.Tensor, theta: float) -> dict | None:
     """Return the `rope_scaling` that divides speeds by `factors` [h / 2] (Llama 3).
 
