@@ -6,8 +6,6 @@
 __all__ = ['set_activation_checkpointing', 'MemoryEstimate', 'estimate_for', 'ADAPTED', 'StorageTracker', 'saved_activations', 'adapter_parameters', 'flops_per_token', 'MemorySettings', 'estimate_memory']
 
 # %% ../chapters/31_memory.ipynb #cell-006
-from dataclasses import dataclass, fields
-
 import torch
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -29,12 +27,6 @@ _ATTENTION = {
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.torch_attn._varlen_attn.default,  # of packed documents, on a GPU
 }
-
-
-def _check_choice(name: str, value: str | None, choices: tuple) -> None:
-    if value not in choices:
-        wanted = ", ".join(map(str, choices))
-        raise ValueError(f"{name} must be one of {wanted}, not {value!r}")
 
 # %% ../chapters/31_memory.ipynb #cell-038
 def set_activation_checkpointing(model: QwenForCausalLM, mode: str) -> None:
@@ -65,6 +57,9 @@ def set_activation_checkpointing(model: QwenForCausalLM, mode: str) -> None:
         )
 
 # %% ../chapters/31_memory.ipynb #cell-095
+from dataclasses import dataclass, fields
+
+
 @dataclass
 class MemoryEstimate:
     """Bytes on one GPU by category, at the moment of a step that `moment` names."""
@@ -284,6 +279,12 @@ class StorageTracker(TorchDispatchMode):
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _STORED = {"fp32": 4, "bf16": 4, "bf16-pure": 2}  # bytes of a weight
 _COMPUTED = {"fp32": 4, "bf16": 2, "bf16-pure": 2}  # of what enters a matrix product
+
+
+def _check_choice(name: str, value: str | None, choices: tuple) -> None:
+    if value not in choices:
+        wanted = ", ".join(map(str, choices))
+        raise ValueError(f"{name} must be one of {wanted}, not {value!r}")
 
 # %% ../chapters/B40_planner.ipynb #saved
 def saved_activations(
