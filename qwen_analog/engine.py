@@ -33,7 +33,7 @@ class RowPass:
         """Write `new` [n, K, T, h] into a layer; return its n rows [n, K, S, h]."""
         rows = store[self.rows]  # [n, K, max_length, h], a view
         places = self.positions[:, None, :, None].expand_as(new)  # [n, K, T, h]
-        rows.scatter_(2, places, new)
+        rows.scatter_(2, places, new.to(store.dtype))  # autocast has its own
         return rows[:, :, : self.end]
 
 # %% ../chapters/28_batching.ipynb #cell-021
@@ -119,6 +119,8 @@ def _together(
         try:
             return list(zip(sequences, work(sequences)))
         except Exception as error:
+            if scheduler.strict:
+                raise
             why = describe_error(error)
             log.warning("%d rows at once failed, each alone: %s", len(sequences), why)
             _rewind(sequences, states)
@@ -134,13 +136,15 @@ def _rewind(sequences: list[SequenceState], states: list[torch.Tensor]) -> None:
     for sequence, state in zip(sequences, states):
         sequence.generator.set_state(state)
 
-
+# %% ../chapters/B53_engine.ipynb #engine-failing
 @contextlib.contextmanager
 def _failing(scheduler: Scheduler, sequence: SequenceState) -> Iterator[None]:
     """End the request of `sequence` with the error that is raised inside."""
     try:
         yield
     except Exception as error:
+        if scheduler.strict:
+            raise
         why = describe_error(error)
         log.error("request %d failed: %s", sequence.number, why)
         status = 400 if isinstance(error, GrammarError) else 500  # whose fault it is
@@ -328,28 +332,34 @@ def join_reads(shares: Reads, cost: int, room: int) -> list[Reads]:
 
     A pass costs as much as `cost` tokens, and no row has more than `room` of them.
     """
-    groups: list[Reads] = []
-    for share in sorted(shares, key=lambda share: share[0].row):
-        joined = [*groups[-1], share] if groups else []
-        if joined and _may_join(joined, cost, room):
-            groups[-1] = joined
-        else:
-            groups.append([share])
-    return groups
+    groups: list[_Joined] = []
+    for sequence, size in sorted(shares, key=lambda share: share[0].row):
+        if not groups or not groups[-1].join(sequence, size, cost, room):
+            groups.append(_Joined([(sequence, size)], size, size, sequence.cached))
+    return [group.reads for group in groups]
 
+# %% ../chapters/B53_engine.ipynb #reads-joined
+@dataclass
+class _Joined:
+    """Reads that share a pass, and what decides whether another one joins them."""
 
-def _may_join(reads: Reads, cost: int, room: int) -> bool:
-    before, last = (sequence.row for sequence, _ in reads[-2:])
-    T = max(size for _, size in reads)
-    fits = all(sequence.cached + T <= room for sequence, _ in reads)
-    return (
-        last == before + 1 and fits and _padding(reads) <= _padding(reads[:-1]) + cost
-    )
+    reads: Reads
+    longest: int  # tokens of the longest
+    total: int  # tokens of all
+    cached: int  # tokens that the fullest row holds before
 
-
-def _padding(reads: Reads) -> int:
-    sizes = [size for _, size in reads]
-    return len(sizes) * max(sizes) - sum(sizes)
+    def join(self, sequence: SequenceState, size: int, cost: int, room: int) -> bool:
+        """Add a read, if its row is the next one, there is room, and it is quicker."""
+        n = len(self.reads)
+        longest, total = max(self.longest, size), self.total + size
+        cached = max(self.cached, sequence.cached)
+        padding = (n + 1) * longest - total - (n * self.longest - self.total)
+        last, _ = self.reads[-1]
+        if sequence.row != last.row + 1 or cached + longest > room or padding > cost:
+            return False
+        self.reads.append((sequence, size))
+        self.longest, self.total, self.cached = longest, total, cached
+        return True
 
 # %% ../chapters/B53_engine.ipynb #who-gives-way-code
 AnyCache = RowCache | PagedCache

@@ -110,7 +110,8 @@ class PagePass:
     def write(self, store: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """Write `new` [n, K, T, h] to `store`; return the rows [n, K, S, h]."""
         K, size, h = store.shape[1:]
-        store[self.pages, :, self.places] = new.transpose(1, 2)  # [n, T, K, h]
+        new = new.transpose(1, 2).to(store.dtype)  # [n, T, K, h]
+        store[self.pages, :, self.places] = new
         heads = torch.arange(K, device=store.device)[:, None]  # [K, 1]
         index = self.table[:, None] * K + heads  # [n, K, P]
         rows = F.embedding(index, store.view(-1, size * h))  # [n, K, P, size * h]

@@ -100,8 +100,8 @@ import numpy as np
 from .chat_template import chat_ids
 from .data import PackedDataset
 from .distributed import DistributedContext
-from .finetune import refuse_message_fields, refuse_record_fields
-from .finetune import split_examples
+from .finetune import refuse_empty_prompt, refuse_message_fields
+from .finetune import refuse_record_fields, split_examples
 from .jsonl import DataError, Line
 from .jsonl import parse_json, read_lines, refuse_surrogates
 from .step import StepResult, train_step
@@ -142,6 +142,7 @@ def encode_pair(
         raise ValueError("both answers are the same, so nothing is preferred")
     asked, tools = field_messages(record, "prompt"), checked_tools(record.get("tools"))
     prompt, answers = chat_ids(tokenizer, asked, tools=tools), []
+    refuse_empty_prompt(len(prompt))
     for name in ("chosen", "rejected"):
         answer = field_messages(record, name, "assistant")
         for message in answer:
@@ -183,8 +184,8 @@ def _field_message(name: str, message: Any) -> dict[str, Any]:
         message = {**message, "content": content, "tool_calls": checked_calls(calls)}
     elif calls:
         raise ValueError(f'"{name}": "tool_calls" of another role than the assistant')
-    may_be_empty = calls or role in ("system", "tool")
-    if not isinstance(content, str) or not (content.strip() or may_be_empty):
+    silent = role == "assistant" and not calls  # others may say nothing
+    if not isinstance(content, str) or (silent and not content.strip()):
         raise ValueError(f'"{name}" needs a text, or messages with texts')
     refuse_surrogates(name, content)
     return {"role": role, **message}

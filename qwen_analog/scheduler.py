@@ -311,6 +311,8 @@ class RowScheduler(RowTable, RequestQueue):
 class Scheduler(RowScheduler):
     """A `RowScheduler` whose steps are taken by a thread that waits for work."""
 
+    strict = False  # whether the first error is raised, and not one request's affair
+
     def wait(self) -> bool:
         """Wait for something to do; return False where `close` was called."""
         with self.changed:

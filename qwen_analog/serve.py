@@ -21,6 +21,8 @@ from .arguments import default_model
 from .arguments import need, number, whole
 
 if TYPE_CHECKING:
+    import torch
+
     from qwen_analog.engine import AsyncEngine
 
 # %% ../chapters/B33_serve.ipynb #cell-011
@@ -97,7 +99,7 @@ def _build_engine(arguments: argparse.Namespace, source: str) -> "AsyncEngine":
     context = min(arguments.max_context, config.max_position_embeddings)
     values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     page_bytes = PAGE_SIZE * values * weight.element_size()
-    pages = _kv_pages(arguments, context, page_bytes)
+    pages = _kv_pages(arguments, context, page_bytes, weight.device)
     require_memory(
         (pages or pages_for(context, PAGE_SIZE) * arguments.max_batch) * page_bytes,
         weight.device,
@@ -120,9 +122,10 @@ PAGE_SIZE = 16  # tokens
 
 
 def _kv_pages(
-    arguments: argparse.Namespace, context: int, page_bytes: int
+    arguments: argparse.Namespace, context: int, page_bytes: int, device: "torch.device"
 ) -> int | None:
     """Return how many pages the cache has, None for rows. Raises ValueError."""
+    from qwen_analog.hardware import available_memory
     from qwen_analog.pages import pages_for
 
     least = pages_for(context, PAGE_SIZE)
@@ -131,6 +134,9 @@ def _kv_pages(
         pages = int(memory * 2**30 / page_bytes)
     elif pages is None:
         pages = least * arguments.max_batch
+        if not arguments.ignore_memory:
+            free = int(0.9 * available_memory(device) / page_bytes) - 1  # one is spare
+            pages = max(least, min(pages, free))
     elif pages == 0:
         return None
     if pages < least:
@@ -141,17 +147,30 @@ def _kv_pages(
         )
     return pages
 
-
+# %% ../chapters/B33_serve.ipynb #room-code
 def _room(arguments: argparse.Namespace, context: int, pages: int | None) -> str:
-    """Say what the cache has room for."""
+    """Say what the cache has room for, and why it is less than it might be."""
+    from qwen_analog.pages import pages_for
+
     rows = f"{arguments.max_batch} rows of {context:,} tokens"
-    return rows if pages is None else f"{rows}, {pages:,} pages of {PAGE_SIZE}"
+    if pages is None:
+        return rows
+    full = pages_for(context, PAGE_SIZE) * arguments.max_batch
+    text = f"{rows}, {pages:,} pages of {PAGE_SIZE}"
+    if pages == full or not _is_default(arguments):
+        return text
+    return f"{text}, as memory is short (full rows need {full:,})"
+
+
+def _is_default(arguments: argparse.Namespace) -> bool:
+    return arguments.kv_pages is None and arguments.kv_memory is None
 
 
 def _memory_flags(arguments: argparse.Namespace) -> str:
-    given = arguments.kv_pages, arguments.kv_memory
-    default = given == (None, None)
-    return "--max-batch or --max-context" if default else "--kv-pages or --kv-memory"
+    if _is_default(arguments):
+        return "--max-context"  # one request does not fit
+    rows = arguments.kv_pages == 0
+    return "--max-batch or --max-context" if rows else "--kv-pages or --kv-memory"
 
 # %% ../chapters/B33_serve.ipynb #cell-023
 _COUNT = whole(1, 10**8)
@@ -180,8 +199,8 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
         type=whole(0, 10**8),
         metavar="N",
         help=f"pages of {PAGE_SIZE} tokens for keys and values, which all requests"
-        " share (default: as many as --max-batch times --max-context need; 0 reserves"
-        " whole rows instead)",
+        " share (default: as many as --max-batch times --max-context need, or as nine"
+        " tenths of the free memory hold; 0 reserves whole rows instead)",
     )
     memory.add_argument(
         "--kv-memory",

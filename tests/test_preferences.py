@@ -273,7 +273,7 @@ GOOD = {"prompt": "3+4?", "chosen": "7", "rejected": "07"}
     "change, reason",
     [
         ({"prompt": 3}, '"prompt" needs a text'),
-        ({"prompt": " "}, '"prompt" needs a text'),
+        ({"chosen": " "}, '"chosen" needs a text'),
         ({"prompt": []}, '"prompt" must end with a message of the user'),
         ({"chosen": None}, '"chosen" needs a text'),
         ({"rejected": "7"}, "both answers are the same"),

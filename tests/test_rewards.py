@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import sys
-from functools import partial
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,14 +29,25 @@ from training import (  # noqa: F401
 from weights_helpers import TOKENIZER, small
 
 from qwen_analog import QwenForCausalLM
+from qwen_analog import engine as engine_module
 from qwen_analog import rewards as module
+from qwen_analog.chat_template import chat_ids
 from qwen_analog.checkpoint import save_checkpoint
 from qwen_analog.cli import main
+from qwen_analog.config import GenerationDefaults
+from qwen_analog.engine import ModelRunner
+from qwen_analog.finetune import read_all, read_conversations
+from qwen_analog.hf_tokenizer import HFTokenizer
 from qwen_analog.jsonl import DataError, read_lines
+from qwen_analog.lora import add_lora
 from qwen_analog.loss import IGNORE_INDEX
-from qwen_analog.preferences import token_log_probs
+from qwen_analog.preferences import read_pair, token_log_probs
 from qwen_analog.rewards import (
+    PAGE_SIZE,
     REWARDS,
+    AnswerEngine,
+    InOrder,
+    answer_requests,
     draw_seed,
     grade,
     group_advantages,
@@ -46,6 +57,7 @@ from qwen_analog.rewards import (
     read_question,
     roll_out,
 )
+from qwen_analog.sampling import LogitsError
 from qwen_analog.train import train
 from qwen_analog.train_config import TrainConfig
 
@@ -243,22 +255,122 @@ def test_equal_prompts_are_as_a_tensor():
     assert one.answers == other.answers and torch.equal(one.targets, other.targets)
 
 
-def test_what_was_drawn_has_the_probability_it_was_drawn_with():
-    """Filled up on the left for drawing and on the right for learning: the same."""
-    model, real = small_model(), QwenForCausalLM.generate
-    said = []
+LONG = [[(7 * i + j) % 90 + 1 for j in range(37 + i)] for i in range(3)]  # fill pages
 
-    def spied(*args, **options):
-        ids, logprobs = real(*args, return_logprobs=True, **options)
-        said.append(logprobs)
+
+@pytest.mark.parametrize("prompts", [PROMPTS, LONG], ids=["rows", "pages"])
+def test_what_was_drawn_has_the_probability_it_was_drawn_with(prompts, monkeypatch):
+    """In the rows of the engine, and filled up on the right for learning: the same."""
+    model, real = small_model(), engine_module.draw
+    said = defaultdict(list)
+
+    def spied(logits, sequences):
+        ids = real(logits, sequences)
+        for row, token, s in zip(logits.log_softmax(-1), ids, sequences):
+            said[s.number].append(row[token].item())
         return ids
 
-    model.generate = partial(spied, model)
-    rollouts = roll_out(model, PROMPTS, 4, 6, end=0, seed=3)
+    monkeypatch.setattr(engine_module, "draw", spied)
+    rollouts = roll_out(model, prompts, 4, 6, end=0, seed=3)
     log_p = token_log_probs(model, rollouts.input_ids, rollouts.targets)
-    for i, ids in enumerate(rollouts.answers):
+    for i in range(12):
         found = log_p[i][rollouts.targets[i] != IGNORE_INDEX].tolist()
-        assert found == pytest.approx(said[0][i, : len(ids)].tolist(), abs=1e-4)
+        assert found == pytest.approx(said[i], abs=1e-4)
+
+
+@pytest.mark.parametrize("max_batch", [3, 8, 256])
+@pytest.mark.parametrize("prompts", [PROMPTS, LONG], ids=["rows", "pages"])
+def test_an_answer_is_the_same_beside_others_and_alone(prompts, max_batch):
+    model = small_model()
+    asked = [prompt for prompt in prompts for _ in range(4)]
+    requests = answer_requests(asked, 20, seed=5)
+    assert len({request.params.seed for request in requests}) == 12
+    ends = dict(end=0, valid_vocab_size=12)
+    engine = AnswerEngine(model, requests, 4, **ends, max_batch=max_batch)
+    engine.run()
+    found = [sequence.written for sequence in engine.sequences]
+    assert len({len(ids) for ids in found}) > 3
+    for request, ids in zip(requests, found):
+        alone = AnswerEngine(model, [request], 1, **ends)
+        alone.run()
+        assert alone.sequences[0].written == ids
+    assert roll_out(model, prompts, 4, 20, seed=5, **ends).answers == found
+
+
+def test_without_a_seed_the_draws_are_pytorchs():
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        drawn += [roll_out(small_model(), PROMPTS, 4, 9, end=0).answers]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_rows_that_end_are_filled_again():
+    requests = answer_requests([[5, 6, 7]] * 60, 40, seed=0)
+    engine = AnswerEngine(small_model(), requests, 4, 0, 12, max_batch=6)
+    steps = engine.run()
+    lengths = [len(sequence.written) for sequence in engine.sequences]
+    assert sum(lengths) / 6 <= steps <= sum(lengths) / 6 + max(lengths)
+    apart = sum(max(lengths[i : i + 6]) for i in range(0, 60, 6))
+    assert steps < 0.8 * apart
+
+
+@pytest.mark.parametrize("max_batch", [2, 5, 256])
+def test_a_prompt_is_read_once_for_its_answers(max_batch, monkeypatch):
+    """All of it that fills pages; and nobody has to give way for want of pages."""
+    read, real = [], ModelRunner.read
+
+    def counted(self, sequences, sizes):
+        read.extend(sizes[s] for s in sequences)
+        return real(self, sequences, sizes)
+
+    monkeypatch.setattr(ModelRunner, "read", counted)
+    monkeypatch.setattr(InOrder, "interrupt", None)
+    requests = answer_requests([p for p in LONG for _ in range(4)], 20, seed=1)
+    AnswerEngine(small_model(), requests, 4, end=0, max_batch=max_batch).run()
+    rest = [(len(p) - 1) % PAGE_SIZE for p in LONG]
+    assert sum(read) <= sum(len(p) - 1 for p in LONG) + 3 * sum(rest)
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, LONG], ids=["rows", "pages"])
+def test_a_model_in_training_learns_from_what_it_has_drawn(prompts):
+    """Under autocast, and with adapters; its modes and weights stay as they were."""
+    model = small_model().train()
+    add_lora(model, 2)
+    model.model.norm.eval()
+    modes = [module.training for module in model.modules()]
+    ends = GenerationDefaults(eos_token_id=(1, 2, 3))  # of texts, not of these answers
+    model.generation_config = ends
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        rollouts = roll_out(model, prompts, 4, 6, end=0, seed=1, valid_vocab_size=9)
+        learned = token_log_probs(model, rollouts.input_ids, rollouts.targets)
+    assert [module.training for module in model.modules()] == modes
+    assert any({1, 2, 3} & {*ids[:-1]} for ids in rollouts.answers)
+    learned.sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_only_ids_of_the_vocabulary_are_drawn_and_asked():
+    model = small_model()
+    rollouts = roll_out(model, PROMPTS, 9, 6, end=0, seed=1, valid_vocab_size=5)
+    assert {*sum(rollouts.answers, [])} == {0, 1, 2, 3, 4}
+    for prompts, end, said in (
+        ([[]], 0, "prompt must have at least one token"),
+        ([[10**6]], 0, "prompt must have token ids from 0 to"),
+        ([[1] * 10**5], 0, "together they exceed the context of"),
+        ([[1]], 7, "eos_token_id must be a whole number from 0 to 4, not 7"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            roll_out(model, prompts, 2, 6, end, valid_vocab_size=5)
+
+
+def test_weights_that_are_nan_raise_one_error_and_log_nothing(caplog):
+    model = small_model()
+    torch.nn.init.constant_(model.model.norm.weight, math.nan)
+    model.train()
+    with pytest.raises(LogitsError, match="weights or activations are nan"):
+        roll_out(model, PROMPTS, 4, 6, end=0, seed=1)
+    assert not caplog.records and model.training
 
 
 def test_a_place_has_a_seed_of_its_own():
@@ -356,7 +468,7 @@ def read(record, tmp_path, **changes):
         ({"prompt": "x"}, 'no field "answer"'),
         ({"answer": "x"}, 'no field "prompt"'),
         ({**GOOD, "answer": "seven"}, '"answer" holds no number'),
-        ({**GOOD, "prompt": " "}, '"prompt" needs a text'),
+        ({**GOOD, "prompt": None}, '"prompt" needs a text'),
         (
             {**GOOD, "prompt": [{"role": "user", "content": "x", "weight": 0}]},
             '"prompt": "weight" 0',
@@ -368,6 +480,50 @@ def test_a_bad_question_says_why(record, reason, tmp_path):
     assert read(GOOD, tmp_path).record == GOOD
     with pytest.raises(ValueError, match=reason):
         read(record, tmp_path, reward="number")
+
+
+def read_as(method, path, tokenizer):
+    """The ids that a file's first line is read as, by one of the three methods."""
+    if method == "sft":
+        ((example, *_), _) = read_conversations([path], tokenizer, 128)
+        return example.ids.tolist()
+    reads = {
+        "dpo": lambda line: [read_pair(line, tokenizer, 128).ids[0]],
+        "grpo": lambda line: [read_question(line, tokenizer, grpo_settings()).prompt],
+    }
+    ((ids, *_), _) = read_all([path], reads[method], False, "line")
+    return ids
+
+
+SILENT = (
+    "{% for m in messages %}{{ m.content }}"
+    "{% if m.role == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "grpo"])
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_an_empty_question_is_taken_by_all_methods(
+    method, text, tmp_path, tokenizer_files
+):
+    """A template makes tokens of it; where it makes none, there is nothing to learn."""
+    path = tmp_path / "lines.jsonl"
+    answers = {"completion": "7", "chosen": "7", "rejected": "8", "answer": "7"}
+    path.write_text(json.dumps({"prompt": text, **answers}))
+    expected = chat_ids(TOKENIZER, [{"role": "user", "content": text}])
+    ids = read_as(method, str(path), TOKENIZER)
+    assert ids[: len(expected)] == expected and TOKENIZER.decode(ids)
+    talk = [{"role": "user", "content": text}]
+    path.write_text(json.dumps({"prompt": talk, **answers}))
+    assert read_as(method, str(path), TOKENIZER) == ids
+    silent = HFTokenizer(tokenizer_files)
+    silent.tokenizer.chat_template = SILENT.replace("m.content", "m.content.strip()")
+    with pytest.raises(DataError) as caught:
+        read_as(method, str(path), silent)
+    said = f"{path}, line 1: the chat template makes no token of the prompt"
+    assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
+    path.write_text(json.dumps({"prompt": "x", **answers}))
+    assert read_as(method, str(path), silent)
 
 
 # --- runs

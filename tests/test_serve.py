@@ -224,6 +224,25 @@ def test_the_key_from_the_environment(monkeypatch, checkpoint, capsys):
         serve.run(parser.parse_args(options))
 
 
+def served(checkpoint, monkeypatch, capsys, *flags):
+    """The cache that the command makes, and the line that it prints."""
+    engines = []
+    monkeypatch.setattr(loading, "load", lambda source, **options: (MODEL, TOKENIZER))
+    monkeypatch.setattr(
+        server,
+        "build_server",
+        lambda app, engine, **_: (
+            engines.append(engine) or types.SimpleNamespace(run=lambda sockets: None)
+        ),
+    )
+    options = ["--model", str(checkpoint), "--port", "0", *flags]
+    serve.run(new_parser().parse_args(options))
+    cache, line = engines[0].runner.cache, capsys.readouterr().out
+    size = cache.nbytes / 2**20
+    assert f"({size:,.0f} MiB), a page at http://127.0.0.1:" in line
+    return cache, line
+
+
 @pytest.mark.parametrize(
     "flags, rows, pages",
     [
@@ -237,25 +256,47 @@ def test_the_key_from_the_environment(monkeypatch, checkpoint, capsys):
 def test_memory_for_keys_and_values(
     checkpoint, monkeypatch, capsys, flags, rows, pages
 ):
-    engines = []
-    monkeypatch.setattr(loading, "load", lambda source, **options: (MODEL, TOKENIZER))
-    monkeypatch.setattr(
-        server,
-        "build_server",
-        lambda app, engine, **_: (
-            engines.append(engine) or types.SimpleNamespace(run=lambda sockets: None)
-        ),
-    )
-    options = ["--model", str(checkpoint), "--port", "0", *flags]
-    serve.run(new_parser().parse_args(options))
-    cache, line = engines[0].runner.cache, capsys.readouterr().out
+    cache, line = served(checkpoint, monkeypatch, capsys, *flags)
     assert len(cache.lengths) == rows and f"{rows} rows of" in line
+    assert "memory is short" not in line
     if pages is None:
         assert isinstance(cache, RowCache) and "pages" not in line
     else:
         assert cache.pool.num_pages == pages and f", {pages:,} pages of 16 (" in line
-    size = cache.nbytes / 2**20
-    assert f"({size:,.0f} MiB), a page at http://127.0.0.1:" in line
+
+
+PAGE_BYTES = (
+    16
+    * 2
+    * 4
+    * MODEL.config.num_hidden_layers
+    * (MODEL.config.num_key_value_heads * MODEL.config.head_dim)
+)
+
+
+@pytest.mark.parametrize(
+    "free, flags, pages",
+    [
+        (2275 + 2, [], 2048),  # nine tenths of it, without the page of nobody
+        (2000, [], 1799),
+        (160, [], 143),
+        (130, [], 128),  # never fewer than one request needs
+        (1, ["--ignore-memory"], 2048),
+        (2000, ["--max-batch", "15"], 1799),
+        (2000, ["--max-batch", "14"], 14 * 128),
+        (2000, ["--kv-pages", "1999"], 1999),
+    ],
+)
+def test_pages_are_as_many_as_memory_allows(
+    checkpoint, monkeypatch, capsys, free, flags, pages
+):
+    left = free * PAGE_BYTES
+    monkeypatch.setattr(hardware, "available_memory", lambda device: left)
+    cache, line = served(checkpoint, monkeypatch, capsys, *flags)
+    assert cache.pool.num_pages == pages and len(cache.lengths) in (14, 15, 16)
+    full = 128 * len(cache.lengths)
+    said = f", {pages:,} pages of 16, as memory is short (full rows need {full:,}) ("
+    assert (said in line) == (pages != full and "--kv-pages" not in flags), line
 
 
 def test_too_few_pages(checkpoint, monkeypatch):
@@ -271,18 +312,22 @@ def test_too_few_pages(checkpoint, monkeypatch):
             serve.run(new_parser().parse_args(options))
 
 
-def test_a_cache_that_does_not_fit(checkpoint, monkeypatch):
-    parser = new_parser()
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ([], "choose a smaller --max-context, or pass --ignore-memory"),
+        (["--kv-pages", "0"], "a smaller --max-batch or --max-context, or pass"),
+        (["--kv-memory", "0.1"], "a smaller --kv-pages or --kv-memory, or pass"),
+        (["--kv-pages", "128"], "a smaller --kv-pages or --kv-memory, or pass"),
+    ],
+)
+def test_a_cache_that_does_not_fit(checkpoint, monkeypatch, flags, said):
     monkeypatch.setattr(hardware, "available_memory", lambda device: 1000)
     monkeypatch.setattr(loading, "load", lambda source, **options: (MODEL, TOKENIZER))
-    with pytest.raises(
-        ValueError, match="--max-batch or --max-context, or pass --ignore-memory"
-    ) as error:
-        serve.run(parser.parse_args(["--model", str(checkpoint), "--port", "0"]))
+    options = ["--model", str(checkpoint), "--port", "0", *flags]
+    with pytest.raises(ValueError, match=said) as error:
+        serve.run(new_parser().parse_args(options))
     assert "\n" not in str(error.value)
-    few = ["--model", str(checkpoint), "--port", "0", "--kv-memory", "0.1"]
-    with pytest.raises(ValueError, match="a smaller --kv-pages or --kv-memory, or"):
-        serve.run(parser.parse_args(few))
 
 
 @pytest.mark.parametrize("flags", [[], ["--compile"]])
