@@ -74,6 +74,13 @@ def instead(owner, name, replacement):
     return {"around": patch.object(owner, name, replacement)}
 
 
+def enlarged(model):
+    for p in model.parameters():
+        if p.ndim == 2:
+            p.data *= 25
+    return model
+
+
 def untied(model):
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     return model
@@ -195,8 +202,20 @@ def no_norm(self, x):
     return x
 
 
+def forgets_its_place(self, input_ids, position_ids=None, mask=None, cache=None):
+    start = torch.arange(input_ids.shape[1])[None]
+    return whole_forward(self, input_ids, start, mask, cache)
+
+
 def cut_off(self, *inputs, **options):
     return whole_forward(self, *inputs, **options).detach()
+
+
+def no_clipping(model, optimizer):
+    norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf)  # only measures
+    if norm.isfinite():
+        optimizer.step()
+    optimizer.zero_grad()
 
 
 def bad_batch_applied(model, optimizer):
@@ -207,14 +226,14 @@ def bad_batch_applied(model, optimizer):
 
 # these are trained, too
 TRAINED = {
-    "scores not scaled": (attention, "grouped_query_attention", unscaled),
     "no rotation": (attention, "apply_rotary", no_rotation),
     "other pairs rotated": (attention, "apply_rotary", neighbours),
     "no norms": (RMSNorm, "forward", no_norm),
     "no residual path": (DecoderLayer, "forward", no_residual),
-    "no gate": (SwiGLU, "forward", no_gate),
 }
 MODEL = {
+    "scores not scaled": (attention, "grouped_query_attention", unscaled),
+    "no gate": (SwiGLU, "forward", no_gate),
     "no bias on queries and keys": (attention.GQAttention, "forward", no_bias),
     "keys not rotated": (attention, "apply_rotary", keys_not_rotated),
     "key heads in another order": (attention, "grouped_query_attention", heads_tiled),
@@ -427,6 +446,14 @@ def min_p_of_one(logits, min_p):
     return logits.masked_fill(logits.softmax(-1) < 0.2, -math.inf)
 
 
+def lowest(choose):
+    def least_likely(logits, generator):
+        worst = logits.topk(len(logits) // 2, largest=False).indices
+        return worst[choose(logits[worst], generator)].item()
+
+    return least_likely
+
+
 def penalize(logit):
     return logit / 2 if logit > 0 else logit * 2
 
@@ -454,7 +481,7 @@ def seed_at_every_step(seeds):
     return [torch.rand(1, generator=generator).tolist() * 3 for generator in made]
 
 
-def dice(part):
+def generators(part):
     """A row draws the same alone and in company, and something new at every step."""
     alone, (first, _) = part([1])[0], part([1, 2])
     if alone != first:
@@ -866,7 +893,7 @@ PARTS = [
         with_muon,
         muon,
         {
-            "Muon without turning": with_momentum_alone,
+            "Muon not orthogonalized": with_momentum_alone,
             "Muon of another size": muon_of_another_size,
             "Muon on the embedding": muon_for_every_matrix,
         },
@@ -887,9 +914,9 @@ PARTS = [
     Subject(
         "the sampler",
         two_rows,
-        dice,
+        generators,
         {
-            "rows share their dice": one_generator,
+            "rows share a generator": one_generator,
             "seeded every step": seed_at_every_step,
         },
     ),

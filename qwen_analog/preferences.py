@@ -46,9 +46,10 @@ def dpo_loss(
 
     Rafailov et al. 2023, eq. 7.
     """
-    gain_chosen = policy_chosen - reference_chosen
-    gain_rejected = policy_rejected - reference_rejected
-    return -F.logsigmoid(beta * (gain_chosen - gain_rejected)).mean()
+    chosen_log_ratio = policy_chosen - reference_chosen
+    rejected_log_ratio = policy_rejected - reference_rejected
+    margin = chosen_log_ratio - rejected_log_ratio
+    return -F.logsigmoid(beta * margin).mean()
 
 # %% ../chapters/23_preferences.ipynb #answer-batch
 def answer_batch(rows: list[tuple[list[int], list[int]]], pad_id: int = 0):
