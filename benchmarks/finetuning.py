@@ -1,16 +1,19 @@
 """Fine-tune the model of `make train` on questions, rightly and wrongly, and SmolLM2 on
-a style; keep what each has learned and forgotten in finetuning.json.
+a style; keep what each has learned and forgotten, and what each says in
+`qwen-analog chat` before and after, in finetuning.json.
 
     python benchmarks/finetuning.py questions RUNS data/wiki/wiki.jsonl MODEL
     python benchmarks/finetuning.py style RUNS data/wiki/wiki.jsonl
+    python benchmarks/finetuning.py chat RUNS MODEL
 
 MODEL is checkpoints/final. The runs are kept in the directory RUNS. A run that is
-there, or a part that is in the file already, is left out. The chapter on fine-tuning
-shows them.
+there, or a part that is in the file already, is left out; what is said in `chat` is
+asked anew. The chapter on fine-tuning shows them.
 """
 
 import json
 import re
+import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +36,7 @@ from qwen_analog.train_config import FINETUNING, TrainConfig
 
 TARGET = Path(__file__).with_name("finetuning.json")
 QUESTIONS, ANSWER = 30, 60  # that are asked, and the longest answer in tokens
-STEPS = 80
+STEPS, RATE = 400, 3e-4  # held-out answers cost fewer bits than at 1e-3
 OTHERS = (
     "What is a bridge?",
     "How do I learn to swim?",
@@ -48,13 +51,17 @@ OTHERS = (
 )
 
 
+# on a processor that computes fp32 faster than bf16; so small a run fits into memory
+FAST = {"precision": "fp32", "activation_checkpointing": "none"}
+
+
 def settings(**changes) -> TrainConfig:
     values = dict(
         sequence_length=160,
         micro_batch_size=8,
         gradient_accumulation_steps=1,
         max_steps=STEPS,
-        learning_rate=1e-3,
+        learning_rate=RATE,
         eval_every=10_000,
         save_every=10_000,
         eval_sequences=64,
@@ -155,18 +162,29 @@ def measure(model, tokenizer, questions, prompts, held_out, texts, config):
     }
 
 
+def counts(split, config):
+    """How many examples are learned and held out, and how often the run sees each."""
+    rows = config.max_steps * config.micro_batch_size
+    return {
+        "examples": [len(part.examples) for part in split],
+        "passes": rows / len(split[0].epoch_rows(0)),
+    }
+
+
 def corpus(tokenizer, path, config):
     documents = tokenize_files([path], tokenizer, 0.05)
     return held_out_dataset(documents, config.sequence_length)
 
 
 def on_questions(book, folder, wiki, base):
-    config = settings(data=[f"{folder}/questions.jsonl"])
+    changes = {"data": [f"{folder}/questions.jsonl"], **FAST}
+    config = settings(**changes)
     write_jsonl(question_documents(), config.data[0])  # makes the directory
     model, tokenizer = load(base, "cpu")
     examples, _ = read_conversations(config.data, tokenizer, config.sequence_length)
     fraction = config.heldout_fraction
-    _, held_out = chat_datasets(examples, config.sequence_length, 0, fraction)
+    split = chat_datasets(examples, config.sequence_length, 0, fraction)
+    held_out = split[1]
     texts = corpus(tokenizer, wiki, config)
     rows = [json.loads(line) for line in open(config.data[0], encoding="utf-8")]
     kept = {example.key for example in held_out.examples}
@@ -174,26 +192,28 @@ def on_questions(book, folder, wiki, base):
     prompts = [asked(tokenizer, question) for question in questions]
     plain = [tokenizer.encode(f"Question: {q}\nAnswer:") for q in questions]
     shared = held_out, texts, config
-    book.write("base", {"steps": load_checkpoint(base)["step"]})
+    base_steps = load_checkpoint(base)["step"]
+    values = {"base_steps": base_steps, "steps": STEPS, "asked": questions}
+    book.write("questions", {**values, **counts(split, config)})
     if "before" not in book.parts:
         values = measure(model, tokenizer, questions, prompts, *shared)
         book.write("before", values)
     for name, change, rate in (
-        ("answers", nothing, 1e-3),
-        ("no end", all_but_the_end, 1e-3),
-        ("rate x 10", nothing, 1e-2),
-        ("everything", everything, 1e-3),
+        ("after", nothing, RATE),
+        ("no end", all_but_the_end, RATE),
+        ("rate x 10", nothing, 3e-3),
+        ("everything", everything, RATE),
     ):
         if name in book.parts:
             continue
         place = f"{folder}/{rate}{change.__name__}"
-        changes = {"learning_rate": rate, "output_dir": place}
         if not Path(place, "final").exists():
+            run = settings(**changes, learning_rate=rate, output_dir=place)
             with learned(change):
-                train(settings(data=config.data, **changes), init_from=base)
+                train(run, init_from=base)
         model, tokenizer = load(place, "cpu")
         book.write(name, measure(model, tokenizer, questions, prompts, *shared))
-        if name == "answers":
+        if name == "after":
             values = measure(model, tokenizer, questions, plain, *shared)
             book.write("other template", values)
 
@@ -222,13 +242,8 @@ def on_style(book, folder, wiki):
     config = settings(**changes)
     examples, _ = read_conversations([path], load("smollm2", "cpu")[1], 256)
     split = chat_datasets(examples, 256, 0, config.heldout_fraction)
-    training, held_out = split
-    rows = config.max_steps * config.micro_batch_size
-    counts = {
-        "examples": [len(part.examples) for part in split],
-        "passes": rows / len(training.epoch_rows(0)),
-    }
-    book.write("style", counts)
+    held_out = split[1]
+    book.write("style", counts(split, config))
     for name, change, rate in (
         ("smollm2 before", nothing, 0),
         ("smollm2 after", nothing, 5e-5),
@@ -253,7 +268,29 @@ def on_style(book, folder, wiki):
         book.write(name, values)
 
 
-PARTS = {"questions": on_questions, "style": on_style}
+def said_in_chat(model, question):
+    """What `qwen-analog chat` prints for a question, behind its greeting."""
+    command = [sys.executable, "-m", "qwen_analog", "chat", "--model", str(model)]
+    command += ["--temperature", "0", "--max-new-tokens", str(ANSWER)]
+    options = {"capture_output": True, "text": True, "check": True}
+    printed = subprocess.run(command, input=question, **options).stdout
+    greeting, answer = re.split("Ctrl-D.*\n", printed, maxsplit=1)
+    return answer.strip()
+
+
+def in_chat(book, folder, base):
+    own = book.parts["questions"]["asked"]
+    for name, model, questions in (
+        ("before", base, own[:2] + own[-2:]),
+        ("after", f"{folder}/{RATE}nothing", own[:2] + own[-2:]),
+        ("smollm2 before", "smollm2", OTHERS[:4]),
+        ("smollm2 after", f"{folder}/style5e-05nothing", OTHERS[:4]),
+    ):
+        values = {question: said_in_chat(model, question) for question in questions}
+        book.write(f"chat {name}", values)
+
+
+PARTS = {"questions": on_questions, "style": on_style, "chat": in_chat}
 
 
 if __name__ == "__main__":
