@@ -29,10 +29,10 @@ def token_log_probs(
 
 
 def sequence_log_probs(
-    model: QwenForCausalLM, input_ids: torch.Tensor, labels: torch.Tensor
+    model: QwenForCausalLM, input_ids: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    """Return the log-probability [B] of each row's `labels` [B, T], -100 for none."""
-    return token_log_probs(model, input_ids, labels).sum(dim=1)
+    """Return the log-probability [B] of each row's `targets` [B, T], -100 for none."""
+    return token_log_probs(model, input_ids, targets).sum(dim=1)
 
 # %% ../chapters/23_preferences.ipynb #cell-021
 def dpo_loss(
@@ -58,9 +58,10 @@ def answer_batch(rows: list[tuple[list[int], list[int]]], pad_id: int = 0):
     input_ids = torch.full((len(rows), T), pad_id)
     targets = torch.full((len(rows), T), IGNORE_INDEX)
     for i, (prompt, answer) in enumerate(rows):
-        ids = torch.tensor(prompt + answer)
-        input_ids[i, : len(ids) - 1] = ids[:-1]
-        targets[i, len(prompt) - 1 : len(ids) - 1] = ids[len(prompt) :]
+        ids = prompt + answer
+        next_ids = [IGNORE_INDEX] * (len(prompt) - 1) + answer
+        input_ids[i, : len(ids) - 1] = torch.tensor(ids[:-1])
+        targets[i, : len(ids) - 1] = torch.tensor(next_ids)
     return input_ids, targets
 
 # %% ../chapters/23_preferences.ipynb #m-024
