@@ -34,7 +34,7 @@ def momentum(g, m, v, t):
     return 0.05 * m, m, v
 
 
-def scaled(g, m, v, t):
+def rmsprop(g, m, v, t):
     v = 0.95 * v + 0.05 * g**2
     return 0.5 * g / np.sqrt(v / (1 - 0.95**t)), m, v
 
@@ -47,7 +47,7 @@ def adam(g, m, v, t):
 rules = {
     "gradient descent, rate 0.05": gradient_descent,
     "momentum 0.9, rate 0.05": momentum,
-    "scaled by weight, rate 0.5": scaled,
+    "RMSProp, rate 0.5": rmsprop,
     "Adam, rate 0.5": adam,
 }
 x, y = np.meshgrid(np.linspace(-4.4, 4.6, 80), np.linspace(-1.5, 1.5, 80))

@@ -22,8 +22,8 @@ class TokenSequence:
     """T consecutive tokens of the packed stream, [T] int64 each, and their sources.
 
     `targets[t]` is the token after `input_ids[t]`; `document_ids` numbers the documents
-    of the sequence from 0, and `sources` names them, with one more where the last
-    target opens another document.
+    of the sequence from 0. `sources` has the source of each, and one more where the
+    last target opens another document.
     """
 
     input_ids: torch.Tensor
@@ -58,17 +58,17 @@ class ShuffledRows:
     def __init__(self, rows: np.ndarray, lengths: np.ndarray, seed: int):
         """Take the rows and the tokens of each, [documents] both."""
         self.rows, self.lengths, self.seed = rows, lengths, seed
-        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._epoch: int | None = None  # the one that `order` keeps
 
     def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the epoch's order of `rows` and the position after each document,
-        [documents] each."""
-        if self._epoch is None or self._epoch[0] != epoch:
+        """Return the epoch's documents in order, as indices of `rows`, and the place
+        in the epoch after each, [documents] both."""
+        if epoch != self._epoch:
             rng = np.random.default_rng((self.seed, epoch))
-            order = rng.permutation(len(self.rows)).astype(np.int32)
-            self._epoch = epoch, order, np.cumsum(self.lengths[order], dtype=np.int64)
-        _, order, ends = self._epoch
-        return order, ends
+            self._order = rng.permutation(len(self.rows)).astype(np.int32)
+            self._ends = np.cumsum(self.lengths[self._order], dtype=np.int64)
+            self._epoch = epoch
+        return self._order, self._ends
 
     def runs(self, epoch: int, offset: int, tokens: int) -> Iterator[tuple[int, slice]]:
         """Yield the row and the place in it of each run that the `tokens` from token
@@ -80,8 +80,9 @@ class ShuffledRows:
             if i == len(order):  # goes on into the next epoch
                 epoch, i = epoch + 1, 0
                 order, _ = self.order(epoch)
-            stop = min(start + tokens, int(self.lengths[order[i]]))
-            yield int(self.rows[order[i]]), slice(start, stop)
+            document = order[i]
+            stop = min(start + tokens, int(self.lengths[document]))
+            yield int(self.rows[document]), slice(start, stop)
             tokens -= stop - start
             start = 0
             i += 1
