@@ -45,8 +45,6 @@ ARMS = {
     ),
     # F is smaller still, and pays for the larger scores, too
     "wide heads, equal work": dict(qk_norm=True, head_dim=32, intermediate_size=42),
-    # one matrix for embedding and head; F is larger by what is saved
-    "tied": dict(qk_norm=True, tie_word_embeddings=True, intermediate_size=171),
 }
 RATES, SEEDS, STEPS = (3e-3, 1e-2, 3e-2), 8, 200
 TEXT = torch.tensor(list("\n".join(topics[key] for key in sorted(topics)).encode()))
