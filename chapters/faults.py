@@ -652,7 +652,6 @@ SUM_OF_CHUNKS = 'F.cross_entropy(logits, t, reduction="sum") / len(targets)'
 WIDE = "x.float() if x.dtype in (torch.float16, torch.bfloat16) else x"
 MUON = 'torch.optim.Muon(hidden, 0.01, 0.0, adjust_lr_fn="match_rms_adamw")'
 SUM_OF_LOSSES = "sum(losses) / sum(counts)"
-PADDED = "logits, targets, ignore_index=-100"
 PARTS = {
     "the model": [
         (
