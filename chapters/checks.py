@@ -198,7 +198,7 @@ def one_batch(program):
         loss.backward()
         program.update(model, optimizer)
         losses.append(loss.item())
-    if not losses[-1] < 0.55 * losses[0]:
+    if not losses[-1] < 0.5 * losses[0]:
         return f"one batch: {losses[0]:.2f} to {losses[-1]:.2f} in 30 steps"
 
 

@@ -1,60 +1,51 @@
-"""More broken parts for the appendix on symptoms: kinds that leave little trace in
-a loss curve, each with the check that finds it.
+"""Broken parts for the appendix on symptoms. Each is a line of a right function in
+place of which stands a broken one, so that the two can be shown side by side.
 """
 
 import copy
+import inspect
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import textwrap
+import unicodedata
+from collections.abc import Callable, Iterator
 from unittest.mock import patch
 
 import matplotlib.pyplot as plt
 import regex
 import torch
 import torch.nn.functional as F
-from torch import nn
-
-from torch.nn.utils.rnn import pad_sequence
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from book import scramble_
-from qwen_analog import QwenConfig, QwenForCausalLM, attention, sampling
-from qwen_analog.bpe import QWEN_PATTERN, encode_piece, split_text
-from qwen_analog.generate import pad_left, positions_and_mask
+from qwen_analog import QwenConfig, QwenForCausalLM, attention
+from qwen_analog.attention import GQAttention, HeadProjections
+from qwen_analog.generate import positions_and_mask
 from qwen_analog.kv_cache import KVCache
-from qwen_analog.loss import linear_cross_entropy
 from qwen_analog.mlp import SwiGLU
-from qwen_analog.model import DecoderLayer, QwenModel
+from qwen_analog.model import DecoderLayer, PreTrainedModel, QwenModel
 from qwen_analog.norm import RMSNorm
-from qwen_analog.optim import build_optimizers, stochastic_round_
-from qwen_analog.sampling import SamplingParams, distribution
-from qwen_analog.text_stream import StopFinder
-
-rotate, grouped, update, whole_forward = (
-    attention.apply_rotary,
-    attention.grouped_query_attention,
-    KVCache.update,
-    QwenModel.forward,
-)
+from qwen_analog.optim import stochastic_round_
 
 
 def draw(curves, healthy, best):
     """Draw each curve in a small panel of its own, the healthy ones behind in grey,
     and a dotted line at the lowest loss that a model can have which sees no answer.
     """
-    size = (2.1 * len(curves), 2.2)
+    size = (2.1 * len(curves), 2.5)
     fig, axes = plt.subplots(1, len(curves), figsize=size, sharey=True)
     for ax, (name, losses) in zip(axes.flat, curves.items()):
         for behind in healthy:
-            ax.plot(behind, color="0.8", linewidth=1)
-        ax.axhline(best, color="0.4", linewidth=0.8, linestyle=":")
-        ax.plot(losses, color="#b5502f", linewidth=1)
+            (grey,) = ax.plot(behind, color="0.8", linewidth=1)
+        dotted = ax.axhline(best, color="0.4", linewidth=0.8, linestyle=":")
+        (red,) = ax.plot(losses, color="#b5502f", linewidth=1)
         ax.set_title(name, fontsize=8)
         ax.set(yscale="log", xlabel="step")
         ax.minorticks_off()
     highest = max(loss for losses in curves.values() for loss in losses)
     axes.flat[0].set_ylim(0.01, max(10, 2 * highest))
     axes.flat[0].set_ylabel("loss, nats")
+    lines, names = (red, grey, dotted), ("broken", "healthy", "knows all rules")
+    fig.legend(lines, names, ncols=3, loc="outside lower center", fontsize=8)
     plt.show()
 
 
@@ -74,213 +65,233 @@ def instead(owner, name, replacement):
     return {"around": patch.object(owner, name, replacement)}
 
 
-def enlarged(model):
-    for p in model.parameters():
-        if p.ndim == 2:
-            p.data *= 25
-    return model
+def source_of(function):
+    return textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
 
 
-def untied(model):
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
-    return model
+def edited(function, right, wrong):
+    """Return `function` with `wrong` where its source reads `right`."""
+    source = source_of(function)
+    assert source.count(right) == 1, f"{right!r}, {source.count(right)} times"
+    function = inspect.unwrap(function)
+    scope = dict(function.__globals__)
+    exec(source.replace(right, wrong), scope)
+    return scope[function.__name__]
 
 
-# --- the model: changes of the package, all found by a comparison with a reference
+def statements(code):
+    lines = [line.split("  # ")[0].strip() for line in code.splitlines()]
+    return [line for line in lines if line not in ("", "pass") and line[0] != "#"]
 
 
-def keys_not_rotated(x, cos, sin):
-    return x if x.shape[1] == 2 else rotate(x, cos, sin)  # 2 of the 4 heads are keys'
+def beside(function, right, wrong):
+    """Return the lines in which `function` has `right`, and those with `wrong`."""
+    source = source_of(function)
+    at = source.index(right)
+    start, end = source.rindex("\n", 0, at), source.index("\n", at + len(right) - 1)
+    lines = source[start:end]
+    return statements(lines), statements(lines.replace(right, wrong)) or ["(missing)"]
 
 
-def heads_tiled(q, k, v, mask=None):
-    return grouped(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1), mask)
+def variants(function, edits) -> Iterator[tuple[str, Callable, str]]:
+    """Yield each fault's name, the broken function, and its code: the right lines,
+    where they were not shown, and the broken ones, indented.
+
+    `edits` gives for right code the names of faults and their wrong code.
+    """
+    shown: list[str] = []
+    for right, broken in edits.items():
+        for name, wrong in broken.items():
+            removed, added = beside(function, right, wrong)
+            code = ["    " + line for line in added]
+            if removed != shown:
+                code = ["", *removed, *code]
+            shown = removed
+            yield name, edited(function, right, wrong), "\n".join(code)
 
 
-def keys_detached(q, k, v, mask=None):
-    return grouped(q, k.detach(), v, mask)
+def in_package(owner, name, edits, function=None):
+    """`variants` of a function of the package, as parts of a program."""
+    function = function or getattr(owner, name)
+    for fault, broken, code in variants(function, edits):
+        yield fault, instead(owner, name, broken), code
 
 
-def softmax_in_bfloat16(q, k, v, mask=None):
-    return grouped(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask).float()
+# --- the model: changes of the package
 
 
-def over_queries(q, k, v, mask=None):
-    k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
+def attend(q, k, v, mask=None):
+    """Do as `grouped_query_attention`, step by step."""
+    if mask is None:
+        mask = attention.causal_mask(q.shape[2], k.shape[2])
+    k = k.repeat_interleave(2, dim=1)
+    v = v.repeat_interleave(2, dim=1)
     scores = q @ k.mT / q.shape[-1] ** 0.5
-    hidden = ~attention.causal_mask(q.shape[2], k.shape[2])
-    return scores.masked_fill(hidden, -1e9).softmax(dim=-2) @ v
+    p = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+    return p @ v
 
 
-def layer_norm(self, x):
-    return F.layer_norm(x, x.shape[-1:], self.weight, None, 1e-6)
+def forward(self, input_ids, position_ids=None, mask=None, cache=None):
+    """Do as `QwenModel.forward`, with positions that follow the first block's cache."""
+    x = self.embed_tokens(input_ids)
+    start = 0 if cache is None else cache.lengths[0]
+    positions = start + torch.arange(input_ids.shape[1])[None]
+    cos, sin = self.rotary_emb(positions, x.dtype)
+    for layer in self.layers:
+        x = layer(x, cos, sin, mask, cache)
+    return self.norm(x)
 
 
-def one_size_for_all(self, x):
-    return self.weight * x / x.pow(2).mean().sqrt()
-
-
-def gelu(self, x):
-    return self.down_proj(F.gelu(self.gate_proj(x)) * self.up_proj(x))
-
-
-def gate_and_up_swapped(self, x):
-    return self.down_proj(F.silu(self.up_proj(x)) * self.gate_proj(x))
-
-
-def post_norm(self, x, *rest):
-    x = self.input_layernorm(x + self.self_attn(x, *rest))
-    return self.post_attention_layernorm(x + self.mlp(x))
-
-
-def branches_in_parallel(self, x, *rest):
-    attended = self.self_attn(self.input_layernorm(x), *rest)
-    return x + attended + self.mlp(self.post_attention_layernorm(x))
-
-
-def decoder(order=lambda layers: layers, scale=False, norm=True):
-    """`QwenModel.forward` with its blocks in another order, and so on."""
-
-    def forward(self, input_ids, position_ids=None, mask=None, cache=None):
-        x = self.embed_tokens(input_ids)
-        x = x * x.shape[-1] ** 0.5 if scale else x
-        layers = order(list(self.layers))
-        start = 0 if cache is None else cache.lengths[layers[0].self_attn.layer_idx]
-        positions = start + torch.arange(x.shape[1])[None]
-        cos, sin = self.rotary_emb(positions, x.dtype)
-        for layer in layers:
-            x = layer(x, cos, sin, mask, cache)
-        return self.norm(x) if norm else x
-
-    return forward
-
-
-def no_bias(self, x, cos, sin, mask=None, cache=None):
-    q, k = (self.heads(F.linear(x, m.weight)) for m in (self.q_proj, self.k_proj))
-    q, k, v = rotate(q, cos, sin), rotate(k, cos, sin), self.heads(self.v_proj(x))
-    if cache is not None:
-        k, v = cache.update(self.layer_idx, k, v)
-    return self.o_proj(grouped(q, k, v, mask).transpose(1, 2).flatten(2))
-
-
-def writes_at_the_start(self, layer_idx, keys, values):
-    self.crop(0)
-    return update(self, layer_idx, keys, values)
-
-
-def overwrites_the_last(self, layer_idx, keys, values):
-    self.crop(max(0, self.length - 1))
-    return update(self, layer_idx, keys, values)
-
-
-def unscaled(q, k, v, mask=None):
-    return grouped(q * q.shape[-1] ** 0.5, k, v, mask)
-
-
-def no_rotation(x, cos, sin):
-    return x
-
-
-def neighbours(x, cos, sin):
-    """Rotate components 0 and 1, 2 and 3 ..., as other models store them."""
-    half = x.shape[-1] // 2
-    c, s = cos[..., :half], sin[..., :half]
-    a, b = x[..., 0::2], x[..., 1::2]
-    return torch.stack([a * c - b * s, b * c + a * s], dim=-1).flatten(-2)
-
-
-def no_residual(self, x, cos, sin, mask=None, cache=None):
-    x = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
-    return self.mlp(self.post_attention_layernorm(x))
-
-
-def no_gate(self, x):
-    return self.down_proj(F.silu(self.up_proj(x)))
-
-
-def no_norm(self, x):
-    return x
-
-
-def forgets_its_place(self, input_ids, position_ids=None, mask=None, cache=None):
-    start = torch.arange(input_ids.shape[1])[None]
-    return whole_forward(self, input_ids, start, mask, cache)
-
-
-def cut_off(self, *inputs, **options):
-    return whole_forward(self, *inputs, **options).detach()
-
-
-def no_clipping(model, optimizer):
-    norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf)  # only measures
-    if norm.isfinite():
-        optimizer.step()
-    optimizer.zero_grad()
-
-
-def bad_batch_applied(model, optimizer):
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-
+BRANCHES = (
+    "x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)\n"
+    "    return x + self.mlp(self.post_attention_layernorm(x))"
+)
+OTHER_PAIRS = """even, odd = x[..., 0::2], x[..., 1::2]
+    cos, sin = cos[:, None].chunk(2, -1)[0], sin[:, None].chunk(2, -1)[0]
+    pairs = even * cos - odd * sin, odd * cos + even * sin
+    return torch.stack(pairs, dim=-1).flatten(-2)"""
 
 # these are trained, too
-TRAINED = {
-    "no rotation": (attention, "apply_rotary", no_rotation),
-    "other pairs rotated": (attention, "apply_rotary", neighbours),
-    "no norms": (RMSNorm, "forward", no_norm),
-    "no residual path": (DecoderLayer, "forward", no_residual),
-}
-MODEL = {
-    "scores not scaled": (attention, "grouped_query_attention", unscaled),
-    "no gate": (SwiGLU, "forward", no_gate),
-    "no bias on queries and keys": (attention.GQAttention, "forward", no_bias),
-    "keys not rotated": (attention, "apply_rotary", keys_not_rotated),
-    "key heads in another order": (attention, "grouped_query_attention", heads_tiled),
-    "keys cut from the gradient": (attention, "grouped_query_attention", keys_detached),
-    "softmax over the queries": (attention, "grouped_query_attention", over_queries),
-    "attention in bfloat16": (
+TRAINED = [
+    *in_package(
+        attention,
+        "apply_rotary",
+        {
+            "return x * cos[:, None] + rotate_half(x) * sin[:, None]": {
+                "no rotation": "return x",
+                "other pairs rotated": OTHER_PAIRS,
+            }
+        },
+    ),
+    *in_package(
+        RMSNorm,
+        "forward",
+        {"return self.weight * wide.to(x.dtype)": {"no norms": "return x"}},
+    ),
+    *in_package(
+        DecoderLayer,
+        "add_branches",
+        {BRANCHES: {"no residual path": BRANCHES.replace("x + self", "self")}},
+    ),
+]
+MODEL = [
+    *in_package(
         attention,
         "grouped_query_attention",
-        softmax_in_bfloat16,
+        {
+            "q @ k.mT / q.shape[-1] ** 0.5": {
+                "scores not scaled": "q @ k.mT",
+                "keys cut from the gradient": "q @ k.detach().mT / q.shape[-1] ** 0.5",
+                "attention in bfloat16": "(q.bfloat16() @ k.bfloat16().mT).float()"
+                " / q.shape[-1] ** 0.5",
+            },
+            "softmax(dim=-1)": {"softmax over the queries": "softmax(dim=-2)"},
+            "k = k.repeat_interleave(2, dim=1)": {
+                "key heads in another order": "k = k.repeat(1, 2, 1, 1)"
+            },
+        },
+        attend,
     ),
-    "LayerNorm for RMSNorm": (RMSNorm, "forward", layer_norm),
-    "one norm for all tokens": (RMSNorm, "forward", one_size_for_all),
-    "GELU for SiLU": (SwiGLU, "forward", gelu),
-    "gate and up swapped": (SwiGLU, "forward", gate_and_up_swapped),
-    "norm after the branch": (DecoderLayer, "forward", post_norm),
-    "branches in parallel": (DecoderLayer, "forward", branches_in_parallel),
-    "blocks in reverse order": (QwenModel, "forward", decoder(lambda x: x[::-1])),
-    "last block left out": (QwenModel, "forward", decoder(lambda x: x[:-1])),
-    "embedding times sqrt(D)": (QwenModel, "forward", decoder(scale=True)),
-    "no final norm": (QwenModel, "forward", decoder(norm=False)),
-    "documents see each other": (
+    *in_package(
         attention,
-        "grouped_query_attention",
-        lambda q, k, v, mask=None: grouped(q, k, v),
+        "document_mask",
+        {"same & causal_mask": {"documents see each other": "causal_mask"}},
     ),
-    "cache writes at its start": (KVCache, "update", writes_at_the_start),
-    "cache overwrites the last": (KVCache, "update", overwrites_the_last),
-}
-# --- parts that are judged alone: a healthy one, a check, and what it refuses
+    *in_package(
+        HeadProjections,
+        "project",
+        {
+            "self.q_proj(x), self.k_proj(x)": {
+                "no bias on queries and keys": "x @ self.q_proj.weight.T,"
+                " x @ self.k_proj.weight.T"
+            }
+        },
+    ),
+    *in_package(
+        GQAttention,
+        "forward",
+        {"k = apply_rotary(k, cos, sin)": {"keys not rotated": ""}},
+    ),
+    *in_package(
+        RMSNorm,
+        "forward",
+        {
+            "return self.weight * wide.to(x.dtype)": {
+                "LayerNorm for RMSNorm": "return nn.functional.layer_norm("
+                "x, x.shape[-1:], self.weight)"
+            },
+            ".mean(-1, keepdim=True)": {"one norm for all tokens": ".mean()"},
+        },
+    ),
+    *in_package(
+        SwiGLU,
+        "forward",
+        {
+            "F.silu(self.gate_proj(x)) * self.up_proj(x)": {
+                "no gate": "F.silu(self.up_proj(x))",
+                "GELU for SiLU": "F.gelu(self.gate_proj(x)) * self.up_proj(x)",
+                "gate and up swapped": "F.silu(self.up_proj(x)) * self.gate_proj(x)",
+            }
+        },
+    ),
+    *in_package(
+        DecoderLayer,
+        "add_branches",
+        {
+            BRANCHES: {
+                "norm after the branch": "x = self.input_layernorm("
+                "x + self.self_attn(x, cos, sin, mask, cache))\n"
+                "    return self.post_attention_layernorm(x + self.mlp(x))",
+                "branches in parallel": "y = x + self.self_attn("
+                "self.input_layernorm(x), cos, sin, mask, cache)\n"
+                "    return y + self.mlp(self.post_attention_layernorm(x))",
+            }
+        },
+    ),
+    *in_package(
+        QwenModel,
+        "forward",
+        {
+            "in self.layers:": {
+                "blocks in reverse order": "in reversed(self.layers):",
+                "last block left out": "in self.layers[:-1]:",
+            },
+            "self.embed_tokens(input_ids)": {
+                "embedding times sqrt(D)": "self.embed_tokens(input_ids)"
+                " * self.embed_tokens.embedding_dim ** 0.5"
+            },
+            "self.norm(x)": {"no final norm": "x"},
+        },
+        forward,
+    ),
+    *in_package(
+        PreTrainedModel,
+        "tie_weights",
+        {
+            "self.lm_head.weight = self.model.embed_tokens.weight": {
+                "head not tied": "pass"
+            }
+        },
+    ),
+    *in_package(
+        KVCache,
+        "update",
+        {
+            "start = self.lengths[layer_idx]": {
+                "cache writes at its start": "start = 0",
+                "cache overwrites the last": "start = max(0,"
+                " self.lengths[layer_idx] - 1)",
+            }
+        },
+    ),
+]
 
-
-@dataclass
-class Subject:
-    section: str
-    healthy: object
-    check: Callable
-    broken: dict[str, object]
+# --- parts that are judged alone: a right one, its check, and its edits
 
 
 def pack(documents, T):
     """An end token 0 before each document, then rows of T + 1 that share a token."""
     stream = [token for document in documents for token in [0, *document]]
-    return [stream[i : i + T + 1] for i in range(0, len(stream) - 1, T)]
-
-
-def without_end(documents, T):
-    stream = [token for document in documents for token in document]
     return [stream[i : i + T + 1] for i in range(0, len(stream) - 1, T)]
 
 
@@ -298,11 +309,6 @@ def order(epoch, rank):
     return torch.randperm(12, generator=generator).tolist()[rank::2]
 
 
-def drawn_with_replacement(epoch, rank):
-    generator = torch.Generator().manual_seed(2 * epoch + rank)
-    return torch.randint(12, (6,), generator=generator).tolist()
-
-
 def epochs(part):
     """All processes together read every sequence once, each epoch in another order."""
     read = [part(0, 0) + part(0, 1), part(1, 0) + part(1, 1)]
@@ -316,10 +322,6 @@ def decode(ids):
     return bytes(ids).decode(errors="replace")
 
 
-def byte_by_byte(ids):
-    return "".join(bytes([i]).decode(errors="replace") for i in ids)
-
-
 def round_trip(part):
     """Text to tokens and back is the same text."""
     text = "naïve 😀"
@@ -327,13 +329,44 @@ def round_trip(part):
         return f"{text!r} comes back as {part(list(text.encode()))!r}"
 
 
+def pieces_of(text):
+    """Cut as Qwen2.5 does, but for English endings such as 's."""
+    word = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+    digit = r"\p{N}"
+    rest = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    text = unicodedata.normalize("NFC", text)
+    return regex.findall(f"{word}|{digit}|{rest}", text)
+
+
+def pieces(part):
+    """Text is composed (NFC), then cut: a word with its blank, each digit alone."""
+    found = part("in 2024 cafe\u0301")
+    if found != ["in", " ", "2", "0", "2", "4", " café"]:
+        return f"pieces {found}"
+
+
+def join(piece, ranks):
+    """Return the ids of a piece, whose neighbours are joined, the lowest rank first."""
+    parts = [piece[i : i + 1] for i in range(len(piece))]
+    while True:
+        pairs = [a + b for a, b in zip(parts, parts[1:]) if a + b in ranks]
+        if not pairs:
+            return [ranks[part] for part in parts]
+        pair = min(pairs, key=ranks.get)
+        i = [a + b for a, b in zip(parts, parts[1:])].index(pair)
+        parts[i : i + 2] = [pair]
+
+
+def merges(part):
+    """Neighbours are joined in the order in which training learned the tokens."""
+    found = part(b"abc", {b"a": 0, b"b": 1, b"c": 2, b"bc": 3, b"ab": 4})
+    if found != [0, 3]:
+        return f"ids {found}, not [0, 3]"
+
+
 def split_loss(losses, counts):
     """The mean loss of micro-batches with sums `losses` over `counts` targets."""
     return sum(losses) / sum(counts)
-
-
-def mean_of_means(losses, counts):
-    return sum(loss / count for loss, count in zip(losses, counts)) / len(losses)
 
 
 def micro_batches(part):
@@ -355,9 +388,10 @@ def padding(part):
         return f"loss {found:.2f} with half padding, {wanted:.2f} without"
 
 
-def naive_loss(logits, targets):
-    shares = logits.exp() / logits.exp().sum(-1, keepdim=True)
-    return -shares.gather(-1, targets[:, None]).log().mean()
+def by_logarithms(logits, targets):
+    logits = logits - logits.amax(-1, keepdim=True)
+    log_z = logits.exp().sum(-1).log()
+    return (log_z - logits.gather(-1, targets[:, None])[:, 0]).mean()
 
 
 def large_logits(part):
@@ -367,221 +401,9 @@ def large_logits(part):
         return f"the loss of large logits is {found}"
 
 
-def adamw(p, lr, decay, betas):
-    return torch.optim.AdamW([p], lr=lr, weight_decay=decay, betas=betas)
-
-
-def l2(p, lr, decay, betas):
-    return torch.optim.Adam([p], lr=lr, weight_decay=decay, betas=betas)
-
-
-class NoCorrection(torch.optim.AdamW):
-    def step(self):
-        for p in self.param_groups[0]["params"]:
-            state = self.state[p]
-            state["step"] = torch.tensor(1e6)  # as if the averages were full
-        for p in self.param_groups[0]["params"]:
-            state = self.state[p]
-            state.setdefault("exp_avg", torch.zeros_like(p))
-            state.setdefault("exp_avg_sq", torch.zeros_like(p))
-        super().step()
-
-
-def no_correction(p, lr, decay, betas):
-    return NoCorrection([p], lr=lr, weight_decay=decay, betas=betas)
-
-
-def by_hand(part):
-    """Two steps of one weight are those of the formula."""
-    p = nn.Parameter(torch.tensor([1.0]))
-    optimizer = part(p, 0.1, 0.1, (0.9, 0.999))
-    for gradient in (1.0, -2.0):
-        p.grad = torch.tensor([gradient])
-        optimizer.step()
-    # averages -0.11 and 0.004999, divided by 1 - 0.9 ** 2 and 1 - 0.999 ** 2
-    first = 1.0 * 0.99 - 0.1
-    second = first * 0.99 + 0.1 * (0.11 / 0.19) / (0.004999 / 0.001999) ** 0.5
-    if abs(p.item() - second) > 1e-4:
-        return f"after two steps {p.item():.4f}, by hand {second:.4f}"
-
-
-def decayed(name, p):
-    return p.ndim == 2
-
-
-def groups(part):
-    """Matrices decay; norms and biases do not."""
-    names = {"norm.weight": (4,), "q_proj.bias": (4,), "q_proj.weight": (4, 4)}
-    found = [name for name, shape in names.items() if part(name, torch.ones(shape))]
-    if found != ["q_proj.weight"]:
-        return f"decayed: {', '.join(found) or 'nothing'}"
-
-
-def cuts(part):
-    """Top-k, top-p and min-p keep what a pencil keeps of 50, 30, 15 and 5 percent."""
-    with part:
-        logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-        for option, kept in (
-            ({"top_k": 2}, 2),
-            ({"top_p": 0.7}, 2),
-            ({"min_p": 0.2}, 3),
-        ):
-            shares = distribution(logits, SamplingParams(**option))[0]
-            if (found := int((shares > 0).sum())) != kept:
-                return f"{option} keeps {found} tokens, not {kept}"
-
-
-def top_p_without_crossing(logits, top_p):
-    shares, order = logits.softmax(-1).sort(descending=True)
-    dropped = shares.cumsum(-1) > torch.tensor(top_p)[:, None]
-    return logits.masked_fill(dropped.scatter(-1, order, dropped), -math.inf)
-
-
-def top_k_one_less(logits, top_k):
-    kth = logits.topk(top_k[0]).values[:, -1:]
-    return logits.masked_fill(logits <= kth, -math.inf)
-
-
-def min_p_of_one(logits, min_p):
-    return logits.masked_fill(logits.softmax(-1) < 0.2, -math.inf)
-
-
-def lowest(choose):
-    def least_likely(logits, generator):
-        worst = logits.topk(len(logits) // 2, largest=False).indices
-        return worst[choose(logits[worst], generator)].item()
-
-    return least_likely
-
-
-def penalize(logit):
-    return logit / 2 if logit > 0 else logit * 2
-
-
-def penalty(part):
-    """A repetition penalty makes a logit smaller, whatever its sign."""
-    if not (part(1.0) < 1.0 and part(-1.0) < -1.0):
-        return f"-1 becomes {part(-1.0)}"
-
-
-def two_rows(seeds):
-    """What two rows draw, one generator each."""
-    made = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return [torch.rand(3, generator=generator).tolist() for generator in made]
-
-
-def one_generator(seeds):
-    generator = torch.Generator().manual_seed(seeds[0])
-    rows = torch.rand(3, len(seeds), generator=generator)
-    return rows.T.tolist()
-
-
-def seed_at_every_step(seeds):
-    made = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return [torch.rand(1, generator=generator).tolist() * 3 for generator in made]
-
-
-def generators(part):
-    """A row draws the same alone and in company, and something new at every step."""
-    alone, (first, _) = part([1])[0], part([1, 2])
-    if alone != first:
-        return "a row's draws depend on its neighbour"
-    if len(set(alone)) == 1:
-        return "every step draws the same number"
-
-
-def save_beside(disk, text, killed):
-    disk["new"] = text[:2] if killed else text
-    if not killed:
-        disk["checkpoint"] = disk.pop("new")
-
-
-def save_in_place(disk, text, killed):
-    disk["checkpoint"] = text[:2] if killed else text
-
-
-def delete_then_save(disk, text, killed):
-    del disk["checkpoint"]
-    if not killed:
-        disk["checkpoint"] = text
-
-
-def killed_while_saving(part):
-    """Whoever is killed while saving keeps the checkpoint before."""
-    disk = {"checkpoint": "step 1"}
-    part(disk, "step 2", killed=True)
-    if disk.get("checkpoint") != "step 1":
-        return f"left on the disk: {disk.get('checkpoint')!r}"
-
-
-def half_norm(x, weight):
-    norm = RMSNorm(64).bfloat16()
-    norm.weight.data = weight
-    return norm(x)
-
-
-def weight_before_the_cast(x, weight):
-    wide = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
-    return (weight.float() * wide).to(x.dtype)
-
-
-def squares_in_bfloat16(x, weight):
-    return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
-
-
-@torch.no_grad()
-def norm_to_the_bit(part):
-    """In bfloat16 the norm is Hugging Face's to the bit: the same order of casts."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(32, 64, generator=generator).bfloat16()
-    theirs = scramble_(Qwen2RMSNorm(64)).bfloat16()
-    apart = (part(x, theirs.weight) != theirs(x)).float().mean()
-    if apart > 0:
-        return f"{apart:.1%} of the results differ in bfloat16"
-
-
-def cut_by(pattern):
-    return lambda text: split_text(text, pattern)
-
-
-def not_composed(text):
-    return regex.findall(QWEN_PATTERN, text)
-
-
-def pieces(part):
-    """Text is composed (NFC), then cut: a word with its blank, each digit alone."""
-    found = part("in 2024 cafe\u0301")
-    if found != ["in", " ", "2", "0", "2", "4", " café"]:
-        return f"pieces {found}"
-
-
-def longest_first(piece, ranks):
-    ids = []
-    while piece:
-        token = max(filter(piece.startswith, ranks), key=len)
-        ids.append(ranks[token])
-        piece = piece[len(token) :]
-    return ids
-
-
-def merges(part):
-    """Neighbours are joined in the order in which training learned the tokens."""
-    found = part(b"abc", {b"a": 0, b"b": 1, b"c": 2, b"bc": 3, b"ab": 4})
-    if found != [0, 3]:
-        return f"ids {found}, not [0, 3]"
-
-
-def from_logits(logits, targets, z):
-    weight = torch.eye(logits.shape[-1], dtype=logits.dtype)
-    return linear_cross_entropy(logits, weight, targets, z_loss=z)
-
-
-def z_variant(change):
-    def part(logits, targets, z):
-        log_z = logits.logsumexp(-1)
-        return F.cross_entropy(logits, targets) + z * change(log_z).mean()
-
-    return part
+def with_z_loss(logits, targets, z):
+    log_z = logits.logsumexp(-1)
+    return F.cross_entropy(logits, targets) + z * log_z.square().mean()
 
 
 def z_loss(part):
@@ -599,19 +421,12 @@ def z_loss(part):
         )
 
 
-def mean_of_chunks(hidden, weight, targets, size):
-    parts = zip(hidden.split(size), targets.split(size))
-    return torch.stack([F.cross_entropy(h @ weight.T, t) for h, t in parts]).mean()
-
-
-def last_chunk_learns(hidden, weight, targets, size):
-    rest = (len(hidden) - 1) // size * size
-    held = torch.cat([hidden[:rest].detach(), hidden[rest:]])
-    return F.cross_entropy(held @ weight.T, targets)
-
-
 def in_chunks(hidden, weight, targets, size):
-    return linear_cross_entropy(hidden, weight, targets, chunk_size=size)
+    total = torch.zeros(())
+    for h, t in zip(hidden.split(size), targets.split(size)):
+        logits = h @ weight.T
+        total = total + F.cross_entropy(logits, t, reduction="sum") / len(targets)
+    return total
 
 
 def chunks(part):
@@ -631,13 +446,38 @@ def chunks(part):
         return f"gradient {ours.norm():.3f} in chunks, {whole.norm():.3f} at once"
 
 
-def to_nearest(target, source):
-    return target.copy_(source)
+def adamw(w, g, m, v, t, lr, decay, betas):
+    """Step `t` of a weight with gradient `g` and averages `m`, `v`."""
+    beta1, beta2 = betas
+    w = w - lr * decay * w
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g**2
+    m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
+    return w - lr * m_hat / v_hat**0.5, m, v
 
 
-def downwards(target, source):
-    bits = source.view(torch.int32).bitwise_and(-1 << 16)
-    return target.copy_(bits.view(torch.float32))
+def by_hand(part):
+    """Two steps of one weight are those of the formula."""
+    w, m, v = 1.0, 0.0, 0.0
+    for t, g in ((1, 1.0), (2, -2.0)):
+        w, m, v = part(w, g, m, v, t, 0.1, 0.1, (0.9, 0.999))
+    # averages -0.11 and 0.004999, divided by 1 - 0.9 ** 2 and 1 - 0.999 ** 2
+    first = 1.0 * 0.99 - 0.1
+    second = first * 0.99 + 0.1 * (0.11 / 0.19) / (0.004999 / 0.001999) ** 0.5
+    if abs(w - second) > 1e-4:
+        return f"after two steps {w:.4f}, by hand {second:.4f}"
+
+
+def decayed(name, p):
+    return p.ndim == 2
+
+
+def groups(part):
+    """Matrices decay; norms and biases do not."""
+    names = {"norm.weight": (4,), "q_proj.bias": (4,), "q_proj.weight": (4, 4)}
+    found = [name for name, shape in names.items() if part(name, torch.ones(shape))]
+    if found != ["q_proj.weight"]:
+        return f"decayed: {', '.join(found) or 'nothing'}"
 
 
 def rounding(part):
@@ -659,24 +499,11 @@ def tiny():
 
 
 def with_muon(model):
-    return build_optimizers(model, 0.01, weight_decay=0.0, kind="muon")
-
-
-def muon_for_every_matrix(model):
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    rest = [p for p in model.parameters() if p.ndim < 2]
-    options = {"weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
-    return [torch.optim.Muon(matrices, 0.01, **options), torch.optim.AdamW(rest)]
-
-
-def with_momentum_alone(model):
-    return [torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.95)]
-
-
-def muon_of_another_size(model):
-    optimizers = with_muon(model)
-    optimizers[0].param_groups[0]["adjust_lr_fn"] = "original"
-    return optimizers
+    named = list(model.named_parameters())
+    hidden = [p for name, p in named if p.ndim == 2 and "embed" not in name]
+    muon = torch.optim.Muon(hidden, 0.01, 0.0, adjust_lr_fn="match_rms_adamw")
+    rest = [p for _, p in named if all(p is not q for q in hidden)]
+    return [muon, torch.optim.AdamW(rest, 0.01)]
 
 
 def muon(part):
@@ -708,21 +535,56 @@ def muon(part):
         return "the embedding is stepped by Muon"
 
 
-def pads_right(rows, pad_id):
-    rows = [torch.tensor(row) for row in rows]
-    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)
-    return ids, None, None
+def drawable(p, top_k=4, top_p=1.0, min_p=0.0):
+    """Which of the probabilities `p`, largest first, are kept."""
+    keep = torch.arange(len(p)) < top_k
+    keep &= p.cumsum(-1) - p < top_p
+    keep &= p >= min_p * p.max()
+    return keep
+
+
+def cuts(part):
+    """Top-k, top-p and min-p keep what a pencil keeps of 50, 30, 15 and 5 percent."""
+    p = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    for option, kept in (({"top_k": 2}, 2), ({"top_p": 0.7}, 2), ({"min_p": 0.2}, 3)):
+        if (found := int(part(p, **option).sum())) != kept:
+            return f"{option} keeps {found} tokens, not {kept}"
+
+
+def penalize(logit):
+    return logit / 2 if logit > 0 else logit * 2
+
+
+def penalty(part):
+    """A repetition penalty makes a logit smaller, whatever its sign."""
+    if not (part(1.0) < 1.0 and part(-1.0) < -1.0):
+        return f"-1 becomes {part(-1.0)}"
+
+
+def draw_rows(seeds):
+    """What each row draws in three steps, by one generator each."""
+    made = [torch.Generator().manual_seed(seed) for seed in seeds]
+    steps = []
+    for _ in range(3):
+        steps.append([torch.rand(1, generator=row).item() for row in made])
+    return list(zip(*steps))
+
+
+def generators(part):
+    """A row draws the same alone and in company, and something new at every step."""
+    alone, (first, _) = part([1])[0], part([1, 2])
+    if alone != first:
+        return "a row's draws depend on its neighbour"
+    if len(set(alone)) == 1:
+        return "every step draws the same number"
 
 
 def pads_left(rows, pad_id):
-    ids, real = pad_left(rows, pad_id)
-    padding = (real == 0).sum(-1)
-    return ids, *positions_and_mask(padding, 0, ids.shape[1])
-
-
-def looks_at_padding(rows, pad_id):
-    ids, positions, _ = pads_left(rows, pad_id)
-    return ids, positions, None
+    T = max(map(len, rows))
+    ids = [[pad_id] * (T - len(row)) + row for row in rows]
+    padding = torch.tensor([T - len(row) for row in rows])
+    positions, mask = positions_and_mask(padding, 0, T)
+    return torch.tensor(ids), positions, mask
 
 
 @torch.no_grad()
@@ -736,34 +598,18 @@ def left_padding(part):
         return f"logits of a padded row differ by {apart:.2g} from its own"
 
 
-def until(texts, stop):
-    """Yield what may be shown of texts that arrive: up to `stop`, and no part of it."""
-    finder, held = StopFinder([stop]), ""
-    for character in "".join(texts):
-        held += character
-        if finder.push(character):
-            yield held[: -len(stop)]
-            return
-        ready = len(held) - finder.begun
-        yield held[:ready]
-        held = held[ready:]
-    yield held
-
-
-def stop_in_one_token(texts, stop):
-    for text in texts:
+def until(tokens, stop):
+    """Yield what may be shown of tokens that arrive: all up to `stop`."""
+    text = ""
+    for token in tokens:
+        text += token
         if stop in text:
+            yield text[: text.index(stop)]
             return
-        yield text
-
-
-def shown_at_once(texts, stop):
-    shown = ""
-    for text in texts:
-        yield text
-        shown += text
-        if stop in shown:
-            return
+        begun = max(n for n in range(len(stop)) if text.endswith(stop[:n]))
+        yield text[: len(text) - begun]
+        text = text[len(text) - begun :]
+    yield text
 
 
 def stop_strings(part):
@@ -774,181 +620,289 @@ def stop_strings(part):
             return f"{'|'.join(texts)} shows {found!r}, not {wanted!r}"
 
 
-def cut(name, replacement):
-    return patch.object(sampling, name, replacement)
+def save(disk, text, killed):
+    """Write beside the old file, then rename; who is killed has written a part."""
+    disk["new"] = text[:2] if killed else text
+    if not killed:
+        disk["checkpoint"] = disk.pop("new")
 
 
-PARTS = [
-    Subject(
-        "the model",
-        half_norm,
-        norm_to_the_bit,
-        {
-            "norm casts after its weight": weight_before_the_cast,
-            "norm squares in bfloat16": squares_in_bfloat16,
-        },
-    ),
-    Subject(
-        "the data",
-        pack,
-        packing,
-        {
-            "no end token": without_end,
-            "last row dropped": lambda documents, T: pack(documents, T)[:-1],
-            "a token lost between rows": lambda d, T: [r[:-1] for r in pack(d, T)],
-        },
-    ),
-    Subject(
-        "the data",
-        order,
-        epochs,
-        {
-            "same order each epoch": lambda epoch, rank: order(0, rank),
-            "drawn with replacement": drawn_with_replacement,
-            "all processes read the same": lambda epoch, rank: order(epoch, 0),
-        },
-    ),
-    Subject("the data", decode, round_trip, {"decoded byte by byte": byte_by_byte}),
-    Subject(
-        "the data",
-        split_text,
-        pieces,
-        {
-            "digits in threes": cut_by(
-                QWEN_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-            ),
-            "blanks apart from words": cut_by(
-                QWEN_PATTERN.replace(r"[^\r\n\p{L}\p{N}]?", "")
-            ),
-            "accents not composed": not_composed,
-        },
-    ),
-    Subject("the data", encode_piece, merges, {"longest token first": longest_first}),
-    Subject(
-        "the loss",
-        split_loss,
-        micro_batches,
-        {
-            "mean of means": mean_of_means,
-            "first micro-batch only": lambda losses, counts: losses[0] / counts[0],
-            "processes never add up": lambda losses, counts: losses[1] / counts[1],
-        },
-    ),
-    Subject(
-        "the loss",
-        masked_loss,
-        padding,
-        {
-            "padding counted": lambda x, t: masked_loss(x, t) / 2,
-            "padding learned": lambda x, t: masked_loss(x, t.clamp(min=0)),
-        },
-    ),
-    Subject(
-        "the loss", masked_loss, large_logits, {"maximum not subtracted": naive_loss}
-    ),
-    Subject(
-        "the loss",
-        from_logits,
-        z_loss,
-        {
-            "z-loss not squared": z_variant(lambda log_z: log_z),
-            "z-loss of the other sign": z_variant(lambda log_z: -log_z.square()),
-            "z-loss without gradient": z_variant(lambda log_z: log_z.detach() ** 2),
-        },
-    ),
-    Subject(
-        "the loss",
-        in_chunks,
-        chunks,
-        {"mean of chunks": mean_of_chunks, "only the last chunk": last_chunk_learns},
-    ),
-    Subject(
-        "the optimizer",
-        adamw,
-        by_hand,
-        {
-            "decay inside the gradient": l2,
-            "betas swapped": lambda p, lr, d, b: adamw(p, lr, d, b[::-1]),
-            "no bias correction": no_correction,
-            "no decay": lambda p, lr, d, b: adamw(p, lr, 0.0, b),
-        },
-    ),
-    Subject(
-        "the optimizer",
-        decayed,
-        groups,
-        {
-            "norms and biases decay": lambda name, p: True,
-            "nothing decays": lambda name, p: False,
-        },
-    ),
-    Subject(
-        "the optimizer",
-        stochastic_round_,
-        rounding,
-        {"rounded to the nearest": to_nearest, "rounded towards zero": downwards},
-    ),
-    Subject(
-        "the optimizer",
-        with_muon,
-        muon,
-        {
-            "Muon not orthogonalized": with_momentum_alone,
-            "Muon of another size": muon_of_another_size,
-            "Muon on the embedding": muon_for_every_matrix,
-        },
-    ),
-    Subject(
-        "the sampler",
-        cut("_keep_top_k", sampling._keep_top_k),
-        cuts,
-        {
-            "top-k keeps one less": cut("_keep_top_k", top_k_one_less),
-            "top-p drops the last": cut("_keep_top_p", top_p_without_crossing),
-            "min-p against one": cut("_keep_min_p", min_p_of_one),
-        },
-    ),
-    Subject(
-        "the sampler", penalize, penalty, {"penalty only divides": lambda x: x / 2}
-    ),
-    Subject(
-        "the sampler",
-        two_rows,
-        generators,
-        {
-            "rows share a generator": one_generator,
-            "seeded every step": seed_at_every_step,
-        },
-    ),
-    Subject(
-        "the sampler",
-        pads_left,
-        left_padding,
-        {"padded on the right": pads_right, "padding is looked at": looks_at_padding},
-    ),
-    Subject(
-        "the sampler",
-        until,
-        stop_strings,
-        {"stop in one token": stop_in_one_token, "stop string shown": shown_at_once},
-    ),
-    Subject(
-        "resuming",
-        save_beside,
-        killed_while_saving,
-        {"saved in place": save_in_place, "deleted before saving": delete_then_save},
-    ),
-]
+def killed_while_saving(part):
+    """Whoever is killed while saving keeps the checkpoint before."""
+    disk = {"checkpoint": "step 1"}
+    part(disk, "step 2", killed=True)
+    if disk.get("checkpoint") != "step 1":
+        return f"left on the disk: {disk.get('checkpoint')!r}"
+
+
+@torch.no_grad()
+def norm_to_the_bit(part):
+    """In bfloat16 the norm is Hugging Face's to the bit: the same order of casts."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(32, 64, generator=generator).bfloat16()
+    theirs = scramble_(Qwen2RMSNorm(64)).bfloat16()
+    ours = RMSNorm(64).bfloat16()
+    ours.weight.data = theirs.weight
+    apart = (part(ours, x) != theirs(x)).float().mean()
+    if apart > 0:
+        return f"{apart:.1%} of the results differ in bfloat16"
+
+
+SUM_OF_CHUNKS = 'F.cross_entropy(logits, t, reduction="sum") / len(targets)'
+WIDE = "x.float() if x.dtype in (torch.float16, torch.bfloat16) else x"
+MUON = 'torch.optim.Muon(hidden, 0.01, 0.0, adjust_lr_fn="match_rms_adamw")'
+SUM_OF_LOSSES = "sum(losses) / sum(counts)"
+PARTS = {
+    "the model": [
+        (
+            RMSNorm.forward,
+            norm_to_the_bit,
+            {
+                "self.weight * wide.to(x.dtype)": {
+                    "norm casts after its weight": "(self.weight * wide).to(x.dtype)"
+                },
+                WIDE: {"norm squares in bfloat16": "x"},
+            },
+        )
+    ],
+    "the data": [
+        (
+            pack,
+            packing,
+            {
+                "[0, *document]": {"no end token": "document"},
+                "len(stream) - 1, T)": {"last row dropped": "len(stream) - T - 1, T)"},
+                "i + T + 1": {"a token lost between rows": "i + T"},
+            },
+        ),
+        (
+            order,
+            epochs,
+            {
+                "manual_seed(epoch)": {"same order each epoch": "manual_seed(0)"},
+                "torch.randperm(12, generator=generator)": {
+                    "drawn with replacement": "torch.randint("
+                    "12, (12,), generator=generator)"
+                },
+                "[rank::2]": {"all processes read the same": "[0::2]"},
+            },
+        ),
+        (
+            decode,
+            round_trip,
+            {
+                'bytes(ids).decode(errors="replace")': {
+                    "decoded byte by byte": '"".join('
+                    'bytes([i]).decode(errors="replace") for i in ids)'
+                }
+            },
+        ),
+        (
+            pieces_of,
+            pieces,
+            {
+                r'digit = r"\p{N}"': {"digits in threes": r'digit = r"\p{N}{1,3}"'},
+                r'r"[^\r\n\p{L}\p{N}]?\p{L}+"': {
+                    "blanks apart from words": r'r"\p{L}+"'
+                },
+                'text = unicodedata.normalize("NFC", text)': {
+                    "accents not composed": ""
+                },
+            },
+        ),
+        (
+            join,
+            merges,
+            {
+                "min(pairs, key=ranks.get)": {
+                    "longest token first": "max(pairs, key=len)"
+                }
+            },
+        ),
+    ],
+    "the loss": [
+        (
+            split_loss,
+            micro_batches,
+            {
+                SUM_OF_LOSSES: {
+                    "mean of means": "sum("
+                    "loss / n for loss, n in zip(losses, counts)) / len(losses)",
+                    "first micro-batch only": "losses[0] / counts[0]",
+                    "processes never add up": "losses[1] / counts[1]",
+                }
+            },
+        ),
+        (
+            masked_loss,
+            padding,
+            {
+                "F.cross_entropy(logits, targets, ignore_index=-100)": {
+                    "padding counted": "F.cross_entropy(logits, targets, "
+                    'ignore_index=-100, reduction="sum") / len(targets)',
+                    "padding learned": "F.cross_entropy(logits, targets.clamp(min=0))",
+                }
+            },
+        ),
+        (
+            by_logarithms,
+            large_logits,
+            {
+                "logits = logits - logits.amax(-1, keepdim=True)": {
+                    "maximum not subtracted": ""
+                }
+            },
+        ),
+        (
+            with_z_loss,
+            z_loss,
+            {
+                "+ z * log_z.square()": {
+                    "z-loss not squared": "+ z * log_z",
+                    "z-loss of the other sign": "- z * log_z.square()",
+                    "z-loss without gradient": "+ z * log_z.detach().square()",
+                }
+            },
+        ),
+        (
+            in_chunks,
+            chunks,
+            {
+                "total + " + SUM_OF_CHUNKS: {
+                    "mean of chunks": "total + F.cross_entropy(logits, t) / 3",
+                    "only the last chunk": "total.detach() + " + SUM_OF_CHUNKS,
+                }
+            },
+        ),
+    ],
+    "the optimizer": [
+        (
+            adamw,
+            by_hand,
+            {
+                "w = w - lr * decay * w": {
+                    "decay inside the gradient": "g = g + decay * w",
+                    "no decay": "",
+                },
+                "beta1, beta2 = betas": {"betas swapped": "beta2, beta1 = betas"},
+                "m / (1 - beta1**t), v / (1 - beta2**t)": {
+                    "no bias correction": "m, v"
+                },
+            },
+        ),
+        (
+            decayed,
+            groups,
+            {
+                "return p.ndim == 2": {
+                    "norms and biases decay": "return True",
+                    "nothing decays": "return False",
+                }
+            },
+        ),
+        (
+            stochastic_round_,
+            rounding,
+            {
+                "torch.where(source.isfinite(), rounded, source)": {
+                    "rounded to the nearest": "source"
+                },
+                "(source.view(torch.int32) + noise)": {
+                    "rounded towards zero": "source.view(torch.int32)"
+                },
+            },
+        ),
+        (
+            with_muon,
+            muon,
+            {
+                MUON: {
+                    "Muon not orthogonalized": "torch.optim.SGD("
+                    "hidden, 0.01, momentum=0.95)",
+                    "Muon of another size": MUON.replace("match_rms_adamw", "original"),
+                },
+                ' and "embed" not in name': {"Muon on the embedding": ""},
+            },
+        ),
+    ],
+    "the sampler": [
+        (
+            drawable,
+            cuts,
+            {
+                "< top_k": {"top-k keeps one less": "< top_k - 1"},
+                "p.cumsum(-1) - p < top_p": {
+                    "top-p drops the last": "p.cumsum(-1) < top_p"
+                },
+                "min_p * p.max()": {"min-p against one": "min_p"},
+            },
+        ),
+        (
+            penalize,
+            penalty,
+            {
+                "logit / 2 if logit > 0 else logit * 2": {
+                    "penalty only divides": "logit / 2"
+                }
+            },
+        ),
+        (
+            draw_rows,
+            generators,
+            {
+                "[torch.Generator().manual_seed(seed) for seed in seeds]": {
+                    "rows share a generator": "[torch.Generator().manual_seed("
+                    "seeds[0])] * len(seeds)"
+                },
+                "generator=row)": {
+                    "seeded every step": "generator=row.manual_seed(7))"
+                },
+            },
+        ),
+        (
+            pads_left,
+            left_padding,
+            {
+                "[pad_id] * (T - len(row)) + row": {
+                    "padded on the right": "row + [pad_id] * (T - len(row))"
+                },
+                "torch.tensor(ids), positions, mask": {
+                    "padding is looked at": "torch.tensor(ids), positions, None"
+                },
+            },
+        ),
+        (
+            until,
+            stop_strings,
+            {
+                "stop in text": {"stop in one token": "stop in token"},
+                "text.index(stop)]": {
+                    "stop string shown": "text.index(stop) + len(stop)]"
+                },
+            },
+        ),
+    ],
+    "resuming": [
+        (
+            save,
+            killed_while_saving,
+            {
+                'disk["new"] = text': {
+                    "saved in place": 'disk["checkpoint"] = text',
+                    "deleted before saving": 'del disk["checkpoint"]\n'
+                    '    disk["new"] = text',
+                }
+            },
+        )
+    ],
+}
 
 
 def findings(section):
-    """Yield fault, check and what it says, for each of `PARTS` of a section."""
-    for subject in PARTS:
-        if subject.section != section:
-            continue
-        check = subject.check
-        assert check(subject.healthy) is None, check.__name__
-        for name, part in subject.broken.items():
-            said = check(part)
+    """Yield fault, check, what it says and the code of each of a section's `PARTS`."""
+    for function, check, edits in PARTS[section]:
+        assert check(function) is None, check.__name__
+        for name, broken, code in variants(function, edits):
+            said = check(broken)
             assert said, f"{check.__name__} does not notice: {name}"
-            yield name, check.__name__, said
+            yield name, check.__name__, said, code
