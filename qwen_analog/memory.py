@@ -662,7 +662,7 @@ def _forward_moments(s: MemorySettings, w: _WeightBytes, a: _ActivationBytes) ->
             "communication": w.root_gathered,
         },
         "the loss's backward pass": {
-            "gradients": w.earlier + 2 * w.head,
+            "gradients": w.earlier + w.head,
             "activations": blocks + a.around,
             "logits": 2 * a.stream,
             "communication": w.root_gathered,
