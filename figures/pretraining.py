@@ -43,7 +43,7 @@ for process, y in ((0, 3.9), (1, 2.2)):
     arrow(ax, (10.35, y + 0.35), (10.65, y + 0.35))
     box(ax, 10.7, y, "same\nweights", 1.15)
 arrow(ax, (7.35, 2.6), (7.35, 4.2), style="<|-|>")
-ax.text(7.25, 3.4, "all-reduce:\naverage, once", ha="right", va="center", fontsize=9)
+ax.text(7.25, 3.4, "all-reduce:\nadd, once", ha="right", va="center", fontsize=9)
 
 ax.text(0.05, 0.85, "the stream\nof blocks", va="center", fontsize=10)
 for block in range(8):

@@ -29,6 +29,7 @@ class PackedLinear(nn.Module):
         self, weight: torch.Tensor, bias: torch.Tensor | None = None, pack: bool = True
     ):
         super().__init__()
+        self.in_features = weight.shape[1]
         self.weight = weight.detach()
         self.bias = None if bias is None else bias.detach()
         self.packed = pack and can_pack(weight)
