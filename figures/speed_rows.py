@@ -46,5 +46,7 @@ for i in range(4):
     y = 2.72 - 0.75 * i
     arrow(ax, (14.0, y), (14.6, y))
     box(ax, 14.7, y - 0.27, "its cache", 2.5, 0.54, face=BLUE, ink="white")
-caption(14.9, "four rows, attention", "each reads its own", "operations a byte: as with one")
+caption(
+    14.9, "four rows, attention", "each reads its own", "operations a byte: as with one"
+)
 figure.savefig(HERE / "speed_rows.svg", metadata={"Date": None})
