@@ -101,7 +101,7 @@ def test_an_answer_is_seen_while_it_is_written_and_can_be_stopped(visit, slowly)
     engine = endless(max_batch=1, max_context=3000)
     page = visit(engine).page
     send(page)
-    page.locator(".token").nth(5).wait_for()
+    page.locator(".token").nth(5).wait_for(state="attached")
     assert page.locator("#send").is_hidden() and page.locator("#stop").is_visible()
     page.get_by_role("button", name="Stop").click()
     page.wait_for_selector(".writing", state="detached")
@@ -109,7 +109,9 @@ def test_an_answer_is_seen_while_it_is_written_and_can_be_stopped(visit, slowly)
     assert 5 < page.locator(".token").count() < 2900
     idle(engine)  # the row is free: nothing is written for nobody
     send(page, "again")
-    page.locator(".assistant").nth(1).locator(".token").nth(5).wait_for()
+    page.locator(".assistant").nth(1).locator(".token").nth(5).wait_for(
+        state="attached"
+    )
     page.keyboard.press("Escape")
     page.wait_for_selector(".writing", state="detached")
     idle(engine)
@@ -120,7 +122,8 @@ def test_the_focus_is_never_lost(visit, slowly):
 
     def begin():
         page.keyboard.press("Enter")
-        page.locator(".writing .token").nth(2).wait_for()
+        # a token may have no text yet, and is not to be seen then
+        page.locator(".writing .token").nth(2).wait_for(state="attached")
 
     def focus():
         return page.evaluate("document.activeElement.id")
@@ -334,7 +337,7 @@ def test_an_error_in_the_middle_of_an_answer(visit):
     engine = answering("abcdefgh" * 20, Slow)
     page = visit(engine).page
     send(page)
-    page.locator(".token").nth(3).wait_for()
+    page.locator(".token").nth(3).wait_for(state="attached")
     engine.stop()
     page.wait_for_selector("#error:not(:empty)")
     assert page.locator("#error").text_content() == "the server is shutting down"

@@ -642,7 +642,7 @@ function trainingMoments(c, s) {
       communication: w.rootGathered,
     },
     "the loss's backward pass": {
-      gradients: w.earlier + 2 * w.head,
+      gradients: w.earlier + w.head,
       activations: blocks + a.around,
       logits: 2 * a.stream,
       communication: w.rootGathered,
