@@ -807,8 +807,8 @@ PARTS = {
                 "torch.where(source.isfinite(), rounded, source)": {
                     "rounded to the nearest": "source"
                 },
-                "(source.view(torch.int32) + noise)": {
-                    "rounded towards zero": "source.view(torch.int32)"
+                "source.view(torch.int32) + noise": {
+                    "rounded towards zero": "source.view(torch.int32) + 0"
                 },
             },
         ),

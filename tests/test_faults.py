@@ -1,6 +1,7 @@
 """The right sides of the appendix on symptoms are those of the package."""
 
 import faults
+import pytest
 import torch
 from book import scramble_
 
@@ -30,3 +31,9 @@ def test_each_shown_line_is_the_edited_one():
     assert added == ["return logit / 2 if logit > 0 else logit / 2"]
     broken = faults.edited(faults.penalize, "logit * 2", "logit / 2")
     assert (faults.penalize(-2.0), broken(-2.0)) == (-4.0, -1.0)
+
+
+@pytest.mark.parametrize("section", faults.PARTS)
+def test_a_check_finds_each_fault_of(section):
+    names = [name for name, *_ in faults.findings(section)]
+    assert len(names) == len(set(names)) > 0
