@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+from chapter_code import from_chapter
 from serving_helpers import new_request
 
 from qwen_analog import scheduler
@@ -188,6 +189,55 @@ def check_fairness():
 
 def test_fairness():
     check_fairness()
+
+
+def chapters_rules():
+    """The rules of the chapter, its cells and its cases."""
+    names = {}
+    for beginning in (
+        "@dataclass(eq=False)  # two jobs",
+        "def write(",
+        "def simulate(",
+        "def small_case(",
+        "def next_client(",
+        "def row_to_take(",
+        "def give_row(",
+        "def next_job(",
+        "def rows_and_turns(",
+        "def four_long_answers(",
+    ):
+        names |= from_chapter("*_scheduling.ipynb", beginning, names)
+    return names
+
+
+def shipped_plan(num_rows, arrivals):
+    """The jobs in the rows of each step, as `Scheduler` places them."""
+    table, jobs, plan, step = Scheduler(num_rows, 64), {}, [], 0
+    while arrivals or table.running or table.waiting:
+        for job in arrivals.pop(step, []):
+            (sequence,) = answers_of([job.left], job.client, len(jobs))
+            jobs[sequence] = job
+            table.add([sequence])
+        table.schedule()
+        plan.append([jobs.get(sequence) for sequence in table.rows])
+        for sequence in table.running:
+            sequence.written.append(0)
+            sequence.turn += 1
+            if len(sequence.written) == sequence.request.max_tokens:
+                table.release(sequence)
+        step += 1
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("case", "rows"), [("small_case", 2), ("four_long_answers", 4)]
+)
+def test_the_chapters_rule_makes_the_same_plan(case, rows):
+    names = chapters_rules()
+    plain = names["simulate"](names["rows_and_turns"], rows, names[case]())
+    shipped = shipped_plan(rows, names[case]())
+    look = lambda plan: [[j and (j.client, j.number) for j in jobs] for jobs in plan]
+    assert look(plain) == look(shipped)
 
 
 def first_come(waiting, holders, num_rows, most_interrupted):
