@@ -68,7 +68,7 @@ class RowCache(KVCache):
         self.lengths[row] += T
 
     def free(self, row: int) -> None:
-        """Empty `row` for its next user, and wipe what it held."""
+        """Empty `row` for its next user: 0 times a nan that is left would be nan."""
         self.keys[:, row], self.values[:, row] = 0, 0
         self.lengths[row] = 0
 

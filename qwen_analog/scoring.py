@@ -86,10 +86,13 @@ def sliding_windows(
     """Yield `(start, first, end)` of each window over `length` inputs: it reads start
     .. end - 1 and counts first .. end - 1.
     """
-    first, end = 0, min(context, length)
+    first = 0  # not yet counted
+    end = min(context, length)
     while first < length:
-        yield max(0, end - context), first, end
-        first, end = end, min(end + stride, length)
+        start = max(0, end - context)
+        yield start, first, end
+        first = end
+        end = min(end + stride, length)
 
 # %% ../chapters/B54_scoring.ipynb #cell-094
 import json
