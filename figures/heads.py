@@ -35,7 +35,7 @@ def arrow(x, y, to_x, to_y, colour=GREY):
 
 
 middle, tops = 2.6, (4.05, 1.15)  # of a table's first row: all heads, each head
-numbers = [[f"{t}.{i + 1}" for i in range(H * h)] for t in range(T)]
+numbers = [[10 * t + i for i in range(H * h)] for t in range(T)]
 both = [HEADS[0]] * h + [HEADS[1]] * h
 
 table(0, middle, [both] * T, numbers)

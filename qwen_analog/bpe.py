@@ -50,7 +50,7 @@ BYTE_ORDER = [bytes([b]) for b in _printable + _others]
 def encode_piece(piece: bytes, ranks: Mapping[bytes, int]) -> list[int]:
     """Return the ids of a piece: neighbours are joined, the lowest rank first, until
     no two form a token."""
-    parts = [piece[i : i + 1] for i in range(len(piece))]
+    parts = [bytes([byte]) for byte in piece]  # each byte as a token of its own
     i = lowest_join(parts, ranks)
     while i is not None:
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
@@ -141,11 +141,13 @@ class MergeableWords:
         created = set()
         for w in self.where.pop(pair):
             self.remove_pairs(w)
-            self.words[w] = word = merge_pair(self.words[w], pair, new)
+            self.words[w] = merge_pair(self.words[w], pair, new)
             self.add_pairs(w)
-            created.update(one for one in zip(word, word[1:]) if new in one)
-        for one in created:
-            self.pairs.push(one)
+            for neighbours in zip(self.words[w], self.words[w][1:]):
+                if new in neighbours:
+                    created.add(neighbours)
+        for neighbours in created:
+            self.pairs.push(neighbours)
 
 # %% ../chapters/01_bpe.ipynb #cell-065
 def learn_merges(
@@ -166,7 +168,7 @@ def learn_merges(
     return {token: rank for rank, token in enumerate(tokens)}
 
 # %% ../chapters/01_bpe.ipynb #cell-107
-# of different pieces that a vocabulary is learned from, at most
+# characters, at most, of the different pieces that a vocabulary is learned from
 PIECE_CHARACTERS = 5_000_000
 
 
@@ -179,8 +181,8 @@ def text_pieces(text: str, limit: int = 1 << 18) -> Iterator[str]:
     """Cut `text` into pieces of at most `limit` characters, each small to work on.
 
     It is cut between a letter and a space, or else a punctuation mark, where the
-    patterns of the common tokenizers cut too: the ids are those of the whole text.
-    Where there is no such place, it is cut at `limit`.
+    patterns of the common tokenizers cut too, so that the ids are those of the whole
+    text. Where there is no such place, it is cut at `limit`, and the ids may differ.
     """
     start = 0
     while len(text) - start > limit:
