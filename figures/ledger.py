@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).resolve().parent
 plt.style.use(HERE / "book.mplstyle")
-DARK, MIDDLE, GREY = "#0b63a5", "#a9c9e4", "#5f6b73"
+GREEN, ORANGE, GREY = "#2a9d60", "#e0a100", "#5f6b73"  # as in the chapter's plots
 BLOCKS, GRADIENTS = 3, 400  # bytes of one block's gradients
 
 figure, panels = plt.subplots(1, 3, figsize=(10, 3.1), sharey=True)
@@ -19,11 +19,11 @@ done = range(BLOCKS + 1)
 for axes, activations in zip(panels, (100, 400, 900)):
     kept = [(BLOCKS - n) * activations for n in done]
     made = [n * GRADIENTS for n in done]
-    axes.bar(done, made, color=DARK, width=0.7, label="gradients")
-    axes.bar(done, kept, bottom=made, color=MIDDLE, width=0.7, label="activations")
+    axes.bar(done, made, color=GREEN, width=0.7, label="gradients")
+    axes.bar(done, kept, bottom=made, color=ORANGE, width=0.7, label="activations")
     fullest = max(a + b for a, b in zip(kept, made))
-    axes.axhline(fullest, color="#8a6300", linewidth=1)
-    axes.text(3.4, fullest + 60, f"fullest: {fullest:,}", ha="right", color="#8a6300")
+    axes.axhline(fullest, color="black", linewidth=1)
+    axes.text(3.4, fullest + 60, f"fullest: {fullest:,}", ha="right", color="black")
     naive = BLOCKS * (activations + GRADIENTS)
     axes.axhline(naive, color=GREY, linewidth=1, linestyle=":")
     axes.text(3.4, naive + 60, f"sum of all: {naive:,}", ha="right", color=GREY)

@@ -11,7 +11,9 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).resolve().parent
 plt.style.use(HERE / "book.mplstyle")
-DARK, MIDDLE, PALE, GREY = "#0b63a5", "#a9c9e4", "#e9edf0", "#5f6b73"
+# weights, gradients, moments, activations: as in the chapter's plots
+BLUE, GREEN, RED, ORANGE = "#0b63a5", "#2a9d60", "#d1495b", "#e0a100"
+PALE, GREY = "#e9edf0", "#5f6b73"
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=[1, 1.55])
 
@@ -27,7 +29,7 @@ for y, (name, parts) in zip((1, 0), rows):
             size,
             left=start,
             height=0.55,
-            color=(DARK, MIDDLE, PALE, PALE)[i],
+            color=(BLUE, GREEN, RED, RED)[i],
             edgecolor="white",
             linewidth=2,
         )
@@ -38,7 +40,7 @@ for y, (name, parts) in zip((1, 0), rows):
             ha="center",
             va="center",
             fontsize=8.5,
-            color="white" if i == 0 else "black",
+            color="white",
         )
         start += size
     left.text(-0.3, y, name, ha="right", va="center", fontsize=10)
@@ -70,7 +72,9 @@ for y, (mode, text) in zip((2, 1, 0), modes):
             height,
             width=0.8,
             bottom=y - 0.3,
-            color="#e0a100" if again else DARK,
+            color="#f6e3b3" if again else ORANGE,
+            edgecolor=ORANGE if again else "none",
+            hatch="///" if again else None,
         )
     right.text(6.15, y, text, va="center", fontsize=8.5, color=GREY)
 right.annotate(

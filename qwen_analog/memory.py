@@ -15,19 +15,6 @@ from torch.utils.checkpoint import (
 from .config import ACTIVATION_CHECKPOINTING
 from .model import QwenForCausalLM
 
-# %% ../chapters/31_memory.ipynb #kept-by-policy
-import torch.nn.attention.varlen  # makes the operation of packed documents known
-
-_aten = torch.ops.aten
-_MATMUL = {_aten.mm.default, _aten.addmm.default}
-_ATTENTION = {
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_efficient_attention.default,
-    _aten._scaled_dot_product_cudnn_attention.default,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.torch_attn._varlen_attn.default,  # of packed documents, on a GPU
-}
-
 # %% ../chapters/31_memory.ipynb #cell-038
 def set_activation_checkpointing(model: QwenForCausalLM, mode: str) -> None:
     """Choose what the blocks of `model` keep for the backward pass.
@@ -41,11 +28,11 @@ def set_activation_checkpointing(model: QwenForCausalLM, mode: str) -> None:
     down = model.config.intermediate_size, model.config.hidden_size
 
     def policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-        if op in _MATMUL:
-            keep = args[-1].shape != down  # the last argument is the matrix
-        else:
-            keep = op in _ATTENTION
-        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+        if op in _ATTENTION:
+            return CheckpointPolicy.MUST_SAVE
+        if op in _MATMUL and args[-1].shape != down:  # the last argument is the matrix
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
 
     if mode == "none":
         model.gradient_checkpointing_disable()
@@ -55,6 +42,19 @@ def set_activation_checkpointing(model: QwenForCausalLM, mode: str) -> None:
         model.gradient_checkpointing_enable(
             lambda: create_selective_checkpoint_contexts(policy)
         )
+
+# %% ../chapters/31_memory.ipynb #kept-by-policy
+import torch.nn.attention.varlen  # makes the operation of packed documents known
+
+_aten = torch.ops.aten
+_MATMUL = {_aten.mm.default, _aten.addmm.default}
+_ATTENTION = {
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.torch_attn._varlen_attn.default,  # of packed documents, on a GPU
+}
 
 # %% ../chapters/31_memory.ipynb #cell-095
 from dataclasses import dataclass, fields
