@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 HERE = Path(__file__).resolve().parent
 plt.style.use(HERE / "book.mplstyle")
 DARK, MIDDLE, PALE, GREY = "#0b63a5", "#a9c9e4", "#e9edf0", "#5f6b73"
-COLORS = {"forward": MIDDLE, "backward": DARK, "step": "#2a9d60", "clip": "#e0a100"}
+COLORS = {"forward": MIDDLE, "backward": DARK, "step": "#2a9d60"}
 
 plain = [("forward", 2), ("backward", 4), ("step", 1), ("clear", 1)]
 pieces = [
@@ -20,7 +20,6 @@ pieces = [
     ("backward", 2),
     ("forward", 1),
     ("backward", 2),
-    ("clip", 1),
     ("step", 1),
     ("clear", 1),
 ]
@@ -49,12 +48,12 @@ def lane(y, phases, label):
 
 lane(2, plain, "in one piece")
 lane(1, pieces, "in two micro-batches")
-time = [0, 1, 3, 4, 6, 8, 8, 9]
+time = [0, 1, 3, 4, 6, 7, 7, 8]
 filled = [0, 0, 0.35, 0.35, 0.7, 0.7, 0, 0]
 axes.fill_between(time, [-0.35 + f for f in filled], -0.35, color=DARK, alpha=0.35)
-axes.text(-0.2, 0, "gradient held", ha="right", va="center")
-axes.text(3.5, 0.08, "sum of the first", fontsize=8, ha="center", color=GREY)
-axes.text(7, 0.08, "of both", fontsize=8, ha="center", color="black")
+axes.text(-0.2, -0.1, "gradient that these hold", ha="right", va="center")
+axes.text(3.5, -0.18, "the first's", fontsize=8, ha="center", va="center")
+axes.text(6.5, -0.05, "the sum", fontsize=8, ha="center", va="center")
 axes.annotate(
     "next batch",
     (8.15, 2),
