@@ -41,7 +41,7 @@ def branch(bottom, color, parts, shapes):
 
 
 D = ["[B,T,D]"]
-attention = ["norm", "q, k, v", "softmax(q k / √h) v", "output"]
+attention = ["norm", "q, k, v\nrotate q, k", "softmax(q k / √h + mask) v", "output"]
 branch(2.6, BLUE, attention, [D, ["q [B,H,T,h]", "k,v [B,K,T,h]"], ["[B,T,H·h]"], D])
 feed_forward = ["norm", "gate, up", "silu(gate) · up", "down"]
 branch(0, GREEN, feed_forward, [D, ["gate [B,T,F]", "up [B,T,F]"], ["[B,T,F]"], D])
