@@ -12,7 +12,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[1]
 # one that draws and trains, and one that plots; they take least of their kind
-SAMPLE = ["*_attention", "*_loss"]
+SAMPLE = ["[0-9]*_attention", "[0-9]*_loss"]
 
 
 def outputs(path):
