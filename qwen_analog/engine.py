@@ -33,7 +33,8 @@ class RowPass:
         """Write `new` [n, K, T, h] into a layer; return its n rows [n, K, S, h]."""
         rows = store[self.rows]  # [n, K, max_length, h], a view
         places = self.positions[:, None, :, None].expand_as(new)  # [n, K, T, h]
-        rows.scatter_(2, places, new.to(store.dtype))  # autocast has its own
+        new = new.to(store.dtype)  # under autocast it has another
+        rows.scatter_(2, places, new)
         return rows[:, :, : self.end]
 
 # %% ../chapters/28_batching.ipynb #cell-021
@@ -41,11 +42,11 @@ class RowCache(KVCache):
     """A `KVCache` whose rows hold different numbers of tokens."""
 
     def __init__(self, num_layers: int, num_rows: int, *shape, **options):
-        super().__init__(num_layers, num_rows, *shape, **options)
+        super().__init__(num_layers, num_rows, *shape, **options)  # K, h, max_length
         self.keys.zero_()  # fresh memory may hold nan
         self.values.zero_()
         self.lengths = [0] * num_rows  # tokens of each row
-        self.present: RowPass | None = None
+        self.present: RowPass | None = None  # the pass that was begun last
 
     def begin(self, rows: slice, T: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Choose `rows` for T tokens each: their positions [n, T], mask [n, 1, T, S]"""
@@ -69,12 +70,12 @@ class RowCache(KVCache):
 
     def free(self, row: int) -> None:
         """Empty `row` for its next user: 0 times a nan that is left would be nan."""
-        self.keys[:, row], self.values[:, row] = 0, 0
+        self.keys[:, row] = self.values[:, row] = 0
         self.lengths[row] = 0
 
     @property
     def length(self) -> int:
-        """The number of tokens that every row of the present pass holds."""
+        """How many tokens each row of the pass holds at least."""
         return min(self.lengths[self.present.rows] if self.present else self.lengths)
 
 # %% ../chapters/28_batching.ipynb #cell-022

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 # %% ../chapters/29_pages.ipynb #p29-pages-for
 def pages_for(tokens: int, size: int) -> int:
     """Return how many pages of `size` a text of so many tokens needs."""
-    return -(-tokens // size)
+    return (tokens + size - 1) // size
 
 # %% ../chapters/29_pages.ipynb #cell-012
 def page_digest(before: bytes, tokens: Sequence[int]) -> bytes:
