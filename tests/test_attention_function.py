@@ -16,7 +16,7 @@ from qwen_analog.attention import causal_mask, document_mask
 
 B, H, h = 2, 4, 16
 tiled = from_chapter(
-    "*_attention.ipynb",
+    "[0-9]*_attention.ipynb",
     "def attention_tiled",
     {
         "torch": torch,
