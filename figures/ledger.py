@@ -34,7 +34,7 @@ for axes, activations in zip(panels, (100, 400, 900)):
         ylim=(0, 4400),
     )
     axes.grid(False)
-panels[0].set_ylabel("bytes")
+panels[0].set_ylabel("bytes, 400 of gradients a block")
 panels[2].text(0, 1350, "activations", ha="center", fontsize=8.5, rotation=90)
 panels[2].text(
     3, 600, "gradients", ha="center", va="center", fontsize=8.5, rotation=90, color="w"
