@@ -43,7 +43,8 @@ def lowest_join(parts: list, ranks: Mapping) -> int | None:
 # %% ../chapters/01_bpe.ipynb #cell-027
 _printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _others = [b for b in range(256) if b not in _printable]
-# GPT-2's order of the 256 single bytes, and Qwen's: the printable ones first
+# GPT-2's order of the 256 single bytes, and Qwen's: first those whose number is that of
+# a visible character (173 is the soft hyphen, which is not)
 BYTE_ORDER = [bytes([b]) for b in _printable + _others]
 
 # %% ../chapters/01_bpe.ipynb #cell-029
@@ -113,7 +114,8 @@ class PairCounts:
 
 # %% ../chapters/01_bpe.ipynb #cell-063
 class MergeableWords:
-    """Words as lists of ids, how often each occurs, and where each pair of ids is."""
+    """Words as lists of ids, how often each occurs, and where each pair of ids
+    has been seen."""
 
     def __init__(self, words: list[tuple[list[int], int]]):
         self.words = [word for word, _ in words]

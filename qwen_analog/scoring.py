@@ -14,6 +14,17 @@ import numpy as np
 
 from .loss import bits_per_byte
 
+# %% ../chapters/26_evaluation.ipynb #cell-031
+def _ratio_error(amounts: np.ndarray, sizes: np.ndarray) -> float:
+    """Return the standard error of sum(amounts) / sum(sizes) where documents,
+    [documents] each, are drawn together (ratio estimator, Cochran 1977, section 2.11).
+    """
+    n = len(sizes)
+    if n < 2:
+        return math.nan
+    residuals = amounts - sizes * amounts.sum() / sizes.sum()
+    return float(np.sqrt((residuals**2).sum() * n / (n - 1)) / sizes.sum())
+
 # %% ../chapters/26_evaluation.ipynb #cell-023
 @dataclass
 class Evaluation:
@@ -57,17 +68,6 @@ def evaluation_of(nll: Sequence[np.ndarray], texts: Sequence[str]) -> Evaluation
     sums = np.array([document.sum() for document in nll])
     lengths = np.array([len(document) for document in nll])
     return Evaluation(sums, lengths, np.array([len(text.encode()) for text in texts]))
-
-# %% ../chapters/26_evaluation.ipynb #cell-031
-def _ratio_error(amounts: np.ndarray, sizes: np.ndarray) -> float:
-    """Return the standard error of sum(amounts) / sum(sizes) where documents,
-    [documents] each, are drawn together (ratio estimator, Cochran 1977, section 2.11).
-    """
-    n = len(sizes)
-    if n < 2:
-        return math.nan
-    residuals = amounts - sizes * amounts.sum() / sizes.sum()
-    return float(np.sqrt((residuals**2).sum() * n / (n - 1)) / sizes.sum())
 
 # %% ../chapters/26_evaluation.ipynb #cell-037
 def paired_difference(a: Evaluation, b: Evaluation) -> tuple[float, float]:
