@@ -108,6 +108,16 @@ def test_long_prompts_in_float32_are_the_models(monkeypatch, changes, packed):
     assert (whole - right).norm() < 1.1 * off[0]
 
 
+def test_layers_widen_for_many_rows_only(monkeypatch):
+    widened = []
+    monkeypatch.setattr(module, "float32_is_faster", lambda: True)
+    monkeypatch.setattr(module, "_widened", lambda layer, x: widened.append(len(x)))
+    layer = laid_out(make().bfloat16()).lm_head
+    for rows in (511, 512):
+        layer(torch.ones(rows, 64, dtype=torch.bfloat16))
+    assert widened == [512]
+
+
 def test_without_packing(monkeypatch):
     monkeypatch.setattr(module, "can_pack", lambda weight: False)
     assert agree(make())

@@ -95,7 +95,7 @@ def test_logits_are_those_of_the_widened_model(kind, shape, tmp_path, monkeypatc
         parts = [type(part) for part in layer.qkv_proj.layers]
         assert parts == [Int4Linear, Int4Linear, HalvesLinear]
         assert isinstance(layer.qkv_proj, SideBySide)
-        assert type(layer.down_proj) is inference.PackedLinear
+        assert isinstance(layer.down_proj, inference.PackedLinear)
     else:
         made = HalvesLinear if kind == KINDS.Q8_0 else Int4Linear
         parts = layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj
