@@ -660,12 +660,14 @@ def differs_from_torchs_adamw(update, groups=parameter_groups, bound=1e-13):
     options = dict(lr=LEARNING_RATE, betas=(0.9, 0.95), foreach=False)
     reference = torch.optim.AdamW([matrix, vectors], **options)
     chosen = groups(ours, DECAY)
-    state = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in ours.parameters()}
+    state = {p: [torch.zeros_like(p), torch.zeros_like(p)] for p in ours.parameters()}
     theirs = [linear.weight, linear.bias, norm.weight]
     for t in range(1, 31):
         for group in chosen:
             for p in group["params"]:
-                update(p, slopes_of(p, t), *state[p], t, group["weight_decay"])
+                decay = group["weight_decay"]
+                new, *state[p] = update(p, slopes_of(p, t), *state[p], t, decay)
+                p.copy_(new)
         for p in theirs:
             p.grad = slopes_of(p, t)
         reference.step()
