@@ -28,10 +28,9 @@ def set_activation_checkpointing(model: QwenForCausalLM, mode: str) -> None:
     mlp_last = model.config.intermediate_size, model.config.hidden_size
 
     def policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-        is_product = op in _MATMUL
-        # the last argument of a product is its matrix
-        is_mlp_last = is_product and args[-1].shape == mlp_last
-        if op in _ATTENTION or (is_product and not is_mlp_last):
+        if op in _ATTENTION:
+            return CheckpointPolicy.MUST_SAVE
+        if op in _MATMUL and args[-1].shape != mlp_last:  # args[-1] is the matrix
             return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 
