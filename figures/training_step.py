@@ -51,7 +51,7 @@ lane(1, pieces, "in two micro-batches")
 time = [0, 1, 3, 4, 6, 7, 7, 8]
 filled = [0, 0, 0.35, 0.35, 0.7, 0.7, 0, 0]
 axes.fill_between(time, [-0.35 + f for f in filled], -0.35, color=DARK, alpha=0.35)
-axes.text(-0.2, -0.1, "gradient that these hold", ha="right", va="center")
+axes.text(-0.2, -0.1, "gradient meanwhile", ha="right", va="center")
 axes.text(3.5, -0.18, "the first's", fontsize=8, ha="center", va="center")
 axes.text(6.5, -0.05, "the sum", fontsize=8, ha="center", va="center")
 axes.annotate(

@@ -58,7 +58,7 @@ def is_table(name):
 
 
 def adamw_reference(values, gradients, decay, beta1=0.9, beta2=0.95, eps=1e-8):
-    """Loshchilov & Hutter 2019, algorithm 2, in float64, the averages as plain sums."""
+    """AdamW as in PyTorch (decay times lr), in float64, the averages as plain sums."""
     w = values.double()
     for t in range(1, len(gradients) + 1):
         g = torch.stack(gradients[:t]).double()
