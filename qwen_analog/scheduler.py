@@ -14,8 +14,8 @@ def share_budget(
 ) -> "list[tuple[SequenceState, int]]":
     """Return how many tokens each of `sequences` reads in a step that reads `budget`.
 
-    Half is for the first to come that has something to read, and the rest for the
-    shortest rests. Who reads none is left out.
+    Half is for the first to come that has something to read, and the rest for those
+    with the least to read. Who reads none is left out.
     """
     reading = sorted((s for s in sequences if s.unread), key=lambda s: s.number)
     shares = dict.fromkeys(reading, 0)
