@@ -8,14 +8,27 @@ __all__ = ['Beam', 'check_one_prompt', 'read_logits', 'beam_search', 'Speculatio
 # %% ../chapters/17_search.ipynb #1832f90e
 import torch
 
-from .sampling import new_generator
+from .sampling import new_generator  # for speculate
 
-# %% ../chapters/17_search.ipynb #cell-042
+# %% ../chapters/17_search.ipynb #m8s17-one
 def _draw(p: torch.Tensor, generator: torch.Generator | None) -> int:
     """Return an id drawn from `p` [V], whose sum need not be 1."""
     return int(torch.multinomial(p, 1, generator=generator).item())
 
 
+def _keep_or_replace(
+    guess: int, p: torch.Tensor, q: torch.Tensor, generator: torch.Generator | None
+) -> int:
+    """Return a token distributed as `p` [V]; `guess` was drawn from `q` [V]."""
+    u = torch.rand((), generator=generator, device=p.device)
+    if u < p[guess] / q[guess]:
+        return guess
+    lacking = (p - q).clamp(min=0)
+    if not lacking.any():  # p and q differ by rounding only
+        return _draw(p, generator)
+    return _draw(lacking, generator)
+
+# %% ../chapters/17_search.ipynb #cell-042
 def _judge(
     p: torch.Tensor,
     q: list[torch.Tensor],
@@ -26,17 +39,17 @@ def _judge(
     """Return the tokens of a round, and how many guesses were accepted; `p` [guesses +
     1, V] is the model's.
     """
+    new = []
     for i, guess in enumerate(guesses):
-        u = torch.rand((), generator=generator, device=p.device)
-        if u * q[i][guess] >= p[i, guess]:
-            lacking = (p[i] - q[i]).clamp(min=0)
-            # where they differ by rounding only, nothing may be lacking
-            instead = _draw(lacking if lacking.any() else p[i], generator)
-            return [*guesses[:i], instead], i
+        token = _keep_or_replace(guess, p[i], q[i], generator)
+        new.append(token)
+        if token != guess:  # refused
+            return new, i
         if guess in ends:
-            return guesses[: i + 1], i + 1
+            return new, i + 1
     # all were accepted: one more comes for free
-    return [*guesses, _draw(p[-1], generator)], len(guesses)
+    new.append(_draw(p[-1], generator))
+    return new, len(guesses)
 
 # %% ../chapters/B49_beams_and_drafts.ipynb #cell-041
 import math
