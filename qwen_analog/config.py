@@ -48,12 +48,12 @@ def parameter_counts(config: ModelShape) -> dict[str, int]:
     """
     V, D, F = config.vocab_size, config.hidden_size, config.intermediate_size
     L = config.num_hidden_layers
-    q = config.num_attention_heads * config.head_dim
-    kv = config.num_key_value_heads * config.head_dim
-    biases = q + 2 * kv if config.attention_bias else 0
+    q_width = config.num_attention_heads * config.head_dim
+    kv_width = config.num_key_value_heads * config.head_dim
+    biases = q_width + 2 * kv_width if config.attention_bias else 0
     head_norms = 2 * config.head_dim if config.qk_norm else 0
-    q_and_o = 2 * D * q
-    k_and_v = 2 * D * kv
+    q_and_o = 2 * D * q_width
+    k_and_v = 2 * D * kv_width
     return {
         "embedding": V * D,
         "attention": L * (q_and_o + k_and_v + biases + head_norms),

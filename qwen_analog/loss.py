@@ -22,7 +22,7 @@ def cross_entropy(
 
     float64 logits give float64. `reduction` is "mean" over the targets that are not
     `IGNORE_INDEX`, or "sum"; without such targets both give 0 and zero gradients.
-    Raises ValueError for a target outside 0 .. V - 1 (CPU).
+    Raises ValueError for a target that is neither a token id nor -100 (CPU).
     """
     logits, targets = logits.flatten(0, -2), targets.flatten()  # [N, V], [N]
     _check_targets(targets, logits.shape[-1])

@@ -297,11 +297,11 @@ def test_the_ledger_counts_what_the_modules_hold(counted):
 
 
 WRONG_COUNTS = {
-    "forgets the bias of q": ("q + 2 * kv if", "2 * kv if"),
-    "forgets the bias of v": ("q + 2 * kv if", "q + kv if"),
-    "a bias on o too": ("2 * D * q\n", "2 * D * q + D\n"),
+    "forgets the bias of q": ("q_width + 2 * kv_width if", "2 * kv_width if"),
+    "forgets the bias of v": ("q_width + 2 * kv_width if", "q_width + kv_width if"),
+    "a bias on o too": ("2 * D * q_width\n", "2 * D * q_width + D\n"),
     "K = H": ("config.num_key_value_heads *", "config.num_attention_heads *"),
-    "keys and values share a matrix": ("2 * D * kv", "D * kv"),
+    "keys and values share a matrix": ("2 * D * kv_width", "D * kv_width"),
     "an MLP of two matrices": ("L * 3 * D * F", "L * 2 * D * F"),
     "forgets the final norm": ("(2 * L + 1) * D", "2 * L * D"),
     "one norm a layer": ("(2 * L + 1)", "(L + 1)"),
@@ -311,8 +311,8 @@ WRONG_COUNTS = {
     "forgets the norms of heads": (" if config.qk_norm else 0", " if False else 0"),
     "norms of heads always": (" if config.qk_norm else 0", ""),
     "a norm of queries only": ("2 * config.head_dim if", "config.head_dim if"),
-    "a norm weight for each head": ("2 * config.head_dim if", "q + kv if"),
-    "o is D x D": ("2 * D * q\n", "D * q + D * D\n"),
+    "a norm weight for each head": ("2 * config.head_dim if", "q_width + kv_width if"),
+    "o is D x D": ("2 * D * q_width\n", "D * q_width + D * D\n"),
     "h = D / H": ("config.num_attention_heads * config.head_dim", "D"),
 }
 
