@@ -61,7 +61,7 @@ for ax, stride, title in (
     ax.grid(False)
     ax.spines[["left", "bottom"]].set_visible(False)
 axes[1].set_xlabel(
-    "tokens of one text; dark: counted, with the number of tokens it is predicted from;"
-    " light: read only"
+    "tokens of one text; dark: counted, with the number of tokens that the next one is"
+    " predicted from; light: read only"
 )
 figure.savefig(HERE / "evaluation.svg", metadata={"Date": None})
