@@ -22,7 +22,7 @@ from .quantize import FORMATS
 
 # %% ../chapters/32_speed.ipynb #cell-016
 class Work(NamedTuple):
-    """The least that a piece of work needs: operations, and bytes of memory."""
+    """The least that a piece of work needs: operations, and bytes moved."""
 
     flops: float
     traffic: float
@@ -33,7 +33,7 @@ class Work(NamedTuple):
 
 # %% ../chapters/32_speed.ipynb #cell-008
 def wait(device: torch.device) -> None:
-    """Wait until the device has done all that it was told; a CPU has."""
+    """Wait until a GPU has done its work; on a CPU there is nothing to wait for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -54,7 +54,7 @@ def alternating(
     return seconds
 
 # %% ../chapters/32_speed.ipynb #cell-022
-def _matrices(config: QwenConfig) -> tuple[int, int]:
+def _block_and_head_weights(config: QwenConfig) -> tuple[int, int]:
     """Return the weights of all blocks, and of the head."""
     counts = parameter_counts(config)
     head = config.vocab_size * config.hidden_size
@@ -69,7 +69,7 @@ def decode_work(
     A weight has `weight_bytes`, a number in the cache `number_bytes`. The new token's
     attention to itself is left out.
     """
-    weights = sum(_matrices(config))
+    weights = sum(_block_and_head_weights(config))
     L, h = config.num_hidden_layers, config.head_dim
     attention = 4 * rows * L * config.num_attention_heads * h * context
     keys_and_values = 2 * rows * L * config.num_key_value_heads * h * context
@@ -81,7 +81,7 @@ def prefill_work(
     config: QwenConfig, rows: int, tokens: int, weight_bytes: float
 ) -> Work:
     """Count the reading of a prompt; only its last position goes through the head."""
-    blocks, head = _matrices(config)
+    blocks, head = _block_and_head_weights(config)
     heads, h = config.num_attention_heads, config.head_dim
     pairs = tokens * (tokens + 1) / 2  # a token sees itself and those before
     attention = 4 * rows * config.num_hidden_layers * heads * h * pairs

@@ -29,14 +29,14 @@ class PackedLinear(nn.Module):
         self.bias = None if bias is None else bias.detach()
         self.packed = pack and can_pack(weight)
         if self.packed:
-            reorder = torch.ops.mkldnn._reorder_linear_weight
+            reorder = torch.ops.mkldnn._reorder_linear_weight  # 1: for one row
             self.weight = reorder(self.weight.contiguous(), 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [..., K] -> [..., N]."""
         if not self.packed:
             return F.linear(x, self.weight, self.bias)
-        product = torch.ops.mkldnn._linear_pointwise
+        product = torch.ops.mkldnn._linear_pointwise  # "none": no activation
         return product(x, self.weight, self.bias, "none", [], "")
 
 # %% ../chapters/33_inference.ipynb #cell-018
