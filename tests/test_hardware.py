@@ -169,13 +169,15 @@ def test_float32_is_faster_where_it_is(monkeypatch, ratio, faster):
 
     def measured(device, dtype, size):
         asked.append(dtype)
-        return speeds[dtype]
+        disturbed = asked.count(dtype) == 1 and dtype == torch.float32
+        return speeds[dtype] / (10 if disturbed else 1)
 
     monkeypatch.setattr(hardware, "_measured_flops", measured)
     hardware.float32_is_faster.cache_clear()
     try:
-        assert hardware.float32_is_faster() == hardware.float32_is_faster() == faster
-        assert len(asked) == 2  # once for each
+        assert hardware.float32_is_faster() == faster
+        first = len(asked)
+        assert hardware.float32_is_faster() == faster and len(asked) == first
     finally:
         hardware.float32_is_faster.cache_clear()
 
