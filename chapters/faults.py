@@ -27,24 +27,26 @@ from qwen_analog.norm import RMSNorm
 from qwen_analog.optim import stochastic_round_
 
 
-def draw(curves, healthy, best):
+def draw(curves, healthy, levels):
     """Draw each curve in a small panel of its own, the healthy ones behind in grey,
-    and a dotted line at the lowest loss that a model can have which sees no answer.
+    and a dotted line at each of `levels`, the losses that are known beforehand.
     """
     size = (2.1 * len(curves), 2.5)
     fig, axes = plt.subplots(1, len(curves), figsize=size, sharey=True)
     for ax, (name, losses) in zip(axes.flat, curves.items()):
         for behind in healthy:
             (grey,) = ax.plot(behind, color="0.8", linewidth=1)
-        dotted = ax.axhline(best, color="0.4", linewidth=0.8, linestyle=":")
+        for level in levels:
+            dotted = ax.axhline(level, color="0.4", linewidth=0.8, linestyle=":")
         (red,) = ax.plot(losses, color="#b5502f", linewidth=1)
         ax.set_title(name, fontsize=8)
         ax.set(yscale="log", xlabel="step")
         ax.minorticks_off()
-    highest = max(loss for losses in curves.values() for loss in losses)
-    axes.flat[0].set_ylim(0.01, max(10, 2 * highest))
+    all_losses = [loss for losses in curves.values() for loss in losses]
+    lowest, highest = min(0.02, *all_losses), max(5, *all_losses)
+    axes.flat[0].set_ylim(lowest / 2, 2 * highest)
     axes.flat[0].set_ylabel("loss, nats")
-    lines, names = (red, grey, dotted), ("broken", "healthy", "knows all rules")
+    lines, names = (red, grey, dotted), ("broken", "healthy", "known beforehand")
     fig.legend(lines, names, ncols=3, loc="outside lower center", fontsize=8)
     plt.show()
 
@@ -90,23 +92,22 @@ def beside(function, right, wrong):
     at = source.index(right)
     start, end = source.rindex("\n", 0, at), source.index("\n", at + len(right) - 1)
     lines = source[start:end]
-    return statements(lines), statements(lines.replace(right, wrong)) or ["(missing)"]
+    broken = statements(lines.replace(right, wrong))
+    return statements(lines), broken or ["(line deleted)"]
 
 
 def variants(function, edits) -> Iterator[tuple[str, Callable, str]]:
-    """Yield each fault's name, the broken function, and its code: the right lines,
-    where they were not shown, and the broken ones, indented.
+    """Yield each fault's name, the broken function, and its code: the function's name,
+    the right lines and the broken ones.
 
     `edits` gives for right code the names of faults and their wrong code.
     """
-    shown: list[str] = []
     for right, broken in edits.items():
         for name, wrong in broken.items():
             removed, added = beside(function, right, wrong)
-            code = ["    " + line for line in added]
-            if removed != shown:
-                code = ["", *removed, *code]
-            shown = removed
+            code = [f"{inspect.unwrap(function).__qualname__}:"]
+            code += ["    right   " + line for line in removed]
+            code += ["    broken  " + line for line in added]
             yield name, edited(function, right, wrong), "\n".join(code)
 
 
