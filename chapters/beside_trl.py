@@ -67,8 +67,7 @@ class TrlDpo:
         examples = [self.trainer.train_dataset[i] for i in range(len(rows))]
         self.batch = self.trainer.data_collator(examples)
 
-    def loss(self, kind: str = "sigmoid") -> torch.Tensor:
-        self.trainer.loss_types = [kind]
+    def loss(self) -> torch.Tensor:
         return self.trainer.compute_loss(self.model, self.batch)
 
     def _peer(self, name: str) -> torch.nn.Parameter:

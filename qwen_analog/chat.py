@@ -40,7 +40,7 @@ class TokenCache:
             max_length=config.max_position_embeddings,
             dtype=weight.dtype,
             device=weight.device,
-            growable=True,
+            growable=True,  # starts small, grows up to max_length
         )
 
     def keep_prefix(self, prompt: list[int]) -> list[int]:

@@ -18,12 +18,25 @@ from .rope import interleaved_to_half
 from .weights import assemble, check_vocabulary
 
 # %% ../chapters/18_real_weights.ipynb #18-036
+def _our_row_order(
+    name: str, weight: torch.Tensor, config: QwenConfig, architecture: str
+) -> torch.Tensor:
+    """Undo the order of rows that llama.cpp's converter gives to architecture llama."""
+    if architecture != "llama":
+        return weight
+    if name.endswith("q_proj.weight"):
+        return interleaved_to_half(weight, config.num_attention_heads)
+    if name.endswith("k_proj.weight"):
+        return interleaved_to_half(weight, config.num_key_value_heads)
+    return weight
+
+# %% ../chapters/18_real_weights.ipynb #b498dc52
 def load_gguf(
     path: str | Path | GGUFFile, dtype: torch.dtype = torch.float32
 ) -> tuple[QwenForCausalLM, HFTokenizer]:
     """Load a GGUF file (llama.cpp's format) of architecture llama, qwen2 or qwen3.
 
-    `path` may also be what `read_gguf` returned for it. Quantised weights become
+    `path` may also be what `read_gguf` returned for it. Quantized weights become
     numbers of `dtype` again. `model.generation_config` names the file's end-of-text and
     end-of-turn ids. Raises ValueError, and loads nothing, for a file that is damaged or
     does not fit this model.
@@ -34,22 +47,13 @@ def load_gguf(
     tokenizer = gguf_tokenizer(file)
     check_vocabulary(config, tokenizer, file.path)
     generation = gguf_generation(file, config.vocab_size)
+    architecture = file.metadata["general.architecture"]
     weights = {}
     for name, theirs in names.items():
-        weight = _dequantise(file.tensors[theirs], f"{file.path}: {theirs}")
-        weights[name] = _our_row_order(name, weight, config).to(dtype).contiguous()
+        weight = _dequantize(file.tensors[theirs], f"{file.path}: {theirs}")
+        weight = _our_row_order(name, weight, config, architecture)
+        weights[name] = weight.to(dtype).contiguous()
     return assemble(config, weights, generation), tokenizer
-
-
-def _our_row_order(name: str, weight: torch.Tensor, config: QwenConfig) -> torch.Tensor:
-    """In the Llama layout llama.cpp rotates neighbouring rows; undo their order."""
-    if config.attention_bias or config.qk_norm:
-        return weight
-    if name.endswith("q_proj.weight"):
-        return interleaved_to_half(weight, config.num_attention_heads)
-    if name.endswith("k_proj.weight"):
-        return interleaved_to_half(weight, config.num_key_value_heads)
-    return weight
 
 # %% ../chapters/B16_loading.ipynb #ndd2a59d3
 import math
@@ -85,6 +89,7 @@ def load_gguf_stored(
     tokenizer = gguf_tokenizer(file)
     check_vocabulary(config, tokenizer, file.path)
     generation = gguf_generation(file, config.vocab_size)
+    architecture = file.metadata["general.architecture"]
     kept = _kept(names, file)
     _say_what_is_kept(file, kept, names)
     weights = {}
@@ -93,12 +98,14 @@ def load_gguf_stored(
         if name in kept:
             weights[name] = torch.empty(tensor.shape, dtype=dtype, device="meta")
             continue
-        weight = _dequantise(tensor, f"{file.path}: {theirs}")
-        weights[name] = _our_row_order(name, weight, config).to(dtype).contiguous()
+        weight = _dequantize(tensor, f"{file.path}: {theirs}")
+        weight = _our_row_order(name, weight, config, architecture)
+        weights[name] = weight.to(dtype).contiguous()
     model = assemble(config, weights, generation)
     for name, theirs in kept.items():
         tensor, module = file.tensors[theirs], name.removesuffix(".weight")
-        rows = _our_row_order(name, torch.from_numpy(np.array(tensor.data)), config)
+        stored = torch.from_numpy(np.array(tensor.data))
+        rows = _our_row_order(name, stored, config, architecture)
         linear: Any = model.get_submodule(module)
         blocks = Blocks(rows, tensor.tensor_type.name, linear.bias)
         model.set_submodule(module, blocks)
@@ -241,7 +248,7 @@ def _tensor_names(config: QwenConfig, file: GGUFFile) -> dict[str, str]:
 _PIECE = 2**17  # bytes: what is made of them on the way to numbers stays in a cache
 
 
-def _dequantise(tensor: GGUFTensor, where: str) -> torch.Tensor:
+def _dequantize(tensor: GGUFTensor, where: str) -> torch.Tensor:
     """Return a tensor of the file as numbers, in memory of its own."""
     from gguf import GGML_QUANT_SIZES, quants
 
@@ -286,7 +293,7 @@ def _rope_scaling(file: GGUFFile, config: QwenConfig) -> dict | None:
             f" {shown(list(tensor.shape))}"
         )
     try:
-        return llama3_scaling(_dequantise(tensor, where), config.rope_theta)
+        return llama3_scaling(_dequantize(tensor, where), config.rope_theta)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 

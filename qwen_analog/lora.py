@@ -15,28 +15,29 @@ from torch import nn
 
 from .model import QwenForCausalLM
 
-# %% ../chapters/22_lora.ipynb #cell-014
+# %% ../chapters/22_lora.ipynb #m22base
 class LoRALinear(nn.Linear):
-    """`W x + scaling * B A x`; `weight` W is the given layer's own and stays as it is.
+    """`W x + scaling * B A x`; `weight` W is the given layer's own.
 
-    Hu et al. 2021. A [r, K] is drawn as `nn.Linear` draws, within 1 / sqrt(K), and
-    B [N, r] is zero. Both are at least float32: bfloat16 would round small steps away.
+    Hu et al. 2021. A [r, K] is drawn as `nn.Linear` draws, B [N, r] is zero.
     """
 
     def __init__(
         self, linear: nn.Linear, rank: int, scaling: float, dropout: float = 0.0
     ):
-        nn.Module.__init__(self)  # not nn.Linear's, which makes a new weight
+        nn.Module.__init__(self)  # nn.Linear's own would make a new weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.scaling = scaling
         self.dropout = dropout  # the share of A's inputs zeroed in training
-        self.enabled = True  # see `lora_disabled`
+        self.enabled = True  # False: as if there were no adapter
         N, K = linear.weight.shape
+        # at least float32: bfloat16 would round small steps away
         dtype = torch.promote_types(linear.weight.dtype, torch.float32)
         self.lora_A = nn.Parameter(linear.weight.new_empty(rank, K, dtype=dtype))
         self.lora_B = nn.Parameter(linear.weight.new_zeros(N, rank, dtype=dtype))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        bound = 1 / math.sqrt(K)
+        nn.init.uniform_(self.lora_A, -bound, bound)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`input` [..., K] -> [..., N]."""

@@ -43,20 +43,7 @@ def set_activation_checkpointing(model: QwenForCausalLM, mode: str) -> None:
             lambda: create_selective_checkpoint_contexts(policy)
         )
 
-# %% ../chapters/31_memory.ipynb #kept-by-policy
-import torch.nn.attention.varlen  # makes the operation of packed documents known
-
-_aten = torch.ops.aten
-_MATMUL = {_aten.mm.default, _aten.addmm.default}
-_ATTENTION = {
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_efficient_attention.default,
-    _aten._scaled_dot_product_cudnn_attention.default,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.torch_attn._varlen_attn.default,  # of packed documents, on a GPU
-}
-
-# %% ../chapters/31_memory.ipynb #cell-095
+# %% ../chapters/B28_simulation.ipynb #26025a7f
 from dataclasses import dataclass, fields
 
 
@@ -86,14 +73,6 @@ class MemoryEstimate:
         rows["total"] = self.total
         lines = [f"{name:14} {size / 1e9:9.3f} GB" for name, size in rows.items()]
         return "\n".join(lines) + f"   at {self.moment}"
-
-# %% ../chapters/31_memory.ipynb #cell-112
-from typing import TYPE_CHECKING
-
-if not TYPE_CHECKING:
-    from qwen_analog._renamed import moved
-
-    __getattr__ = moved(__name__)
 
 # %% ../chapters/B28_simulation.ipynb #cell-046
 from typing import TYPE_CHECKING
@@ -166,6 +145,27 @@ def _while_drawing(
         kv_cache=4 * numbers * tokens,
         moment="the drawing of answers",
     )
+
+# %% ../chapters/B28_simulation.ipynb #49057126
+import torch.nn.attention.varlen  # makes the operation of packed documents known
+
+_aten = torch.ops.aten
+_MATMUL = {_aten.mm.default, _aten.addmm.default}
+_ATTENTION = {
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.torch_attn._varlen_attn.default,  # of packed documents, on a GPU
+}
+
+# %% ../chapters/B28_simulation.ipynb #memory-names
+from typing import TYPE_CHECKING
+
+if not TYPE_CHECKING:
+    from qwen_analog._renamed import moved
+
+    __getattr__ = moved(__name__)
 
 # %% ../chapters/B40_planner.ipynb #planner-05
 import weakref

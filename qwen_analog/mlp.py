@@ -7,7 +7,6 @@ __all__ = ['SwiGLU']
 
 # %% ../chapters/09_swiglu.ipynb #2bb1a254
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 # %% ../chapters/09_swiglu.ipynb #659f2050
@@ -22,5 +21,5 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [B, T, D] -> [B, T, D] through F = intermediate_size."""
-        hidden = F.silu(self.gate_proj(x)) * self.up_proj(x)  # [B, T, F]
-        return self.down_proj(hidden)
+        gate = nn.functional.silu(self.gate_proj(x))  # [B, T, F]
+        return self.down_proj(gate * self.up_proj(x))

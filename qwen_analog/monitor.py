@@ -16,9 +16,9 @@ class LossSpikeDetector:
 
     It does when it lies more than `threshold` robust standard deviations above their
     median. The deviation is 1.4826 times the median distance from the median, which for
-    a normal distribution is the standard deviation, and at least a thousandth of the
-    median. A loss that is not finite always stands out; of the others the first
-    `window` never do.
+    a normal distribution estimates the standard deviation, and at least a thousandth of
+    the median's size. A loss that is not finite always stands out; of the others the
+    first `window` never do.
     """
 
     def __init__(self, window: int = 64, threshold: float = 6.0):

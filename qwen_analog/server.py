@@ -5,49 +5,21 @@
 # %% auto #0
 __all__ = ['Endpoint', 'PAGE', 'OPEN', 'LOOPBACK', 'Completions', 'About', 'ServerMetrics', 'WatchedStream', 'page_routes', 'build_app', 'BodyReader', 'ThreadPlaces', 'host_name', 'is_address', 'check_key', 'Gate', 'ApiConnection', 'TimedConnection', 'Connection', 'connection_limits', 'Server', 'build_server']
 
-# %% ../chapters/30_serving.ipynb #cell-028
+# %% ../chapters/30_serving.ipynb #server-imports
 import json
-from collections.abc import AsyncIterable, AsyncIterator
-
-from starlette.types import Scope
-
-from .protocol import ApiError, ReplyWriter
-from .scheduler import Delta
-
-# %% ../chapters/30_serving.ipynb #cell-029
-async def _checked(stream: AsyncIterable[Delta]) -> AsyncIterator[Delta]:
-    """Yield the deltas of a stream; raise ApiError for one that is an error."""
-    async for delta in stream:
-        if delta.finish_reason == "error":
-            raise ApiError(delta.text, delta.status)
-        yield delta
 
 
 def _event(values: dict) -> str:
+    """Return values as a server-sent event."""
     return f"data: {json.dumps(values)}\n\n"
-
-
-async def _events(
-    stream: AsyncIterable[Delta], writer: ReplyWriter, scope: Scope
-) -> AsyncIterator[str]:
-    """Yield the server-sent events of an answer; an error is the last one."""
-    try:
-        for chunk in writer.openings():
-            yield _event(chunk)
-        async for delta in _checked(stream):
-            yield _event(writer.chunk(delta))
-        if writer.with_usage:
-            yield _event(writer.usage_chunk())
-        yield "data: [DONE]\n\n"
-    except Exception as error:
-        yield _event(_api_error(error, scope).body())
 
 # %% ../chapters/B41_application.ipynb #application-05
 import asyncio
 import contextlib
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable
+from collections.abc import Callable, Collection
 from functools import lru_cache, partial
 from importlib.resources import files
 from pathlib import Path
@@ -62,12 +34,14 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Scope
 
 from .engine import AsyncEngine, DeltaStream, describe_error, log
 from .grammar import token_bytes
 from .pages import PagedCache
-from .protocol import AnyBody, ChoiceWriter, make_requests, parse_body
-from .scheduler import EngineClosed, QueueFull, Request
+from .protocol import AnyBody, ApiError, ChoiceWriter, ReplyWriter
+from .protocol import make_requests, parse_body
+from .scheduler import Delta, EngineClosed, QueueFull, Request
 
 # %% ../chapters/B41_application.ipynb #cell-065
 def _shutting_down() -> ApiError:
@@ -144,6 +118,30 @@ async def _running(engine: AsyncEngine, app: Starlette) -> AsyncIterator[None]:
     engine.start()
     yield
     engine.close()
+
+# %% ../chapters/B41_application.ipynb #b5733a57
+async def _checked(stream: AsyncIterable[Delta]) -> AsyncIterator[Delta]:
+    """Yield the deltas of a stream; raise ApiError for one that is an error."""
+    async for delta in stream:
+        if delta.finish_reason == "error":
+            raise ApiError(delta.text, delta.status)
+        yield delta
+
+
+async def _events(
+    stream: AsyncIterable[Delta], writer: ReplyWriter, scope: Scope
+) -> AsyncIterator[str]:
+    """Yield the server-sent events of an answer; an error is the last one."""
+    try:
+        for chunk in writer.openings():
+            yield _event(chunk)
+        async for delta in _checked(stream):
+            yield _event(writer.chunk(delta))
+        if writer.with_usage:
+            yield _event(writer.usage_chunk())
+        yield "data: [DONE]\n\n"
+    except Exception as error:
+        yield _event(_api_error(error, scope).body())
 
 # %% ../chapters/B41_application.ipynb #cell-063
 async def _all_deltas(stream: AsyncIterable[Delta]) -> list[Delta]:

@@ -176,6 +176,8 @@ def test_gguf_of_a_type_that_cannot_be_read(tmp_path, monkeypatch):
             "architecture 'qwen3moe' (mixture of experts) is not supported",
         ),
         ({"factors": [1.0] * 8}, "not of this model: rope_freqs.weight"),
+        # with biases, which this model does not have in the Llama layout
+        ({"architecture": "llama"}, "not of this model: blk.0.attn_q.bias"),
         (
             {"extra": {"rope.scaling.type": "yarn"}},
             "qwen2.rope.scaling.type 'yarn' is not supported",
@@ -206,6 +208,23 @@ def test_gguf_refusals(changes, message, tmp_path):
     with pytest.raises(ValueError) as error:
         load_gguf(path)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("changes", [{}, {"attention_bias": False}, QWEN3], ids=str)
+def test_the_architecture_decides_the_order_of_rows(architecture, changes):
+    """Not the parts that a model has, such as biases."""
+    config = small(**changes).config
+    h, K = config.head_dim, config.num_key_value_heads
+    rows = torch.arange(K * h)[:, None]
+    name = "model.layers.0.self_attn.k_proj.weight"
+    found = gguf_module._our_row_order(name, rows, config, architecture).flatten()
+    if architecture != "llama":
+        assert torch.equal(found, rows.flatten())
+    else:
+        even = list(range(0, h, 2))
+        assert found[:h].tolist() == even + [row + 1 for row in even]
+        assert found[h : h + 2].tolist() == [h, h + 2]
 
 
 def test_gguf_damaged(tmp_path):

@@ -4,8 +4,10 @@ import argparse
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from chapter_code import from_chapter
 
 from qwen_analog import plan as module
 from qwen_analog.arguments import add_plan_arguments
@@ -13,7 +15,7 @@ from qwen_analog.cli import main as cli
 from qwen_analog.config import parameter_counts
 from qwen_analog.hardware import GPUS
 from qwen_analog.memory import estimate_for, flops_per_token
-from qwen_analog.plan import cheapest_fit, fits, report, run
+from qwen_analog.plan import cheapest_fit, extra_ms, fits, report, run
 from qwen_analog.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,6 +69,66 @@ def test_the_cheapest_settings_fit_and_keep_the_step():
     assert cheapest_fit(small, GPUS["RTX 3090"]) == small.model_copy(
         update={"parallel": "ddp"}
     )
+
+
+@pytest.mark.parametrize("name", ["H100", "H200", "RTX 3090"])
+@pytest.mark.parametrize("gpus", [1, 2, 8, 16])
+def test_no_cheaper_settings_fit(name, gpus):
+    """By the list of prices, and those of bfloat16 only where no others fit."""
+    changes = {"micro_batch_size": 4, "gradient_accumulation_steps": 4}
+    wide = TrainConfig().model_copy(update=changes)
+    tried = module._alternatives(wide, gpus, 8)
+    kept, smaller = tried[: len(tried) // 2], tried[len(tried) // 2 :]
+    assert {c.precision for c in kept} == {"bf16"}
+    assert {c.precision for c in smaller} == {"bf16-pure"}
+    assert [extra_ms(c) for c in kept] == sorted(extra_ms(c) for c in kept)
+    found = cheapest_fit(wide, GPUS[name], gpus)
+    for choices in (kept, smaller):
+        fitting = [c for c in choices if fits(estimate_for(c, gpus).total, GPUS[name])]
+        if fitting:
+            assert found in fitting
+            assert extra_ms(found) == min(map(extra_ms, fitting))
+            return
+    assert found is None
+
+
+def test_prices_and_peaks_are_those_measured():
+    file = json.loads((ROOT / "benchmarks" / "gpu_h100.json").read_text())
+    first, second = (
+        {
+            c["case"]: c
+            for part in file[run]
+            if part["part"] == "train"
+            for c in part["cases"]
+        }
+        for run in ("first", "second")
+    )
+    steps = {
+        mode: 1e3 * 4096 / first[f"none, {mode}"]["tokens_per_second"]
+        for mode in ("none", "selective", "full")
+    }
+    passes = {name: case["milliseconds"]["passes"] for name, case in second.items()}
+    one, four = passes["none, full, 4 x 1"] / 4, passes["none, full, 4 x 4"] / 4
+    ddp, fsdp = passes["ddp, full, 1 x 1"], passes["fsdp, full, 1 x 1"]
+    for mode, ms in steps.items():
+        assert module.RECOMPUTING_MS[mode] == round(ms - steps["none"])
+    assert module.PASS_MS == round(one - (four - one) / 3)
+    assert module.SHARDING_MS == round(fsdp - ddp)
+
+    said = from_chapter("37_*.ipynb", "none, selective, full =", {})
+    measured = {**steps, "one": one, "four": four, "ddp": ddp, "fsdp": fsdp}
+    for name, ms in measured.items():
+        assert said[name] == pytest.approx(ms, abs=0.06), name
+    stubs = {
+        "GB": 1,
+        "variant": print,
+        "estimate_for": lambda _: SimpleNamespace(total=0),
+    }
+    for mode, size, count, peak in from_chapter("37_*.ipynb", "peaks = [", stubs)[
+        "peaks"
+    ]:
+        case = second[f"none, {mode}, {count} x {size}"]
+        assert peak == pytest.approx(case["peak_gb"], abs=0.05)
 
 
 def test_a_plan_that_does_not_fit_says_what_does():

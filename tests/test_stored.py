@@ -137,10 +137,10 @@ def laid_out_bytes(model):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_wide_matrices_are_never_there(shape, tmp_path, monkeypatch):
-    widened, true = [], gguf_module._dequantise
+    widened, true = [], gguf_module._dequantize
     monkeypatch.setattr(
         gguf_module,
-        "_dequantise",
+        "_dequantize",
         lambda tensor, where: widened.append(where) or true(tensor, where),
     )
     path = written(tmp_path / "m.gguf", KINDS.Q4_0, shape)
@@ -233,9 +233,9 @@ TRUE = {
 }
 
 
-def file_order(name, weight, config):
+def file_order(name, weight, *args):
     bytes_of = weight.dtype == torch.uint8
-    return weight if bytes_of else TRUE["_our_row_order"](name, weight, config)
+    return weight if bytes_of else TRUE["_our_row_order"](name, weight, *args)
 
 
 def changed(name, change):

@@ -47,7 +47,7 @@ def of_the_chapter(*names):
 
 
 *_, first_difference = of_the_chapter(
-    "relative_error", "record", "compare", "first_difference"
+    "relative_error", "record", "inside", "compare", "first_difference"
 )
 
 TEXTS = [
