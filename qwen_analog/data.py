@@ -82,8 +82,8 @@ class ShuffledDocuments:
 class PackedArrays:
     """Documents in a new random order each epoch, joined and cut into sequences.
 
-    Sequence k is a pure function of (documents, seed, k). Every token of an epoch is an
-    input once: the next epoch goes on in the same sequence.
+    Sequence k is a pure function of (documents, sequence_length, seed, k). Every token
+    of an epoch is an input once: the next epoch goes on in the same sequence.
     """
 
     def __init__(
@@ -292,7 +292,7 @@ def first_epoch(sequences: PackedArrays) -> Iterator[TokenSequence]:
     for k in range(count):
         sequence = sequences[k]
         targets = sequence.targets.clone()
-        targets[max(N - 1 - k * T, 0) :] = IGNORE_INDEX
+        targets[N - 1 - k * T :] = IGNORE_INDEX
         yield replace(sequence, targets=targets)
 
 # %% ../chapters/B74_dataset.ipynb #1d59f3ea
