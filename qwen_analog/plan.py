@@ -300,26 +300,21 @@ def _memory_table(
     rows.append(("total", *(f"{sum(part.values()) / 1e9:.2f}" for part in parts)))
     lines = []
     for name, from_simulation, from_arithmetic, from_full in rows:
-        line = f"  {name:14} {from_simulation:>13} {from_arithmetic:>11}"
-        if full:
-            line += f" {from_full:>13}"
+        last = f" {from_full:>13}" if full else ""
+        line = f"  {name:14} {from_simulation:>13} {from_arithmetic:>11}{last}"
         lines.append(line.rstrip())
     return lines
 
 # %% ../chapters/B75_report.ipynb #9c8bc13c
 def _advice(instead: dict | None) -> str:
     if instead is None:
-        return (
-            "no settings fit, on up to 1,024 GPUs: choose a smaller model,"
-            " sequence_length or a larger GPU"
-        )
+        choose = "choose a smaller model, sequence_length or a larger GPU"
+        return f"no settings fit, on up to 1,024 GPUs: {choose}"
     changes = {name: value for name, value in instead.items() if name != "gpus"}
     flags = [f"--{name.replace('_', '-')} {value}" for name, value in changes.items()]
     gpus = f"{instead['gpus']} GPU{'s' if instead['gpus'] > 1 else ''}"
-    return (
-        f"cheapest settings that fit: {gpus} with"
-        f" {' '.join(flags) or 'the same settings'}"
-    )
+    how = " ".join(flags) or "the same settings"
+    return f"cheapest settings that fit: {gpus} with {how}"
 
 # %% ../chapters/B75_report.ipynb #f6c3fbf2
 MOST_SEQUENCES = 4096  # of a micro-batch
@@ -342,20 +337,16 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         plan = report(config, *gpus, measured)
     except (RuntimeError, OverflowError) as error:  # sizes beyond what tensors can have
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"a step of these settings cannot be simulated: {reason}"
-        ) from None
+        reason = f"cannot be simulated: {str(error).splitlines()[0]}"
+        raise ValueError(f"a step of these settings {reason}") from None
     print(json.dumps(plan, indent=1) if arguments.json else as_text(plan, config))
 
 
 def _check(config: TrainConfig) -> None:
     limit = config.qwen_config().max_position_embeddings
     if config.sequence_length > limit:
-        raise ValueError(
-            f"sequence_length {config.sequence_length} is longer than"
-            f" max_position_embeddings {limit}"
-        )
+        given = f"sequence_length {config.sequence_length}"
+        raise ValueError(f"{given} is longer than max_position_embeddings {limit}")
     if config.micro_batch_size > MOST_SEQUENCES:
         raise ValueError(
             f"micro_batch_size {config.micro_batch_size} is more than a plan simulates:"
@@ -371,11 +362,8 @@ def read_measured(path: str) -> Measured:
     )
     try:
         found = json.loads(Path(path).read_bytes())
-        device, mfu, overlap = (
-            found["device"],
-            found["training"]["mfu"],
-            found["overlap"],
-        )
+        device, overlap = found["device"], found["overlap"]
+        mfu = found["training"]["mfu"]
         usable = 0 < mfu <= 1 and (overlap is None or 0 <= overlap <= 1)
     except (ValueError, TypeError, KeyError):
         raise refusal from None
