@@ -203,7 +203,7 @@ class PackedDocuments(NamedTuple):
 
 
 def packed_documents(document_ids: torch.Tensor) -> PackedDocuments:
-    """Find the bounds of `document_ids` [B, T]; the host waits for the device once."""
+    """Find the bounds of `document_ids` [B, T]; the host waits for the device."""
     _load_varlen()
     first = torch.ones_like(document_ids, dtype=torch.bool)
     first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]

@@ -126,11 +126,14 @@ def _operations_per_token(config: TrainConfig) -> float:
     """Return the useful operations for one token of a step."""
     shape, length = config.qwen_config(), config.sequence_length
     thin = config.lora_rank, config.lora_targets
-    operations = flops_per_token(shape, length, "none", *thin)
-    if config.method != "sft" and config.beta:  # the reference's pass, forward only
-        operations += flops_per_token(shape, length) / 3
-    if config.method == "grpo":  # the same answers serve several updates
-        operations *= config.updates_per_step
+    learning = flops_per_token(shape, length, "none", *thin)
+    forward = flops_per_token(shape, length) / 3  # of both passes
+    updates = config.updates_per_step if config.method == "grpo" else 1
+    operations = updates * learning
+    if config.method != "sft" and config.beta:  # the reference reads once a step
+        operations += forward
+    if updates > 1:  # and so does the model, before it is updated
+        operations += forward
     return operations
 
 # %% ../chapters/B75_report.ipynb #f37313e2
@@ -166,12 +169,13 @@ def origins(
     """Say of each number that a plan's speed rests on where it comes from."""
     found = {"MFU": "assumed"}
     if measured:
-        found["MFU"] = f"measured on {measured.device}"
+        source = f"measured on {measured.device}"
         if gpu_name not in measured.device:
-            found["MFU"] += f", assumed to hold on {gpu_name}"
+            source += f", assumed to hold on {gpu_name}"
+        found["MFU"] = source
     if sends and measured and measured.overlap is not None:
         hides = f"{measured.overlap:.0%} hides behind computing"
-        found["sending"] = f"measured on {measured.device}: {hides}, the MFU has it"
+        found["sending"] = f"{source}: {hides}, the MFU has it"
     elif sends:
         found["sending"] = "assumed: all of it hides behind computing"
     if config.activation_checkpointing != "none":
@@ -293,28 +297,24 @@ def _memory_table(
             numbers = f"{size / 1e9:.2f}", f"{full.get(name, 0) / 1e9:.2f}"
             rows.append((name, cells.get(name, ""), *numbers))
     parts = simulated, arithmetic, full
-    a, b, c = (f"{sum(part.values()) / 1e9:.2f}" for part in parts)
-    rows.append(("total", a, b, c))
-    last = 13 if full else 0
-    return [
-        f"  {name:14} {a:>13} {b:>11} {c[:last]:>{last}}".rstrip()
-        for name, a, b, c in rows
-    ]
+    rows.append(("total", *(f"{sum(part.values()) / 1e9:.2f}" for part in parts)))
+    lines = []
+    for name, from_simulation, from_arithmetic, from_full in rows:
+        last = f" {from_full:>13}" if full else ""
+        line = f"  {name:14} {from_simulation:>13} {from_arithmetic:>11}{last}"
+        lines.append(line.rstrip())
+    return lines
 
 # %% ../chapters/B75_report.ipynb #9c8bc13c
 def _advice(instead: dict | None) -> str:
     if instead is None:
-        return (
-            "no settings fit, on up to 1,024 GPUs: choose a smaller model,"
-            " sequence_length or a larger GPU"
-        )
+        choose = "choose a smaller model, sequence_length or a larger GPU"
+        return f"no settings fit, on up to 1,024 GPUs: {choose}"
     changes = {name: value for name, value in instead.items() if name != "gpus"}
     flags = [f"--{name.replace('_', '-')} {value}" for name, value in changes.items()]
     gpus = f"{instead['gpus']} GPU{'s' if instead['gpus'] > 1 else ''}"
-    return (
-        f"cheapest settings that fit: {gpus} with"
-        f" {' '.join(flags) or 'the same settings'}"
-    )
+    how = " ".join(flags) or "the same settings"
+    return f"cheapest settings that fit: {gpus} with {how}"
 
 # %% ../chapters/B75_report.ipynb #f6c3fbf2
 MOST_SEQUENCES = 4096  # of a micro-batch
@@ -337,20 +337,16 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         plan = report(config, *gpus, measured)
     except (RuntimeError, OverflowError) as error:  # sizes beyond what tensors can have
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"a step of these settings cannot be simulated: {reason}"
-        ) from None
+        reason = f"cannot be simulated: {str(error).splitlines()[0]}"
+        raise ValueError(f"a step of these settings {reason}") from None
     print(json.dumps(plan, indent=1) if arguments.json else as_text(plan, config))
 
 
 def _check(config: TrainConfig) -> None:
     limit = config.qwen_config().max_position_embeddings
     if config.sequence_length > limit:
-        raise ValueError(
-            f"sequence_length {config.sequence_length} is longer than"
-            f" max_position_embeddings {limit}"
-        )
+        given = f"sequence_length {config.sequence_length}"
+        raise ValueError(f"{given} is longer than max_position_embeddings {limit}")
     if config.micro_batch_size > MOST_SEQUENCES:
         raise ValueError(
             f"micro_batch_size {config.micro_batch_size} is more than a plan simulates:"
@@ -366,11 +362,8 @@ def read_measured(path: str) -> Measured:
     )
     try:
         found = json.loads(Path(path).read_bytes())
-        device, mfu, overlap = (
-            found["device"],
-            found["training"]["mfu"],
-            found["overlap"],
-        )
+        device, overlap = found["device"], found["overlap"]
+        mfu = found["training"]["mfu"]
         usable = 0 < mfu <= 1 and (overlap is None or 0 <= overlap <= 1)
     except (ValueError, TypeError, KeyError):
         raise refusal from None

@@ -115,7 +115,9 @@ def test_prices_and_peaks_are_those_measured():
     assert module.PASS_MS == round(one - (four - one) / 3)
     assert module.SHARDING_MS == round(fsdp - ddp)
 
-    said = from_chapter("37_*.ipynb", "none, selective, full =", {})
+    said = {}
+    for names in ("none, selective, full", "one, four", "ddp, fsdp"):
+        said = from_chapter("37_*.ipynb", f"{names} =", said)
     measured = {**steps, "one": one, "four": four, "ddp": ddp, "fsdp": fsdp}
     for name, ms in measured.items():
         assert said[name] == pytest.approx(ms, abs=0.06), name
@@ -253,8 +255,14 @@ def test_a_plan_counts_the_drawing_of_answers(capsys):
     more = seconds(long) - seconds(short)
     assert more == pytest.approx(long["drawing_seconds"] - short["drawing_seconds"])
     learning = seconds(short) - short["drawing_seconds"]
+    alone = ("8", "--beta", "0", "--updates-per-step")
+    once, twice = seconds(planned(*alone, "1")), seconds(planned(*alone, "2"))
+    update = once - short["drawing_seconds"]
+    forward = learning - update  # the reference's, read once a step
+    assert 0 < forward < update
+    assert twice == pytest.approx(once + update + forward)  # the old log-probabilities
     twice = seconds(planned("8", "--updates-per-step", "2"))
-    assert twice == pytest.approx(2 * learning + short["drawing_seconds"])
+    assert twice == pytest.approx(once + update + 2 * forward)
     assert cli([*words, "8"]) == 0
     assert "  drawing      at least " in capsys.readouterr().out
 
