@@ -175,7 +175,7 @@ def origins(
         found["MFU"] = source
     if sends and measured and measured.overlap is not None:
         hides = f"{measured.overlap:.0%} hides behind computing"
-        found["sending"] = f"{source}: {hides}, the MFU has it"
+        found["sending"] = f"{found['MFU']}: {hides}, the MFU has it"
     elif sends:
         found["sending"] = "assumed: all of it hides behind computing"
     if config.activation_checkpointing != "none":
@@ -291,7 +291,7 @@ def _memory_table(
     cells = {name: f"{size / 1e9:.2f}" for name, size in simulated.items()}
     cells["logits"] = "(activations)"
     full = all_weights or {}
-    rows = [("", "simulated", "arithmetic", "all weights")]
+    rows: list[tuple[str, ...]] = [("", "simulated", "arithmetic", "all weights")]
     for name, size in arithmetic.items():
         if size or name in simulated or full.get(name):
             numbers = f"{size / 1e9:.2f}", f"{full.get(name, 0) / 1e9:.2f}"
