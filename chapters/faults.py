@@ -147,6 +147,8 @@ BRANCHES = (
     "x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)\n"
     "    return x + self.mlp(self.post_attention_layernorm(x))"
 )
+GATED = """gate = nn.functional.silu(self.gate_proj(x))  # [B, T, F]
+    return self.down_proj(gate * self.up_proj(x))"""
 OTHER_PAIRS = """even, odd = x[..., 0::2], x[..., 1::2]
     cos, sin = cos[:, None].chunk(2, -1)[0], sin[:, None].chunk(2, -1)[0]
     pairs = even * cos - odd * sin, odd * cos + even * sin
@@ -228,10 +230,12 @@ MODEL = [
         SwiGLU,
         "forward",
         {
-            "F.silu(self.gate_proj(x)) * self.up_proj(x)": {
-                "no gate": "F.silu(self.up_proj(x))",
-                "GELU for SiLU": "F.gelu(self.gate_proj(x)) * self.up_proj(x)",
-                "gate and up swapped": "F.silu(self.up_proj(x)) * self.gate_proj(x)",
+            GATED: {
+                "no gate": "return self.down_proj(nn.functional.silu(self.up_proj(x)))",
+                "GELU for SiLU": GATED.replace("silu", "gelu"),
+                "gate and up swapped": GATED.replace("gate_proj", "other")
+                .replace("up_proj", "gate_proj")
+                .replace("other", "up_proj"),
             }
         },
     ),
