@@ -352,9 +352,10 @@ class Page:
         if "caption" in cell.metadata:
             self.figures += 1
             captioned(cell, self.figures)
-        hidden = cell.metadata.get("jupyter", {}).get("source_hidden")
-        if hidden or "solution" in cell.metadata.get("tags", []):
+        if "solution" in cell.metadata.get("tags", []):
             fold(cell, "hide-cell", "Show the solution", "Hide the solution")
+        elif cell.metadata.get("jupyter", {}).get("source_hidden"):
+            fold(cell, "hide-cell", "Show the code", "Hide the code")
         elif asked and cell.outputs:
             fold(cell, "hide-output", "Show what it gives", "Hide what it gives")
         if not module:

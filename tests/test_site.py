@@ -194,6 +194,7 @@ def page_with(site: Path, text: str) -> str:
     ("mark", "selector"),
     [
         ("Show the solution", "div.cell.tag_solution details"),
+        ("Show the code", "div.cell.tag_hide-cell:not(.tag_solution) details"),
         ('class="second-reading"', "details.second-reading"),
     ],
 )
