@@ -7,20 +7,20 @@ __all__ = ['PRESETS', 'ModelShape', 'parameter_counts', 'Precision', 'PRECISIONS
 
 # %% ../chapters/10_config.ipynb #b336b803
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from importlib import resources
 
 # %% ../chapters/10_config.ipynb #924b47dc
 @dataclass
 class ModelShape:
-    """The numbers that fix a model; `head_dim` None is hidden_size / heads."""
+    """The numbers that fix a model."""
 
     vocab_size: int = 151936  # V
     hidden_size: int = 2048  # D
     num_hidden_layers: int = 36  # L
     num_attention_heads: int = 16  # H
     num_key_value_heads: int = 8  # K
-    head_dim: int = None  # type: ignore[assignment]  # h, a number once it is made
+    head_dim: int = None  # h  # type: ignore
     intermediate_size: int = 11008  # F
     max_position_embeddings: int = 32768
     rope_theta: float = 1e6
@@ -42,21 +42,18 @@ PRESETS: dict[str, dict] = json.loads(
 
 # %% ../chapters/10_config.ipynb #4c647f6c
 def parameter_counts(config: ModelShape) -> dict[str, int]:
-    """Count the weights of embedding, attention, mlp, norms and lm_head, all layers.
-
-    A tied lm_head counts 0.
-    """
+    """Count the weights of all layers by part; a tied lm_head counts 0."""
     V, D, F = config.vocab_size, config.hidden_size, config.intermediate_size
     L = config.num_hidden_layers
     q_width = config.num_attention_heads * config.head_dim
     kv_width = config.num_key_value_heads * config.head_dim
     biases = q_width + 2 * kv_width if config.attention_bias else 0
-    head_norms = 2 * config.head_dim if config.qk_norm else 0
+    qk_norms = 2 * config.head_dim if config.qk_norm else 0
     q_and_o = 2 * D * q_width
     k_and_v = 2 * D * kv_width
     return {
         "embedding": V * D,
-        "attention": L * (q_and_o + k_and_v + biases + head_norms),
+        "attention": L * (q_and_o + k_and_v + biases + qk_norms),
         "mlp": L * 3 * D * F,
         "norms": (2 * L + 1) * D,
         "lm_head": 0 if config.tie_word_embeddings else V * D,
@@ -78,6 +75,7 @@ import math
 import reprlib
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields
 
 # %% ../chapters/B62_configuration.ipynb #79c7eac3
 _LARGEST = {

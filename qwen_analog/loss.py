@@ -12,17 +12,30 @@ import torch
 import torch.nn.functional as F
 
 # %% ../chapters/12_loss.ipynb #cell-019
+def _widened(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+# %% ../chapters/12_loss.ipynb #825aac80
 IGNORE_INDEX = -100
 
 
+def _reduce(total: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
+    """Return a summed loss as it is ("sum"), or for each real target ("mean")."""
+    if reduction == "sum":
+        return total
+    if reduction == "mean":
+        return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
+    raise ValueError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
+
+# %% ../chapters/12_loss.ipynb #d0bd075f
 def cross_entropy(
     logits: torch.Tensor, targets: torch.Tensor, reduction: str = "mean"
 ) -> torch.Tensor:
     """`logits` [..., V], `targets` [...] int64 -> loss in nats, float32.
 
-    float64 logits give float64. `reduction` is "mean" over the targets that are not
-    `IGNORE_INDEX`, or "sum"; without such targets both give 0 and zero gradients.
-    Raises ValueError for a target that is neither a token id nor -100 (CPU).
+    float64 logits give float64. `reduction` is "mean" over the real targets, those that
+    are not `IGNORE_INDEX`, or "sum". With no real target the loss and its gradients are
+    0. Raises ValueError for a target that is neither a token id nor -100 (CPU).
     """
     logits, targets = logits.flatten(0, -2), targets.flatten()  # [N, V], [N]
     _check_targets(targets, logits.shape[-1])
@@ -30,35 +43,6 @@ def cross_entropy(
         _widened(logits), targets, ignore_index=IGNORE_INDEX, reduction="sum"
     )
     return _reduce(total, targets, reduction)
-
-# %% ../chapters/12_loss.ipynb #jb18d3761
-def _widened(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _reduce(total: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
-    if reduction == "sum":
-        return total
-    if reduction == "mean":
-        return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
-    raise ValueError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
-
-# %% ../chapters/12_loss.ipynb #cell-021
-def _check_targets(targets: torch.Tensor, vocab_size: int) -> None:
-    """Raise ValueError for a target that is neither a token id nor `IGNORE_INDEX`.
-
-    Only on the CPU: on a GPU looking at the values would make the host wait. A fake
-    tensor has no values to look at.
-    """
-    if targets.device.type != "cpu" or type(targets) is not torch.Tensor:
-        return
-    outside = (targets < 0) | (targets >= vocab_size)
-    wrong = targets[outside & (targets != IGNORE_INDEX)]
-    if len(wrong):
-        raise ValueError(
-            f"target {wrong[0].item()} is neither a token id (0 to {vocab_size - 1})"
-            f" nor IGNORE_INDEX ({IGNORE_INDEX})"
-        )
 
 # %% ../chapters/12_loss.ipynb #cell-029
 def bits_per_byte(nll: float, num_bytes: int) -> float:
@@ -156,6 +140,19 @@ def _times(gradient: torch.Tensor | None, upstream: torch.Tensor):
         return None
     keep = torch._C._autograd._get_current_graph_task_keep_graph()
     return gradient * upstream if keep else gradient.mul_(upstream)
+
+# %% ../chapters/B70_chunked_loss.ipynb #12ecb699
+def _check_targets(targets: torch.Tensor, vocab_size: int) -> None:
+    """Raise ValueError for a target that is neither a token id nor `IGNORE_INDEX`."""
+    if targets.device.type != "cpu" or type(targets) is not torch.Tensor:
+        return
+    outside = (targets < 0) | (targets >= vocab_size)
+    wrong = targets[outside & (targets != IGNORE_INDEX)]
+    if len(wrong):
+        raise ValueError(
+            f"target {wrong[0].item()} is neither a token id (0 to {vocab_size - 1})"
+            f" nor IGNORE_INDEX ({IGNORE_INDEX})"
+        )
 
 # %% ../chapters/B70_chunked_loss.ipynb #cell-051
 CHUNK_SIZE = 256  # tokens whose logits exist at a time
