@@ -4,7 +4,6 @@ schedule's properties.
 
 import copy
 import math
-from functools import partial
 
 import nbformat
 import pytest
