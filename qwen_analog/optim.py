@@ -15,9 +15,8 @@ from torch import nn
 def stochastic_round_(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """Round `source`, float32, to `target`, bfloat16, at random, with `source` as mean.
 
-    bfloat16 is the upper half of float32: a random number added to the lower half
-    carries with the wanted probability. What bfloat16 can hold, inf and nan stay. The
-    numbers come from the device's default generator.
+    A random number, added to the lower half, carries with the wanted probability. What
+    bfloat16 holds stays, and so do inf and nan. The device's default generator draws.
     """
     noise = torch.empty_like(source, dtype=torch.int32).random_(1 << 16)
     bits = source.view(torch.int32) + noise

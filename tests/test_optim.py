@@ -4,7 +4,6 @@ schedule's properties.
 
 import copy
 import math
-from functools import partial
 
 import nbformat
 import pytest
@@ -629,8 +628,6 @@ def taught(name, old="", new=""):
     if old:
         assert source.count(old) == 1, f"{old!r} is not in the source once"
     space = {"torch": torch}
-    if name == "muon_update":
-        space["newton_schulz"] = taught("newton_schulz")
     exec(source.replace(old, new), space)
     return space[name]
 
@@ -724,48 +721,9 @@ def test_wrong_groups_are_noticed(mutant):
     assert differs_from_torchs_adamw(taught("adamw_update"), GROUPS[mutant])
 
 
-def distance_from_torchs_muon(update):
-    """Return the largest rms difference, in learning rates a step, over three shapes;
-    Newton-Schulz runs in bfloat16.
-    """
-    gaps = []
-    for shape in ((24, 8), (8, 24), (16, 16)):
-        p = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        q, m = nn.Parameter(p.clone()), torch.zeros(shape)
-        options = dict(lr=LEARNING_RATE, weight_decay=DECAY)
-        reference = torch.optim.Muon([q], adjust_lr_fn="match_rms_adamw", **options)
-        for t in range(1, 11):
-            q.grad = slopes_of(q, t).float()
-            update(p, q.grad, m, DECAY)
-            reference.step()
-        gaps.append((p - q).pow(2).mean().sqrt().item() / (10 * LEARNING_RATE))
-    return max(gaps)
-
-
-MUON_EDITS = {
-    "no Nesterov": ("(1 - momentum) * g + momentum * m", "m"),
-    "no size matching": ("lr * 0.2 * max(p.shape) ** 0.5", "lr"),
-    "no decay": ("1 - lr * decay", "1"),
-    "momentum not orthogonalised": (
-        "newton_schulz(ahead, dtype=dtype)",
-        "m / m.norm()",
-    ),
-}
-
-
-def test_the_taught_muon_is_torchs():
-    assert distance_from_torchs_muon(taught("muon_update")) < 0.005
-
-
-@pytest.mark.mutant
-@pytest.mark.parametrize("mutant", MUON_EDITS)
-def test_a_mutant_of_the_taught_muon_is_noticed(mutant):
-    assert distance_from_torchs_muon(taught("muon_update", *MUON_EDITS[mutant])) > 0.005
-
-
 def test_newton_schulz_brings_singular_values_near_one():
     """The quintic of Muon, and of the same five steps the classical cubic does not."""
-    newton_schulz = partial(taught("newton_schulz"), dtype=torch.float64)
+    newton_schulz = taught("newton_schulz")
     g = torch.Generator().manual_seed(0)
     M = torch.randn(40, 20, generator=g, dtype=torch.float64)
     M = M * torch.logspace(0, -2, 20, dtype=torch.float64)
@@ -776,7 +734,7 @@ def test_newton_schulz_brings_singular_values_near_one():
 
 
 def test_the_step_of_a_turned_matrix_is_the_turned_step():
-    newton_schulz = partial(taught("newton_schulz"), dtype=torch.float64)
+    newton_schulz = taught("newton_schulz")
     g = torch.Generator().manual_seed(0)
     M, *square = (
         torch.randn(shape, generator=g, dtype=torch.float64)

@@ -1,5 +1,5 @@
-"""Draw what each of two processes holds on the four rungs of the ladder: writes
-rungs.svg beside this file.
+"""Draw what each of two processes holds at the four stages of ZeRO: writes
+zero_stages.svg beside this file.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 plt.style.use(HERE / "book.mplstyle")
 GROUPS = (("weights", "#0b63a5"), ("gradient", "#2a9d60"), ("moments", "#d1495b"))
 # which groups are halved, what is sent, and how many bytes are held of 32
-RUNGS = (
+STAGES = (
     ("0  data parallel", (), "all-reduce the gradient", 32),
     ("1  ZeRO-1", ("moments",), "reduce-scatter the gradient,\nall-gather weights", 24),
     (
@@ -41,8 +41,8 @@ for rank in range(2):
         ax.text(left + 1.8 * group + 0.8, 0.8, name, ha="center", fontsize=8.5)
 ax.text(12.1, 0.8, "what is sent", fontsize=8.5)
 ax.text(17.9, 0.8, "held", fontsize=8.5, ha="right")
-for rung, (title, halved, sent, held) in enumerate(RUNGS):
-    y = -1.25 * rung - 0.2
+for stage, (title, halved, sent, held) in enumerate(STAGES):
+    y = -1.25 * stage - 0.2
     ax.text(-3.6, y, title, va="center", fontsize=10)
     for rank in range(2):
         for group, (name, color) in enumerate(GROUPS):
@@ -53,4 +53,4 @@ for rung, (title, halved, sent, held) in enumerate(RUNGS):
                 ax.add_patch(Rectangle(corner, 0.76, 0.7, facecolor=face))
     ax.text(12.1, y, sent, va="center", fontsize=8.5, color="#3b454c")
     ax.text(17.9, y, f"{held} bytes", va="center", ha="right", fontsize=9)
-figure.savefig(HERE / "rungs.svg", metadata={"Date": None})
+figure.savefig(HERE / "zero_stages.svg", metadata={"Date": None})
