@@ -148,7 +148,20 @@ def document_positions(document_ids: torch.Tensor) -> torch.Tensor:
     start = (index * begins).cummax(dim=1).values  # t where one begins, else 0
     return index - start
 
+# %% ../chapters/B63_attention.ipynb #fold-code
+def _folded(
+    q: torch.Tensor, mask: torch.Tensor | None, K: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`q` [B, H, T, h] -> [B, K, G T, h], and the `mask` of its rows."""
+    B, H, T, h = q.shape
+    if mask is not None and mask.shape[-2] > 1:
+        mask = torch.cat([mask] * (H // K), dim=-2)  # [..., G T, S]
+    return q.reshape(B, K, H // K * T, h), mask
+
 # %% ../chapters/B63_attention.ipynb #e48472ef
+_FEW = 16  # queries
+
+
 def grouped_query_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -167,9 +180,13 @@ def grouped_query_attention(
     if q.is_cuda or isinstance(mask, tuple):
         return _attend_on_gpu(q, k, v, mask)
     causal = mask is None and T == S
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True
+    queries = q
+    if T <= _FEW and not causal:
+        queries, mask = _folded(q, mask, k.shape[1])
+    out = F.scaled_dot_product_attention(
+        queries, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True
     )
+    return out.reshape(q.shape)
 
 # %% ../chapters/B63_attention.ipynb #gpu-load-varlen
 from functools import partial
@@ -252,9 +269,7 @@ def _attend_on_gpu(
         mask = document_mask(mask.ids)
     causal = mask is None and T > 1
     if not causal:
-        q = q.reshape(B, K, H // K * T, h)  # [B, K, G T, h]
-        if mask is not None and mask.shape[-2] > 1:
-            mask = torch.cat([mask] * (H // K), dim=-2)  # [..., G T, S]
+        q, mask = _folded(q, mask, K)  # [B, K, G T, h]
     elif v.dtype not in _SIXTEEN_BITS:
         k = k.repeat_interleave(H // K, dim=1)  # [B, H, S, h]
         v = v.repeat_interleave(H // K, dim=1)  # [B, H, S, h]

@@ -70,7 +70,7 @@ from .arguments import one_line
 from .chat_template import chat_ids
 from .config import shown
 from .distributed import DistributedContext
-from .engine import AnyCache, Engine, ModelRunner
+from .engine import MOST_CHUNKS, AnyCache, Engine, ModelRunner
 from .engine import check_request, may_begin, new_row_cache
 from .finetune import add_adapters, answer_end, refuse_empty_prompt
 from .generate import evaluating, requested_stop_ids
@@ -157,7 +157,8 @@ class AnswerEngine(Engine):
         count = min(max_batch, len(requests))
         cache = _answer_cache(model, requests, group_size, count)
         self.runner = ModelRunner(model, cache, valid_vocab_size or V)
-        self.prefill_chunk, fits = MAX_READ, partial(may_begin, cache)
+        self.prefill_chunk = MAX_READ // MOST_CHUNKS
+        fits = partial(may_begin, cache)
         self.scheduler = InOrder(count, len(requests), on_free=cache.free, fits=fits)
         self.sequences = _sequences(requests, group_size, cache.keys.device)
         self.scheduler.add(self.sequences)

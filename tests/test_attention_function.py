@@ -80,6 +80,54 @@ def test_it_is_the_reference(candidate):
     assert first_difference(candidate) is None
 
 
+def folds_rightly():
+    """Few queries become rows of their key's head; more of them do not."""
+    g = torch.Generator().manual_seed(0)
+    for T in (1, 2, 5, 16, 17):
+        q = torch.randn(2, 6, T, h, generator=g, dtype=torch.float64)
+        k, v = torch.randn(2, 2, 2, 20, h, generator=g, dtype=torch.float64)
+        each = torch.rand(2, 1, T, 20, generator=g) < 0.7
+        each[..., 0] = True  # a query that sees nothing has no answer
+        for mask in (each, each[:1, 0], each[:, :, :1], causal_mask(T, 20), None):
+            wanted = F.scaled_dot_product_attention(
+                q,
+                k.repeat_interleave(3, 1),
+                v.repeat_interleave(3, 1),
+                attn_mask=causal_mask(T, 20) if mask is None else mask,
+            )
+            assert torch.allclose(
+                attention.grouped_query_attention(q, k, v, mask), wanted
+            )
+
+
+def test_few_queries_are_folded():
+    folds_rightly()
+
+
+def each_row_twice(q, mask, K):
+    B_, H_, T, h_ = q.shape
+    if mask is not None and mask.shape[-2] > 1:
+        mask = mask.repeat_interleave(H_ // K, dim=-2)
+    return q.reshape(B_, K, H_ // K * T, h_), mask
+
+
+def heads_in_turn(q, mask, K):
+    B_, H_, T, h_ = q.shape
+    q = q.unflatten(1, (-1, K)).transpose(1, 2)
+    return q.reshape(B_, K, -1, h_), FOLDED(q.flatten(1, 2), mask, K)[1]
+
+
+FOLDED = attention._folded
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize("mutant", [each_row_twice, heads_in_turn])
+def test_folding_kills(mutant, monkeypatch):
+    monkeypatch.setattr(attention, "_folded", mutant)
+    with pytest.raises((AssertionError, RuntimeError)):
+        folds_rightly()
+
+
 @pytest.mark.parametrize("tile", [1, 2, 3, 4, 100])
 def test_tiles_hold_with_documents_and_gradients(tile):
     """A query whose first tiles are masked entirely must not become nan."""

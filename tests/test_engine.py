@@ -476,9 +476,38 @@ def test_the_budget_of_a_step_is_shared():
         *[new_request([1] * 4, 5) for _ in range(4)], deliver=lambda delta: None
     )
     # the last token of a prompt is read when the first one of the answer is written
-    assert engine.step().read == [(0, 0, 3), (1, 1, 3), (2, 2, 3), (3, 3, 1)]
-    assert engine.step().read == [(3, 3, 2)]
-    assert [row for row, _ in engine.step().wrote] == [0, 1, 2, 3]
+    step = engine.step()
+    assert step.read == [(0, 0, 3), (1, 1, 3), (2, 2, 3), (3, 3, 3)]
+    assert [row for row, _ in step.wrote] == [0, 1, 2, 3]
+
+
+def test_a_step_reads_more_where_more_read_than_write():
+    engine = endless(max_batch=8, max_context=64, prefill_chunk=10)
+    engine.add_request(*[new_request([1] * 16, 5)] * 6, deliver=lambda delta: None)
+    sizes = lambda step: {row: size for row, _, size in step.read}
+    # 6 read and none writes: 40 tokens, half of them for the first to come
+    assert sizes(engine.step()) == {0: 15, 1: 15, 2: 10}
+    # 4 read and 2 write: 20 tokens
+    assert sizes(engine.step()) == {2: 5, 3: 15}
+    # 2 read and 4 write: 10
+    assert sizes(engine.step()) == {4: 10}
+
+
+@pytest.mark.parametrize(
+    "reading, writing, budget",
+    [
+        (0, 3, 10),
+        (1, 0, 10),
+        (3, 0, 30),
+        (9, 0, 40),
+        (1, 9, 10),
+        (5, 4, 20),
+        (9, 1, 40),
+    ],
+)
+def test_the_budget_follows_the_ratio(reading, writing, budget):
+    running = [types.SimpleNamespace(unread=n) for n in [7] * reading + [0] * writing]
+    assert engine_module.read_budget(10, running) == budget
 
 
 def test_the_row_of_a_short_answer_is_used_at_once():

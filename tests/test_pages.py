@@ -333,9 +333,11 @@ def test_what_a_page_leaves_behind_reaches_nobody():
         cache.keys[:, -1] = cache.values[:, -1] = torch.nan  # nobody's
         for page in list(cache.pool.free):
             cache.pool.forget(page)
-        request = new_request(prompt, 8, temperature=0, logprobs=0)
-        found = answers(engine, request, request)
-        for deltas in found:
+        long, short = [
+            new_request(ids, 8, temperature=0, logprobs=0)
+            for ids in (prompt, prompt[:6])  # one row ends before the other
+        ]
+        for request, deltas in zip((long, short), answers(engine, long, short)):
             tokens = [t for delta in deltas for t, _, _ in delta.logprobs]
             assert tokens == alone(request)
 
