@@ -49,10 +49,7 @@ class RowCache(KVCache):
         self.present: RowPass | None = None  # the pass that was begun last
 
     def begin(self, rows: slice, T: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose `rows` for T tokens each; return positions [n, T], mask [n, 1, T, S].
-
-        Raises ValueError where a row would hold more than it has places.
-        """
+        """Choose `rows` for T tokens each: their positions [n, T], mask [n, 1, T, S]"""
         held = self.lengths[rows]
         end = max(held) + T
         if end > self.max_length:

@@ -199,6 +199,7 @@ def chapters_rules():
         "def write(",
         "def simulate(",
         "def small_case(",
+        "def done(",
         "def next_client(",
         "def row_to_take(",
         "def give_row(",
