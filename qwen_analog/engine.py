@@ -31,11 +31,11 @@ class RowPass:
 
     def write(self, store: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """Write `new` [n, K, T, h] into a layer; return its n rows [n, K, S, h]."""
-        rows = store[self.rows]  # [n, K, max_length, h], a view
-        each = torch.arange(len(rows), device=rows.device)[:, None]  # [n, 1]
+        stored = store[self.rows]  # [n, K, max_length, h], a view
+        row = torch.arange(len(stored), device=stored.device)[:, None]  # [n, 1]
         new = new.to(store.dtype)  # under autocast it has another
-        rows[each, :, self.positions] = new.transpose(1, 2)  # [n, T, K, h]
-        return rows[:, :, : self.end]
+        stored[row, :, self.positions] = new.transpose(1, 2)  # [n, T, K, h]
+        return stored[:, :, : self.end]
 
 # %% ../chapters/28_batching.ipynb #cell-021
 class RowCache(KVCache):
@@ -69,13 +69,13 @@ class RowCache(KVCache):
         self.lengths[row] += T
 
     def free(self, row: int) -> None:
-        """Empty `row` for its next user: 0 times a nan that is left would be nan."""
+        """Empty `row`. A masked place has weight 0, but 0 times nan is nan: wipe it."""
         self.keys[:, row] = self.values[:, row] = 0
         self.lengths[row] = 0
 
     @property
     def length(self) -> int:
-        """How many tokens each row of the pass holds at least."""
+        """How many tokens each row of the pass holds at least; the model asks."""
         return min(self.lengths[self.present.rows] if self.present else self.lengths)
 
 # %% ../chapters/28_batching.ipynb #cell-022

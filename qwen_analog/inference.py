@@ -17,6 +17,16 @@ from .model import DecoderLayer
 from .norm import RMSNorm
 
 # %% ../chapters/33_inference.ipynb #cell-016
+def _packed(weight: torch.Tensor) -> torch.Tensor:
+    """Return a matrix in oneDNN's own order for a product with one row."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
+
+
+def _packed_product(x, weight, bias) -> torch.Tensor:
+    """Return x [..., K] times a packed matrix [N, K], with no activation behind."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+# %% ../chapters/33_inference.ipynb #da988b68
 class PackedLinear(nn.Module):
     """`nn.Linear` for inference, its matrix packed where that can be done."""
 
@@ -29,15 +39,12 @@ class PackedLinear(nn.Module):
         self.bias = None if bias is None else bias.detach()
         self.packed = pack and can_pack(weight)
         if self.packed:
-            reorder = torch.ops.mkldnn._reorder_linear_weight  # 1: for one row
-            self.weight = reorder(self.weight.contiguous(), 1)
+            self.weight = _packed(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [..., K] -> [..., N]."""
-        if not self.packed:
-            return F.linear(x, self.weight, self.bias)
-        product = torch.ops.mkldnn._linear_pointwise  # "none": no activation
-        return product(x, self.weight, self.bias, "none", [], "")
+        product = _packed_product if self.packed else F.linear
+        return product(x, self.weight, self.bias)
 
 # %% ../chapters/33_inference.ipynb #cell-018
 def _stacked(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -56,23 +63,24 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((b, a), dim=-1) * sin
 
-# %% ../chapters/33_inference.ipynb #cell-024
+# %% ../chapters/33_inference.ipynb #5d04c38f
 class FusedLayer:
-    """A block's weights for inference; `linear` makes one layer of several."""
+    """A block for inference; `make_linear` makes one layer of those with one input."""
 
-    def __init__(self, layer: DecoderLayer, linear: Callable):
+    def __init__(self, layer: DecoderLayer, make_linear: Callable):
         attention, mlp = layer.self_attn, layer.mlp
         q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
-        self.qkv_proj = linear(q, k, v)
-        self.o_proj = linear(attention.o_proj)
-        self.gate_up_proj = linear(mlp.gate_proj, mlp.up_proj)
-        self.down_proj = linear(mlp.down_proj)
+        self.qkv_proj = make_linear(q, k, v)
+        self.o_proj = make_linear(attention.o_proj)
+        self.gate_up_proj = make_linear(mlp.gate_proj, mlp.up_proj)
+        self.down_proj = make_linear(mlp.down_proj)
         self.attention_norm = layer.input_layernorm
         self.mlp_norm = layer.post_attention_layernorm
-        self.head_dim = h = attention.head_dim
         self.layer_idx = attention.layer_idx
-        self.heads = q.out_features // h, k.out_features // h
-        self.head_norm = _head_norm(attention, *self.heads)
+        self.head_dim = attention.head_dim
+        self.num_heads = q.out_features // self.head_dim
+        self.num_kv_heads = k.out_features // self.head_dim
+        self.head_norm = _head_norm(attention, self.num_heads, self.num_kv_heads)
 
     def __call__(self, x, cos, sin, mask=None, cache: KVCache | None = None):
         """`x` [B, T, D] -> [B, T, D]; `cos`, `sin` [B, 1, T, h] of `FusedModel`."""
@@ -82,7 +90,7 @@ class FusedLayer:
 
     def attention(self, x, cos, sin, mask, cache) -> torch.Tensor:
         B, T, _ = x.shape
-        H, K = self.heads
+        H, K = self.num_heads, self.num_kv_heads
         qkv = self.qkv_proj(_normed(x, self.attention_norm))
         qkv = qkv.view(B, T, H + 2 * K, self.head_dim).transpose(1, 2)
         qk, v = qkv.split((H + K, K), dim=1)  # [B, heads, T, h]

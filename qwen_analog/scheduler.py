@@ -19,9 +19,10 @@ def share_budget(
     """
     reading = sorted((s for s in sequences if s.unread), key=lambda s: s.number)
     shares = dict.fromkeys(reading, 0)
-    for sequence in reading[:1]:
-        shares[sequence] = min(sequence.unread, -(-budget // 2))
-        budget -= shares[sequence]
+    if reading:
+        oldest = reading[0]
+        shares[oldest] = min(oldest.unread, (budget + 1) // 2)
+        budget -= shares[oldest]
     for sequence in sorted(reading, key=lambda s: s.unread):
         more = min(sequence.unread - shares[sequence], budget)
         shares[sequence] += more
