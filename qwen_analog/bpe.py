@@ -39,21 +39,18 @@ def lowest_join(parts: list, ranks: Mapping) -> int | None:
     return place
 
 # %% ../chapters/01_bpe.ipynb #cell-027
-_printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_others = [b for b in range(256) if b not in _printable]
-# GPT-2's order of the 256 single bytes, and Qwen's: first those whose number is that of
-# a visible character (173 is the soft hyphen, which is not)
-BYTE_ORDER = [bytes([b]) for b in _printable + _others]
+# the 256 single bytes in the order of GPT-2 and of Qwen
+_visible = [*range(33, 127), *range(161, 173), *range(174, 256)]  # 173: soft hyphen
+_others = [number for number in range(256) if number not in _visible]
+BYTE_ORDER = [bytes([number]) for number in _visible + _others]
 
 # %% ../chapters/01_bpe.ipynb #cell-029
 def encode_piece(piece: bytes, ranks: Mapping[bytes, int]) -> list[int]:
     """Return the ids of a piece: neighbours are joined, the lowest rank first, until
     no two form a token."""
     parts = [bytes([byte]) for byte in piece]  # each byte as a token of its own
-    i = lowest_join(parts, ranks)
-    while i is not None:
+    while (i := lowest_join(parts, ranks)) is not None:
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        i = lowest_join(parts, ranks)
     return [ranks[part] for part in parts]
 
 # %% ../chapters/01_bpe.ipynb #cell-045
@@ -68,7 +65,7 @@ def split_text(text: str, pattern: str = QWEN_PATTERN) -> list[str]:
     """Return the pieces of a text in normal form C; no token crosses a piece's end."""
     return regex.findall(pattern, unicodedata.normalize("NFC", text))
 
-# %% ../chapters/01_bpe.ipynb #cell-071
+# %% ../chapters/01_bpe.ipynb #n3010001
 def encode(text: str, ranks: Mapping[bytes, int]) -> list[int]:
     """Return the ids of a text."""
     ids = []
@@ -76,7 +73,7 @@ def encode(text: str, ranks: Mapping[bytes, int]) -> list[int]:
         ids += encode_piece(piece.encode(), ranks)
     return ids
 
-
+# %% ../chapters/01_bpe.ipynb #cell-071
 def decode(ids: Iterable[int], ranks: Mapping[bytes, int]) -> str:
     """Return the text of ids; bytes that are no UTF-8 become U+FFFD."""
     token_of = {rank: token for token, rank in ranks.items()}
