@@ -13,9 +13,9 @@ from torch import nn
 class RMSNorm(nn.Module):
     """Divide each vector by its root mean square, then scale it.
 
-    Zhang & Sennrich 2019, eq. 4. Statistics of 16-bit inputs are float32, others keep
-    their dtype; the result is cast back to the input's dtype before it is multiplied by
-    `weight`, as in Qwen2, bit for bit.
+    Zhang & Sennrich 2019, eq. 4. 16-bit inputs are divided in float32, others in their
+    own dtype. The result is cast to the input's dtype and then multiplied by `weight`,
+    as in Qwen2, bit for bit.
     """
 
     def __init__(self, hidden_size: int, eps: float = 1e-6):
@@ -24,11 +24,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` [..., D] -> [..., D], in the dtype of `x` promoted with the weight's."""
+        """`x` [..., D] -> [..., D]"""
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         mean_square = wide.pow(2).mean(-1, keepdim=True)  # [..., 1]
         wide = wide * torch.rsqrt(mean_square + self.eps)
         return self.weight * wide.to(x.dtype)
 
-    def extra_repr(self) -> str:
+    def extra_repr(self) -> str:  # what `print` shows of the module
         return f"{tuple(self.weight.shape)}, eps={self.eps}"

@@ -10,8 +10,6 @@ from collections.abc import Iterable, Sequence
 
 import regex
 
-from .bpe import encode
-
 # %% ../chapters/02_tokenizer.ipynb #cell-010
 def split_at(names: Iterable[str], text: str) -> list[str]:
     """Cut `text` so that each occurrence of one of `names` is a part of its own."""
@@ -21,12 +19,14 @@ def split_at(names: Iterable[str], text: str) -> list[str]:
 # %% ../chapters/02_tokenizer.ipynb #j7a80da0a
 # the ids after the last rank, in this order: 151643 to 151664 in Qwen2.5
 QWEN_SPECIAL_TOKENS = tuple(
-    "<|endoftext|> <|im_start|> <|im_end|>"
-    " <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>"
-    " <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|>"
-    " <|image_pad|> <|video_pad|> <tool_call> </tool_call>"
-    " <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|>"
-    " <|repo_name|> <|file_sep|>".split()
+    """
+    <|endoftext|> <|im_start|> <|im_end|>
+    <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>
+    <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|>
+    <|image_pad|> <|video_pad|> <tool_call> </tool_call>
+    <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|>
+    <|repo_name|> <|file_sep|>
+    """.split()
 )
 
 # %% ../chapters/02_tokenizer.ipynb #cell-029
@@ -45,22 +45,19 @@ def conversation_turns(messages: Sequence[dict[str, str]]) -> list[str]:
     return [f"{message['role']}\n{message['content']}" for message in messages]
 
 # %% ../chapters/02_tokenizer.ipynb #cell-033
-def chat_frame(tokenizer: "Tokenizer") -> tuple[int, int]:
+def chat_frame(tokenizer) -> tuple[int, int]:
     """Return the ids that open and end a turn; ValueError where there are none."""
     start = tokenizer.encode("<|im_start|>", special=True)
     end = tokenizer.encode("<|im_end|>", special=True)
     if len(start) != 1 or len(end) != 1:
         raise ValueError(
-            "this tokenizer has no control tokens <|im_start|> and <|im_end|>, which"
-            " conversations need"
+            "this tokenizer has no control tokens <|im_start|> and <|im_end|>"
         )
     return start[0], end[0]
 
 # %% ../chapters/02_tokenizer.ipynb #cell-035
 def encode_chat(
-    tokenizer: "Tokenizer",
-    messages: Sequence[dict[str, str]],
-    add_generation_prompt: bool = True,
+    tokenizer, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True
 ) -> list[int]:
     """Return the token ids of a conversation.
 
@@ -75,7 +72,7 @@ def encode_chat(
         ids += [start, *tokenizer.encode("assistant\n")]
     return ids
 
-# %% ../chapters/02_tokenizer.ipynb #cell-027
+# %% ../chapters/B11_chat_template.ipynb #message-check
 def check_message(message: dict[str, str]) -> None:
     """Raise ValueError for a message without a known role and a text."""
     role, content = message.get("role"), message.get("content")
@@ -86,7 +83,7 @@ def check_message(message: dict[str, str]) -> None:
             f" is text, not {message!r}"
         )
 
-# %% ../chapters/02_tokenizer.ipynb #cell-083
+# %% ../chapters/B11_chat_template.ipynb #chat-text
 def chat_text(
     messages: Sequence[dict[str, str]], add_generation_prompt: bool = True
 ) -> str:
@@ -123,7 +120,7 @@ import tiktoken
 from tiktoken import Encoding
 
 from .arguments import need
-from .bpe import BYTE_ORDER, QWEN_PATTERN, clean_text
+from .bpe import BYTE_ORDER, QWEN_PATTERN, clean_text, encode
 
 # %% ../chapters/B55_kinds_of_tokenizers.ipynb #cell-089
 def sha256_of(*parts: bytes) -> str:
