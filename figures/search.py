@@ -18,7 +18,7 @@ tree = {
     "I am": {"late": 0.4, "here": 0.3, "tired": 0.3},
     "I like": {"tea": 0.6, "rain": 0.4},
     "I saw": {"you": 0.9, "her": 0.1},
-    "I am late": {"again": 0.5, "today": 0.5},
+    "I am late": {"again": 0.5, "today": 0.3, "now": 0.2},
     "I like tea": {"hot": 0.7, "cold": 0.3},
     "I saw you": {"leave": 0.9, "there": 0.1},
 }
@@ -35,7 +35,8 @@ heights = {
     "I saw you": -2.1,
     "I saw her": -2.9,
     "I am late again": 3.0,
-    "I am late today": 2.3,
+    "I am late today": 2.6,
+    "I am late now": 2.2,
     "I like tea hot": 0.5,
     "I like tea cold": -0.2,
     "I saw you leave": -1.8,
