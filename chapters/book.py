@@ -159,17 +159,19 @@ def heatmap(
     columns: list[str],
     numbers: bool = False,
 ) -> None:
-    """Draw weights [rows, columns] between 0 and 1 as darkness, with words beside."""
+    """Draw weights [rows, columns] between 0 and 1 as darkness, with words beside; a
+    nan stays empty.
+    """
     axes.imshow(weights.detach().float(), cmap="Blues", vmin=0, vmax=1, aspect="equal")
     axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
     axes.set_yticks(range(len(rows)), rows)
     axes.grid(False)
     if numbers:
-        for i, row in enumerate(weights.tolist()):
-            for j, weight in enumerate(row):
-                color = "white" if weight > 0.6 else "black"
-                text = f"{weight:.2f}"
-                axes.text(j, i, text, ha="center", va="center", color=color, size=8)
+        for i, j in (~weights.isnan()).nonzero().tolist():
+            weight = weights[i, j].item()
+            color = "white" if weight > 0.6 else "black"
+            text = f"{weight:.2f}"
+            axes.text(j, i, text, ha="center", va="center", color=color, size=8)
 
 
 @torch.no_grad()
