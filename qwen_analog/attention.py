@@ -114,8 +114,8 @@ class NormedAttention(GQAttention):
     norms' `eps`.
     """
 
-    def __init__(self, *sizes: int, eps: float = 1e-6, **options: Any):
-        super().__init__(*sizes, **options)
+    def __init__(self, *args: Any, eps: float = 1e-6, **options: Any):
+        super().__init__(*args, **options)
         self.q_norm = RMSNorm(self.head_dim, eps)
         self.k_norm = RMSNorm(self.head_dim, eps)
 
