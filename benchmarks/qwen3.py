@@ -28,7 +28,7 @@ BASE = dict(
     tie_word_embeddings=False,
     attention_bias=False,
 )
-ARMS = {
+KINDS = {
     "biases": dict(attention_bias=True),
     "neither": dict(),
     "norms": dict(qk_norm=True),
@@ -113,22 +113,22 @@ def largest_score(model: QwenForCausalLM, ids: torch.Tensor) -> float:
     return max(found)
 
 
-def run(seed: int, rate: float, arm: str) -> dict:
+def run(seed: int, rate: float, kind: str) -> dict:
     """Train one model; return its loss on held-out text and its scores on the way."""
     torch.manual_seed(seed)
-    model = QwenForCausalLM(QwenConfig(**{**BASE, **ARMS[arm]}))
-    experts = with_experts(model) if arm.startswith("experts") else []
+    model = QwenForCausalLM(QwenConfig(**{**BASE, **KINDS[kind]}))
+    experts = with_experts(model) if kind.startswith("experts") else []
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0
     )
-    batches = torch.Generator().manual_seed(seed)  # the same for every arm
+    batches = torch.Generator().manual_seed(seed)  # the same for each kind
     scores = [largest_score(model, HELD_OUT[:16])]
     for step in range(STEPS):
         starts = torch.randint(len(TRAINING) - 64, (16,), generator=batches)
         window = TRAINING[starts[:, None] + torch.arange(65)]  # [B, T + 1]
         optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / 20)
         loss = model(window[:, :-1], targets=window[:, 1:])
-        if arm == "experts, even":
+        if kind == "experts, even":
             loss = loss + EVEN * sum(layer.unevenness for layer in experts)
         optimizer.zero_grad()
         loss.backward()
@@ -153,11 +153,11 @@ def main() -> None:
     torch.set_num_threads(1)
     runs = []
     for rate in RATES:
-        for arm in ARMS:
+        for kind in KINDS:
             for seed in range(SEEDS):
-                found = run(seed, rate, arm)
-                runs.append({"arm": arm, "rate": rate, "seed": seed, **found})
-                print(runs[-1]["arm"], rate, seed, found["loss"], flush=True)
+                found = run(seed, rate, kind)
+                runs.append({"kind": kind, "rate": rate, "seed": seed, **found})
+                print(runs[-1]["kind"], rate, seed, found["loss"], flush=True)
     target = Path(__file__).with_name("qwen3.json")
     lines = ",\n ".join(json.dumps(row) for row in runs)
     target.write_text(f"[\n {lines}\n]\n", encoding="utf-8")

@@ -1,5 +1,5 @@
-"""TRL's DPO and GRPO on a small model, for the chapters on preferences and rewards to
-stand beside: the same scrambled weights and the same answers for both.
+"""TRL's DPO on a small model, for the chapter on preferences to stand beside: the same
+scrambled weights and the same answers for both.
 
 TRL makes its own batch from texts, its own log-probabilities and its own loss.
 """
@@ -13,7 +13,7 @@ from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
+from trl import DPOConfig, DPOTrainer
 
 from qwen_analog import QwenConfig, QwenForCausalLM
 from qwen_analog.lora import TARGETS, add_lora
@@ -88,53 +88,3 @@ class TrlDpo:
     def gradients_apart(self, ours: QwenForCausalLM) -> float:
         named = ours.named_parameters()
         return _apart([(p, self._peer(name)) for name, p in named if p.requires_grad])
-
-
-class TrlGrpo:
-    """`GRPOTrainer` on a Qwen2 and four answers to one question."""
-
-    def __init__(self, config: QwenConfig, signs: str, beta: float):
-        self.config = config
-        with tempfile.TemporaryDirectory() as folder:
-            options = GRPOConfig(
-                folder,
-                beta=0.0,
-                loss_type="grpo",
-                num_generations=4,
-                per_device_train_batch_size=4,
-                use_bias_correction_kl=False,
-                **OPTIONS,
-            )
-            self.trainer = GRPOTrainer(
-                _qwen2(config),
-                reward_funcs=lambda completions, **others: [0.0] * len(completions),
-                args=options,
-                train_dataset=Dataset.from_list([{"prompt": "?"}] * 4),
-                processing_class=_tokenizer(signs),
-            )
-        self.trainer.beta = beta  # set late: it would fetch a reference from the hub
-        self.trainer.current_gradient_accumulation_steps = 1
-        self.model = scramble_(self.trainer.model)
-
-    def twin(self) -> QwenForCausalLM:
-        ours = QwenForCausalLM(self.config)
-        ours.load_state_dict(self.model.state_dict())
-        return ours
-
-    def loss(self, prompt, answers, mask, advantages, old, reference) -> torch.Tensor:
-        """The loss of answers [B, n]; log-probabilities and mask are [B, n] too."""
-        batch = {
-            "prompt_ids": prompt,
-            "prompt_mask": torch.ones_like(prompt),
-            "completion_ids": answers,
-            "completion_mask": mask,
-            "advantages": advantages,
-            "old_per_token_logps": old,
-            "ref_per_token_logps": reference,
-            "num_items_in_batch": mask.sum(),
-        }
-        return self.trainer.compute_loss(self.model, batch)
-
-    def gradients_apart(self, ours: QwenForCausalLM) -> float:
-        named = ours.named_parameters()
-        return _apart([(p, self.model.get_parameter(name)) for name, p in named])

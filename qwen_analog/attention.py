@@ -101,6 +101,8 @@ class GQAttention(HeadProjections):
         return self.o_proj(out.transpose(1, 2).flatten(2))  # [B, T, D]
 
 # %% ../chapters/25_qwen3.ipynb #cell-014
+from typing import Any
+
 from .norm import RMSNorm
 
 # %% ../chapters/25_qwen3.ipynb #cell-015
@@ -108,22 +110,12 @@ class NormedAttention(GQAttention):
     """`GQAttention` whose queries and keys are normalised, each head for itself.
 
     The norms stand before the rotation; all heads of queries share one weight [h], and
-    all heads of keys another (Qwen Team 2025).
+    all heads of keys another (Qwen Team 2025). Arguments are `GQAttention`'s, and the
+    norms' `eps`.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int | None = None,
-        bias: bool = False,
-        layer_idx: int = 0,
-        eps: float = 1e-6,
-    ):
-        super().__init__(
-            hidden_size, num_heads, num_kv_heads, head_dim, bias, layer_idx
-        )
+    def __init__(self, *args: Any, eps: float = 1e-6, **options: Any):
+        super().__init__(*args, **options)
         self.q_norm = RMSNorm(self.head_dim, eps)
         self.k_norm = RMSNorm(self.head_dim, eps)
 

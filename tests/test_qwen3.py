@@ -8,7 +8,8 @@ import gguf
 import pytest
 import tiktoken
 import torch
-from helpers import SHAPE
+from chapter_code import from_chapter
+from helpers import SHAPE, scramble_
 from training import (  # noqa: F401
     distance,
     final_weights,
@@ -17,6 +18,8 @@ from training import (  # noqa: F401
     settings,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.qwen3_moe import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 from weights_helpers import (
     LLAMA3,
     MESSAGES,
@@ -185,3 +188,23 @@ def test_two_processes_train_qwen3_as_one_does(strategy):
     assert distance(one, two) < 1e-4
     trained = "model.layers.0.self_attn.q_norm.weight"
     assert (one[trained] - 1).abs().max() > 0.01
+
+
+def test_the_taught_experts_are_transformers():
+    taught = from_chapter("25_*.ipynb", "class Experts", {"torch": torch})
+    sizes = dict(hidden_size=16, moe_intermediate_size=24, num_experts=6)
+    config = Qwen3MoeConfig(**sizes, num_experts_per_tok=2, norm_topk_prob=True)
+    config._experts_implementation = "eager"
+    reference = scramble_(Qwen3MoeSparseMoeBlock(config))
+    ours = taught["Experts"](16, 24, num_experts=6, top_k=2)
+    ours.router.weight.data = reference.gate.weight.data
+    for expert, gate_up, down in zip(
+        ours.experts,
+        reference.experts.gate_up_proj.data,
+        reference.experts.down_proj.data,
+    ):
+        expert.gate_proj.weight.data, expert.up_proj.weight.data = gate_up.chunk(2)
+        expert.down_proj.weight.data = down
+    x = torch.randn(1, 10, 16)  # [B, T, D]
+    with torch.no_grad():
+        assert torch.allclose(ours(x[0]), reference(x)[0], atol=1e-5)
