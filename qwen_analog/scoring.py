@@ -86,7 +86,7 @@ def sliding_windows(
     """Yield `(start, first, end)` of each window over `length` inputs: it reads start
     .. end - 1 and counts first .. end - 1.
     """
-    first = 0  # not yet counted
+    first = 0  # the first input that is not yet counted
     end = min(context, length)
     while first < length:
         start = max(0, end - context)
