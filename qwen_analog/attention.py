@@ -28,7 +28,7 @@ def causal_mask(
     ones = torch.ones(query_length, key_length, dtype=torch.bool, device=device)
     return ones.tril(diagonal=key_length - query_length)
 
-# %% ../chapters/06_attention.ipynb #cell-106
+# %% ../chapters/08_gqa.ipynb #cell-106
 from .kv_cache import KVCache
 from .rope import apply_rotary
 
