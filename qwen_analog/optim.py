@@ -149,7 +149,9 @@ class Muon(torch.optim.Muon):
         gradients = [p.grad for p in same if p.grad is not None]
         m = [self.state[p]["momentum_buffer"] for p in same]
         torch._foreach_lerp_(m, gradients, 1 - group["momentum"])
-        ahead = torch._foreach_lerp(gradients, m, group["momentum"])
+        ahead = m
+        if group["nesterov"]:
+            ahead = torch._foreach_lerp(gradients, m, group["momentum"])
         updates = _orthogonal(torch.stack(ahead), group)
         A, B = same[0].shape
         size = max(1, A / B) ** 0.5

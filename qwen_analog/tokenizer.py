@@ -45,7 +45,7 @@ def conversation_turns(messages: Sequence[dict[str, str]]) -> list[str]:
     return [f"{message['role']}\n{message['content']}" for message in messages]
 
 # %% ../chapters/02_tokenizer.ipynb #cell-033
-def chat_frame(tokenizer) -> tuple[int, int]:
+def chat_frame(tokenizer: "Tokenizer") -> tuple[int, int]:
     """Return the ids that open and end a turn; ValueError where there are none."""
     start = tokenizer.encode("<|im_start|>", special=True)
     end = tokenizer.encode("<|im_end|>", special=True)
@@ -57,7 +57,9 @@ def chat_frame(tokenizer) -> tuple[int, int]:
 
 # %% ../chapters/02_tokenizer.ipynb #cell-035
 def encode_chat(
-    tokenizer, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True
+    tokenizer: "Tokenizer",
+    messages: Sequence[dict[str, str]],
+    add_generation_prompt: bool = True,
 ) -> list[int]:
     """Return the token ids of a conversation.
 

@@ -111,6 +111,30 @@ def test_five_steps_equal_the_rules(kind, tied):
             )
 
 
+MUON_FAULTS = {
+    "no Nesterov": {"nesterov": False},
+    "no size matching": {"adjust_lr_fn": "original"},
+    "no decay": {"weight_decay": 0.0},
+    "momentum not orthogonalised": {"ns_steps": 0},
+}
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize("fault", MUON_FAULTS)
+def test_a_fault_of_muon_is_noticed(fault, monkeypatch):
+    def broken(*arguments, **settings):
+        muon, adamw = build(*arguments, **settings)
+        for group in muon.param_groups:
+            assert MUON_FAULTS[fault].keys() <= group.keys()  # they have an effect
+            group.update(MUON_FAULTS[fault])
+        return muon, adamw
+
+    build = build_optimizers
+    monkeypatch.setitem(globals(), "build_optimizers", broken)
+    with pytest.raises(AssertionError, match="learning rates a step"):
+        test_five_steps_equal_the_rules("muon", True)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_is_in_one_group(kind, tied):
