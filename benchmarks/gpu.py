@@ -533,6 +533,7 @@ def compiled(sizes: Sizes):
         for step in ("laid out", "compiled"):
             model = new_model(sizes, torch.bfloat16).eval()
             optimize_for_inference(model, quantize, compile=step == "compiled")
+            in_python(model, sizes)
             nbytes = laid_out_bytes(model)
             began = time.perf_counter()
             write = lambda m=model: m.generate(prompt, sizes.new, **greedy)
@@ -555,6 +556,12 @@ def compiled(sizes: Sizes):
 
     for form, rows in (("bf16", 1), ("bf16", 16), ("int8", 1), ("int4", 1)):
         yield guarded(f"{form}, {rows} rows", both, form, rows)
+
+
+def in_python(model: nn.Module, sizes: Sizes) -> None:
+    """Where nothing is to be compiled: the compiled step's blocks as they are."""
+    if model.compiled_step is not None and not sizes.compile:
+        model.compiled_step.use(lambda layer, *call: layer(*call))
 
 
 def laid_out_bytes(model: nn.Module) -> int:
@@ -600,6 +607,7 @@ def serve(sizes: Sizes):
     def clients(compile: bool) -> dict:
         model = new_model(sizes, torch.bfloat16).eval()
         optimize_for_inference(model, compile=compile)
+        in_python(model, sizes)
         began = time.perf_counter()
         engine = Engine(
             model, tokenizer, max_batch=64, max_context=context, max_queue=64

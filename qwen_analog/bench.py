@@ -274,12 +274,12 @@ class Writer(NamedTuple):
     write: Callable[[torch.Tensor, int], torch.Tensor]  # [B, T], n -> [B, n]
 
 # %% ../chapters/B42_comparison.ipynb #cell-085
-def open_ours(place: Place, form: str | None = None) -> Writer:
-    """Open this package's model, plain, "laid out", "compiled", or quantized."""
+def open_ours(place: Place, form: str | None = None, compiled: bool = False) -> Writer:
+    """Open this package's model: plain, "laid out" or quantized, and compiled."""
     model = open_source(place.folder / "model", place.device, place.dtype)[0].eval()
     quantize = form if form in BYTES else None
     if form is not None:
-        optimize_for_inference(model, quantize, form == "compiled")
+        optimize_for_inference(model, quantize, compiled)
 
     def read(ids: torch.Tensor) -> torch.Tensor:
         cache = model.new_cache(*ids.shape)
@@ -452,7 +452,7 @@ def chosen(openers: dict[str, Callable], words: list[str] | None) -> dict:
         raise ValueError(f"--only {' '.join(words)}: there are {', '.join(openers)}")
     return found
 
-
+# %% ../chapters/B42_comparison.ipynb #02ddaaa5
 def writers_for(
     dtype: torch.dtype, compiled: bool = False
 ) -> dict[str, Callable[[Place], Writer]]:
@@ -467,7 +467,9 @@ def writers_for(
         "CTranslate2 int8": partial(open_ctranslate2, form="int8"),
     }
     if compiled:
-        found["qwen_analog compiled"] = partial(open_ours, form="compiled")
+        for form in ("laid out", "int8", "int4"):
+            compiling = partial(open_ours, form=form, compiled=True)
+            found[f"qwen_analog {form} compiled"] = compiling
     name = str(dtype)[6:]
     found[f"CTranslate2 {name}"] = partial(open_ctranslate2, form=name)
     return found

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from .arguments import one_line
+from .compiled_blocks import CompiledBlocks
 from .kv_cache import KVCache
 
 # %% ../chapters/B37_compiled.ipynb #cell-012
@@ -136,12 +137,13 @@ class CompiledStep(StaticStep):
         super().__init__(model)
         self.made: dict[tuple[int, int], list[StaticCache]] = {}
         self.cuda = model.model.embed_tokens.weight.is_cuda
-        options: dict[str, Any] = {"emulate_precision_casts": True}  # rounds as eager
-        if self.cuda:  # a product with one row becomes a sum, read once, tuned
-            options = {"coordinate_descent_tuning": True}
+        if not self.cuda:
+            self.use(CompiledBlocks())
+            return
+        # a product with one row becomes a sum, read once, tuned
+        options = {"coordinate_descent_tuning": True}
         make = partial(torch.compile, fullgraph=True, dynamic=False, options=options)
-        if self.cuda:
-            self.head = make(self.head)
+        self.head = make(self.head)
         self.use(make(_block))
 
     def reader(self, cache: KVCache, padding: torch.Tensor | None = None) -> "Reader":

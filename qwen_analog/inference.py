@@ -246,11 +246,7 @@ def optimize_for_inference(
         check_format(model, quantize)
     compile = compile and can_compile(model.model.embed_tokens.weight.device)
 
-    def plain(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
-        pack = not compile  # compilers read no packed matrix
-        return _LongPromptLinear(weight, bias, pack)
-
-    make: Callable = plain if quantize is None else FORMATS[quantize]
+    make: Callable = _LongPromptLinear if quantize is None else FORMATS[quantize]
 
     def linear(*layers: Any) -> nn.Module:
         return _one_layer(make, *layers)

@@ -191,7 +191,7 @@ MODULES = {
 }
 FLOORS = [
     "config norm rope mask kv_cache mlp bpe loss optim hardware files arguments "
-    "archive distributed",
+    "archive distributed compiled_blocks",
     "attention tokenizer sampling jsonl shards train_config baselines compiled",
     "hf_tokenizer token_cache data corpora model grammar",
     "tools",

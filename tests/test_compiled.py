@@ -8,35 +8,50 @@ from functools import partial
 import pytest
 import torch
 from book import scramble_
-from torch._dynamo.utils import counters
 from weights_helpers import QWEN3
 
 import test_inference
 from qwen_analog import QwenConfig, QwenForCausalLM
 from qwen_analog import compiled as module
+from qwen_analog import compiled_blocks
 from qwen_analog.compiled import StaticCache, StaticStep, room_for
 from qwen_analog.generate import decode_steps, pad_left
 from qwen_analog.inference import optimize_for_inference
 
 IDS, REAL = pad_left([[5, 9, 30, 2], [7, 8], [3]], 0)
 GREEDY = {"temperature": 0, "eos_token_id": []}
-COMPILE = torch.compile
 no_compiler = module.missing_compiler(torch.device("cpu"))
+made_packages: list = []
+
+
+def run_in_python(monkeypatch):
+    """A library is its traced block, not translated to C++, which takes seconds."""
+
+    def package(block, call):
+        made_packages.append(block)
+        return block
+
+    def load(block, packed):
+        def run(inputs):
+            for name, matrix in packed.items():
+                compiled_blocks._put(block, name, matrix)
+            return [block(*inputs)]
+
+        return run
+
+    made_packages.clear()
+    monkeypatch.setattr(compiled_blocks, "compile_package", package)
+    monkeypatch.setattr(compiled_blocks, "load_package", load)
 
 
 @pytest.fixture(autouse=True)
 def traced(monkeypatch):
-    """A program is traced, and not translated, which takes seconds."""
-    monkeypatch.setattr(
-        torch, "compile", lambda f, options, **how: COMPILE(f, backend="eager", **how)
-    )
+    run_in_python(monkeypatch)
     monkeypatch.setattr(module, "ROOM", 8)
-    torch._dynamo.reset()
-    counters.clear()
 
 
 def programs() -> int:
-    return counters["stats"]["unique_graphs"]
+    return len(made_packages)
 
 
 def make(dtype=torch.float32, **changes):
@@ -91,14 +106,6 @@ def test_a_program_for_each_room_and_none_for_a_token():
     assert programs() == 3 and (1, 8) in model.compiled_step.made
 
 
-def test_more_programs_than_dynamo_keeps_by_itself():
-    model = laid_out(make(), compile=True)
-    with torch._dynamo.config.patch(recompile_limit=1):
-        for rows in (1, 2):
-            model.generate(IDS[:1].expand(rows, -1), 3, **GREEDY)
-    assert programs() == 2
-
-
 def test_two_texts_by_turns_and_a_room_used_again():
     plain, model = make(), laid_out(make(), compile=True)
     prompts = IDS[:1], IDS[:1].flip(1)
@@ -146,13 +153,10 @@ def test_a_recorded_step_writes_the_same(monkeypatch):
 
 
 def test_a_compiler_that_fails_is_done_without(monkeypatch, capsys):
-    def fails(f, options, **how):
-        def broken(*args):
-            raise RuntimeError("no\nsuch luck")
+    def fails(block, call):
+        raise RuntimeError("no\nsuch luck")
 
-        return broken
-
-    monkeypatch.setattr(torch, "compile", fails)
+    monkeypatch.setattr(compiled_blocks, "compile_package", fails)
     assert same_text(make())
     said = capsys.readouterr().err.splitlines()
     assert said == ["note: the writing of tokens is not compiled: no such luck"]
@@ -175,9 +179,19 @@ def test_rooms():
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(no_compiler), reason=str(no_compiler))
-def test_translated_by_inductor(monkeypatch):
-    monkeypatch.setattr(torch, "compile", COMPILE)
-    assert same_text(make(num_hidden_layers=2), new=4)
+@pytest.mark.parametrize("quantize", [None, "int4"])
+def test_translated_to_c_plus_plus(monkeypatch, quantize, tmp_path, capsys):
+    """The second model finds the library of the first."""
+    monkeypatch.undo()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model = make(torch.bfloat16, num_hidden_layers=2)
+    assert same_text(model, quantize, new=4)
+    kept = list(tmp_path.glob("qwen_analog/*"))
+    written = [path.stat().st_mtime_ns for path in kept]
+    assert same_text(model, quantize, new=4)
+    assert [p.stat().st_mtime_ns for p in tmp_path.glob("qwen_analog/*")] == written
+    assert [path.suffix for path in kept] == [".pt2"]
+    assert not capsys.readouterr().err
 
 
 def sees_one_more(self, cache):
@@ -229,6 +243,36 @@ LEND = module.CompiledStep.lend
 def test_broken_parts_are_noticed(monkeypatch, owner, name, broken):
     monkeypatch.setattr(owner, name, broken)
     assert not same_text(make())
+
+
+def first_inputs(self, block, call, prepare=None):
+    """Every block runs with the plain tensors of the first."""
+    run, packed, inputs = prepare(self, block, call)
+    given = len(block.given)
+    self.first = getattr(self, "first", inputs[:given])
+    return run, packed, [*self.first, *inputs[given:]]
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_tensors_of_another_block_are_noticed(monkeypatch, quantize):
+    prepare = compiled_blocks.CompiledBlocks.prepare
+    broken = partial(first_inputs, prepare=prepare)
+    monkeypatch.setattr(
+        compiled_blocks.CompiledBlocks,
+        "prepare",
+        lambda self, block, call: broken(self, block, call),
+    )
+    assert not same_text(make(torch.bfloat16), quantize)
+
+
+@pytest.mark.mutant
+def test_packed_matrices_of_another_block_are_noticed(monkeypatch):
+    load = compiled_blocks.load_package
+    monkeypatch.setattr(
+        compiled_blocks, "load_package", lambda block, packed: load(block, block.packed)
+    )
+    assert not same_text(make(torch.bfloat16))
 
 
 @pytest.mark.mutant

@@ -9,14 +9,13 @@ import pytest
 import torch
 from serving_helpers import MODEL, TOKENIZER, alone, answers, new_request, requests
 from serving_helpers import together
-from test_compiled import Replayed, no_compiler
+from test_compiled import Replayed, no_compiler, run_in_python
 
-from qwen_analog import compiled
+from qwen_analog import compiled, compiled_blocks
 from qwen_analog.compiled_rows import CompiledRows, PageRoom, RowRoom, RowSlot
 from qwen_analog.engine import Engine, ModelRunner
 from qwen_analog.inference import optimize_for_inference
 
-COMPILE = torch.compile
 PAGES = {"kv_pages": 16, "page_size": 4}  # of which one request needs up to 14
 MEMORIES = pytest.mark.parametrize("memory", [{}, PAGES], ids=["rows", "pages"])
 
@@ -24,7 +23,7 @@ MEMORIES = pytest.mark.parametrize("memory", [{}, PAGES], ids=["rows", "pages"])
 @pytest.fixture(autouse=True)
 def without_a_compiler(monkeypatch):
     """The step is the compiled one's, line by line; its rooms are small."""
-    monkeypatch.setattr(torch, "compile", lambda f, options, **how: f)
+    run_in_python(monkeypatch)
     monkeypatch.setattr(compiled, "missing_compiler", lambda device: None)
     monkeypatch.setattr(compiled, "ROOM", 8)
 
@@ -145,7 +144,7 @@ def test_a_compiler_that_fails_is_done_without(monkeypatch, capsys):
     def broken(*args):
         raise RuntimeError("no\nsuch luck")
 
-    monkeypatch.setattr(torch, "compile", lambda f, options, **how: broken)
+    monkeypatch.setattr(compiled_blocks, "compile_package", broken)
     check_answers({})
     said = capsys.readouterr().err.splitlines()
     assert said == ["note: the writing of tokens is not compiled: no such luck"]
@@ -159,10 +158,9 @@ def test_without_a_compiled_step_nothing_is_replaced():
 @pytest.mark.slow
 @MEMORIES
 @pytest.mark.skipif(bool(no_compiler), reason=str(no_compiler))
-def test_translated_by_inductor(memory, monkeypatch, capsys):
-    monkeypatch.setattr(torch, "compile", COMPILE)
-    monkeypatch.setattr(compiled, "ROOM", 32)
-    torch._dynamo.reset()
+def test_translated_to_c_plus_plus(memory, monkeypatch, capsys):
+    monkeypatch.undo()
+    monkeypatch.setattr(compiled, "ROOM", 64)
     engine = new_engine(memory)
     assert together(engine, requests()) == wanted()
     assert not capsys.readouterr().err
