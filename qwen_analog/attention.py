@@ -150,6 +150,15 @@ def _folded(
         mask = torch.cat([mask] * (H // K), dim=-2)  # [..., G T, S]
     return q.reshape(B, K, H // K * T, h), mask
 
+# %% ../chapters/B63_attention.ipynb #35745713
+def _attend_folded(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """`q` [B, H, T, h], `k`, `v` [B, K, S, h] -> [B, H, T, h]; all keys without a
+    mask."""
+    rows, mask = _folded(q, mask, k.shape[1])
+    return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).reshape(q.shape)
+
 # %% ../chapters/B63_attention.ipynb #e48472ef
 _FEW = 16  # queries
 
@@ -171,14 +180,11 @@ def grouped_query_attention(
         mask = causal_mask(T, S, device=q.device)
     if q.is_cuda or isinstance(mask, tuple):
         return _attend_on_gpu(q, k, v, mask)
-    causal = mask is None and T == S
-    queries = q
-    if T <= _FEW and not causal:
-        queries, mask = _folded(q, mask, k.shape[1])
-    out = F.scaled_dot_product_attention(
-        queries, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True
-    )
-    return out.reshape(q.shape)
+    if mask is None and T == S:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    if T <= _FEW:
+        return _attend_folded(q, k, v, mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 # %% ../chapters/B63_attention.ipynb #gpu-load-varlen
 from functools import partial
@@ -243,36 +249,26 @@ def _attend_documents(
     return out.unflatten(0, (B, T)).transpose(1, 2)
 
 # %% ../chapters/B63_attention.ipynb #gpu-attend
+def _takes_bounds(v: torch.Tensor) -> bool:
+    """Say whether the kernel for bounds takes the type and the head size of `v`."""
+    h = v.shape[-1]
+    return v.dtype in _SIXTEEN_BITS and h % 8 == 0 and h <= 256
+
+# %% ../chapters/B63_attention.ipynb #9173a7e6
+def _attend_whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """`q` [B, H, T, h], `k`, `v` [B, K, T, h] -> [B, H, T, h], causal."""
+    G = q.shape[1] // k.shape[1]
+    if v.dtype not in _SIXTEEN_BITS:
+        k = k.repeat_interleave(G, dim=1)  # [B, H, T, h]
+        v = v.repeat_interleave(G, dim=1)  # [B, H, T, h]
+    shared = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
+
+# %% ../chapters/B63_attention.ipynb #gpu-any-length
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 
-def _attend_on_gpu(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | PackedDocuments | None,
-) -> torch.Tensor:
-    """Do as `grouped_query_attention`, by the kernels that an NVIDIA GPU has."""
-    (B, H, T, h), K = q.shape, k.shape[1]
-    if isinstance(mask, PackedDocuments):
-        if v.dtype in _SIXTEEN_BITS and h % 8 == 0 and h <= 256:
-            return _attend_documents(q, k, v, mask)
-        mask = document_mask(mask.ids)
-    causal = mask is None and T > 1
-    if not causal:
-        q, mask = _folded(q, mask, K)  # [B, K, G T, h]
-    elif v.dtype not in _SIXTEEN_BITS:
-        k = k.repeat_interleave(H // K, dim=1)  # [B, H, S, h]
-        v = v.repeat_interleave(H // K, dim=1)  # [B, H, S, h]
-    options = {"is_causal": causal, "enable_gqa": q.shape[1] != k.shape[1]}
-    # a compiled program is made for its lengths, and a training has but one
-    fixed = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    with nullcontext() if fixed else _kernels_for_any_length():
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
-    return out.reshape(B, H, T, h)
-
-# %% ../chapters/B63_attention.ipynb #gpu-any-length
 @contextmanager
 def _kernels_for_any_length() -> Iterator[None]:
     """Keep to kernels that need no preparation for a new length."""
@@ -283,3 +279,22 @@ def _kernels_for_any_length() -> Iterator[None]:
         yield
     finally:
         backends.enable_cudnn_sdp(before)
+
+# %% ../chapters/B63_attention.ipynb #f942723c
+def _attend_on_gpu(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | PackedDocuments | None,
+) -> torch.Tensor:
+    """Do as `grouped_query_attention`, by the kernels that an NVIDIA GPU has."""
+    if isinstance(mask, PackedDocuments):
+        if _takes_bounds(v):
+            return _attend_documents(q, k, v, mask)
+        mask = document_mask(mask.ids)
+    # a compiled program is made for its lengths, and a training has but one
+    fixed = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    with nullcontext() if fixed else _kernels_for_any_length():
+        if mask is None and q.shape[2] > 1:
+            return _attend_whole(q, k, v)
+        return _attend_folded(q, k, v, mask)

@@ -1076,7 +1076,7 @@ def _layers(form: str, weight: torch.Tensor, number: int) -> list[nn.Module]:
     dtype = getattr(torch, form)
     return [PackedLinear(weight.to(dtype, copy=True)) for _ in range(number)]
 
-
+# %% ../chapters/B76_bandwidth.ipynb #ebe69e1a
 def vector_bandwidth(device: torch.device, form: str, N: int = 4096) -> float:
     """Return the bytes of weights a second that matrices times one vector read."""
     size = BYTES[form] * N * N

@@ -7,15 +7,9 @@ __all__ = ['COMMANDS', 'Command', 'find', 'Parser', 'build_parser', 'main']
 
 # %% ../chapters/A1_commands.ipynb #b3d7d399
 import argparse
-import atexit
-import errno
 import importlib
-import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from typing import NamedTuple
 
 from . import __version__
@@ -99,7 +93,16 @@ def main(argv: list[str] | None = None) -> int:
 
     return _carry_out(words, action)
 
-# %% ../chapters/A1_commands.ipynb #a1-main-01
+# %% ../chapters/B01_arguments.ipynb #2683613c
+import atexit
+import errno
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+# %% ../chapters/B01_arguments.ipynb #89cfab74
 def _carry_out(words: list[str], action: Callable[[], None]) -> int:
     """Do `action` and report how it ended, whatever happens to the terminal."""
     handler = signal.getsignal(signal.SIGINT)
@@ -138,7 +141,7 @@ def _choose_waiting(command: str) -> None:
     if one_user and not own and "torch" not in sys.modules:
         os.environ["GOMP_SPINCOUNT"] = "10000"
 
-# %% ../chapters/A1_commands.ipynb #a1-main-02
+# %% ../chapters/B01_arguments.ipynb #ece1defa
 @contextmanager
 def _interrupted_later() -> Iterator[None]:
     """Hold Ctrl-C back: libraries that are being imported may swallow the exception."""
@@ -155,7 +158,7 @@ def _interrupted_later() -> Iterator[None]:
     if seen:
         raise KeyboardInterrupt
 
-# %% ../chapters/A1_commands.ipynb #70e5e211
+# %% ../chapters/B01_arguments.ipynb #8b7cca4d
 def _drop_output() -> None:
     """Send what stdout could not write nowhere: Python's own last attempt succeeds."""
     try:
@@ -196,7 +199,7 @@ def _terminal(quiet) -> Iterator[None]:
             signal.signal(signal.SIGINT, quiet)
         sys.unraisablehook = hook
 
-# %% ../chapters/A1_commands.ipynb #0e8e9213
+# %% ../chapters/B01_arguments.ipynb #66018251
 from typing import TYPE_CHECKING
 
 if not TYPE_CHECKING:
@@ -204,6 +207,6 @@ if not TYPE_CHECKING:
 
     __getattr__ = moved(__name__)
 
-# %% ../chapters/A1_commands.ipynb #f83d94e3
+# %% ../chapters/B01_arguments.ipynb #e6bd3e52
 if __name__ == "__main__" and "__file__" in globals():
     sys.exit(main())

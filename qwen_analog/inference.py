@@ -16,16 +16,6 @@ from .kv_cache import KVCache
 from .model import DecoderLayer
 from .norm import RMSNorm
 
-# %% ../chapters/33_inference.ipynb #cell-016
-def _packed(weight: torch.Tensor) -> torch.Tensor:
-    """Return a matrix in oneDNN's own order for a product with one row."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
-
-
-def _packed_product(x, weight, bias) -> torch.Tensor:
-    """Return x [..., K] times a packed matrix [N, K], with no activation behind."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
 # %% ../chapters/33_inference.ipynb #da988b68
 class PackedLinear(nn.Module):
     """`nn.Linear` for inference, its matrix packed where that can be done."""
@@ -150,6 +140,16 @@ def can_pack(weight: torch.Tensor) -> bool:
     if weight.dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return weight.dtype == torch.float32
+
+# %% ../chapters/B72_laid_out.ipynb #eefdc82f
+def _packed(weight: torch.Tensor) -> torch.Tensor:
+    """Return a matrix in oneDNN's own order for a product with one row."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
+
+
+def _packed_product(x, weight, bias) -> torch.Tensor:
+    """Return x [..., K] times a packed matrix [N, K], with no activation behind."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 # %% ../chapters/B72_laid_out.ipynb #head-norm
 def _head_norm(attention: GQAttention, H: int, K: int) -> RMSNorm | None:

@@ -304,6 +304,11 @@ def copied_head(patch, ours):
     ours.lm_head.weight = torch.nn.Parameter(ours.lm_head.weight.detach().clone())
 
 
+def detached_head(patch, ours):
+    """Right logits; but the embedding misses the gradient through the head."""
+    ours.lm_head.forward = lambda x: F.linear(x, ours.lm_head.weight.detach())
+
+
 def positions(change):
     def mutate(patch, ours):
         ours.model.rotary_emb.register_forward_pre_hook(
@@ -343,6 +348,7 @@ MUTANTS = {
     "embedding times sqrt(D)": scaled_embedding,
     "untied: a fresh head": fresh_head,
     "untied: a copied head": copied_head,
+    "a detached head": detached_head,
     "all positions 0": positions(torch.zeros_like),
     "positions reversed": positions(lambda p: p.flip(-1)),
     "positions doubled": positions(lambda p: 2 * p),
