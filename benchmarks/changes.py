@@ -182,9 +182,9 @@ def compiling() -> dict:
         models += [load("smollm2", compile=True, **options)[0]]
         for rows in (1, 16):
             ids = torch.full((rows, 16), 11)
-            write = lambda m: m.generate(ids, 8, temperature=0, eos_token_id=[])
+            write = lambda m: m.generate(ids, 40, temperature=0, eos_token_id=[])
             a, b = (lambda m=m: write(m) for m in models)
-            ratios[f"{form or 'bf16'}, {rows} row{'s' * (rows > 1)}"] = gain(a, b, 5)
+            ratios[f"{form or 'bf16'}, {rows} row{'s' * (rows > 1)}"] = gain(a, b, 7)
     return ratios
 
 
