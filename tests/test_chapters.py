@@ -18,6 +18,15 @@ ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = sorted((ROOT / "chapters").glob("[0-9AB]*.ipynb"))
 
 
+def test_chapters_open_smollm2_where_their_tensors_are():
+    """`load` takes a GPU where there is one; what a chapter makes lies on the CPU."""
+    for path in CHAPTERS:
+        for cell in nbformat.read(path, 4).cells:
+            if cell.cell_type == "code":
+                asked = re.findall(r'\bload\("smollm2"(.*)', cell.source)
+                assert all('"cpu"' in rest for rest in asked), f"{path.name}: {asked}"
+
+
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
 def test_committed_executed_in_order(path):
     code = [
