@@ -27,12 +27,16 @@ from .kv_cache import KVCache
 ROOM = 256  # tokens
 
 
-def room_for(tokens: int) -> int:
-    """Return the room for so many tokens: 256, doubled until it suffices."""
+def room_for(tokens: int, finely: bool = False) -> int:
+    """Return the room for so many tokens: 256, doubled until it suffices.
+
+    `finely`: the least number of quarters of it that suffices.
+    """
     room = ROOM
     while room < tokens:
         room *= 2
-    return room
+    quarter = room // 4
+    return -(-tokens // quarter) * quarter if finely else room
 
 
 class StaticRoom(ABC):
@@ -88,6 +92,10 @@ class _Slot:
     def __init__(self, keys, values, position):
         self.keys, self.values, self.position = keys, values, position
 
+    def growing(self):
+        """Return the tensors that depend on the room, and in which dimension."""
+        return [(self.keys, 2), (self.values, 2)]
+
     def update(self, layer_idx, keys, values):
         self.keys.index_copy_(2, self.position, keys)
         self.values.index_copy_(2, self.position, values)
@@ -131,7 +139,7 @@ class StaticStep:
 
 # %% ../chapters/B37_compiled.ipynb #cell-018
 class CompiledStep(StaticStep):
-    """A step that is compiled, once for each number of rows and each room."""
+    """A step that is compiled, once for each number of rows, and on a GPU each room."""
 
     def __init__(self, model: Any):
         super().__init__(model)
@@ -152,14 +160,16 @@ class CompiledStep(StaticStep):
 
     def lend(self, reader: "Reader", keys, values) -> StaticCache:
         """Return a room with the tokens that `reader` has read, for it alone."""
-        rows, room = len(keys[0]), room_for(reader.held + 1)
+        rows, room = len(keys[0]), room_for(reader.held + 1, finely=not self.cuda)
+        new = (rows, room) not in self.made
         made = self.made.setdefault((rows, room), [])
         free = [memory for memory in made if memory.reader() is None]
         memory = free[0] if free else StaticCache(keys, room)
         memory.reader = weakref.ref(reader)
         memory.fill(keys, values, reader.held, reader.padding)
-        if not free:
-            made.append(memory)
+        if self.cuda and not free:
+            made.append(memory)  # a recorded step belongs to its room
+        if new or (self.cuda and not free):
             self.prepare(memory)
         return memory
 
@@ -169,7 +179,7 @@ class CompiledStep(StaticStep):
 
 # %% ../chapters/B37_compiled.ipynb #cell-020
 class Reader:
-    """Reads one more token of each row, [B] -> logits [B, V], in a room that doubles.
+    """Reads one more token of each row, [B] -> logits [B, V], in a room that grows.
 
     Row b opens with `padding[b]` tokens of padding.
     """

@@ -6,6 +6,7 @@
 __all__ = ['RowSlot', 'RowRoom', 'PageSlot', 'PageRoom', 'CompiledRows', 'compile_writing']
 
 # %% ../chapters/B57_compiled_rows.ipynb #rows-08
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,10 @@ class RowSlot:
     def __init__(self, keys, values, rows, positions):
         self.keys, self.values = keys, values
         self.rows, self.positions = rows, positions  # [n, 1] each
+
+    def growing(self):
+        """Return the tensors that depend on the room, and in which dimension."""
+        return [(self.keys, 2), (self.values, 2)]
 
     def update(self, layer_idx, keys, values):
         """Write `keys`, `values` [n, K, 1, h] of the new tokens; return all rows."""
@@ -55,6 +60,10 @@ class PageSlot:
     def __init__(self, keys, values, plan: PagePass):
         self.keys, self.values, self.plan = keys, values, plan
 
+    def growing(self):
+        """Return the tensors that depend on the room, and in which dimension."""
+        return [(self.plan.table, 1)]
+
     def update(self, layer_idx, keys, values):
         write = self.plan.write
         return write(self.keys, keys), write(self.values, values)
@@ -65,11 +74,11 @@ class PageRoom(RowRoom):
 
     def __init__(self, cache: PagedCache, token: torch.Tensor, room: int):
         n, size = len(token), cache.pool.size
-        P = pages_for(room, size)
+        P = max(2, pages_for(room, size))  # to a compiler a size of 1 is no unknown
         super().__init__(cache, token, P * size)
         table = token.new_full((n, P), cache.pool.num_pages)  # nobody's
         pages, places = torch.zeros_like(token), torch.zeros_like(token)
-        self.plan = PagePass(pages, places, table, P * size)
+        self.plan = PagePass(pages, places, table, sys.maxsize)  # all that it names
         both = zip(cache.keys, cache.values)
         self.layers = [PageSlot(k, v, self.plan) for k, v in both]
 
@@ -102,7 +111,7 @@ class CompiledRows:
 
     def room(self, tokens: int) -> int:
         """Return the room for a longest row of so many tokens."""
-        return min(room_for(tokens), self.max_context)
+        return min(room_for(tokens, finely=not self.step.cuda), self.max_context)
 
     def plan(self, room: RowRoom | None = None) -> RowRoom:
         """Plan a token for every row, by default in the room of the longest."""
@@ -123,7 +132,7 @@ class CompiledRows:
 def compile_writing(runner: Any, max_context: int) -> None:
     """Let a runner write with its model's compiled step, where the model has one.
 
-    Takes seconds for each room, 256 tokens and what is doubled from there.
+    Takes seconds, on a GPU for each room: 256 tokens, and what is doubled from there.
     """
     if runner.model.compiled_step is not None:
         runner.forward = CompiledRows(runner.model, runner.cache, max_context)

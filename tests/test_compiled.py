@@ -63,7 +63,7 @@ def laid_out(model, **options):
 
 
 def same_text(model, quantize=None, new=8) -> bool:
-    """Three padded rows, through rooms of 8 and 16 tokens."""
+    """Three padded rows, through rooms of 6, 8 and 12 tokens."""
     plain = laid_out(model, quantize=quantize)
     compiled = laid_out(model, quantize=quantize, compile=True)
     options = {**GREEDY, "attention_mask": REAL}
@@ -93,21 +93,25 @@ def test_four_bits_are_compiled_too():
     assert programs() == 1 and model.compiled_step.made
 
 
-def test_a_program_for_each_room_and_none_for_a_token():
+def test_a_program_for_all_rooms_and_none_for_a_token():
     model = laid_out(make(), compile=True)
     write = partial(model.generate, **GREEDY)
     write(IDS, 12, attention_mask=REAL)  # 4 tokens held, 15 at the last step
-    assert list(model.compiled_step.made) == [(3, 8), (3, 16)]
-    assert programs() == 2
+    assert list(model.compiled_step.made) == [(3, n) for n in (6, 8, 12, 16)]
+    assert programs() == 1
     write(IDS, 12, attention_mask=REAL)
     write(IDS[:, :2], 9)
-    assert programs() == 2
+    assert programs() == 1
     write(IDS[:1], 3)
-    assert programs() == 3 and (1, 8) in model.compiled_step.made
+    assert programs() == 2 and (1, 6) in model.compiled_step.made
+    assert not any(model.compiled_step.made.values())  # nothing is kept
 
 
-def test_two_texts_by_turns_and_a_room_used_again():
+@pytest.mark.parametrize("recorded", [False, True])
+def test_two_texts_by_turns_and_a_room_used_again(monkeypatch, recorded):
+    monkeypatch.setattr(module, "_record", Replayed)
     plain, model = make(), laid_out(make(), compile=True)
+    model.compiled_step.cuda = recorded
     prompts = IDS[:1], IDS[:1].flip(1)
     expected = [plain.generate(p, 4, **GREEDY)[0, 4:].tolist() for p in prompts]
     steps = [decode_steps(model, p, 4, **GREEDY) for p in prompts]
@@ -116,7 +120,8 @@ def test_two_texts_by_turns_and_a_room_used_again():
     del steps
     gc.collect()
     model.generate(IDS[:1], 4, **GREEDY)
-    assert [len(made) for made in model.compiled_step.made.values()] == [2]
+    kept = [len(made) for made in model.compiled_step.made.values()]
+    assert kept == ([2] if recorded else [0, 0])
 
 
 def test_inside_inference_mode_and_outside():
@@ -175,6 +180,8 @@ def test_without_a_compiler_the_model_is_laid_out_as_ever(monkeypatch, capsys):
 
 def test_rooms():
     assert [room_for(n) for n in (1, 8, 9, 17)] == [8, 8, 16, 32]
+    finely = [room_for(n, finely=True) for n in (1, 3, 8, 9, 13, 17, 32)]
+    assert finely == [2, 4, 8, 12, 16, 24, 32]
 
 
 @pytest.mark.slow
@@ -245,12 +252,12 @@ def test_broken_parts_are_noticed(monkeypatch, owner, name, broken):
     assert not same_text(make())
 
 
-def first_inputs(self, block, call, prepare=None):
+def first_inputs(self, layer, slot, call, prepare=None):
     """Every block runs with the plain tensors of the first."""
-    run, packed, inputs = prepare(self, block, call)
-    given = len(block.given)
+    run, inputs = prepare(self, layer, slot, call)
+    given = len(self.blocks[layer].given)
     self.first = getattr(self, "first", inputs[:given])
-    return run, packed, [*self.first, *inputs[given:]]
+    return run, [*self.first, *inputs[given:]]
 
 
 @pytest.mark.mutant
@@ -261,7 +268,7 @@ def test_tensors_of_another_block_are_noticed(monkeypatch, quantize):
     monkeypatch.setattr(
         compiled_blocks.CompiledBlocks,
         "prepare",
-        lambda self, block, call: broken(self, block, call),
+        lambda self, layer, slot, call: broken(self, layer, slot, call),
     )
     assert not same_text(make(torch.bfloat16), quantize)
 
@@ -279,4 +286,4 @@ def test_packed_matrices_of_another_block_are_noticed(monkeypatch):
 def test_a_room_that_is_taken_is_noticed(monkeypatch):
     monkeypatch.setattr(module.CompiledStep, "lend", never_free)
     with pytest.raises((AssertionError, IndexError)):
-        test_two_texts_by_turns_and_a_room_used_again()
+        test_two_texts_by_turns_and_a_room_used_again(monkeypatch, True)

@@ -43,15 +43,18 @@ def wanted():
 
 
 def check_answers(memory, rows=4, **options):
-    """Sixteen requests that come one by one, through rooms of 8 to 56 tokens."""
+    """Sixteen requests that come one by one, through rooms of up to 56 tokens."""
     engine = new_engine(memory, rows, **options)
     forward = engine.runner.forward
-    assert isinstance(forward, CompiledRows) and [*forward.rooms] == [8, 16, 32, 56]
+    assert isinstance(forward, CompiledRows)
+    fine = not forward.step.cuda
+    sizes = [2, 4, 6, 8, 12, 16, 24, 32, 48, 56] if fine else [8, 16, 32, 56]
+    assert [*forward.rooms] == sizes
     used = set()
     run = forward.step.run
     forward.step.run = lambda room: (used.add(len(room.places)), run(room))[1]
     assert together(engine, requests()) == wanted()
-    assert used == {8, 16, 32, 56}
+    assert {16, 32, 48 if fine else 56} <= used <= {*sizes, 56}
     assert engine.scheduler.rows == [None] * rows
 
 
