@@ -143,7 +143,9 @@ def compile_package(block: TracedBlock, call: Sequence[torch.Tensor]) -> Path:
     lie, tensors = lies(block, call), (*call, *block.inputs)
     with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PyTorch's of itself
-        inputs = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for x in tensors]
+        inputs = [
+            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for x in tensors
+        ]
         auto = torch.export.Dim.AUTO
         grows = [
             {i: auto for i, n in enumerate(sizes) if n is None} for _, sizes, _ in lie
