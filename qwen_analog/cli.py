@@ -63,7 +63,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise ValueError(f"{message} (see {self.prog} --help)")
 
-
+# %% ../chapters/A1_commands.ipynb #72899482
 def build_parser(chosen: str | None = None) -> Parser:
     """Make a parser that knows all commands, and the flags of the `chosen` one."""
     parser = Parser(
