@@ -757,6 +757,19 @@ def test_newton_schulz_brings_singular_values_near_one():
     assert (cubic < 0.5).sum() > 5
 
 
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
+def test_the_taught_muon_is_the_rule(shape):
+    update = taught("muon_update")
+    update.__globals__["newton_schulz"] = taught("newton_schulz")
+    g = torch.Generator().manual_seed(0)
+    p, *slopes = (torch.randn(shape, generator=g, dtype=torch.float64) for _ in "pggg")
+    expected = muon_reference(p, slopes, DECAY)
+    m = torch.zeros_like(p)
+    for x in slopes:
+        p, m = update(p, x, m, DECAY, LEARNING_RATE)
+    torch.testing.assert_close(p, expected)
+
+
 def test_the_step_of_a_turned_matrix_is_the_turned_step():
     newton_schulz = taught("newton_schulz")
     g = torch.Generator().manual_seed(0)
