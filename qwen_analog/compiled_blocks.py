@@ -120,20 +120,31 @@ OPTIONS = {"emulate_precision_casts": True}  # rounds where PyTorch does
 EMBED = "aot_inductor.package_constants_in_so"
 
 
+def _traced(block: TracedBlock, call: Sequence[torch.Tensor]) -> tuple[Any, list]:
+    """Return a block's program, and how each of its inputs lies in memory."""
+    lie = [(x.shape, x.stride(), x.dtype) for x in (*call, *block.inputs)]
+    inputs = [torch.empty_strided(*how[:2], dtype=how[2]) for how in lie]
+    return torch.export.export(block, tuple(inputs), strict=False), lie
+
+
+def _place(program: Any, lie: list) -> Path:
+    """Return the file in which a program's library is kept."""
+    from torch._inductor.codecache import cache_dir
+
+    machine = torch.__version__, torch.backends.cpu.get_cpu_capability()
+    machine += torch.get_num_threads(), os.environ.get("CXX")
+    key = hashlib.sha256(f"{program}{lie}{machine}".encode()).hexdigest()
+    return Path(cache_dir()) / "qwen_analog" / f"{key}.pt2"
+
+# %% ../chapters/B78_compiled_blocks.ipynb #f96fe93e
 def compile_package(block: TracedBlock, call: Sequence[torch.Tensor]) -> Path:
     """Return the file of a block's library; compile it where it is not there."""
     from torch._inductor import aoti_compile_and_package
-    from torch._inductor.codecache import cache_dir
 
-    lie = [(x.shape, x.stride(), x.dtype) for x in (*call, *block.inputs)]
     with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PyTorch's of itself
-        inputs = [torch.empty_strided(*how[:2], dtype=how[2]) for how in lie]
-        program = torch.export.export(block, tuple(inputs), strict=False)
-        machine = torch.__version__, torch.backends.cpu.get_cpu_capability()
-        machine += torch.get_num_threads(), os.environ.get("CXX")
-        key = hashlib.sha256(f"{program}{lie}{machine}".encode()).hexdigest()
-        path = Path(cache_dir()) / "qwen_analog" / f"{key}.pt2"
+        program, lie = _traced(block, call)
+        path = _place(program, lie)
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -145,7 +156,7 @@ def compile_package(block: TracedBlock, call: Sequence[torch.Tensor]) -> Path:
                 os.replace(made, path)
     return path
 
-
+# %% ../chapters/B78_compiled_blocks.ipynb #17530cfd
 def load_package(path: Path, packed: dict[str, torch.Tensor]) -> Callable[[list], list]:
     """Return what runs a library with these packed matrices, which are not copied."""
     from torch._inductor import aoti_load_package
