@@ -103,7 +103,7 @@ class TracedBlock(nn.Module):
             _put(self, name, next(tensors))
         return self.layer(x, cos, sin, mask, with_tensors(self.slot, tensors))
 
-# %% ../chapters/B78_compiled_blocks.ipynb #12d6d593
+# %% ../chapters/B78_compiled_blocks.ipynb #a0bbbb44
 def lies(block: TracedBlock, call: Sequence[torch.Tensor]) -> list[tuple]:
     """Return each input's dtype, sizes and strides, None for a size that grows."""
     grows = {id(x): dim for x, dim in (*block.growing, (call[3], 3))}  # 3: the mask
@@ -114,7 +114,7 @@ def lies(block: TracedBlock, call: Sequence[torch.Tensor]) -> list[tuple]:
         found.append((x.dtype, tuple(sizes), strides))
     return found
 
-
+# %% ../chapters/B78_compiled_blocks.ipynb #12d6d593
 def described(block: TracedBlock, call: Sequence[torch.Tensor]) -> str:
     """Return what two blocks have in common that can run one library."""
     kinds = bool, int, float, str, torch.dtype
@@ -135,29 +135,40 @@ OPTIONS = {"emulate_precision_casts": True}  # rounds where PyTorch does
 EMBED = "aot_inductor.package_constants_in_so"
 
 
+def _traced(block: TracedBlock, call: Sequence[torch.Tensor]) -> tuple[Any, list]:
+    """Return a block's program, and how each of its inputs lies in memory."""
+    lie, inputs = lies(block, call), []
+    for x in (*call, *block.inputs):
+        inputs.append(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype))
+    unknown = [
+        {i: torch.export.Dim.AUTO for i, n in enumerate(sizes) if n is None}
+        for _, sizes, _ in lie
+    ]
+    shapes = *unknown[:4], tuple(unknown[4:])
+    program = torch.export.export(
+        block, tuple(inputs), dynamic_shapes=shapes, strict=False
+    )
+    return program, lie
+
+
+def _place(program: Any, lie: list) -> Path:
+    """Return the file in which a program's library is kept."""
+    from torch._inductor.codecache import cache_dir
+
+    machine = torch.__version__, torch.backends.cpu.get_cpu_capability()
+    machine += torch.get_num_threads(), os.environ.get("CXX")
+    key = hashlib.sha256(f"{program}{lie}{machine}".encode()).hexdigest()
+    return Path(cache_dir()) / "qwen_analog" / f"{key}.pt2"
+
+# %% ../chapters/B78_compiled_blocks.ipynb #f96fe93e
 def compile_package(block: TracedBlock, call: Sequence[torch.Tensor]) -> Path:
     """Return the file of a block's library; compile it where it is not there."""
     from torch._inductor import aoti_compile_and_package
-    from torch._inductor.codecache import cache_dir
 
-    lie, tensors = lies(block, call), (*call, *block.inputs)
     with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PyTorch's of itself
-        inputs = [
-            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for x in tensors
-        ]
-        auto = torch.export.Dim.AUTO
-        grows = [
-            {i: auto for i, n in enumerate(sizes) if n is None} for _, sizes, _ in lie
-        ]
-        shapes = *grows[:4], tuple(grows[4:])
-        program = torch.export.export(
-            block, tuple(inputs), dynamic_shapes=shapes, strict=False
-        )
-        machine = torch.__version__, torch.backends.cpu.get_cpu_capability()
-        machine += torch.get_num_threads(), os.environ.get("CXX")
-        key = hashlib.sha256(f"{program}{lie}{machine}".encode()).hexdigest()
-        path = Path(cache_dir()) / "qwen_analog" / f"{key}.pt2"
+        program, lie = _traced(block, call)
+        path = _place(program, lie)
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -169,7 +180,7 @@ def compile_package(block: TracedBlock, call: Sequence[torch.Tensor]) -> Path:
                 os.replace(made, path)
     return path
 
-
+# %% ../chapters/B78_compiled_blocks.ipynb #17530cfd
 def load_package(path: Path, packed: dict[str, torch.Tensor]) -> Callable[[list], list]:
     """Return what runs a library with these packed matrices, which are not copied."""
     from torch._inductor import aoti_load_package

@@ -380,3 +380,12 @@ def test_run_needs_no_data_and_no_tokenizer(tmp_path, monkeypatch, capsys):
     add_plan_arguments(parser)
     run(parser.parse_args(["--model", "tiny", "--sequence-length", "64"]))
     assert "H100" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("asked", "tried"), [(512, [512, 1024]), (1000, [1000])])
+def test_advice_asks_for_at_most_1024_gpus(monkeypatch, asked, tried):
+    seen = []
+    monkeypatch.setattr(module, "cheapest_fit", lambda c, g, n, p: seen.append(n))
+    assert module._instead(settings(), GPUS["A100"], asked, 8) is None
+    assert seen == tried
+    assert "1,024" in module._advice(None)
