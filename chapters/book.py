@@ -252,12 +252,24 @@ def draw_ids(ax, height: float, ids: list[int], tokenizer) -> None:
         x += 0.74 * len(word) + 1.3
 
 
+def _dots(): ...
+
+
+def _is_open(answer: Callable) -> bool:
+    """Return whether a function's body is still `...`."""
+    code = getattr(answer, "__code__", None)
+    return code is not None and code.co_code == _dots.__code__.co_code
+
+
 def attempt(check: Callable, answer: Callable) -> None:
     """Run an exercise's check on a reader's answer and say in one line how it went."""
     try:
         check(answer)
     except Exception as error:
-        print(f"{answer.__name__}: not yet. {type(error).__name__}: {error}")
+        why = f"{type(error).__name__}: {error}"
+        if _is_open(answer):
+            why = "Write your answer in place of the three dots."
+        print(f"{answer.__name__}: not yet. {why}")
     else:
         print(f"{answer.__name__}: correct.")
 

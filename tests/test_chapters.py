@@ -13,6 +13,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from book import attempt
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = sorted((ROOT / "chapters").glob("[0-9AB]*.ipynb"))
@@ -66,11 +67,42 @@ def test_an_exercise_is_open_and_may_be_solved(path):
         assert (
             f"{name}: not yet." in printed
         )  # the check rejects what is there before it is solved
+    assert not re.search(r"not yet\. .*None", printed)  # nor speaks of what `...` is
     # `prove` raises for an answer that is accepted: the reader's own must not be among
     # the wrong ones
     assert not [
         c.source for c in cells if re.search(r"prove\([^)]*exercise_\d", c.source)
     ]
+
+
+def check_three(answer):
+    found = answer(2)
+    if found - 3:
+        raise ValueError(f"{found} is not 3")
+
+
+def exercise_open(x): ...
+
+
+def exercise_wrong(x):
+    return x
+
+
+def exercise_right(x):
+    return x + 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (exercise_open, "not yet. Write your answer in place of the three dots."),
+        (exercise_wrong, "not yet. ValueError: 2 is not 3"),
+        (exercise_right, "correct."),
+    ],
+)
+def test_what_an_attempt_says(answer, said, capsys):
+    attempt(check_three, answer)
+    assert capsys.readouterr().out == f"{answer.__name__}: {said}\n"
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
