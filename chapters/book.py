@@ -174,6 +174,28 @@ def heatmap(
             axes.text(j, i, text, ha="center", va="center", color=color, size=8)
 
 
+def draw_rules(
+    words: list[str], given: torch.Tensor, rules: dict[str, torch.Tensor]
+) -> None:
+    """Draw the probabilities [V] of words as given, and after each rule over the
+    outlines of those given.
+    """
+    panels = {"as given": given} | rules
+    width = 1.3 * len(panels) + 0.6
+    _, axes = plt.subplots(1, len(panels), figsize=(width, 2), sharey=True)
+    for ax, (rule, probs) in zip(axes, panels.items()):
+        ax.barh(words, given, fill=False, edgecolor="0.6")
+        ax.barh(words, probs, color="C0")
+        for y, prob in enumerate(probs.tolist()):
+            label = f"{prob:.2f}" if prob else "gone"
+            ax.text(1.1, y, label, fontsize=8, ha="right", va="center")
+        ax.set(xlim=(0, 1.15), xticks=[])
+        ax.set_title(rule, fontsize=9)
+        ax.grid(visible=False)
+    axes[0].invert_yaxis()
+    plt.show()
+
+
 @torch.no_grad()
 def attention_tables(
     model: nn.Module, tokenizer, sentence: str
