@@ -20,16 +20,17 @@ warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
 
 # %% ../chapters/B03_archive.ipynb #2ae92ee4
 class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged or of another model; the message names the file
-    and what to do.
+    """A checkpoint is missing, damaged or from another model.
+
+    The message names the file and says what to do.
     """
 
 
 def load_archive(file: Path, checksums: bool = True) -> Any:
-    """Return what torch.save wrote into `file`, mapped, without running code.
+    """Return what torch.save wrote into `file`, without running code from the file.
 
-    Raises ValueError, or what Python's and torch's readers raise, for a file that is
-    damaged or claims what is not so; `Forbidden` for one that would run code.
+    Tensors are memory-mapped. Raises `Forbidden` if the file would run code, and
+    ValueError (or an error of Python's or torch's readers) if it is damaged.
     """
     size = file.stat().st_size
     pickled = check_archive(file, size, checksums)
@@ -39,7 +40,7 @@ def load_archive(file: Path, checksums: bool = True) -> Any:
 
 
 def reason(error: BaseException) -> str:
-    """Return the first line of what an error says, or its name."""
+    """Return the first line of an error's message, or the name of its type."""
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
 
@@ -47,7 +48,7 @@ def reason(error: BaseException) -> str:
 def check_archive(file: Path | IO[bytes], size: int, checksums: bool = True) -> bytes:
     """Return the pickle in an archive of `size` bytes.
 
-    Raises ValueError where torch.save would not have written such an archive.
+    Raises ValueError if torch.save cannot have written this archive.
     """
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
@@ -68,7 +69,7 @@ def check_archive(file: Path | IO[bytes], size: int, checksums: bool = True) -> 
 
 # %% ../chapters/B03_archive.ipynb #d1e458ae
 class Forbidden(ValueError):
-    """A file names something that a checkpoint does not hold."""
+    """A pickle names a function or class that no checkpoint needs."""
 
 
 _TYPES = "float64 float32 bfloat16 float16 int64 int32 int16 int8 uint8 bool"
@@ -90,8 +91,8 @@ _MOST_INSTRUCTIONS = 1_000_000
 
 # %% ../chapters/B03_archive.ipynb #1599049a
 def _check_instructions(pickled: bytes) -> None:
-    """Raise ValueError for a name that a checkpoint does not hold, and for values that
-    cost many times their bytes, before they are made.
+    """Check a pickle before it is loaded. Raise ValueError for a name that no
+    checkpoint needs, and for values that take many times their bytes in memory.
     """
     places = set()  # where the unpickler's memo holds OrderedDict
     called = False  # whether it is what came last
@@ -139,7 +140,7 @@ def _check_values(contents: Any, most: int, size: int) -> None:
 
 # %% ../chapters/B03_archive.ipynb #df25e041
 def check_kind(value: Any, kind: Any, where: str) -> None:
-    """Raise ValueError that names `where` if `value` is not of a kind.
+    """Raise ValueError, with `where` in its message, if `value` is not of this `kind`.
 
     A kind is a type, a tuple of types, [kind] for a list, {kind: kind} for a dict, and
     {} for any dict.
@@ -190,8 +191,8 @@ OPTIMIZER_ENTRIES = {
 
 # %% ../chapters/B03_archive.ipynb #40eb6ee7
 def check_entries(contents: dict) -> None:
-    """Raise ValueError that names the first entry of a checkpoint which is not what it
-    should be; `contents` may have other entries too.
+    """Raise ValueError if an entry of a checkpoint is wrong; the message names it.
+    Entries that are not known are ignored.
     """
     for name, kind in ENTRIES.items():
         if name in contents:
@@ -220,9 +221,7 @@ def _check_random_state(rng: Any, where: str) -> None:
 
 
 def _check_optimizer(packed: dict, where: str) -> int:
-    """Check what torch's optimizers call their state dict; return how many parameters
-    it numbers.
-    """
+    """Check an optimizer's state dict; return the number of its parameters."""
     for name, kind in OPTIMIZER_ENTRIES.items():
         check_kind(packed.get(name), kind, f"{where}.{name}")
     for i, group in enumerate(packed["param_groups"]):

@@ -22,7 +22,7 @@ from types import ModuleType
 
 # %% ../chapters/B01_arguments.ipynb #753b8871
 def whole(least: int = 0, most: int = 2**31 - 1) -> Callable[[str], int]:
-    """Make a type for `argparse`: a whole number from `least` to `most`."""
+    """Return a type for `argparse`: whole numbers from `least` to `most`."""
 
     def read(text: str) -> int:
         try:
@@ -41,7 +41,7 @@ def whole(least: int = 0, most: int = 2**31 - 1) -> Callable[[str], int]:
 def number(
     least: float = 0.0, most: float = math.inf, above: bool = False
 ) -> Callable[[str], float]:
-    """Make a type for `argparse`: a finite number from `least` to `most`.
+    """Return a type for `argparse`: finite numbers from `least` to `most`.
 
     With `above`, the number must be greater than `least`.
     """
@@ -75,11 +75,11 @@ EXTRAS = {
 
 
 class MissingExtraError(ImportError):
-    """A library that an extra of the package brings is not installed."""
+    """A library is missing that one of the package's extras installs."""
 
 
 def missing_extra(module: str) -> MissingExtraError | None:
-    """Return the error for a missing `module`, or None where no extra brings it."""
+    """Return the error for a missing `module`, or None if no extra installs it."""
     for extra, modules in EXTRAS.items():
         if module in modules.split():
             return MissingExtraError(
@@ -93,8 +93,8 @@ def missing_extra(module: str) -> MissingExtraError | None:
 def need(module: str) -> ModuleType:
     """Import and return `module`.
 
-    Raises MissingExtraError, which names the pip command, where it is not installed
-    and one of EXTRAS brings it.
+    Raises MissingExtraError, which names the pip command, if the module is missing
+    and one of EXTRAS installs it.
     """
     try:
         return importlib.import_module(module)
@@ -104,7 +104,7 @@ def need(module: str) -> ModuleType:
 
 # %% ../chapters/B01_arguments.ipynb #441cf32c
 def one_line(error: BaseException) -> str:
-    """Return an error's message on one line, or its type's name where it has none."""
+    """Return an error's message on one line, or the name of its type if it is empty."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -116,7 +116,7 @@ def _user_can_mend(error: Exception) -> bool:
 
 
 def _no_memory(error: Exception) -> str | None:
-    """Return what an error says about a lack of memory, None where it is another."""
+    """Return one line if the error means that memory ran out, else None."""
     words = r"out of memory|can(?:no|')t allocate memory|ALLOC_FAILED|not enough memory"
     lacks = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
     if not lacks and not (
@@ -129,7 +129,7 @@ def _no_memory(error: Exception) -> str | None:
 
 
 def _error_text(error: Exception) -> str | None:
-    """Return the line for a user, None for an error that is not theirs to mend."""
+    """Return one line for an error that the user can mend, None for all others."""
     if isinstance(error, ModuleNotFoundError):
         error = missing_extra((error.name or "").partition(".")[0]) or error
     return _no_memory(error) or (one_line(error) if _user_can_mend(error) else None)
@@ -174,7 +174,7 @@ def _say(line: str) -> None:
 
 
 def _restore_ctrl_c() -> None:
-    """Make Ctrl-C an exception again: while libraries load it ends the program."""
+    """Let Ctrl-C raise an exception again; while libraries load it ends the program."""
     handler = signal.getsignal(signal.SIGINT)
     quiet = handler is signal.SIG_DFL or getattr(handler, "quiet", False)
     if quiet and threading.current_thread() is threading.main_thread():
@@ -182,13 +182,13 @@ def _restore_ctrl_c() -> None:
 
 # %% ../chapters/B01_arguments.ipynb #25adfec2
 def default_model() -> str:
-    """Return the model that commands use when none is named."""
+    """Return the name of the model that commands use by default."""
     final = "checkpoints/final"
     return final if Path(final).exists() else "smollm2"
 
 
 def add_model(parser: argparse.ArgumentParser, *older: str, **options) -> None:
-    """Add the flag `--model`, and `older` names for it."""
+    """Add the flag `--model`, and the `older` names of this flag."""
     parser.add_argument(
         "--model",
         *older,
@@ -202,7 +202,7 @@ def add_model(parser: argparse.ArgumentParser, *older: str, **options) -> None:
 
 
 def add_quantize(parser: argparse.ArgumentParser) -> None:
-    """Add the flag that makes the matrices of a model small."""
+    """Add the flag `--quantize`, which stores the matrices in int8 or int4."""
     parser.add_argument(
         "--quantize",
         choices=("int8", "int4", "stored"),
@@ -212,7 +212,7 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
 
 
 def add_compile(parser: argparse.ArgumentParser) -> None:
-    """Add the flag that compiles the step which writes a token."""
+    """Add the flag `--compile`, which compiles the step that writes a token."""
     parser.add_argument(
         "--compile",
         action="store_true",
@@ -222,7 +222,7 @@ def add_compile(parser: argparse.ArgumentParser) -> None:
 
 # %% ../chapters/B01_arguments.ipynb #add-base
 def add_base(parser: argparse.ArgumentParser) -> None:
-    """Add the flag that names the weights under an adapter."""
+    """Add the flag `--base`, which names the base model of an adapter."""
     parser.add_argument(
         "--base",
         metavar="SOURCE",
@@ -232,7 +232,7 @@ def add_base(parser: argparse.ArgumentParser) -> None:
 
 
 def add_ignore_memory(parser: argparse.ArgumentParser) -> None:
-    """Add the flag that overrules the comparison with the memory there is."""
+    """Add the flag `--ignore-memory`, which skips the check of free memory."""
     parser.add_argument(
         "--ignore-memory",
         action="store_true",
@@ -279,7 +279,7 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
 
 # %% ../chapters/B01_arguments.ipynb #flags-02
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the GPUs, the length of the run, and every setting of `train`."""
+    """Add the flags of `qwen-analog plan`: GPUs, length, all settings of `train`."""
     from qwen_analog.train_config import add_settings
 
     add = parser.add_argument
@@ -312,7 +312,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 # %% ../chapters/B01_arguments.ipynb #b01-bench
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `qwen-analog bench` measures, on which model, and what it writes."""
+    """Add the flags of `qwen-analog bench`: work, model and output files."""
     add = parser.add_argument
     default = "(default: %(default)s)"
     count = {"type": whole(1, 2**16), "metavar": "N"}

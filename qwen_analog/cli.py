@@ -114,7 +114,7 @@ from contextlib import contextmanager, suppress
 
 # %% ../chapters/B01_arguments.ipynb #89cfab74
 def _carry_out(words: list[str], action: Callable[[], None]) -> int:
-    """Do `action` and report how it ended, whatever happens to the terminal."""
+    """Run `action` and return its exit code, also if the terminal fails."""
     handler = signal.getsignal(signal.SIGINT)
     quiet = handler if getattr(handler, "quiet", False) else None
 
@@ -142,9 +142,9 @@ def _import_command(words: list[str]) -> None:
 
 
 def _choose_waiting(command: str) -> None:
-    """Let waiting threads spin a moment and then sleep; the user's own choice wins.
+    """Let waiting threads spin for a moment before they sleep.
 
-    Their library reads these variables once, when torch is imported.
+    Variables that the user has set are kept. OpenMP reads them when torch is imported.
     """
     own = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys()
     one_user = command in ("generate", "chat")
@@ -154,7 +154,7 @@ def _choose_waiting(command: str) -> None:
 # %% ../chapters/B01_arguments.ipynb #ece1defa
 @contextmanager
 def _interrupted_later() -> Iterator[None]:
-    """Hold Ctrl-C back: libraries that are being imported may swallow the exception."""
+    """Delay Ctrl-C, because a library that is being imported may swallow it."""
     handler, seen = signal.getsignal(signal.SIGINT), []
     main = threading.current_thread() is threading.main_thread()
     if handler is not signal.default_int_handler or not main:
@@ -170,7 +170,7 @@ def _interrupted_later() -> Iterator[None]:
 
 # %% ../chapters/B01_arguments.ipynb #8b7cca4d
 def _drop_output() -> None:
-    """Send what stdout could not write nowhere: Python's own last attempt succeeds."""
+    """Discard what stdout could not write, so that Python's last flush succeeds."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
@@ -188,7 +188,7 @@ def _again_if_interrupted(unraisable) -> None:
 
 @contextmanager
 def _terminal(quiet) -> Iterator[None]:
-    """Let outputs be closed or full; at the end, Ctrl-C is handled by `quiet` again."""
+    """Tolerate closed or full outputs; at the end `quiet` handles Ctrl-C again."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell
             setattr(sys, name, open(os.devnull, "w"))

@@ -40,8 +40,8 @@ def wiki_documents() -> Iterator[dict]:
 
 # %% ../chapters/B07_corpora.ipynb #9030c6c0
 def stdlib_documents() -> Iterator[dict]:
-    """Yield the modules of Python's own standard library (PSF licence), each as
-    `{"title", "text"}`; its text varies with the Python version."""
+    """Yield `{"title", "text"}` for each module of Python's standard library (PSF
+    licence). The texts depend on the Python version."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
@@ -69,8 +69,8 @@ def first_sentence(text: str) -> str:
 
 
 def question_documents() -> Iterator[dict]:
-    """Yield `{"title", "prompt", "completion"}`: "What is TITLE?", and the first
-    sentence of its introduction, where that says what something is.
+    """Yield `{"title", "prompt", "completion"}`: "What is TITLE?" and the first
+    sentence of the introduction, if this sentence says what the title is.
     """
     for article in wiki_documents():
         title, answer = article["title"], first_sentence(article["text"])

@@ -15,8 +15,8 @@ from typing import Any
 
 # %% ../chapters/B02_files.ipynb #762c57b1
 def flush_to_disk(path: Path) -> None:
-    """Have the disk hold a file's content, or a directory's names, also if power is
-    lost now.
+    """Write a file's content, or a directory's names, to the disk, so that they
+    survive a loss of power.
     """
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -36,8 +36,7 @@ def make_directory(path: Path) -> None:
 def new_partial(directory: Path) -> Path:
     """Return an empty `directory`.partial to write into.
 
-    What an earlier attempt left there is removed. Raises ValueError if `directory`
-    exists.
+    Files of an earlier attempt are removed. Raises ValueError if `directory` exists.
     """
     if directory.exists():
         raise ValueError(
@@ -79,7 +78,7 @@ def _read_bounded(path: Path, most: int) -> bytes:
 def read_json(path: str | Path, most: int = 2**26) -> dict[str, Any]:
     """Return the JSON object in a file of at most `most` bytes.
 
-    Raises ValueError, of one line that names the file, for whatever is wrong with it.
+    Raises ValueError, with one line that names the file and the fault.
     """
     try:
         content = _read_bounded(Path(path), most).decode("utf-8-sig")

@@ -31,14 +31,15 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 
 class DataError(ValueError):
-    """Something is wrong with the data; the message names the file and line and says
-    what to do."""
+    """Something is wrong with the data.
+
+    The message names the file and the line, and says what to do."""
 
 
 @contextmanager
 def naming(path: str | Path, done: str) -> Iterator[None]:
-    """Turn what the operating system refuses into one line that names `path` and what
-    could not be done."""
+    """Turn an OSError into a DataError of one line, which names `path` and says what
+    could not be `done`."""
     try:
         yield
     except OSError as error:
@@ -46,7 +47,7 @@ def naming(path: str | Path, done: str) -> Iterator[None]:
 
 
 def whole_number(name: str, value: Any, least: int) -> int:
-    """Return `value` as an int; ValueError for what is none, or is too small."""
+    """Return `value` as an int. Raises ValueError if it is no int, or below `least`."""
     with suppress(TypeError):
         if not isinstance(value, bool) and operator.index(value) >= least:
             return operator.index(value)
@@ -56,15 +57,16 @@ def whole_number(name: str, value: Any, least: int) -> int:
 
 
 def compression_of(path: str | Path) -> str | None:
-    """Return Apache Arrow's name of a file's compression, by the end of its name."""
+    """Return Apache Arrow's name for a file's compression, chosen by its suffix."""
     return {".gz": "gzip", ".zst": "zstd"}.get(Path(path).suffix)
 
 # %% ../chapters/B04_jsonl.ipynb #cell-011
 def write_jsonl(documents: Iterable[dict], path: str | Path) -> int:
     """Write one JSON object a line, whole or not at all; return how many.
 
-    The file is compressed where `path` ends in .gz or .zst. An existing one is replaced
-    only by a complete one that is on the disk. DataError where that is impossible.
+    The file is compressed if `path` ends in .gz or .zst. An existing file is replaced
+    only after the new one is complete on the disk. Raises DataError if it cannot be
+    written.
     """
     pyarrow = need("pyarrow")
     path, count = Path(path), 0
@@ -91,7 +93,7 @@ def write_jsonl(documents: Iterable[dict], path: str | Path) -> int:
 
 # %% ../chapters/B04_jsonl.ipynb #cell-020
 def parse_json(line: bytes | bytearray) -> object:
-    """Return the JSON value of a line; ValueError saying what is wrong with it."""
+    """Return the JSON value of a line. Raises ValueError, which names the fault."""
     try:
         decoded = line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -108,8 +110,8 @@ def parse_json(line: bytes | bytearray) -> object:
 
 # %% ../chapters/B04_jsonl.ipynb #cell-021
 def text_and_key(record: object) -> tuple[str, str]:
-    """Return the text of a record and what the held-out split is drawn by: its title
-    where there is one, else the text. ValueError saying what is wrong with it."""
+    """Return the text of a record, and its key for the held-out split: the title, or
+    the text if there is no title. Raises ValueError, which names the fault."""
     if not isinstance(record, dict):
         raise ValueError(f"not a JSON object but of type {type(record).__name__}")
     if "text" not in record:
@@ -128,7 +130,7 @@ def text_and_key(record: object) -> tuple[str, str]:
 
 
 def refuse_surrogates(name: str, value: str) -> None:
-    """Refuse (ValueError) a text that cannot be encoded."""
+    """Raise ValueError if a text cannot be encoded as UTF-8."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -149,15 +151,15 @@ class Document:
 
 @dataclass
 class Line:
-    """A line of a file, not yet looked at; `content` is None for one that is too long,
-    and a bytearray for one of megabytes."""
+    """A line of a file that is not parsed yet. `content` is None if the line is too
+    long, and a bytearray if it is longer than a megabyte."""
 
     name: str
     number: int
     content: bytes | bytearray | None
 
     def document(self, skip_bad_lines: bool = False) -> Document:
-        """Return the line's document; a bad line is a DataError, or has `error` set."""
+        """Return the line's document. A bad line raises DataError, or sets `error`."""
         source, content, self.content = f"{self.name}:{self.number}", self.content, None
         try:
             if content is None:
@@ -179,7 +181,7 @@ class Line:
 def read_lines(files: Iterable[str]) -> Iterator[Line]:
     """Read the lines of JSONL files, in order.
 
-    DataError for a file that cannot be read to its end.
+    Raises DataError if a file cannot be read to its end.
     """
     pyarrow = need("pyarrow")
     unreadable = (OSError, UnicodeEncodeError, pyarrow.ArrowException)
@@ -206,9 +208,9 @@ def read_jsonl(
     """Read the documents of JSONL files, `{"text": "..."}` a line, in order.
 
     A bad line (not UTF-8, not JSON, no "text", not a string, empty, longer than
-    LINE_LIMIT) is a DataError with its file and number; with `skip_bad_lines` it is
-    yielded with `error` set instead. A file that cannot be read to its end is a
-    DataError always.
+    LINE_LIMIT) raises DataError with its file and number; with `skip_bad_lines` it is
+    yielded with `error` set instead. A file that cannot be read to its end always
+    raises DataError.
     """
     for line in read_lines(files):
         yield line.document(skip_bad_lines)
@@ -220,8 +222,8 @@ LINE_LIMIT = 200_000_000  # bytes; a longer line is a bad one
 def split_lines(
     file: io.BufferedIOBase, limit: int, chunk: int = 1 << 20
 ) -> Iterator[bytes | bytearray | None]:
-    """Yield the lines of a file: bytes, a bytearray for one longer than `chunk`, None
-    for one of more than `limit` bytes, which is never held whole."""
+    """Yield the lines of a file: bytes, a bytearray if a line is longer than `chunk`,
+    None if it is longer than `limit` bytes. Such a line is never in memory whole."""
     while line := file.readline(chunk):
         if line.endswith(b"\n") or len(line) < chunk:
             yield line
@@ -242,7 +244,7 @@ def split_lines(
 
 
 def refuse_what_is_no_file(path: str | Path) -> None:
-    """Raise OSError for what is no file: reading a pipe or a device may never end."""
+    """Raise OSError if `path` is no regular file, because reading might never end."""
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         raise OSError("it is a directory")
@@ -263,8 +265,8 @@ SAFE_PLACE = re.compile(
 def decode_string(line: bytearray, start: int, end: int) -> list[str]:
     """Decode the JSON string between two places of a line, in parts.
 
-    One rare character makes all of a str four times as wide: ValueError where the whole
-    would take more than two bytes for each of LINE_LIMIT.
+    One rare character makes a whole str four times as wide. Raises ValueError if the
+    string would take more than two bytes for each byte of LINE_LIMIT.
     """
     parts, width, at = [], 1, start
     while at < end:
@@ -285,8 +287,8 @@ def decode_string(line: bytearray, start: int, end: int) -> list[str]:
 
 # %% ../chapters/B04_jsonl.ipynb #cell-049
 def parse_long(line: bytearray) -> object:
-    """Parse a line of megabytes as `parse_json` does, its long strings one by one: what
-    else JSON builds may be many times its text.
+    """Parse a line of megabytes as `parse_json` does, its long strings one by one,
+    because other JSON values may take many times the memory of their text.
 
     Only "text" and "title" are decoded; another long string stays a placeholder.
     """
@@ -309,8 +311,8 @@ def parse_long(line: bytearray) -> object:
 def take_long_strings_out(
     line: bytearray,
 ) -> tuple[bytearray, dict[str, tuple[int, int]]]:
-    """Return the line with a placeholder for each long string, and where in the line
-    each of these begins and ends. ValueError where too much is left."""
+    """Return the line with a placeholder for each long string, and the begin and end
+    of each string in the line. Raises ValueError if too much text is left."""
     skeleton, spans, at, mark = bytearray(), {}, 0, secrets.token_hex(8)
     for match in STRING.finditer(line):
         start, end = match.span()
@@ -330,11 +332,11 @@ def take_long_strings_out(
 
 # %% ../chapters/B04_jsonl.ipynb #cell-056
 def find_files(paths: Sequence[str | Path]) -> list[str]:
-    """Return the files that files, directories (searched for .jsonl, .jsonl.gz,
-    .jsonl.zst) and globs name, sorted within each. DataError if none.
+    """Return the files of `paths`: files, globs, and directories, which are searched
+    for .jsonl, .jsonl.gz and .jsonl.zst. Raises DataError if there is none.
 
-    Hidden files are left out of directories, and a file that is met under several names
-    counts once, under the first.
+    Files are sorted within each path. Hidden files in directories are left out. A file
+    that is found under several names counts once, under the first name.
     """
     if not paths:
         raise DataError("no data: name files, directories or patterns")
@@ -381,7 +383,7 @@ def refuse_directory(error: OSError) -> None:
 
 
 def file_identity(path: str) -> object:
-    """Return the same for every name of a file: other spellings, links."""
+    """Return a value that is equal for all names of one file, links included."""
     try:
         found = os.stat(path)
     except OSError:  # a link to nothing, which reading refuses by its name

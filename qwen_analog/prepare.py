@@ -23,9 +23,9 @@ from .tokenizer import QWEN_SPECIAL_TOKENS, TiktokenTokenizer
 # %% ../chapters/B08_prepare.ipynb #a8055f6c
 @contextmanager
 def new_files(output: Path, *names: str) -> Iterator[Path]:
-    """Give a scratch directory whose files `names` move up into `output` at the end.
+    """Yield a scratch directory; at the end its files `names` are moved to `output`.
 
-    Raises ValueError where `output` holds one of them already.
+    Raises ValueError if `output` already holds one of them.
     """
     for name in names:
         if (output / name).exists():
@@ -56,7 +56,7 @@ def learn(texts: Iterable[str], vocab_size: int) -> TiktokenTokenizer:
 
 
 def prepare(arguments: argparse.Namespace) -> None:
-    """Write a corpus as JSONL, and a vocabulary learned from what is not held out."""
+    """Write a corpus as JSONL, and a vocabulary learned from its training documents."""
     name = arguments.corpus
     output = Path(arguments.output or Path("data") / name)
     if name in CONVERSATIONS:
@@ -84,9 +84,9 @@ LEARN_FROM = 2**26  # bytes of text that a vocabulary is learned from at most
 
 
 class Sample:
-    """Pieces spread evenly over texts of `total` bytes, about LEARN_FROM in all.
+    """Yields pieces spread evenly over texts of `total` bytes, about LEARN_FROM bytes.
 
-    `size` counts the bytes that were given out.
+    `size` counts the bytes of the pieces.
     """
 
     def __init__(self, texts: Iterable[str], total: int):
@@ -106,7 +106,7 @@ class Sample:
 
 # %% ../chapters/B08_prepare.ipynb #3b709340
 def tokenizer(arguments: argparse.Namespace) -> None:
-    """Train a vocabulary on documents of your own that are not held out."""
+    """Train a vocabulary on those of your own documents that are not held out."""
     output, fraction = Path(arguments.output), arguments.heldout_fraction
     with new_files(output, VOCABULARY) as scratch:
         files, skip = find_files(arguments.data), arguments.skip_bad_lines

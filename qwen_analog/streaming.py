@@ -53,8 +53,8 @@ BUFFER_CHARACTERS = 1 << 26  # of text in the shuffle buffer, however few docume
 def shuffle_in_buffer(
     documents: Iterable[dict], rng: np.random.Generator, size: int
 ) -> Iterator[dict]:
-    """Mix as `IterableDataset.shuffle` does, with a buffer of `size` documents that is
-    also full at BUFFER_CHARACTERS of text."""
+    """Shuffle as `IterableDataset.shuffle` does, in a buffer of `size` documents or
+    BUFFER_CHARACTERS characters, whichever is reached first."""
     held, characters = [], 0
     for document in documents:
         held.append(document)
@@ -70,7 +70,7 @@ def shuffle_in_buffer(
 # %% ../chapters/B06_streaming.ipynb #cell-026
 @dataclass
 class TokenRun:
-    """Tokens in a row of one document."""
+    """Consecutive tokens of one document, and their place in the stream."""
 
     epoch: int
     document: int  # its number in the epoch
@@ -86,7 +86,8 @@ class TokenRun:
 def find_place(
     runs: Iterator[TokenRun], epoch: int, document: int, offset: int
 ) -> TokenRun:
-    """Return the run that holds a place, from there on; DataError where none does."""
+    """Return the run that holds a place, cut to begin there. Raises DataError if no
+    run holds it."""
     for run in runs:
         if (run.epoch, run.document) != (epoch, document):
             break
@@ -96,8 +97,8 @@ def find_place(
 
 # %% ../chapters/B06_streaming.ipynb #cell-031
 class HeldOutSide:
-    """Whether a document is held out: by hash, but for at most one hash that
-    `exception` names."""
+    """Decides by hash whether a document is held out. `exception` may name one hash
+    that is decided the other way."""
 
     def __init__(self, fraction: float):
         self.fraction = fraction
@@ -111,7 +112,7 @@ class HeldOutSide:
 
 # %% ../chapters/B06_streaming.ipynb #cell-032
 def readable(stream: "datasets.IterableDataset") -> Iterator[dict]:
-    """Yield the stream's documents; DataError where it breaks off."""
+    """Yield the stream's documents. Raises DataError if reading fails."""
     ours = DataError  # looked up now: a reader may be closed when Python ends
     try:
         yield from stream
@@ -124,8 +125,8 @@ def readable(stream: "datasets.IterableDataset") -> Iterator[dict]:
 # %% ../chapters/B06_streaming.ipynb #cell-034
 @dataclass(frozen=True)
 class StreamReader:
-    """What is read of a stream: the held-out documents, or the others, in which order,
-    and with which tokenizer."""
+    """Reads one side of a stream, the held-out documents or the others, in an order
+    that is fixed by the seed, and tokenizes them."""
 
     stream: "datasets.IterableDataset"
     tokenizer: Tokenizer
@@ -135,7 +136,7 @@ class StreamReader:
     buffer_size: int
 
     def documents(self, epoch: int) -> Iterator[dict]:
-        """Yield all documents of an epoch, as they come or mixed."""
+        """Yield all documents of an epoch, shuffled if the reader shuffles."""
         if not self.buffer_size:
             return readable(self.stream)
         rng = np.random.default_rng((self.seed, epoch))
@@ -144,8 +145,8 @@ class StreamReader:
         return shuffle_in_buffer(readable(stream), rng, self.buffer_size)
 
     def runs(self, epoch: int, skip: int) -> Iterator[TokenRun]:
-        """Yield the tokens of our documents from document `skip` of `epoch` on, epoch
-        after epoch."""
+        """Yield the tokens of this side's documents, from document `skip` of `epoch`
+        on, epoch after epoch."""
         while True:
             ours = skip > 0
             documents = islice(self.documents(epoch), skip, None)
@@ -163,7 +164,7 @@ class StreamReader:
 
 # %% ../chapters/B06_streaming.ipynb #cell-036
 class RunReader:
-    """The runs of a stream, one by one; what reading raised once it raises again.
+    """Iterates over the runs of a stream. An error is raised again at each call.
 
     A generator that has raised is over, and would only say that nothing comes. (One
     that held the window would be closed by the garbage collector, at any moment and in
@@ -191,7 +192,7 @@ class TokenWindow:
     """The next tokens of a stream, and the place where they begin."""
 
     def __init__(self, reader: StreamReader, epoch: int, document: int, offset: int):
-        """Begin at a place; DataError where the stream has no such place."""
+        """Begin at a place. Raises DataError if the stream has no such place."""
         self.start = epoch, document, offset
         self.runs: deque[TokenRun] = deque()
         self.reader = RunReader(reader.runs(epoch, document))
@@ -200,14 +201,14 @@ class TokenWindow:
 
     @property
     def place(self) -> tuple[int, int, int]:
-        """Epoch, document of the epoch, token of the document."""
+        """Return the epoch, the document in the epoch, the token in the document."""
         if not self.runs:
             return self.start
         return self.runs[0].epoch, self.runs[0].document, self.runs[0].offset
 
     def read(self, tokens: int) -> list[tuple[np.ndarray, str]]:
-        """Return the next `tokens`, which stay: the ids of each document and its
-        source."""
+        """Return the next `tokens` without removing them: the ids of each document and
+        its source."""
         missing = tokens - sum(len(run.ids) for run in self.runs)
         while missing > 0:
             self.runs.append(next(self.reader))
@@ -215,21 +216,21 @@ class TokenWindow:
         return join_runs(self.runs, tokens)
 
     def take(self, tokens: int) -> list[tuple[np.ndarray, str]]:
-        """Return the next `tokens` and the one after them, which stays."""
+        """Return the next `tokens` and one more; remove all but this last one."""
         pieces = self.read(tokens + 1)
         self.drop(tokens)
         return pieces
 
     def drop(self, tokens: int) -> None:
-        """Let go of the first `tokens`, of more that are here."""
+        """Remove the first `tokens` from the window."""
         while tokens >= len(self.runs[0].ids):
             tokens -= len(self.runs.popleft().ids)
         self.runs[0] = self.runs[0].after(tokens)
 
 # %% ../chapters/B06_streaming.ipynb #cell-039
 def join_runs(runs: Iterable[TokenRun], tokens: int) -> list[tuple[np.ndarray, str]]:
-    """Return the first `tokens` of `runs`, those of one document together, each
-    document with its source."""
+    """Return the first `tokens` tokens of `runs`, joined by document: a list of (ids,
+    source)."""
     pieces, place = [], None
     for run in runs:
         ids, before, place = run.ids[:tokens], place, (run.epoch, run.document)
@@ -242,8 +243,8 @@ def join_runs(runs: Iterable[TokenRun], tokens: int) -> list[tuple[np.ndarray, s
 
 # %% ../chapters/B06_streaming.ipynb #cell-066
 class StreamPieces:
-    """The tokens of a stream, in pieces for one sequence each, from a place that can be
-    saved. A run resumes by reading up to its place again, without tokenizing."""
+    """The tokens of a stream, cut into sequences, from a place that can be saved. A
+    resumed run reads the stream again up to this place, without tokenizing it."""
 
     def __init__(
         self,
@@ -255,7 +256,7 @@ class StreamPieces:
         held_out: bool = False,
         buffer_size: int = 10_000,
     ):
-        """Take the held-out documents of a stream from `open_stream`, or the others."""
+        """Read the held-out documents of a stream of `open_stream`, or the others."""
         self.sequence_length = whole_number("sequence_length", sequence_length, 1)
         seed = whole_number("seed", seed, 0)
         buffer_size = whole_number("buffer_size", buffer_size, 0)
@@ -272,24 +273,24 @@ class StreamPieces:
         return dict(zip(("epoch", "document", "offset"), self.window.place))
 
     def load_state_dict(self, state: dict) -> None:
-        """Go to a place that `state_dict` gave; DataError where there is none such."""
+        """Go to a place of `state_dict`. Raises DataError if it does not exist."""
         place = checked_position(state, "epoch", "document", "offset")
         self.window = TokenWindow(self.reader, **place)
 
 # %% ../chapters/B06_streaming.ipynb #cell-067
 class StreamingDataset(StreamPieces):
-    """The same kind of sequences as of `PackedDataset`, from a stream that is never
-    held whole.
+    """Packed sequences, as of `PackedDataset`, from a stream that never is in memory as
+    a whole.
 
-    Documents are shuffled within a buffer of `buffer_size` (0: not at all), or of
-    BUFFER_CHARACTERS where these are reached first.
+    Documents are shuffled within a buffer of `buffer_size` documents (0: not shuffled)
+    or BUFFER_CHARACTERS characters, whichever is reached first.
     """
 
     def take(
         self, count: int, rank: int = 0, world_size: int = 1
     ) -> list[TokenSequence]:
-        """Return this rank's `count` sequences of the next `count * world_size`; the
-        position moves on for all."""
+        """Return this rank's `count` sequences of the next `count * world_size`, and
+        move the position behind all of them."""
         pieces = self.take_pieces(count * world_size)[rank::world_size]
         return list(map(self.to_sequence, pieces))
 
@@ -298,8 +299,8 @@ class StreamingDataset(StreamPieces):
 
     def held_out_dataset(self, count: int) -> PackedDataset | None:
         """Return the first held-out documents, enough for `count` sequences if there
-        are; None where nothing is held out. Call it before the first sequence is taken:
-        in a short stream it decides which documents are trained on."""
+        are that many, or None if nothing is held out. Call this before the first
+        `take`: in a short stream it decides which documents are trained on."""
         return self.pack_held_out(self.find_held_out(count))
 
     def find_held_out(self, count: int) -> list:
@@ -310,7 +311,7 @@ class StreamingDataset(StreamPieces):
 
     @property
     def fingerprint(self) -> dict:
-        """What identifies the stream without reading it, as JSON values."""
+        """Return JSON values that identify the stream without reading it."""
         return stream_fingerprint(self.reader)
 
 # %% ../chapters/B06_streaming.ipynb #cell-068
@@ -335,8 +336,8 @@ def open_files(
 
 
 def sample_file(path: str, size: int = 1 << 20) -> dict:
-    """Say what identifies a file that is too large to be read twice: its name, its
-    size, its first and last megabyte."""
+    """Return JSON values that identify a large file: its name, its size, and a hash of
+    its first and last megabyte."""
     with naming(path, "read"):
         refuse_what_is_no_file(path)
         with open(path, "rb") as file:
@@ -352,12 +353,12 @@ def open_stream(
     rows: Callable[..., Iterator[dict]] = document_rows,
     read: Callable[[object], tuple[str, str]] = text_and_key,
 ) -> "datasets.IterableDataset":
-    """Open documents one by one, as rows with the fields of `Document`, without reading
-    the data first.
+    """Open documents as a stream of rows with the fields of `Document`; nothing is read
+    before it is needed.
 
-    `paths` as for `find_files`, or a single `hf:owner/name` (or `hf:directory`): the
-    train split of a hub data set with a column "text". Other data than texts have other
-    `rows` of files, and another `read` for a record of the hub.
+    `paths` are those of `find_files`, or one `hf:owner/name` (or `hf:directory`): the
+    train split of a hub data set with a column "text". For data other than texts,
+    `rows` reads the lines of files and `read` a record of the hub.
     """
     names = [str(path)[3:] for path in paths if str(path).startswith("hf:")]
     if not names:
@@ -375,7 +376,7 @@ def open_hub(
     skip_bad_lines: bool,
     read: Callable[[object], tuple[str, str]] = text_and_key,
 ) -> "datasets.IterableDataset":
-    """Open a hub data set, or a directory that is laid out as one, as a stream."""
+    """Open a data set of the hub, or a directory of the same layout, as a stream."""
     datasets = need("datasets")
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
@@ -406,7 +407,7 @@ def hub_row(
     skip_bad_lines: bool,
     read: Callable[[object], tuple[str, str]] = text_and_key,
 ) -> dict:
-    """Return a record of the hub as a `Document`'s fields, checked as a line is."""
+    """Return a record of the hub as the fields of `Document`, checked like a line."""
     source = f"{name}:{index}"
     try:
         return asdict(Document(*read(record), source))
@@ -437,11 +438,10 @@ def tokenize_held_out(document: dict, tokenizer: Tokenizer) -> HeldOutDocument:
 def find_held_out(
     reader: StreamReader, tokens: int, tokenize: Callable = tokenize_held_out
 ) -> list:
-    """Return the first held-out documents as `tokenize` gives them, with more than
-    `tokens` tokens in all where the stream has them.
+    """Return the first held-out documents, tokenized by `tokenize`: more than `tokens`
+    tokens in all, if the stream has that many.
 
-    At the end of the stream the reader's side gets the exception that a short one
-    needs.
+    A short stream may need an exception from the hash rule, set in `reader.side`.
     """
     side, tokenizer = reader.side, reader.tokenizer
     found, seen, largest, smallest = [], 0, 0, None
@@ -469,7 +469,7 @@ def find_held_out(
 def pack_held_out(
     found: Sequence[HeldOutDocument], sequence_length: int
 ) -> PackedDataset | None:
-    """Return held-out documents as sequences; None where there are none."""
+    """Return held-out documents as sequences, or None if there are none."""
     if not found:
         return None
     datasets, pyarrow = need("datasets"), need("pyarrow")
@@ -489,7 +489,7 @@ def pack_held_out(
 
 # %% ../chapters/B06_streaming.ipynb #cell-083
 class Context(Protocol):
-    """What is asked of a `DistributedContext`."""
+    """The part of `DistributedContext` that this module uses."""
 
     rank: int
     local_rank: int
@@ -499,10 +499,10 @@ class Context(Protocol):
 
 # %% ../chapters/B06_streaming.ipynb #cell-084
 class MachineGroup:
-    """The processes of one machine, the first of which works for all of them."""
+    """The processes of one machine. The first process works for all of them."""
 
     def __init__(self, context: Context):
-        """Form the groups of all machines: every process calls it."""
+        """Create the groups of all machines. Every process must call this."""
         own = context.rank - context.local_rank
         bounds = [*sorted(set(context.all_gather_object(own))), context.world_size]
         machines = [list(range(a, b)) for a, b in pairwise(bounds)]
@@ -516,8 +516,8 @@ class MachineGroup:
             )
 
     def scatter(self, work: Callable[[], list]) -> Any:
-        """Call `work` in the first process and return this process's part of the list
-        that it makes. What it raises there is a DataError in the others."""
+        """Call `work` in the first process, which returns a list with an item for each
+        process, and return this process's item. An error there is a DataError here."""
         if len(self.ranks) == 1:
             return work()[0]
         parts, problem = None, None
@@ -535,13 +535,13 @@ class MachineGroup:
         return part
 
     def share(self, work: Callable[[], Any]) -> Any:
-        """Call `work` in the first process and return in each what it returns there."""
+        """Call `work` in the first process; return its result in every process."""
         return self.scatter(lambda: [work()] * len(self.ranks))
 
 # %% ../chapters/B06_streaming.ipynb #cell-085
 class SharedDataset:
-    """A StreamingDataset that the first process of a machine reads for all of them.
-    Every process calls the same methods in the same order, in one thread."""
+    """A StreamingDataset that the first process of each machine reads for the others.
+    Every process must call the same methods in the same order, from one thread."""
 
     def __init__(self, dataset: StreamingDataset, context: Context):
         self.dataset, self.machine = dataset, MachineGroup(context)
@@ -550,7 +550,7 @@ class SharedDataset:
     def take(
         self, count: int, rank: int = 0, world_size: int = 1
     ) -> list[TokenSequence]:
-        """Do as `StreamingDataset.take`, for all processes."""
+        """Return what `StreamingDataset.take` returns; the first process reads."""
 
         def read() -> list:
             sequences = self.dataset.take_pieces(count * world_size)
@@ -561,7 +561,7 @@ class SharedDataset:
         return list(map(self.dataset.to_sequence, sequences))
 
     def held_out_dataset(self, count: int) -> PackedDataset | None:
-        """Do as `StreamingDataset.held_out_dataset`, for all processes."""
+        """Return what `StreamingDataset.held_out_dataset` returns."""
         found = self.machine.share(lambda: self.dataset.find_held_out(count))
         return self.dataset.pack_held_out(found)
 
@@ -569,7 +569,7 @@ class SharedDataset:
         return dict(self.state)
 
     def load_state_dict(self, state: dict) -> None:
-        """Go to a place that `state_dict` gave; DataError where there is none such."""
+        """Go to a place of `state_dict`. Raises DataError if it does not exist."""
         self.machine.share(lambda: self.dataset.load_state_dict(state))
         self.state = checked_position(state, "epoch", "document", "offset")
 

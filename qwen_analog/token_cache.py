@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 
 # %% ../chapters/B05_token_cache.ipynb #cell-010
 def hash_key(key: str) -> int:
-    """Return 64 bits that look random and are the same on every machine."""
+    """Return a 64-bit hash of `key`, which is the same on every machine."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
 
 
 def held_out_threshold(fraction: float) -> int:
-    """Return the number below which hashes are held out.
+    """Return the number below which a hash means "held out".
 
-    ValueError for a fraction that is none.
+    Raises ValueError if `fraction` is not from 0 to 1.
     """
     if not isinstance(fraction, (int, float)) or not 0 <= fraction <= 1:
         raise ValueError(
@@ -50,15 +50,15 @@ def held_out_threshold(fraction: float) -> int:
 
 
 def is_held_out(key: str, fraction: float) -> bool:
-    """Say whether a document is held out: by a hash of its key, so it never changes
-    sides."""
+    """Return whether a document is held out. The hash of its key decides, so a document
+    never changes sides."""
     return hash_key(key) < held_out_threshold(fraction)
 
 # %% ../chapters/B05_token_cache.ipynb #cell-014
 def token_ids(text: str, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Yield the end-of-text token, then the text's, int32, in runs of bounded length.
+    """Yield the end-of-text token, then the text's ids.
 
-    The end of one document opens the next.
+    The ids come as int32 arrays of bounded length.
     """
     ids = [tokenizer.eos_token_id]
     for piece in text_pieces(text):
@@ -68,14 +68,14 @@ def token_ids(text: str, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
 
 
 def utf8_size(text: str) -> int:
-    """Return the bytes of a text, of which only a piece at a time is encoded."""
+    """Return the length of a text in UTF-8 bytes, encoding one piece at a time."""
     return sum(len(piece.encode()) for piece in text_pieces(text))
 
 # %% ../chapters/B05_token_cache.ipynb #cell-018
 def tokenize_lines(
     lines: Iterable[Line], tokenizer: Tokenizer, skip_bad_lines: bool
 ) -> Iterator[tuple[bytes, list[tuple]]]:
-    """Yield the ids of each line's document, int32 in runs, and after the last of them
+    """Yield the ids of each line's document as int32 arrays, and with the last array
     the document's row of the table."""
     for line in lines:
         document, tokens = line.document(skip_bad_lines), 0
@@ -89,8 +89,8 @@ def tokenize_lines(
 
 # %% ../chapters/B05_token_cache.ipynb #cell-020
 def read_tokens(path: Path, heldout_fraction: float) -> "pyarrow.Table":
-    """Return the rows of a file of the cache, whose ids stay on the disk, with
-    `input_ids` and `held_out`."""
+    """Return the rows of a token file, with `input_ids` and `held_out`. The ids stay on
+    the disk (memory-mapped)."""
     pyarrow = need("pyarrow")
     with pyarrow.memory_map(str(path)) as file:
         file.seek(file.size() - 8)
@@ -112,7 +112,7 @@ def read_tokens(path: Path, heldout_fraction: float) -> "pyarrow.Table":
 
 # %% ../chapters/B05_token_cache.ipynb #cell-022
 class TokenFileCache:
-    """Token files of `files`, each named by its origin and by its own SHA-256."""
+    """Token files of `files`. Each is named by its key and by its own SHA-256."""
 
     def __init__(self, directory: Path, files: Sequence[str]):
         self.directory = directory
@@ -120,13 +120,13 @@ class TokenFileCache:
         self.times = file_times(files)
 
     def key(self, tokenizer: Tokenizer, skip_bad_lines: bool) -> str:
-        """Name the content of the files, and how it is tokenized."""
+        """Return a hash of the files' contents and of how they are tokenized."""
         content = [(os.fspath(path), file_digest(path)) for path in self.files]
         made_from = repr((1, content, tokenizer.fingerprint, skip_bad_lines))
         return hashlib.sha256(made_from.encode()).hexdigest()[:32]
 
     def find(self, key: str) -> Path | None:
-        """Return the whole file with this key. One that is damaged is deleted."""
+        """Return the token file with this key, or None. Damaged files are deleted."""
         for path in self.directory.glob(f"{key}-*.tokens"):
             with suppress(OSError, DataError):
                 if file_digest(path) == path.stem.partition("-")[2]:
@@ -136,7 +136,7 @@ class TokenFileCache:
         return None
 
     def make(self, key: str, parts: Iterable[tuple[bytes, list[tuple]]]) -> Path:
-        """Write a new file; DataError for no document, or files that changed."""
+        """Write a token file. Raises DataError without documents, for changed files."""
         names = ", ".join(map(str, self.files))
         self.directory.mkdir(parents=True, exist_ok=True)
         delete_old_partials(self.directory)
@@ -159,7 +159,7 @@ def file_digest(path: str | Path) -> str:
 
 # %% ../chapters/B05_token_cache.ipynb #cell-025
 def cache_directory(cache_dir: str | Path | None = None) -> Path:
-    """Return where token files lie: in `cache_dir`, or in the cache of `datasets`."""
+    """Return the directory of token files: `cache_dir`, or the cache of `datasets`."""
     datasets = need("datasets")
     return Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "qwen_analog"
 
@@ -175,12 +175,12 @@ def tokenize_files(
     """Return all documents of `files` as a memory-mapped data set, tokenized once and
     kept in a cache.
 
-    A row: `input_ids` (the end-of-text token, then the text's), `num_tokens`,
-    `num_bytes`, `source`, `error`, `held_out`. Files that changed, or another
-    tokenizer, are tokenized anew, by `num_workers` processes (0: as many as pay).
-    DataError for a bad line, when no document is left, and for a cache that cannot be
-    written. It lies in `cache_dir`, or where `datasets` keeps its own
-    (HF_DATASETS_CACHE).
+    A row holds `input_ids` (the end-of-text token, then the text's ids), `num_tokens`,
+    `num_bytes`, `source`, `error`, `held_out`. Changed files, or another tokenizer, are
+    tokenized again by `num_workers` processes (0: chosen by the size of the files).
+    The cache is `cache_dir`, or the cache of `datasets` (HF_DATASETS_CACHE). Raises
+    DataError for a bad line, if no document is left, and if the cache cannot be
+    written.
     """
     held_out_threshold(heldout_fraction)
     workers = count_workers(files, num_workers)
@@ -224,7 +224,7 @@ from .jsonl import refuse_what_is_no_file, whole_number
 
 # %% ../chapters/B05_token_cache.ipynb #cell-052
 def mask_of_hashes(hashes: np.ndarray, fraction: float) -> np.ndarray:
-    """Return `held_out_mask` of the keys with these hashes, [documents] of uint64."""
+    """Return `held_out_mask` for hashes of keys, [documents] uint64."""
     threshold = held_out_threshold(fraction)
     mask = np.zeros(len(hashes), bool)
     if threshold:
@@ -240,10 +240,10 @@ def mask_of_hashes(hashes: np.ndarray, fraction: float) -> np.ndarray:
 
 
 def held_out_mask(keys: Sequence[str], fraction: float) -> np.ndarray:
-    """Say which documents are held out, [documents] of bool: those of `is_held_out`.
+    """Return which documents are held out, [documents] bool, as `is_held_out` decides.
 
     With 0 < fraction < 1 and two documents or more, at least one is held out and at
-    least one is not. A document alone is not.
+    least one is not. A single document is not held out.
     """
     hashes = np.fromiter(map(hash_key, keys), np.uint64, len(keys))
     return mask_of_hashes(hashes, fraction)
@@ -266,14 +266,14 @@ def table_schema() -> "pyarrow.Schema":
 def write_ids(
     parts: Iterable[tuple[bytes, list[tuple]]], file: io.BufferedIOBase
 ) -> Iterator[tuple]:
-    """Write the ids of all documents into `file`; yield their rows."""
+    """Write the ids of all documents into `file`; yield the row of each document."""
     for ids, rows in parts:
         file.write(ids)
         yield from rows
 
 
 def write_rows(rows: Iterator[tuple], table: io.BufferedIOBase) -> None:
-    """Write the rows of the table, of which, without ids and texts, many are small."""
+    """Write the rows of the table in batches."""
     pyarrow, schema = need("pyarrow"), table_schema()
     with pyarrow.ipc.new_stream(table, schema) as writer:
         while batch := list(islice(rows, 10_000)):
@@ -282,7 +282,7 @@ def write_rows(rows: Iterator[tuple], table: io.BufferedIOBase) -> None:
 
 # %% ../chapters/B05_token_cache.ipynb #cell-056
 def write_token_file(parts: Iterable[tuple[bytes, list[tuple]]], path: Path) -> int:
-    """Write all ids, then the table, then the number of ids, which is returned."""
+    """Write all ids, the table, and the number of ids; return this number."""
     with open(path, "xb") as file, tempfile.TemporaryFile(dir=path.parent) as table:
         write_rows(write_ids(parts, file), table)
         tokens = file.tell() // 4
@@ -293,7 +293,7 @@ def write_token_file(parts: Iterable[tuple[bytes, list[tuple]]], path: Path) -> 
 
 # %% ../chapters/B05_token_cache.ipynb #cell-057
 def delete_old_partials(directory: Path) -> None:
-    """Delete what processes that were killed left a day ago or earlier."""
+    """Delete unfinished files of killed processes that are older than a day."""
     for path in directory.glob("*.partial"):
         with suppress(OSError):
             if path.stat().st_mtime < time.time() - 86_400:
@@ -301,7 +301,7 @@ def delete_old_partials(directory: Path) -> None:
 
 
 def file_times(files: Sequence[str]) -> list[tuple[int, int]]:
-    """Return when each file was changed, and its size; DataError for no file."""
+    """Return each file's time of change and size. Raises DataError if it is missing."""
     found = []
     for path in files:
         with naming(path, "read"):
@@ -316,8 +316,8 @@ WORKER_BYTES = 1 << 24  # of files: about a second's work, below which no proces
 
 
 def count_workers(files: Sequence[str], num_workers: int) -> int:
-    """Return how many processes tokenize: `num_workers`, or where it is 0 one for each
-    core that this process may use, but none for less than WORKER_BYTES."""
+    """Return how many processes tokenize: `num_workers`, or if it is 0 one for each
+    core that this process may use, each with at least WORKER_BYTES to do."""
     num_workers = whole_number("num_workers", num_workers, 0)
     if num_workers:
         return num_workers
@@ -328,7 +328,7 @@ def count_workers(files: Sequence[str], num_workers: int) -> int:
 
 
 def batches_of(lines: Iterable[Line]) -> Iterator[list[Line]]:
-    """Yield the lines in batches of one file and BATCH_BYTES, or one line."""
+    """Yield batches of lines: of one file, and at most BATCH_BYTES or one line."""
     batch, size = [], 0
     for line in lines:
         if batch and (size >= BATCH_BYTES or line.name != batch[0].name):
@@ -366,8 +366,8 @@ def tokenize_batch(
 def tokenize_on_cores(
     lines: Iterable[Line], tokenizer: Tokenizer, skip_bad_lines: bool, workers: int
 ) -> Iterator[tuple[bytes, list[tuple]]]:
-    """Do as `tokenize_lines`, in order, with several processes where `workers` is more
-    than 1; DataError where one of them is killed."""
+    """Yield what `tokenize_lines` yields, computed by `workers` processes, in order.
+    Raises DataError if a process is killed."""
     if workers == 1:
         yield from tokenize_lines(lines, tokenizer, skip_bad_lines)
         return
@@ -402,7 +402,7 @@ def tokenize_on_cores(
 
 # %% ../chapters/B05_token_cache.ipynb #cell-063
 def skipped_lines(documents: "datasets.Dataset") -> tuple[int, str]:
-    """Return how many bad lines were skipped, and where the first is, "file:line"."""
+    """Return the number of skipped bad lines, and the first one as "file:line"."""
     columns = documents.select_columns(["num_tokens", "source"])
     table: Any = columns.with_format("arrow")[:]
     bad = np.flatnonzero(table["num_tokens"].to_numpy() == 0)
