@@ -33,9 +33,9 @@ from .tools import call_text, plain_messages
 
 # %% ../chapters/B11_chat_template.ipynb #cc8a54e3
 class _Hiding:
-    """Keeps spellings of control tokens in messages apart from a template's own.
+    """Hides control tokens that messages spell, so that only the template's own remain.
 
-    A hidden one is its id between two marks, which no message holds.
+    A hidden control token is its id between two marks, which occur in no message.
     """
 
     def __init__(self, tokenizer: Tokenizer, messages: str):
@@ -50,7 +50,7 @@ class _Hiding:
         return re.sub(self.control, lambda c: f"{mark}{ids[c[0]]}{mark}", text)
 
     def hide_all(self, value: Any) -> Any:
-        """Hide in all texts of a JSON value."""
+        """Return a JSON value with control tokens hidden in all its texts."""
         if isinstance(value, str):
             return self.hide(value)
         if isinstance(value, dict):
@@ -58,7 +58,9 @@ class _Hiding:
         return [*map(self.hide_all, value)] if isinstance(value, list) else value
 
     def encode(self, text: str) -> list[int]:
-        """Encode a filled-in template; what was hidden is text again."""
+        """Return the ids of a filled-in template; hidden spellings become ordinary
+        text.
+        """
         hidden = f"{self.mark}(\\d+){self.mark}"
         names = {str(i): name for name, i in self.ids.items()}
         ids = []
@@ -79,10 +81,10 @@ def chat_ids(
 ) -> list[int]:
     """Return the token ids of a conversation in the tokenizer's own form.
 
-    The form is its chat template where it has one, else Qwen's (`encode_chat`). The ids
-    are those of `apply_chat_template`, except that nothing in a content ever becomes a
-    control token. `tools` are described as OpenAI does (`plain_messages`). Raises
-    ValueError for a conversation that the template does not take, and for a template
+    The form is the tokenizer's chat template, or Qwen's if it has none (`encode_chat`).
+    The ids are those of `apply_chat_template`, except that text in a message never
+    becomes a control token. `tools` are described as for OpenAI (`plain_messages`).
+    Raises ValueError for a conversation that the template refuses, and for a template
     that takes too long or writes too much.
     """
     template, tools = template_of(tokenizer), list(tools)
@@ -98,7 +100,7 @@ def chat_ids(
 
 # %% ../chapters/B11_chat_template.ipynb #29d6db6c
 def _checked(messages: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
-    """Return `messages`; ValueError for one without a role or a text."""
+    """Return `messages`. Raises ValueError for one without a role or a text."""
     roles = ("system", "user", "assistant", "tool")
     for message in messages:
         known = isinstance(message, dict) and message.get("role") in roles
@@ -111,7 +113,7 @@ def _checked(messages: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
 
 
 def _contents(messages: Sequence[dict[str, Any]]) -> str:
-    """Return all texts in one. ValueError for a message without a role or a text."""
+    """Return all texts, joined. Raises ValueError without a role or a text."""
     return _as_text([*_checked(messages)])
 
 
@@ -122,7 +124,7 @@ def _as_text(value: list | None) -> str:
 
 
 def _private_character(text: str) -> str:
-    """Return a character for private use that `text` does not hold."""
+    """Return a private-use character that does not occur in `text`."""
     for code in range(0xE000, 0xF900):
         if chr(code) not in text:
             return chr(code)
@@ -138,7 +140,7 @@ def _fill(
     messages: Sequence[dict[str, Any]],
     more: dict[str, Any],
 ) -> str:
-    """Return a filled-in template in which control tokens of contents are hidden."""
+    """Fill in a template; control tokens that messages spell are hidden."""
     fast: Any = tokenizer.tokenizer
     hidden = _hidden(messages, hiding)
     values = {**fast.special_tokens_map, "messages": hidden, "documents": None}
@@ -148,7 +150,7 @@ def _fill(
 
 # %% ../chapters/B11_chat_template.ipynb #tools-code
 def _hidden(messages: Sequence[dict[str, Any]], hiding: _Hiding) -> list[dict]:
-    """Return messages in whose texts control tokens are hidden."""
+    """Return the messages with control tokens hidden in their texts."""
     return [
         {k: v if k == "role" else hiding.hide_all(v) for k, v in message.items()}
         for message in messages
@@ -161,7 +163,7 @@ def _encode_tools(
     add_generation_prompt: bool,
     tools: list[dict[str, Any]],
 ) -> list[int]:
-    """Do as `encode_chat`, for a conversation with tools."""
+    """Return the ids of a conversation with tools, in Qwen's form."""
     chat_frame(tokenizer)
     hiding = _Hiding(tokenizer, _contents(messages) + _as_text(tools))
     plain = plain_messages(_hidden(messages, hiding), hiding.hide_all(tools))
@@ -174,9 +176,10 @@ _PROBE: dict[str, Any] = {"name": "probe", "arguments": {"city": "Oslo"}}
 
 
 def knows_tools(tokenizer: Tokenizer, any_form: bool = False) -> bool:
-    """Whether the tokenizer's chat form has a place for tools, calls and results.
+    """Return whether the tokenizer's chat form has places for tools, calls and results.
 
-    Calls must have Qwen's form, in which they are found in answers, or `any_form`.
+    Calls must have Qwen's form, which is what we find in answers; with `any_form` they
+    may have another.
     """
     template = template_of(tokenizer)
     if template is None or not isinstance(tokenizer, HFTokenizer):
@@ -189,7 +192,7 @@ def knows_tools(tokenizer: Tokenizer, any_form: bool = False) -> bool:
 
 @lru_cache(maxsize=16)
 def _filled_probe(template: str, special_tokens: str) -> str:
-    """Return what a template makes of a tool, its call and the result."""
+    """Return a template filled in with a tool, a call of it and the result."""
     described = {"name": "probe", "description": "a description", "parameters": {}}
     call = {"id": "a23456789", "type": "function", "function": _PROBE}
     messages = [
@@ -208,7 +211,9 @@ def _filled_probe(template: str, special_tokens: str) -> str:
 def _with_tools(
     tokenizer: Tokenizer, messages: Sequence[dict[str, Any]], tools: Sequence
 ) -> bool:
-    """Whether a conversation has tools; ValueError where the chat form knows none."""
+    """Return whether a conversation has tools. Raises ValueError if the chat form has
+    no place for them.
+    """
     found = bool(tools) or any(
         m.get("tool_calls") or m["role"] == "tool" for m in _checked(messages)
     )
@@ -225,10 +230,10 @@ def marked_chat(
     messages: Sequence[dict[str, Any]],
     tools: Sequence[dict[str, Any]] = (),
 ) -> tuple[list[int], list[slice]] | None:
-    """Return the ids of a conversation, and the places that its template marks by
-    `{% generation %}` as the model's; None where it marks nothing.
+    """Return the ids of a conversation, and the slices of them that its template marks
+    with `{% generation %}` as written by the model; None if it marks nothing.
 
-    Raises ValueError where a mark lies within a token.
+    Raises ValueError if a mark lies inside a token.
     """
     template = template_of(tokenizer)
     if template is None or not isinstance(tokenizer, HFTokenizer):
@@ -253,9 +258,9 @@ def marked_chat(
 
 # %% ../chapters/B11_chat_template.ipynb #10bf1625
 def template_of(tokenizer: Tokenizer) -> str | None:
-    """Return a tokenizer's chat template, where it has one.
+    """Return a tokenizer's chat template, or None.
 
-    Raises ValueError for one that is no text.
+    Raises ValueError if the template is no text.
     """
     if not isinstance(tokenizer, HFTokenizer):
         return None
@@ -271,7 +276,7 @@ def template_of(tokenizer: Tokenizer) -> str | None:
 
 # %% ../chapters/B11_chat_template.ipynb #14889dc3
 def _jinja_environment():
-    """Return an environment in which templates mean what they mean to transformers."""
+    """Return a Jinja environment that fills in templates as transformers does."""
     import datetime
     import json
 
@@ -307,7 +312,7 @@ def _jinja_environment():
 
 # %% ../chapters/B11_chat_template.ipynb #9b89736b
 def _render_lines():
-    """Answer each line of the standard input, within limits of time and memory."""
+    """Answer each line of standard input, within limits of time and memory."""
     import functools
     import json
     import resource
@@ -360,14 +365,16 @@ def _start_renderer() -> subprocess.Popen[bytes]:
 
 # %% ../chapters/B11_chat_template.ipynb #0ffd14d5
 class TemplateRenderer:
-    """A process that fills in chat templates; it ends with this one."""
+    """A second process that fills in chat templates. It ends when this one ends."""
 
     def __init__(self):
         self.lock = threading.Lock()
         self.process: subprocess.Popen[bytes] | None = None
 
     def ask(self, request: bytes) -> bytes:
-        """Return the answer's line; no whole line where the process was ended."""
+        """Return the line that answers `request`; it is cut off if the process was
+        ended.
+        """
         answer = b""
         with self.lock:
             if self.process is None or self.process.poll() is not None:
@@ -396,9 +403,9 @@ os.register_at_fork(after_in_child=_RENDERER.__init__)
 
 
 def render(template: str, values: dict, most: int) -> str:
-    """Fill in a Jinja template; the text has at most `most` characters.
+    """Return a filled-in Jinja template of at most `most` characters.
 
-    Raises ValueError where the template refuses, and where it passes a limit.
+    Raises ValueError if the template refuses the values, or exceeds a limit.
     """
     try:
         request = json.dumps([template, values, most], default=str, skipkeys=True)
@@ -419,16 +426,16 @@ def render(template: str, values: dict, most: int) -> str:
 
 # %% ../chapters/B11_chat_template.ipynb #8764cb00
 def has_chat_format(model: QwenForCausalLM, tokenizer: Tokenizer) -> bool:
-    """Tell whether a model was made for conversations.
+    """Return whether a model was trained for conversations.
 
-    It was if the token that ends an answer in its chat form ends generation. A base
-    model often comes with a chat template too, but ends at the end of text only.
+    The sign: the token that ends an answer in its chat form also ends generation. A
+    base model often has a chat template too, but ends only at the end of text.
     """
     return why_no_chat(model, tokenizer) is None
 
 
 def why_no_chat(model: QwenForCausalLM, tokenizer: Tokenizer) -> str | None:
-    """Return why a model cannot hold a conversation, or None where it can."""
+    """Return the reason why a model cannot hold a conversation, or None if it can."""
     reason = "this model was not trained for conversations"
     conversation = [
         {"role": "user", "content": "?"},

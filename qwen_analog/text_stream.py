@@ -22,9 +22,9 @@ from .tokenizer import Tokenizer
 
 # %% ../chapters/B12_text_stream.ipynb #30b92355
 class IncrementalDecoder:
-    """Decodes tokens that arrive one by one; a character comes whole or not at all.
+    """Decodes tokens that arrive one by one. It never returns a part of a character.
 
-    `context` are the ids before: a tokenizer may drop a blank where no text precedes.
+    `context` holds the ids before them: a tokenizer may drop a blank at a text's start.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()):
@@ -32,7 +32,7 @@ class IncrementalDecoder:
         self._move_to(list(context))
 
     def _move_to(self, context: list[int]) -> None:
-        """Begin a new window behind `context`, whose text is given out."""
+        """Begin a new window after `context`, whose text was returned already."""
         self._context, self._ids, self._before = context, [], self._decode(context)
         self._shown = len(self._before)
 
@@ -63,14 +63,14 @@ class IncrementalDecoder:
 
 # %% ../chapters/B12_text_stream.ipynb #188ff9d8
 def _open_end(text: str) -> int:
-    """Return how many U+FFFD at the end may be a character that is not complete."""
+    """Return how many U+FFFD at the end may be an incomplete character."""
     return min(3, len(text) - len(text.rstrip("\ufffd")))
 
 # %% ../chapters/B12_text_stream.ipynb #92c79353
 class TextStream:
     """Text of tokens that arrive one by one, up to the first complete `stop` string.
 
-    What `push` and `finish` return adds up to it, in time in proportion to its length.
+    The pieces of `push` and `finish` add up to it, in time linear in its length.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class TextStream:
         return piece + self._take(len(self._waiting))
 
     def _release(self, piece: str) -> str:
-        """Add `piece` to what waits; return what can belong to no stop string."""
+        """Take in `piece`; return the text that cannot begin a stop string."""
         for character in "" if self.stopped else piece:
             self._waiting.append(character)
             if complete := self._finder.push(character):
@@ -109,7 +109,7 @@ class TextStream:
 
 # %% ../chapters/B12_text_stream.ipynb #bda9075d
 def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Return `stop` as a tuple; raise ValueError unless all are strings, none empty."""
+    """Return `stop` as a tuple. Raises ValueError unless all are non-empty strings."""
     stops = (stop,) if isinstance(stop, str) else () if stop is None else stop
     if not isinstance(stops, (list, tuple, set, frozenset)) or not all(
         isinstance(text, str) and text for text in stops
@@ -128,8 +128,8 @@ def _texts(
     max_new_tokens: int,
     options: dict[str, Any],
 ) -> Iterator[list[str]]:
-    """Check the arguments at once; return an iterator over the text that each prompt
-    gains with each token.
+    """Check the arguments at once; return an iterator that yields, for each token, the
+    new text of each prompt.
     """
     for prompt in prompts:
         if isinstance(prompt, str):
@@ -148,7 +148,7 @@ def _texts(
 def _write(
     steps: Iterator[DecodeStep], streams: list[TextStream]
 ) -> Iterator[list[str]]:
-    """Yield the text that each row gains with each step, and in the end the rest."""
+    """Yield each row's new text after each step, and at the end the rest."""
     for step in steps:
         rows = list(zip(streams, step.ids, step.ended))
         yield ["" if ended else text.push(i) for text, i, ended in rows]
@@ -166,14 +166,14 @@ def stream(
     stop: str | Sequence[str] = (),
     **options: Any,
 ) -> Iterator[str]:
-    """Return the continuation of `prompt` in pieces of text, each as soon as it is
-    certain (see `TextStream`).
+    """Return an iterator over the continuation of `prompt`, in pieces of text; each
+    comes as soon as later tokens cannot change it (see `TextStream`).
 
-    A `prompt` of text is read as the start of a document; ids (of a conversation, say)
-    are read as they are. Ends before the first string of `stop`, at an end token, or
-    after `max_new_tokens`. `options` are `generate`'s for one row; where they are not
-    given, `eos_token_id` is what `stop_ids` lists and `valid_vocab_size` the
-    tokenizer's.
+    A text `prompt` is the start of a document; ids (for instance of a conversation) are
+    used unchanged. The continuation ends before the first string of `stop`, at an end
+    token, or after `max_new_tokens`. `options` are those of `generate` for one row. By
+    default `eos_token_id` is the list of `stop_ids`, and `valid_vocab_size` the size of
+    the tokenizer's vocabulary.
     """
     texts = _texts(model, tokenizer, [prompt], stop, max_new_tokens, options)
     return (piece for (piece,) in texts if piece)
@@ -187,7 +187,7 @@ def complete(
     stop: str | Sequence[str] = (),
     **options: Any,
 ) -> str:
-    """Return `prompt` and what `stream` writes after it."""
+    """Return `prompt` and its continuation; the arguments are those of `stream`."""
     if not isinstance(prompt, str):
         raise ValueError(f"prompt must be a text, not {shown(prompt)}")
     return prompt + "".join(stream(model, tokenizer, prompt, stop=stop, **options))
@@ -202,8 +202,9 @@ def complete_many(
     stop: str | Sequence[str] = (),
     **options: Any,
 ) -> list[str]:
-    """Return each of `prompts` and its continuation, all written in one batch; the
-    arguments are `stream`'s.
+    """Return each of `prompts` with its continuation, all written in one batch.
+
+    The other arguments are those of `stream`.
     """
     if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
         raise ValueError(f"prompts must be a list of texts, not {shown(prompts)}")
@@ -218,8 +219,8 @@ LONGEST_TOKEN = 128
 
 
 def check_characters(text: str, context: int) -> None:
-    """Raise ValueError for a text that cannot fit into `context` tokens, without the
-    minutes that it takes to count them.
+    """Raise ValueError if a text is too long for `context` tokens by its number of
+    characters alone. Counting the tokens of such a text could take minutes.
     """
     if len(text) > LONGEST_TOKEN * context:
         raise ValueError(
@@ -231,8 +232,8 @@ def check_characters(text: str, context: int) -> None:
 def _prompt_ids(
     tokenizer: Tokenizer, prompt: str | Sequence[int] | torch.Tensor
 ) -> list[int]:
-    """Return the ids of a prompt: a text is the start of a document; ids, [T] or
-    [1, T], stay as they are.
+    """Return the ids of a prompt: a text is encoded as the start of a document; ids [T]
+    or [1, T] are returned as a list.
     """
     if isinstance(prompt, str):
         return [tokenizer.eos_token_id, *tokenizer.encode(prompt)]
@@ -249,8 +250,8 @@ def _prompt_ids(
 # %% ../chapters/B12_text_stream.ipynb #39fa16f0
 @dataclass(eq=False)
 class _State:
-    """A beginning that some of the strings share: those from `low` to `high` of their
-    sorted list.
+    """A prefix that some of the strings share: those from `low` to `high` in the sorted
+    list of strings.
     """
 
     low: int
@@ -262,7 +263,7 @@ class _State:
 
 # %% ../chapters/B12_text_stream.ipynb #5b484bc4
 class StopFinder:
-    """Finds which of several strings is complete first, in time linear in the text."""
+    """Finds the first complete one of several strings, in time linear in the text."""
 
     def __init__(self, strings: Sequence[str]):
         self._strings = sorted(set(strings))
@@ -270,11 +271,11 @@ class StopFinder:
 
     @property
     def begun(self) -> int:
-        """The length of the longest end of the text that begins a string."""
+        """Return the length of the longest end of the text that begins a string."""
         return self._state.length
 
     def push(self, character: str) -> int:
-        """Return the length of the longest string that is complete now, 0 for none."""
+        """Add a character; return the length of the longest complete string, or 0."""
         state, made = self._state, []
         while state is not None and character not in state.next:
             made += self._make(state, character)
@@ -287,7 +288,7 @@ class StopFinder:
         return end.complete
 
     def _make(self, state: _State, character: str) -> list[_State]:
-        """Make the state behind `state` with `character`, if any string begins so."""
+        """Return the states after `character`: one, or none if no string begins so."""
         length = state.length + 1
         look = dict(lo=state.low, hi=state.high, key=lambda t: t[length - 1 : length])
         low = bisect_left(self._strings, character, **look)

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 # %% ../chapters/B10_tokenizer_json.ipynb #cell-010
 def merge_of(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
-    """Return the two tokens whose merge made `token`.
+    """Return the two tokens whose merge makes `token`.
 
-    They are what byte-pair encoding of its bytes leaves before the last merge. Raises
-    ValueError where no merge makes the token.
+    Byte-pair encoding of its bytes leaves these two before the last merge. Raises
+    ValueError if no merge makes the token.
     """
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
@@ -55,9 +55,9 @@ def byte_level_bpe(
 ) -> "tokenizers.Tokenizer":
     """Return a byte-level BPE tokenizer of the `tokenizers` library.
 
-    `split` names what comes before the merges: "qwen2", "smollm" or "llama-bpe" (Llama
-    3's: numbers of up to three digits, no normal form). `controls` are spelled as they
-    are in `vocabulary`, or get the ids after it.
+    `split` names the pre-tokenization: "qwen2", "smollm" or "llama-bpe" (Llama 3:
+    numbers of up to three digits, no normal form). `controls` are control tokens; those
+    that `vocabulary` lacks get the ids after it.
     """
     from tokenizers import AddedToken, Regex, Tokenizer
     from tokenizers import decoders, models, normalizers, pre_tokenizers
@@ -89,14 +89,14 @@ _LETTER_OF_BYTE = {
 
 
 def spell(token: bytes) -> str:
-    """Return a token as a tokenizer.json spells it, one letter a byte."""
+    """Return a token as tokenizer.json spells it, with one letter for each byte."""
     return "".join(_LETTER_OF_BYTE[b] for b in token)
 
 # %% ../chapters/B10_tokenizer_json.ipynb #cell-017
 def to_fast(tokenizer: TiktokenTokenizer) -> "tokenizers.Tokenizer":
-    """Return the same tokenizer for Hugging Face's library.
+    """Return the same tokenizer as an object of Hugging Face's library `tokenizers`.
 
-    Raises ValueError for tiktoken's named encodings, which split in ways of their own.
+    Raises ValueError for tiktoken's named encodings, which split text differently.
     """
     if not tokenizer.normalize:
         raise ValueError(
@@ -178,10 +178,10 @@ _PROBE = (
 
 # %% ../chapters/B10_tokenizer_json.ipynb #cell-046
 def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
-    """Write tokenizer.json and what belongs to it beside a model's config.json.
+    """Write tokenizer.json and its companion files beside a model's config.json.
 
-    Raises ValueError for a tokenizer without this form, and where transformers would
-    read it otherwise there.
+    Raises ValueError if the tokenizer cannot be written in this form, or if
+    transformers would read other ids from it there.
     """
     if isinstance(tokenizer, HFTokenizer):
         tokenizer.write_files(directory)

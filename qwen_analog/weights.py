@@ -24,7 +24,8 @@ from .tokenizer import Tokenizer
 
 # %% ../chapters/B13_weights.ipynb #6116936a
 class _NothingDrawn(TorchFunctionMode):
-    """Draws no numbers for tensors that have none: torch would import its compiler."""
+    """Skips random initialization on the meta device, where torch would import its
+    compiler for it."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in (torch.nn.init.normal_, torch.Tensor.normal_):
@@ -33,13 +34,13 @@ class _NothingDrawn(TorchFunctionMode):
 
 
 def meta_model(config: QwenConfig) -> QwenForCausalLM:
-    """Return a model on the meta device: names and shapes without memory."""
+    """Return a model on the meta device, which has names and shapes but no memory."""
     with torch.device("meta"), _NothingDrawn():
         return QwenForCausalLM(config)
 
 
 def weight_shapes(config: QwenConfig) -> dict[str, list[int]]:
-    """Return the shape of each weight by its name; a tied head is not listed."""
+    """Return the shape of each weight by name. A tied head is not listed."""
     one_layer = meta_model(dataclasses.replace(config, num_hidden_layers=1))
     shapes = {}
     for name, weight in one_layer.state_dict().items():
@@ -52,7 +53,7 @@ def weight_shapes(config: QwenConfig) -> dict[str, list[int]]:
 
 # %% ../chapters/B13_weights.ipynb #900feaa9
 def listed(names: Sequence[str], most: int = 6) -> str:
-    """Return the first names in one line, odd ones quoted, and how many follow."""
+    """Return the first `most` names in one line, and how many follow."""
     plain = [
         name if name.isprintable() and len(name) < 100 else shown(name)
         for name in names[:most]
@@ -66,9 +67,9 @@ def check_tensors(
     expected: Mapping[str, Sequence[int]],
     where: str | Path,
 ) -> None:
-    """Compare names and shapes in a file with a model's.
+    """Compare the names and shapes in a file with those of a model.
 
-    Raises one ValueError that lists all that differs.
+    Raises one ValueError that lists all differences.
     """
     differences = {
         "missing": [name for name in expected if name not in found],
@@ -103,7 +104,7 @@ def assemble(
 def check_vocabulary(
     config: QwenConfig, tokenizer: Tokenizer, where: str | Path
 ) -> None:
-    """Raise ValueError for a tokenizer with more ids than the model has rows."""
+    """Raise ValueError if the tokenizer has more ids than the model has rows."""
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"{where}: the tokenizer's ids go up to {tokenizer.vocab_size - 1}, but the"
@@ -112,10 +113,10 @@ def check_vocabulary(
 
 # %% ../chapters/B13_weights.ipynb #ee31bc56
 def check_safetensors(directory: Path, config: QwenConfig) -> dict[Path, list[str]]:
-    """Compare the headers of a directory's files with a model; read no tensor.
+    """Compare the headers of a directory's files with a model; no tensor is read.
 
-    Returns the names to read from each file. Raises ValueError for what is missing,
-    left over, damaged, or of another type or shape.
+    Returns the names to read from each file. Raises ValueError for tensors that are
+    missing, unknown, damaged, or of another type or shape.
     """
     found, names = {}, {}
     for path, promised in _weight_files(directory).items():
@@ -137,7 +138,7 @@ def check_safetensors(directory: Path, config: QwenConfig) -> dict[Path, list[st
 def read_safetensors(
     names: dict[Path, list[str]], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """Return the named tensors of each file, converted to `dtype`."""
+    """Read the named tensors of each file; return them by name in `dtype`."""
     weights = {}
     for path, wanted in names.items():
         with _opened(path) as file:
@@ -146,14 +147,14 @@ def read_safetensors(
 
 # %% ../chapters/B13_weights.ipynb #776cbb04
 def error_line(error: BaseException) -> str:
-    """Return a library's error in one line of bounded length: its type and message."""
+    """Return an error's type and message in one line of bounded length."""
     message = " ".join(str(error).split())[:300]
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[safe_open]:
-    """Open a safetensors file. ValueError for a damaged one."""
+    """Open a safetensors file. Raises ValueError if it is damaged."""
     try:
         with safe_open(path, "pt") as file:
             yield file
@@ -169,7 +170,8 @@ def _is_weight(name: str) -> bool:
 
 
 def _read_header(path: Path) -> dict[str, list[int]]:
-    """Return the shapes of a file's tensors. ValueError for types of no weight."""
+    """Return the shapes of a file's tensors. Raises ValueError for other types than
+    those of weights."""
     shapes = {}
     with _opened(path) as file:
         for name in file.keys():
@@ -186,7 +188,7 @@ def _read_header(path: Path) -> dict[str, list[int]]:
 
 # %% ../chapters/B13_weights.ipynb #4fdc13f1
 def _weight_files(directory: Path) -> Mapping[Path, set[str] | None]:
-    """Return the files of a model, with the names that an index promises for each."""
+    """Return a model's files, with the names that an index lists for each, or None."""
     single = directory / "model.safetensors"
     index = directory / "model.safetensors.index.json"
     if single.is_file():
