@@ -47,8 +47,7 @@ for n, (top, colour) in enumerate(zip(tops, HEADS)):
     table(4.5, top, [[colour] * h] * T, part)
     axes.text(5.27, top + 0.8, f"head {n}", ha="center", color=colour)
     arrow(6.25, top - 0.4, 7.15, top - 0.4, colour)
-    seen = [[colour if s <= t else "#e8ecef" for s in range(T)] for t in range(T)]
-    table(7.3, top, seen)
+    table(7.3, top, [[colour] * T] * T)
     arrow(9.85, top - 0.4, 10.75, top - 0.4, colour)
     table(10.9, top, [[colour] * h] * T)
     arrow(12.65, top - 0.4, 13.65, middle - 0.4, colour)
@@ -60,7 +59,7 @@ table(18.45, middle, [[MIXED] * H * h] * T)
 for x, text in (
     (1.57, "q, and so k, v\n[T, D]"),
     (5.27, "cut\n[H, T, h]"),
-    (8.47, "weights, masked\n[H, T, S]"),
+    (8.47, "weights\n[H, T, S]"),
     (11.67, "mixed values\n[H, T, h]"),
     (15.37, "side by side\n[T, D]"),
     (20.02, "both heads in each\n[T, D]"),

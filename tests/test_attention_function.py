@@ -15,18 +15,9 @@ from qwen_analog import attention
 from qwen_analog.attention import causal_mask, document_mask
 
 B, H, h = 2, 4, 16
-tiled = from_chapter(
-    "[0-9]*_attention.ipynb",
-    "def attention_tiled",
-    {
-        "torch": torch,
-        "q": torch.randn(1, 1, 6, 8),
-        "k": torch.randn(1, 1, 6, 8),
-        "v": torch.randn(1, 1, 6, 8),
-        "causal": causal_mask(6),
-        "attend": F.scaled_dot_product_attention,
-    },
-)["attention_tiled"]
+tiled = from_chapter("B*_attention.ipynb", "def attention_tiled", {"torch": torch})[
+    "attention_tiled"
+]
 
 
 class OneGroup(nn.Module):
