@@ -68,12 +68,17 @@ def adamw_reference(values, gradients, decay, beta1=0.9, beta2=0.95, eps=1e-8):
     return w
 
 
-def muon_reference(values, gradients, decay, momentum=0.95):
-    """Jordan et al. 2024 with the update's size of Liu et al. 2025, in float64."""
+def muon_reference(values, gradients, decay, momentum=0.95, ahead=True):
+    """Jordan et al. 2024 with the update's size of Liu et al. 2025, in float64.
+
+    `ahead` is Nesterov's look one step ahead.
+    """
     w, mean = values.double(), torch.zeros_like(values).double()
     for g in gradients:
         mean = momentum * mean + (1 - momentum) * g.double()
-        X = (1 - momentum) * g.double() + momentum * mean
+        X = mean
+        if ahead:
+            X = (1 - momentum) * g.double() + momentum * mean
         X = X / X.norm().clamp(min=1e-7)  # some of the gradients here are that small
         for _ in range(5):
             X = 3.4445 * X - 4.7750 * X @ X.T @ X + 2.0315 * X @ X.T @ X @ X.T @ X
@@ -763,7 +768,7 @@ def test_the_taught_muon_is_the_rule(shape):
     update.__globals__["newton_schulz"] = taught("newton_schulz")
     g = torch.Generator().manual_seed(0)
     p, *slopes = (torch.randn(shape, generator=g, dtype=torch.float64) for _ in "pggg")
-    expected = muon_reference(p, slopes, DECAY)
+    expected = muon_reference(p, slopes, DECAY, ahead=False)
     m = torch.zeros_like(p)
     for x in slopes:
         p, m = update(p, x, m, DECAY, LEARNING_RATE)
