@@ -12,7 +12,7 @@ from .model import QwenForCausalLM
 
 # %% ../chapters/34_many_gpus.ipynb #cell-039
 def shard_blocks(model: QwenForCausalLM, **options) -> None:
-    """Shard each block by itself, by FSDP2; `options` are those of `fully_shard`."""
+    """Shard each block by itself; `options` are those of `fully_shard`."""
     for block in model.model.layers:
         fully_shard(block, **options)
 
