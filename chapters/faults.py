@@ -82,8 +82,8 @@ def edited(function, right, wrong):
 
 
 def statements(code):
-    lines = [line.split("  # ")[0].strip() for line in code.splitlines()]
-    return [line for line in lines if line not in ("", "pass") and line[0] != "#"]
+    lines = [line.split("  # ")[0] for line in textwrap.dedent(code).splitlines()]
+    return [line for line in lines if line.strip(" ") not in ("", "pass")]
 
 
 def beside(function, right, wrong):
@@ -116,6 +116,81 @@ def in_package(owner, name, edits, function=None):
     function = function or getattr(owner, name)
     for fault, broken, code in variants(function, edits):
         yield fault, instead(owner, name, broken), code
+
+
+def edit(function, right, wrong, owner=None):
+    """Return parts of a program in which `function` reads `wrong` in place of `right`,
+    and the lines of both. A function of the package is replaced in its `owner`.
+    """
+    ((_, broken, code),) = variants(function, {right: {"": wrong}})
+    name = function.__name__
+    parts = {name: broken} if owner is None else instead(owner, name, broken)
+    return parts, code
+
+
+class Gallery:
+    """The faults of a program: each breaks it, and some check must notice.
+
+    `train` and `first_failure` take broken parts as keywords. `healthy` are the runs
+    behind each curve, `levels` the losses that are known beforehand.
+    """
+
+    def __init__(self, train, first_failure, print_run, healthy, levels):
+        self.train, self.first_failure = train, first_failure
+        self.print_run, self.levels = print_run, levels
+        self.healthy = [run.losses for run in healthy]
+        self.parts = {}  # of each fault: the broken parts of the program,
+        self.found = {}  # the first check that fails,
+        self.losses = {}  # and the losses, if it was trained
+        self.lines = []  # what the checks say of faults that were not
+
+    def show(self, name, function, right, wrong, owner=None):
+        """Train with an edit; print it, the losses, the samples, the check."""
+        parts, code = edit(function, right, wrong, owner)
+        print(code)
+        print(name.upper(), end=": ")
+        run = self.train(**parts)
+        self.losses[name] = run.losses
+        self.print_run(run)
+        check, said = self.judge(name, parts)
+        print(f"    {check}: {said}\n")
+
+    def check(self, name, function, right, wrong, owner=None):
+        """Print an edit and the check that notices it; return the broken parts."""
+        parts, code = edit(function, right, wrong, owner)
+        self.record(name, *self.judge(name, parts), code)
+        return parts
+
+    def others(self, section, shown):
+        """Check all faults of a section that are not trained; print those `shown`."""
+        if section == "the model":
+            for name, parts, code in MODEL:
+                self.record(name, *self.judge(name, parts), code, name in shown)
+        for name, *finding in findings(section):
+            self.record(name, *finding, name in shown)
+
+    def draw(self, count, times=None):
+        """Draw the last curves; of a name in `times`, the losses times that."""
+        curves = {}
+        for name in list(self.losses)[-count:]:
+            factor = (times or {}).get(name, 1)
+            title = name if factor == 1 else f"{name}, / {1 / factor:.0f}"
+            curves[title] = [factor * loss for loss in self.losses[name]]
+        draw(curves, self.healthy, self.levels)
+
+    def judge(self, name, parts):
+        failure = self.first_failure(**parts)
+        assert failure, f"no check notices: {name}"
+        self.parts[name] = parts
+        self.found[name] = failure[0]
+        return failure
+
+    def record(self, name, check, said, code, shown=True):
+        self.found[name] = check
+        lines = [code, f"{name} ({check}): {said}", ""]
+        self.lines += lines
+        if shown:
+            print(*lines, sep="\n")
 
 
 # --- the model: changes of the package
@@ -154,29 +229,43 @@ OTHER_PAIRS = """even, odd = x[..., 0::2], x[..., 1::2]
     pairs = even * cos - odd * sin, odd * cos + even * sin
     return torch.stack(pairs, dim=-1).flatten(-2)"""
 
-# these are trained, too
+ROTATED = "return x * cos[:, None] + rotate_half(x) * sin[:, None]"
+NORMED = "return self.weight * wide.to(x.dtype)"
+SHAPE = "T, S = q.shape[2], k.shape[2]"
+ALL_KEYS = SHAPE + "\n    mask = torch.ones(T, S, dtype=torch.bool)"
+
+# name, function, right, wrong, owner of those that are trained, too
+ATTEND = attention.grouped_query_attention
+MASKS = [
+    ("no mask", ATTEND, SHAPE, ALL_KEYS, attention),
+    ("mask off by one", ATTEND, SHAPE, ALL_KEYS + ".tril(S - T + 1)", attention),
+]
 TRAINED = [
-    *in_package(
-        attention,
-        "apply_rotary",
-        {
-            "return x * cos[:, None] + rotate_half(x) * sin[:, None]": {
-                "no rotation": "return x",
-                "other pairs rotated": OTHER_PAIRS,
-            }
-        },
-    ),
-    *in_package(
-        RMSNorm,
-        "forward",
-        {"return self.weight * wide.to(x.dtype)": {"no norms": "return x"}},
-    ),
-    *in_package(
+    ("no rotation", attention.apply_rotary, ROTATED, "return x", attention),
+    ("other pairs rotated", attention.apply_rotary, ROTATED, OTHER_PAIRS, attention),
+    ("no norms", RMSNorm.forward, NORMED, "return x", RMSNorm),
+    (
+        "no residual path",
+        DecoderLayer.add_branches,
+        BRANCHES,
+        BRANCHES.replace("x + self", "self"),
         DecoderLayer,
-        "add_branches",
-        {BRANCHES: {"no residual path": BRANCHES.replace("x + self", "self")}},
     ),
 ]
+GRADIENT_CUT = (
+    "gradient cut off",
+    QwenModel.forward,
+    "self.norm(x)",
+    "self.norm(x).detach()",
+    QwenModel,
+)
+NO_POSITIONS = (
+    "cache without positions",
+    QwenModel.forward,
+    "0 if cache is None else cache.length",
+    "0",
+    QwenModel,
+)
 MODEL = [
     *in_package(
         attention,
@@ -219,7 +308,7 @@ MODEL = [
         RMSNorm,
         "forward",
         {
-            "return self.weight * wide.to(x.dtype)": {
+            NORMED: {
                 "LayerNorm for RMSNorm": "return nn.functional.layer_norm("
                 "x, x.shape[-1:], self.weight)"
             },

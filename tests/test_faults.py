@@ -37,3 +37,21 @@ def test_each_shown_line_is_the_edited_one():
 def test_a_check_finds_each_fault_of(section):
     names = [name for name, *_ in faults.findings(section)]
     assert len(names) == len(set(names)) > 0
+
+
+def test_a_replaced_function_is_noticed_and_put_back():
+    for name, function, right, wrong, owner in (*faults.MASKS, *faults.TRAINED):
+        parts, code = faults.edit(function, right, wrong, owner)
+        model, ids = scramble_(faults.tiny()), torch.arange(6)[None]
+        with torch.no_grad():
+            healthy = model(ids)
+            with parts["around"]:
+                assert not torch.allclose(model(ids), healthy), name
+            assert torch.equal(model(ids), healthy)
+        assert code.startswith(function.__qualname__)
+
+
+def test_a_gallery_refuses_a_fault_that_no_check_notices():
+    gallery = faults.Gallery(None, lambda **parts: None, None, [], ())
+    with pytest.raises(AssertionError, match="harmless"):
+        gallery.check("harmless", faults.penalize, "logit * 2", "2 * logit")
