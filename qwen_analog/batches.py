@@ -91,10 +91,9 @@ def prepare_batch(
     context: DistributedContext,
     collate: Callable[..., list[dict[str, torch.Tensor]]] = micro_batches,
 ) -> Batch:
-    """Take this process's sequences of the next step from `dataset`, collated into a
-    batch.
+    """Return a batch of this process's sequences of the next step.
 
-    `collate` makes micro-batches from sequences and the settings.
+    They are taken from `dataset`; `collate` makes micro-batches of them.
     """
     count = config.micro_batch_size * config.gradient_accumulation_steps
     before = dataset.state_dict()
@@ -138,9 +137,7 @@ def next_batch(batches: Iterator[Batch], context: DistributedContext) -> Batch:
 
 # %% ../chapters/B18_batches.ipynb #cell-052
 def check_data(config: TrainConfig) -> None:
-    """Raise DataError if the data do not exist or do not suit the method;
-    read nothing.
-    """
+    """Raise DataError if data are missing or do not suit the method."""
     if not config.data:
         raise DataError(
             f"no data: name JSONL files with --data, each line {_line_of(config)}"

@@ -116,9 +116,7 @@ def sample(
 
 
 def grammar_of(arguments: argparse.Namespace, tokenizer: Tokenizer) -> Grammar | None:
-    """Return the grammar for --json-schema, or None. Raises ValueError for
-    a bad file.
-    """
+    """Return the grammar for --json-schema. Raises ValueError for a bad file."""
     if arguments.json_schema is None:
         return None
     schema = read_json_object(Path(arguments.json_schema))

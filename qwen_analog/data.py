@@ -121,9 +121,7 @@ from .arguments import need
 
 # %% ../chapters/B25_resume.ipynb #data-file
 class FileFingerprint:
-    """The identity of one file's documents: their number, bytes and a SHA-256 of
-    tokens.
-    """
+    """What identifies one file's documents: number, bytes and tokens."""
 
     def __init__(self, name: str):
         self.name, self.documents, self.bytes = name, 0, 0
@@ -204,6 +202,7 @@ def data_difference(before: dict, now: dict) -> str | None:
 
 
 def names_difference(before: list[dict], now: list[dict]) -> str | None:
+    """Return how the names or the order of files differ, or None."""
     then, today = ([file["name"] for file in files] for files in (before, now))
     if then == today:
         return None
@@ -213,6 +212,7 @@ def names_difference(before: list[dict], now: list[dict]) -> str | None:
 
 
 def content_difference(before: list[dict], now: list[dict]) -> str | None:
+    """Return how the first changed file differs, or None."""
     for old, new in zip(before, now):
         for field in ("documents", "bytes"):
             if old.get(field) != new.get(field):

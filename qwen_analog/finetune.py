@@ -207,6 +207,11 @@ def encode_conversation(
     source: str = "",
     tools: Sequence[dict[str, Any]] = (),
 ) -> FileExample:
+    """Return a conversation as one example, which is trained on its answers.
+
+    `end` is the id that ends an answer, `key` decides the held-out split, and `source`
+    says where the conversation is from. Raises ValueError as `answer_spans` does.
+    """
     ids, spans = answer_spans(tokenizer, messages, end, tools)
     answers = [said(m) for m in messages if m["role"] == "assistant"]
     return _example(ids, spans, answers, key, source)
@@ -372,6 +377,7 @@ def read_examples(
 def encode_record(
     record: Any, source: str, tokenizer: Tokenizer, end: int, sequence_length: int
 ) -> list[FileExample]:
+    """Return the examples of a parsed line. Raises ValueError for a bad one."""
     messages, tools = read_messages(record), checked_tools(record.get("tools"))
     texts = [*map(said, messages), *map(json.dumps, tools)]
     characters = sum(map(len, texts))
@@ -559,6 +565,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def bad_line(source: str, error: Exception) -> DataError:
+    """Return a DataError for a line, named by its `source` "file:number"."""
     file, _, number = source.rpartition(":")
     return DataError(
         f"{file}, line {number}: {error}. Mend the line, or pass --skip-bad-lines"

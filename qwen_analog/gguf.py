@@ -78,8 +78,7 @@ def _kept(names: dict[str, str], file: GGUFFile) -> dict[str, str]:
 def load_gguf_stored(
     file: GGUFFile, dtype: torch.dtype = torch.float32
 ) -> tuple[QwenForCausalLM, HFTokenizer]:
-    """Load a model as `load_gguf` does, but keep matrices of the types in `STORED`
-    quantized.
+    """Load a model as `load_gguf` does, but keep matrices of `STORED` types quantized.
 
     They become `Blocks`, so the model computes nothing before `optimize_for_inference`
     replaces them with layers. A line on stderr says which types are kept. Raises

@@ -80,9 +80,7 @@ class GGUFReader:
 
 # %% ../chapters/B15_gguf_file.ipynb #2dc90cd6
 class GGUFTensor(NamedTuple):
-    """A tensor of a file: its type, its shape (outermost dimension first) and its
-    bytes.
-    """
+    """A tensor of a file. Its shape lists the outermost dimension first."""
 
     tensor_type: "gguf.GGMLQuantizationType"
     shape: list[int]

@@ -47,9 +47,7 @@ class GrammarError(ValueError):
 
 
 class GrammarState:
-    """The position of one answer in a grammar; `ends` are the tokens that
-    may end it.
-    """
+    """The position of one answer in a grammar; the ids `ends` may end it."""
 
     def __init__(self, matcher: Any, end: int, ends: Collection[int]):
         self._matcher, self._end, self._ends = matcher, end, list(ends)
@@ -102,9 +100,7 @@ class Grammar:
         self.start([self._end]).allowed([])
 
     def start(self, ends: Collection[int]) -> GrammarState:
-        """Return the state of an empty answer; `ends` are the tokens that
-        may end it.
-        """
+        """Return the state of an empty answer; the ids `ends` may end it."""
         known = [i for i in ends if i < self.vocab_size]
         if not known:
             raise ValueError("with a grammar an end token is needed")

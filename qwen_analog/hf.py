@@ -102,9 +102,7 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 # %% ../chapters/B14_hugging_face.ipynb #3de116b1
 def _refuse_other_models(values: dict[str, Any], where: str | Path) -> None:
-    """Raise ValueError, which names the field, if this is a model that we do not
-    compute.
-    """
+    """Raise ValueError, which names the field, for a model that we do not compute."""
     kind, activation = values.get("model_type"), values.get("hidden_act", "silu")
     if kind not in ("qwen2", "qwen3", "llama", "mistral"):
         other = _OTHER_FAMILIES.get(kind) if isinstance(kind, str) else None
@@ -180,9 +178,8 @@ def load_pretrained(
 
     `source` is the directory, or owner/name on the hub. Returns the model, in eval mode
     on the CPU with weights converted to `dtype`, and its tokenizer, or None if the
-    directory has no tokenizer. Raises ValueError, before anything is loaded, if a file
-    is damaged, if files do not fit together, or if it is a model that we do not
-    compute.
+    directory has no tokenizer. Raises ValueError if a file is damaged, if files do not
+    fit together, or if it is a model that we do not compute.
     """
     directory = local_directory(source)
     path = _needed(directory, "config.json")

@@ -146,7 +146,7 @@ def open_source(
 
 # %% ../chapters/B16_loading.ipynb #cell-022
 def read_config(source: str | Path) -> QwenConfig:
-    """Return the configuration of a source's model, without reading its weights."""
+    """Return a source's model configuration; no weights are read or downloaded."""
     return _read_config(*_look(source))
 
 
@@ -178,9 +178,7 @@ def _require_memory(
     dtype: torch.dtype,
     stored: bool,
 ) -> None:
-    """Raise ValueError if the weights do not fit into memory on the CPU or
-    the device.
-    """
+    """Raise ValueError if the weights do not fit on the CPU or on the device."""
     if stored:
         size = read_size = stored_bytes(place, dtype)
     else:

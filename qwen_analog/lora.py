@@ -192,9 +192,7 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
 def check_adapter(
     rank: int, alpha: float, targets: Sequence[str], dropout: float
 ) -> None:
-    """Raise ValueError for a rank, alpha, targets or dropout that no
-    adapter can have.
-    """
+    """Raise ValueError for a value that no adapter can have."""
     if not isinstance(rank, int) or not _is_positive(rank):
         raise ValueError(
             f"rank must be a whole number of at least 1, not {shown(rank)}"

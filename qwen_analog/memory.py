@@ -63,11 +63,13 @@ class MemoryEstimate:
     moment: str = ""
 
     def categories(self) -> dict[str, int]:
+        """Return {category: bytes}."""
         names = [field.name for field in fields(self) if field.name != "moment"]
         return {name: getattr(self, name) for name in names}
 
     @property
     def total(self) -> int:
+        """The sum of all categories in bytes."""
         return sum(self.categories().values())
 
     def __str__(self) -> str:
@@ -117,9 +119,7 @@ def estimate_for(
 def _of_answers(
     config: "TrainConfig", estimate: MemoryEstimate, shards: int
 ) -> MemoryEstimate:
-    """Return the estimate plus the memory of a reference model and of
-    drawing answers.
-    """
+    """Add the memory of a reference model and of drawing answers."""
     from qwen_analog.train_config import keeps_reference
 
     if keeps_reference(config):

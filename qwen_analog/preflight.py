@@ -300,8 +300,9 @@ def decide(
 def _choose(
     config: TrainConfig, resume_from: str | None, from_checkpoint: bool, held: ExitStack
 ) -> tuple[dict[str, Any], str | None]:
-    """Return the settings that are set, and the checkpoint to resume or None; `held`
-    keeps the claim on the output directory.
+    """Return the explicit settings, and the checkpoint to resume or None.
+
+    `held` keeps the claim on the output directory.
     """
     auto = resume_from == "auto"
     if from_checkpoint and resume_from and not auto:

@@ -114,6 +114,7 @@ class Metrics:
 
 # %% ../chapters/B27_progress.ipynb #cell-023
 def open_log(config: TrainConfig, context: DistributedContext) -> RunLog:
+    """Open the run's log in its output directory."""
     where = config.output_dir, context.rank, context.world_size
     return RunLog(*where, config.tensorboard)
 
@@ -128,6 +129,7 @@ def not_applied(batch: Batch) -> dict[str, Any]:
 
 # %% ../chapters/B27_progress.ipynb #cell-024
 def progress_bar(step: int, max_steps: int, shown: bool) -> tqdm:
+    """Return a bar that counts steps; without `shown` it prints nothing."""
     return tqdm(
         total=max_steps,
         initial=step,
@@ -138,6 +140,7 @@ def progress_bar(step: int, max_steps: int, shown: bool) -> tqdm:
 
 
 def show_step(bar: tqdm, values: dict[str, float]) -> None:
+    """Show a step's loss, speed and MFU behind the bar."""
     words = "loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s, MFU {mfu:.0%}"
     if "reward" in values:
         words = "reward {reward:.3f}, " + words
@@ -145,6 +148,7 @@ def show_step(bar: tqdm, values: dict[str, float]) -> None:
 
 
 def show_evaluation(bar: tqdm, step: int, scores: dict[str, float]) -> None:
+    """Print the scores on held-out data above the bar."""
     if bar.disable:
         return
     words = ", ".join(

@@ -69,6 +69,7 @@ class ApiError(ValueError):
         self.status, self.param, self.code = status, param, code
 
     def body(self) -> dict:
+        """Return the JSON body of the response: OpenAI's error object."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         if self.status == 429:
             kind = "rate_limit_error"
@@ -343,6 +344,7 @@ class ChatBody(_WithTools):
         return 1, sum(map(len, texts))
 
     def encode(self, tokenizer: Tokenizer) -> list[list[int]]:
+        """Return the token ids of the conversation, as a list of one prompt."""
         tools = self.tools if self.functions() else []
         if tools and not knows_tools(tokenizer):
             message = "tools: the chat template of this model knows none"
@@ -573,6 +575,7 @@ class CompletionBody(Body):
         return len(self._prompts()), max(map(len, self._prompts()))
 
     def encode(self, tokenizer: Tokenizer) -> list[list[int]]:
+        """Return the token ids of each prompt."""
         start = [tokenizer.eos_token_id]
         return [
             [*start, *tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt

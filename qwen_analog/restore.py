@@ -213,9 +213,7 @@ def _check_optimizers(
     optimizers: Sequence[torch.optim.Optimizer],
     path: Path,
 ) -> None:
-    """Raise CheckpointError if the checkpoint's optimizers or their
-    parameters differ.
-    """
+    """Raise CheckpointError if the optimizers or their parameters differ."""
     if not state["optimizer_state_dicts"]:
         raise CheckpointError(
             f"{path} holds no optimizer state: training cannot be resumed from it"

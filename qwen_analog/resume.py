@@ -28,9 +28,7 @@ from .train_config import TrainConfig, given_settings, rename_settings
 
 # %% ../chapters/B25_resume.ipynb #cell-012
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """Return the states of torch's random generators on the CPU and, if
-    used, the GPU.
-    """
+    """Return the states of torch's random generators on the CPU and GPU."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -230,8 +228,9 @@ def settings_on_top(path: str | Path, config: TrainConfig) -> TrainConfig:
 
 
 def config_from_arguments(arguments: argparse.Namespace) -> TrainConfig:
-    """Return the settings of a file, a resumed checkpoint or the defaults, and flags on
-    top.
+    """Return the given flags on top of a settings file or of a checkpoint.
+
+    Without either, the defaults of `TrainConfig` stand below them.
     """
     config = given_settings(arguments)
     path = arguments.resume

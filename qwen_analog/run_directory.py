@@ -44,9 +44,7 @@ def _delete(checkpoint: Path) -> None:
 
 # %% ../chapters/B23_run_directory.ipynb #cell-015
 def check_keep(keep_last: int, keep_every: int) -> None:
-    """Raise ValueError unless `keep_last` is an int >= 1 and `keep_every`
-    an int >= 0.
-    """
+    """Raise ValueError unless these are ints, `keep_last` >= 1, `keep_every` >= 0."""
     for name, value, least in (
         ("keep_last", keep_last, 1),
         ("keep_every", keep_every, 0),
@@ -113,9 +111,7 @@ def newest_whole(directory: str | Path) -> Path | None:
 
 
 def _first_whole(paths: Iterable[Path]) -> tuple[Path | None, str, str]:
-    """Return the first undamaged checkpoint, the names before it, and the first's
-    fault.
-    """
+    """Return the first undamaged checkpoint, the names before it, and one fault."""
     passed_over, first = [], ""
     for path in paths:
         problem = _problem(path)
@@ -224,9 +220,7 @@ class RunDirectory(Checkpoints):
     """
 
     def newest_whole(self) -> Path | None:
-        """Return the newest undamaged checkpoint, or None: see the function
-        `newest_whole`.
-        """
+        """Return the newest undamaged checkpoint or None, as `newest_whole` does."""
         return newest_whole(self.path)
 
     def go_back_to_whole(self) -> Path | None:

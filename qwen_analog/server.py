@@ -219,12 +219,14 @@ class About:
         self._entry["owned_by"] = "qwen_analog"
 
     async def models(self, request: HTTPRequest) -> Response:
+        """Answer with a list of the one model, or with its entry."""
         if "name" not in request.path_params:
             return JSONResponse({"object": "list", "data": [self._entry]})
         _check_model(request.path_params["name"], self._model)
         return JSONResponse(self._entry)
 
     async def health(self, request: HTTPRequest) -> Response:
+        """Answer with the server's state; the status is 503 unless it is "ok"."""
         scheduler = self._engine.scheduler
         status = "ok" if self._engine.running else "stopped"
         state = {

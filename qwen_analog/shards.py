@@ -90,9 +90,7 @@ def _write_index(
 
 # %% ../chapters/B21_shards.ipynb #cell-019
 class ShardWriter(FileSystemWriter):
-    """The shard writer of torch's DCP, which also writes the tensors'
-    places as JSON.
-    """
+    """The shard writer of torch's DCP; it also writes the places as JSON."""
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         super().finish(metadata, results)
@@ -107,11 +105,11 @@ def save_shards(
     group: dist.ProcessGroup | None = None,
     background: bool = False,
 ) -> Callable[[], object]:
-    """Return a function that writes this rank's part of `tensors` into
-    `directory`/sharded.
+    """Return a function that writes this rank's part of `tensors`.
 
-    Every rank calls it. With `background`, the tensors are copied at once, so that they
-    may change before it is called.
+    Every rank calls both. The function writes into `directory`/sharded. With
+    `background`, the tensors are copied at once, so that they may change before it is
+    called.
     """
     writer = ShardWriter(directory / "sharded")
     place = {"storage_writer": writer, "process_group": group}

@@ -77,9 +77,7 @@ class Traffic(TorchDispatchMode):
 
 # %% ../chapters/B28_simulation.ipynb #cell-017
 class _DryRun:
-    """A training step on fake tensors. DDP's buckets and all-reduce are
-    added by hand.
-    """
+    """A step on fake tensors. DDP's buckets and all-reduce are added by hand."""
 
     def __init__(self, config, world_size, reference, model: QwenForCausalLM, wrapped):
         self.config, self.world_size = config, world_size
@@ -98,9 +96,7 @@ class _DryRun:
         self.batches, self.loss_of = _batches(config, run)
 
     def step(self, passes: AbstractContextManager, update: AbstractContextManager):
-        """Run a step: forward and backward passes in one context, the update in
-        another.
-        """
+        """Run a step, its passes in one context and its update in another."""
         for p, bucket in zip(self.weights, self.buckets):
             p.grad = bucket
         rest = 1.0, self.config, torch.device("cpu"), self.world_size, self.loss_of
@@ -131,9 +127,7 @@ def _batches(config: TrainConfig, count: int) -> tuple[list[dict], Callable | No
 
 
 def _judged(run: _DryRun, batch: dict) -> dict:
-    """Add the reference model's log-probabilities to a batch if the method
-    needs them.
-    """
+    """Add the reference model's log-probabilities if the method needs them."""
     if run.config.method == "sft" or not run.config.beta:
         return batch
     context = SimpleNamespace(device=torch.device("cpu"))
@@ -173,9 +167,7 @@ def _adapt(model: QwenForCausalLM, config: TrainConfig) -> None:
 def _unfused_optimizers(
     model: nn.Module, config: TrainConfig
 ) -> list[torch.optim.Optimizer]:
-    """Return the optimizers without fused kernels, in which memory cannot
-    be tracked.
-    """
+    """Return optimizers without fused kernels, which cannot be tracked."""
     optimizers = build_optimizers(model, config.learning_rate, kind=config.optimizer)
     for optimizer in optimizers:
         for group in optimizer.param_groups:

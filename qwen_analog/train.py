@@ -256,6 +256,7 @@ def schedule_learning_rate(
 
 
 def nonfinite_error(step: int, config: TrainConfig) -> ValueError:
+    """Return the error that ends a run after too many non-finite steps."""
     return ValueError(
         f"step {step}: the loss or a gradient was not finite"
         f" {config.max_nonfinite_steps} times in a row; nothing was saved since the"

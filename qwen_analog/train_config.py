@@ -440,9 +440,7 @@ _USED_BY |= {"beta": ("dpo", "grpo"), "z_loss": ("sft",)}
 
 
 def check_method(config: TrainConfig) -> None:
-    """Raise ValueError for a setting that `method` does not use, or one
-    that it lacks.
-    """
+    """Raise ValueError for a setting that `method` does not use, or lacks."""
     method, fields = config.method, TrainConfig.model_fields
     for name, methods in _USED_BY.items():
         changed = getattr(config, name) != fields[name].default
