@@ -555,7 +555,7 @@ def add_beam_arguments(parser: argparse.ArgumentParser) -> None:
 
 # %% ../chapters/B34_texts_and_weights.ipynb #cell-056
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say how a token is drawn."""
+    """Add the flags of sampling."""
     share = number(0, 1, above=True)
     flags = (
         ("--temperature", number(), "T", "0 takes the likeliest token"),
@@ -627,7 +627,7 @@ def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
 
 # %% ../chapters/B34_texts_and_weights.ipynb #finetune-arguments
 def add_finetune_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `qwen-analog finetune`: those of `train`, other defaults."""
+    """Add the flags of `qwen-analog finetune`: those of `train` with other defaults."""
     from qwen_analog.train_config import FINETUNING, add_arguments
 
     add_arguments(parser, **FINETUNING)

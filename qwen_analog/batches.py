@@ -42,11 +42,11 @@ T = TypeVar("T")
 def prefetch(
     prepare: Callable[[], T], count: int, depth: int = 2
 ) -> Generator[T, None, None]:
-    """Yield the results of `count` calls of `prepare`, which a thread makes up to
-    `depth` calls ahead.
+    """Yield the results of `count` calls of `prepare`, made in a thread ahead of time.
 
-    What a call raises is raised where its result is due, and ends the iteration. To
-    close it before its end stops the thread after the calls that were asked for.
+    The thread is at most `depth` calls ahead. An exception in a call is raised where
+    its result would be yielded, and ends the iteration. Closing the generator early
+    stops the thread once the calls already requested are done.
     """
     requests, results = SimpleQueue(), SimpleQueue()
     arguments = prepare, requests, results
@@ -77,7 +77,7 @@ def _answer(prepare: Callable, requests: SimpleQueue, results: SimpleQueue) -> N
 # %% ../chapters/B18_batches.ipynb #cell-027
 @dataclass
 class Batch:
-    """What one process computes in one step."""
+    """The data that one process computes in one step."""
 
     micro_batches: list[dict[str, torch.Tensor]]  # pinned where the device is a GPU
     sequences: list[TokenSequence]
@@ -91,7 +91,10 @@ def prepare_batch(
     context: DistributedContext,
     collate: Callable[..., list[dict[str, torch.Tensor]]] = micro_batches,
 ) -> Batch:
-    """Take this process's sequences of the next step, collated."""
+    """Return a batch of this process's sequences of the next step.
+
+    They are taken from `dataset`; `collate` makes micro-batches of them.
+    """
     count = config.micro_batch_size * config.gradient_accumulation_steps
     before = dataset.state_dict()
     sequences = dataset.take(count, context.rank, context.world_size)
@@ -103,7 +106,7 @@ def prepare_batch(
 def _pin(
     batches: list[dict[str, torch.Tensor]], device: torch.device
 ) -> list[dict[str, torch.Tensor]]:
-    """Put tensors where a GPU can fetch them by itself while other work goes on."""
+    """Copy tensors to pinned memory, from which a GPU loads while it computes."""
     if device.type != "cuda":
         return batches
     torch.cuda.set_device(device)  # a thread of its own begins with the first GPU
@@ -113,7 +116,8 @@ def _pin(
 def next_batch(batches: Iterator[Batch], context: DistributedContext) -> Batch:
     """Return this process's next batch.
 
-    Where one process cannot read its data, the others raise a DataError.
+    All processes call this. If one cannot read its data, its error is raised there, and
+    DataError in all others.
     """
     batch, problem = None, None
     try:
@@ -133,7 +137,7 @@ def next_batch(batches: Iterator[Batch], context: DistributedContext) -> Batch:
 
 # %% ../chapters/B18_batches.ipynb #cell-052
 def check_data(config: TrainConfig) -> None:
-    """Raise DataError, before anything is read, for data that are not there."""
+    """Raise DataError if data are missing or do not suit the method."""
     if not config.data:
         raise DataError(
             f"no data: name JSONL files with --data, each line {_line_of(config)}"
@@ -148,7 +152,7 @@ def check_data(config: TrainConfig) -> None:
 
 
 def _line_of(config: TrainConfig) -> str:
-    """Return what a line of the data looks like."""
+    """Return an example of a line of the data, for error messages."""
     texts = '{"messages": [...]}' if config.format == "chat" else '{"text": "..."}'
     lines = {"sft": texts, "dpo": '{"prompt", "chosen", "rejected"}'}
     lines["grpo"] = '{"prompt", "answer"}'
@@ -161,10 +165,10 @@ def open_data(
     context: DistributedContext,
     insist: bool = False,
 ) -> tuple[Dataset, PackedDataset | None]:
-    """Return the sequences to train on, and the held-out ones: None where
-    heldout_fraction is 0, or there is one document only.
+    """Return the dataset to train on, and the held-out one or None.
 
-    With `insist` that one document is a DataError.
+    It is None if `heldout_fraction` is 0, or if there is only one document; with
+    `insist`, a single document raises DataError instead.
     """
     check_data(config)
     streamed = config.stream or config.data[0].startswith("hf:")

@@ -29,14 +29,14 @@ from .tokenizer import Tokenizer
 
 # %% ../chapters/B24_checkpointer.ipynb #34043836
 class _InTurn:
-    """Runs one function at a time, at once or in a thread."""
+    """Runs one function at a time, in the caller's thread or in a second one."""
 
     def __init__(self, background: bool):
         self.executor = ThreadPoolExecutor(1) if background else None
         self.pending: Future | None = None
 
     def run(self, function: Callable[[], None], wait: bool = False) -> None:
-        """Run a function; one in the thread must have been waited for."""
+        """Run a function; call `wait` first if an earlier one may still be running."""
         if self.executor is None:
             function()
             return
@@ -45,7 +45,7 @@ class _InTurn:
             self.wait()
 
     def wait(self) -> None:
-        """Return when the thread is done; raise what went wrong in it."""
+        """Wait for the thread's function, and raise its exception if it failed."""
         pending, self.pending = self.pending, None
         if pending is not None:
             pending.result()
@@ -53,10 +53,10 @@ class _InTurn:
 # %% ../chapters/B24_checkpointer.ipynb #593a4fc7
 @dataclass(eq=False)
 class Checkpointer(_InTurn):
-    """Writes a run's checkpoints: atomic, pruned, plain or sharded, at once or later.
+    """Writes and prunes checkpoints. Every rank makes one, with equal arguments.
 
-    Every rank makes one, with the same arguments. `keep_last` checkpoints stay, and
-    with `keep_every` > 0 each step it divides. `wait` returns when all is written.
+    `keep_last` are kept, and each step that `keep_every` > 0 divides. `sharded` writes
+    one part per rank; `asynchronous` writes in a thread, which `wait` waits for.
     """
 
     output_dir: str | Path
@@ -81,9 +81,9 @@ class Checkpointer(_InTurn):
         rank_state: dict | None = None,
         final: bool = False,
     ) -> None:
-        """Write `output_dir`/`name` ("step_N" or "final"); every rank calls it, after
-        its optimizers' step. Raises CheckpointError where `name` exists and is whole,
-        OSError on a full disk, on every rank.
+        """Write `output_dir`/`name` ("step_N" or "final"). Every rank calls this, after
+        its optimizers' step, with its own `rank_state`. Raises, on every rank,
+        CheckpointError if `name` exists undamaged, OSError if the disk is full.
         """
         self.wait()
         partial = self.writer.prepare(name)
@@ -93,7 +93,7 @@ class Checkpointer(_InTurn):
 
 # %% ../chapters/B24_checkpointer.ipynb #5e0c14f2
 class _Parts(NamedTuple):
-    """What `save` is given."""
+    """The arguments of `save`."""
 
     model: QwenForCausalLM
     optimizers: Sequence[torch.optim.Optimizer]
@@ -104,7 +104,7 @@ class _Parts(NamedTuple):
 
 @dataclass(frozen=True)
 class _Contents:
-    """What one save writes: nothing of it changes when training goes on."""
+    """The contents of one checkpoint, which do not change when training goes on."""
 
     state: dict
     full: dict[str, torch.Tensor]  # gathered, on rank 0
@@ -113,9 +113,9 @@ class _Contents:
 
 
 def _collect(saves: Checkpointer, partial: Path, parts: _Parts) -> _Contents:
-    """Collect what training is about to change; in the background it is copied.
+    """Collect the contents of a checkpoint, as copies if written in the background.
 
-    `state` goes in as it is, the `rank_state` of all ranks as the list `rank_states`.
+    The `rank_state` of all ranks becomes the list `rank_states`.
     """
     group, later = saves.writer.group, saves.asynchronous
     tensors, rest = snapshot(parts.model, parts.optimizers)
@@ -132,7 +132,7 @@ def _collect(saves: Checkpointer, partial: Path, parts: _Parts) -> _Contents:
 # %% ../chapters/B24_checkpointer.ipynb #5e0c14f3
 @dataclass
 class _Writer:
-    """Puts checkpoints on the disk, each rank its part."""
+    """Writes checkpoints to the disk; each rank writes its part."""
 
     directory: RunDirectory
     tokenizer: Tokenizer
@@ -144,14 +144,14 @@ class _Writer:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
 
     def prepare(self, name: str) -> Path:
-        """Return a new partial directory, when all ranks' logs are on the disk."""
+        """Return a new partial directory, once all ranks' logs are on the disk."""
         own = self.directory, name, self.rank
         return on_all_ranks(lambda: _prepare(*own), self.group)[0]
 
     def write(
         self, name: str, partial: Path, contents: _Contents, model: QwenForCausalLM
     ) -> None:
-        """Write on every rank; nothing is seen of it until the last step."""
+        """Write on every rank; the checkpoint gets its name only at the end."""
         try:
             if contents.write_shards:
                 contents.write_shards()
@@ -171,15 +171,17 @@ class _Writer:
 
 # %% ../chapters/B24_checkpointer.ipynb #1586791d
 def _own_group() -> dist.ProcessGroup | None:
-    """Return a group of all ranks for this class alone: the ranks of a background save
-    talk while training does, and on a GPU's group only tensors travel well.
+    """Return a process group of all ranks that only checkpoints use.
+
+    A background save sends messages while training does. The group runs on gloo, since
+    a GPU's group is for tensors.
     """
     group = dist.new_group(backend="gloo") if dist.is_initialized() else None
     return group if isinstance(group, dist.ProcessGroup) else None
 
 
 def _flush(file: Path) -> None:
-    """Put a file, where there is one, and its entry in the directory on the disk."""
+    """Flush a file, if it exists, and its directory entry to the disk."""
     if file.is_file():
         try:
             flush_to_disk(file)
@@ -189,9 +191,7 @@ def _flush(file: Path) -> None:
 
 
 def _prepare(directory: RunDirectory, name: str, rank: int) -> Path | None:
-    """Flush a rank's log, on which the checkpoint relies; on rank 0, return a new
-    partial directory.
-    """
+    """Flush a rank's logs to disk; on rank 0, return a new partial directory."""
     _flush(directory.path / f"ledger/rank_{rank}.jsonl")
     if rank > 0:
         return None
@@ -200,7 +200,7 @@ def _prepare(directory: RunDirectory, name: str, rank: int) -> Path | None:
 
 # %% ../chapters/B24_checkpointer.ipynb #8c3a08d9
 def _shard_sums(partial: Path, rank: int) -> dict[str, str]:
-    """Return the checksums of the shards that a rank has written."""
+    """Return the SHA-256 of each shard that a rank has written."""
     own = (partial / "sharded").glob(f"__{rank}_*")
     return {f"sharded/{file.name}": sha256(file) for file in own}
 
@@ -208,7 +208,7 @@ def _shard_sums(partial: Path, rank: int) -> dict[str, str]:
 def _write_files(
     partial: Path, contents: _Contents, state: dict, sums: list[dict[str, str]]
 ) -> None:
-    """Write what rank 0 writes: all but the shards."""
+    """Write all files of a checkpoint except the shards, on rank 0."""
     if contents.write_shards is None:
         checkpoint = join_tensors(contents.full, state)
         write_pt(checkpoint, partial / "checkpoint.pt")

@@ -31,7 +31,10 @@ from .tokenizer import Tokenizer
 
 # %% ../chapters/B34_texts_and_weights.ipynb #cell-010
 def require_new(directory: str) -> None:
-    """Refuse a directory that exists or cannot be made, before weights are read."""
+    """Raise ValueError if a directory exists, OSError if it cannot be created.
+
+    This is checked before weights are loaded. Its parents are created.
+    """
     path = Path(directory)
     if path.exists() or path.is_symlink():
         raise ValueError(f"{path} exists already: delete it, or choose another name")
@@ -41,7 +44,7 @@ def require_new(directory: str) -> None:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    """Write a model in Hugging Face's layout: safetensors, config.json, tokenizer."""
+    """Write a model as a Hugging Face directory of safetensors, with its tokenizer."""
     from qwen_analog.hf import save_pretrained
 
     source, directory = source_and_directory(arguments)
@@ -53,7 +56,7 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def import_(arguments: argparse.Namespace) -> None:
-    """Make a checkpoint of a Hugging Face directory, a hub name or a .gguf file."""
+    """Write a checkpoint of a Hugging Face directory, owner/name, or .gguf file."""
     from qwen_analog.checkpoint import save_checkpoint
 
     require_new(arguments.directory)
@@ -63,7 +66,10 @@ def import_(arguments: argparse.Namespace) -> None:
 
 # %% ../chapters/B34_texts_and_weights.ipynb #cell-011
 def source_and_directory(arguments: argparse.Namespace) -> tuple[str, str]:
-    """Return the model to export and where to; it may come before the directory."""
+    """Return the model to export and the directory to write.
+
+    The model may be the first of two positional arguments, or `--model`.
+    """
     *named, directory = arguments.directory
     if len(named) > 1 or named and arguments.model:
         raise ValueError("export takes one model and one directory")
@@ -90,7 +96,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def given_sampling(arguments: argparse.Namespace) -> dict[str, float]:
-    """Return the sampling flags that were given."""
+    """Return the sampling flags that were given, as {name: value}."""
     values = {name: getattr(arguments, name) for name in SAMPLING}
     return {name: value for name, value in values.items() if value is not None}
 
@@ -102,7 +108,7 @@ def sample(
     count: int,
     arguments: argparse.Namespace,
 ) -> str:
-    """Return a prompt and up to `count` tokens that are drawn one by one."""
+    """Return a prompt and up to `count` tokens that are sampled one by one."""
     options: dict[str, Any] = {"temperature": 0.7, **sampling_defaults(model)}
     options |= {"seed": arguments.seed, **given_sampling(arguments)}
     options |= {"stop": arguments.stop, "grammar": grammar_of(arguments, tokenizer)}
@@ -110,7 +116,7 @@ def sample(
 
 
 def grammar_of(arguments: argparse.Namespace, tokenizer: Tokenizer) -> Grammar | None:
-    """Return the form that --json-schema asks for; ValueError that names the file."""
+    """Return the grammar for --json-schema. Raises ValueError for a bad file."""
     if arguments.json_schema is None:
         return None
     schema = read_json_object(Path(arguments.json_schema))
@@ -127,7 +133,7 @@ def search(
     count: int,
     arguments: argparse.Namespace,
 ) -> str:
-    """Return a prompt and the likeliest continuation that beams find."""
+    """Return a prompt and the most probable continuation that beam search finds."""
     start = [tokenizer.eos_token_id, *tokenizer.encode(prompt)]
     ends = stop_ids(model, tokenizer)
     if arguments.seed is not None:
@@ -151,10 +157,10 @@ def search(
 def answer_length(
     source: str, model: QwenForCausalLM, longest: int, wanted: int | None
 ) -> int:
-    """Return how many tokens to write after a prompt of `longest` tokens.
+    """Return how many tokens to generate after a prompt of `longest` tokens.
 
-    Where none are `wanted`, 100 or as many as there is room for. Raises ValueError
-    where more are wanted than the model has positions.
+    If `wanted` is None, this is 100, or fewer if the model's positions end before.
+    Raises ValueError if `wanted` needs more positions than the model has.
     """
     limit = model.config.max_position_embeddings
     room = limit - longest
@@ -169,7 +175,7 @@ def answer_length(
 
 # %% ../chapters/B34_texts_and_weights.ipynb #cell-028
 def require_room(model: QwenForCausalLM, tokens: int, check_memory: bool) -> None:
-    """Raise MemoryError where writing up to `tokens` tokens does not fit."""
+    """Raise ValueError if generating `tokens` tokens does not fit into memory."""
     estimate = estimate_memory(
         model.config, precision="fp32", optimizer=None, sequence_length=tokens
     )
@@ -183,7 +189,7 @@ def require_room(model: QwenForCausalLM, tokens: int, check_memory: bool) -> Non
 
 # %% ../chapters/B34_texts_and_weights.ipynb #cell-029
 def generate(arguments: argparse.Namespace) -> None:
-    """Continue prompts with a model."""
+    """Continue prompts with a model, and print the texts."""
     check_memory = not arguments.ignore_memory
     source = arguments.model or default_model()
     options = {"quantize": arguments.quantize, "compile": arguments.compile}
@@ -198,9 +204,9 @@ def generate(arguments: argparse.Namespace) -> None:
 
 # %% ../chapters/B34_texts_and_weights.ipynb #cell-034
 def beginnings(file: str, lines: list[int]) -> dict[int, str]:
-    """Return how the documents on these lines of `file` begin.
+    """Return {line number: beginning of its text} for these lines of `file`.
 
-    Where the file cannot be read, that is said on stderr, and the rest is left out.
+    If the file cannot be read, a note on stderr says so, and lines are missing.
     """
     if file.startswith("hf:"):  # a stream of the hub
         return {}
@@ -221,8 +227,9 @@ def beginnings(file: str, lines: list[int]) -> dict[int, str]:
 
 # %% ../chapters/B34_texts_and_weights.ipynb #said-code
 def said_in(content: bytes | bytearray | None) -> str:
-    """Return what is said in a line of a conversation, a pair or a question, without
-    system messages; nothing for other lines.
+    """Return the texts in a line of a conversation, a pair or a question, joined.
+
+    System messages are left out. For other lines the result is empty.
     """
     try:
         record: Any = parse_json(bytes(content or b""))
@@ -245,7 +252,7 @@ def _turns(value: Any) -> list[str]:
 
 # %% ../chapters/B34_texts_and_weights.ipynb #trace-code
 def trace(arguments: argparse.Namespace) -> None:
-    """Print the documents that a step of a run was made of, and how they begin."""
+    """Print the documents that a run read in a step, and their beginnings."""
     documents: dict[str, list[int]] = {}
     for source in documents_of_step(arguments.output_dir, arguments.step):
         file, _, line = source.rpartition(":")
@@ -257,7 +264,7 @@ def trace(arguments: argparse.Namespace) -> None:
 
 # %% ../chapters/B34_texts_and_weights.ipynb #finetune-command
 def finetune(arguments: argparse.Namespace) -> None:
-    """Train a model to answer, by examples, preferences or rewards in `--data`."""
+    """Finetune a model on the conversations, pairs or questions in `--data`."""
     from qwen_analog.resume import settings_on_top
     from qwen_analog.run_directory import RunDirectory
     from qwen_analog.train import run_settings

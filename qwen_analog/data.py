@@ -121,14 +121,14 @@ from .arguments import need
 
 # %% ../chapters/B25_resume.ipynb #data-file
 class FileFingerprint:
-    """What identifies the documents of one file: their number, bytes and tokens."""
+    """What identifies one file's documents: number, bytes and tokens."""
 
     def __init__(self, name: str):
         self.name, self.documents, self.bytes = name, 0, 0
         self.sha256 = hashlib.sha256()
 
     def add(self, tokens: np.ndarray, sizes: np.ndarray, ids) -> None:
-        """Add documents: their tokens, their bytes, their ids as an Arrow array."""
+        """Add documents: their token counts, byte counts and ids (an Arrow array)."""
         self.documents += int((tokens > 0).sum())
         self.bytes += int(sizes.sum())
         self.sha256.update(tokens.astype("<i8").tobytes())
@@ -145,10 +145,11 @@ class FileFingerprint:
 
 # %% ../chapters/B25_resume.ipynb #data-fingerprint
 def fingerprint(documents: "datasets.Dataset") -> dict:
-    """Say what identifies tokenized documents: each file's name, its documents, their
-    bytes and the SHA-256 of their tokens, in order.
+    """Return what identifies tokenized documents, as a dict for a checkpoint.
 
-    Directories are left out: the same files elsewhere are the same data.
+    For each file: its name without directories, the number of documents, their bytes
+    and the SHA-256 of their tokens, in order. The same files elsewhere are the same
+    data. Also the SHA-256 of which documents are held out.
     """
     files: list[FileFingerprint] = []
     held_out = hashlib.sha256()
@@ -168,8 +169,10 @@ def fingerprint(documents: "datasets.Dataset") -> dict:
 
 
 def runs_of_files(sources) -> Iterator[tuple[str, slice]]:
-    """Yield the file's name and the rows of each run of `sources`,
-    "directory/name:line", an Arrow array."""
+    """Yield (file name, slice of rows) for each run of rows from one file.
+
+    `sources` is an Arrow array of "directory/name:line".
+    """
     compute = need("pyarrow.compute")
     names = compute.replace_substring_regex(sources, r"^.*/|:\d+$", "").to_pylist()
     start = 0
@@ -180,8 +183,10 @@ def runs_of_files(sources) -> Iterator[tuple[str, slice]]:
 
 # %% ../chapters/B25_resume.ipynb #data-difference
 def data_difference(before: dict, now: dict) -> str | None:
-    """Say what differs between the data of two runs, by their data's `fingerprint`, as
-    a phrase for an error line; None if nothing does."""
+    """Return a phrase that says how the data of two runs differ, or None.
+
+    Both arguments are results of `fingerprint`.
+    """
     if before == now:
         return None
     try:
@@ -197,6 +202,7 @@ def data_difference(before: dict, now: dict) -> str | None:
 
 
 def names_difference(before: list[dict], now: list[dict]) -> str | None:
+    """Return how the names or the order of files differ, or None."""
     then, today = ([file["name"] for file in files] for files in (before, now))
     if then == today:
         return None
@@ -206,6 +212,7 @@ def names_difference(before: list[dict], now: list[dict]) -> str | None:
 
 
 def content_difference(before: list[dict], now: list[dict]) -> str | None:
+    """Return how the first changed file differs, or None."""
     for old, new in zip(before, now):
         for field in ("documents", "bytes"):
             if old.get(field) != new.get(field):

@@ -102,10 +102,10 @@ def answer_in_use(
     end: int,
     tools: Sequence[dict[str, Any]] = (),
 ) -> tuple[list[int], slice]:
-    """Return the ids of a conversation up to its answer `messages[i]`, and where in
-    them this answer stands, with the id `end` that closes it.
+    """Return the ids up to the answer `messages[i]`, and the slice of this answer.
 
-    Raises ValueError where they do not begin with what the model is given.
+    The slice includes the id `end`, which ends it. Raises ValueError if the ids do not
+    begin with the prompt that a model gets for this answer.
     """
     try:
         asked = chat_ids(
@@ -124,7 +124,7 @@ def answer_in_use(
 
 # %% ../chapters/B43_conversations.ipynb #cell-012-spans
 class RewrittenTurnError(ValueError):
-    """A chat template writes a turn otherwise once more follows."""
+    """The chat template changes earlier turns when later ones follow."""
 
 
 def answer_spans(
@@ -133,11 +133,11 @@ def answer_spans(
     end: int,
     tools: Sequence[dict[str, Any]] = (),
 ) -> tuple[list[int], list[slice]]:
-    """Return the ids of a conversation, and where in them each answer stands, with the
-    id `end` that closes it.
+    """Return the ids of a conversation, and the slices of them that are answers.
 
-    Where the chat template marks answers, they are what it marks. Raises ValueError
-    where what is learned would not be what the model is given later.
+    Each includes the id `end`. If the chat template marks answers, its marks are used.
+    Raises ValueError if the ids before an answer are not the prompt that a model will
+    get in use.
     """
     marked = marked_chat(tokenizer, messages, tools)
     if marked is not None:
@@ -157,10 +157,10 @@ def answer_spans(
 
 # %% ../chapters/B43_conversations.ipynb #cell-014
 def answer_end(tokenizer: Tokenizer) -> int:
-    """Return the control token that ends an answer in the tokenizer's chat form.
+    """Return the id of the control token that ends an answer in the chat form.
 
-    Raises ValueError for a form that cannot be trained on: without such a token a model
-    never learns to stop.
+    Raises ValueError if there is none, since a model would never learn to stop, or if
+    the template begins answers in another way than it asks for them.
     """
     question = {"role": "user", "content": "?"}
     answer = {"role": "assistant", "content": "!"}
@@ -188,13 +188,13 @@ def answer_end(tokenizer: Tokenizer) -> int:
 # %% ../chapters/B43_conversations.ipynb #cell-023-class
 @dataclass
 class FileExample(Example):
-    """An example, and what a run keeps of it."""
+    """An example from a file, with its size and the key of the held-out split."""
 
     num_bytes: int  # of the answers' text
     key: str  # what the held-out split is drawn by
 
     def content(self) -> bytes:
-        """Return what a fingerprint is made of."""
+        """Return the bytes from which the data's fingerprint is computed."""
         size = len(self).to_bytes(8, "little")
         return size + self.ids.tobytes() + self.learned.tobytes()
 
@@ -207,13 +207,18 @@ def encode_conversation(
     source: str = "",
     tools: Sequence[dict[str, Any]] = (),
 ) -> FileExample:
+    """Return a conversation as one example, which is trained on its answers.
+
+    `end` is the id that ends an answer, `key` decides the held-out split, and `source`
+    says where the conversation is from. Raises ValueError as `answer_spans` does.
+    """
     ids, spans = answer_spans(tokenizer, messages, end, tools)
     answers = [said(m) for m in messages if m["role"] == "assistant"]
     return _example(ids, spans, answers, key, source)
 
 
 def refuse_empty_prompt(size: int) -> None:
-    """Raise ValueError for a prompt of no tokens."""
+    """Raise ValueError if a prompt has no tokens."""
     if size == 0:
         raise ValueError(
             "the chat template makes no token of the prompt: give it a text"
@@ -240,8 +245,9 @@ def encode_turns(
     source: str = "",
     tools: Sequence[dict[str, Any]] = (),
 ) -> list[FileExample]:
-    """Do as `encode_conversation`; where the chat template rewrites earlier turns,
-    return an example for each answer.
+    """Return the examples of one conversation: normally a single one.
+
+    If the chat template rewrites earlier turns, there is one example per answer.
     """
     try:
         return [encode_conversation(tokenizer, messages, end, key, source, tools)]
@@ -262,14 +268,14 @@ _OF_TOOLS = ("name", "tool_call_id")
 
 
 def refuse_record_fields(record: dict[str, Any]) -> None:
-    """Raise ValueError for a record with a field that would be passed over."""
+    """Raise ValueError if a record has a field that is not supported."""
     for name in _NOT_OF_RECORDS:
         if record.get(name):
             raise ValueError(f'"{name}" are not supported: leave such a line out')
 
 
 def refuse_message_fields(message: dict[str, Any]) -> None:
-    """Raise ValueError for a message with a field that would be passed over."""
+    """Raise ValueError if a message has a field that is not supported."""
     tool = message.get("role") == "tool"
     for name in _NOT_OF_MESSAGES if tool else _NOT_OF_MESSAGES + _OF_TOOLS:
         if message.get(name):
@@ -279,11 +285,11 @@ def refuse_message_fields(message: dict[str, Any]) -> None:
 
 # %% ../chapters/B43_conversations.ipynb #92beecfa
 def read_messages(record: object) -> list[dict[str, Any]]:
-    """Return the messages of a line's record, checked.
+    """Check the record of a line, and return its messages.
 
     It is {"messages": [{"role", "content"}, ...]}, or {"prompt", "completion"}, each a
-    text or a list of messages; those of the assistant may have `tool_calls`. Raises
-    ValueError saying what is wrong with it.
+    text or a list of messages. Messages of the assistant may have `tool_calls`. Raises
+    ValueError, which says what is wrong.
     """
     if not isinstance(record, dict):
         raise ValueError(f"not a JSON object but of type {type(record).__name__}")
@@ -323,7 +329,7 @@ def _read_message(number: int, message: object) -> dict[str, Any]:
 
 # %% ../chapters/B43_conversations.ipynb #cell-065-turn
 def _read_turn(message: dict[str, Any], role: str) -> dict[str, Any]:
-    """Return a message's text, its calls, and what says which call it answers."""
+    """Return a message's text, its calls, and which call it answers, as fields."""
     calls, content = message.get("tool_calls"), message.get("content")
     if calls and role != "assistant":
         raise ValueError('"tool_calls" of another role than the assistant')
@@ -339,7 +345,7 @@ def _read_turn(message: dict[str, Any], role: str) -> dict[str, Any]:
 
 # %% ../chapters/B43_conversations.ipynb #cell-065-text
 def _as_text(content: object) -> str:
-    """Return a message's content, which may come in parts."""
+    """Return a message's content as one text; it may be a list of parts."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -357,9 +363,9 @@ def _as_text(content: object) -> str:
 def read_examples(
     line: Line, tokenizer: Tokenizer, end: int, sequence_length: int
 ) -> list[FileExample]:
-    """Return what a line's conversation teaches; ValueError for what is wrong with it.
+    """Return the examples of a line's conversation. Raises ValueError for a bad line.
 
-    It is one example, but for templates that rewrite earlier turns.
+    It is one example, or one per answer if the chat template rewrites earlier turns.
     """
     content = line.content
     if not isinstance(content, bytes):  # longer than 1 MiB
@@ -371,6 +377,7 @@ def read_examples(
 def encode_record(
     record: Any, source: str, tokenizer: Tokenizer, end: int, sequence_length: int
 ) -> list[FileExample]:
+    """Return the examples of a parsed line. Raises ValueError for a bad one."""
     messages, tools = read_messages(record), checked_tools(record.get("tools"))
     texts = [*map(said, messages), *map(json.dumps, tools)]
     characters = sum(map(len, texts))
@@ -395,9 +402,9 @@ def read_conversations(
     sequence_length: int,
     skip_bad_lines: bool = False,
 ) -> tuple[list[FileExample], list[str]]:
-    """Return the conversations of JSONL files, and where bad lines were skipped.
+    """Return the examples of JSONL files, and a list of bad lines that were skipped.
 
-    Raises DataError, with file and line, for a bad line that is not to be skipped.
+    Raises DataError for a bad line unless `skip_bad_lines`, and if no line is good.
     """
     read = partial(
         read_examples,
@@ -411,7 +418,9 @@ def read_conversations(
 def read_all(
     files: Sequence[str], read: Callable[[Line], list], skip_bad_lines: bool, what: str
 ) -> tuple[list, list[str]]:
-    """Return what `read` makes of all lines, and where bad lines were skipped."""
+    """Return the results of `read` for all lines, and a list of skipped bad lines;
+    `what` names an example in error messages. Raises DataError as `read_conversations`.
+    """
     examples, skipped = [], []
     for line in read_lines(files):
         where = f"{line.name}, line {line.number}"
@@ -429,7 +438,7 @@ def read_all(
 
 # %% ../chapters/B43_conversations.ipynb #cell-032
 class ChatDataset(PackedDataset):
-    """Whole conversations, several a sequence, in a new random order each epoch."""
+    """Sequences of packed whole conversations, in a new random order each epoch."""
 
     def __init__(
         self,
@@ -446,7 +455,7 @@ class ChatDataset(PackedDataset):
         self._epochs: list[list[list[int]]] = []
 
     def epoch_rows(self, epoch: int) -> list[list[int]]:
-        """Return the numbers of the examples in each sequence of an epoch."""
+        """Return, for each sequence of an epoch, the indices of its examples."""
         while len(self._epochs) <= epoch:
             rng = np.random.default_rng((self.seed, len(self._epochs)))
             order = rng.permutation(len(self.examples)).tolist()
@@ -468,14 +477,14 @@ class ChatDataset(PackedDataset):
 
 # %% ../chapters/B43_conversations.ipynb #cell-034
 def end_at_answers(model: QwenForCausalLM, tokenizer: Tokenizer) -> None:
-    """Let what the model writes end where its answers will, beside where it did."""
+    """Add the token that ends answers to those that end the model's generation."""
     settings = model.generation_config.to_dict()
     ends = [answer_end(tokenizer), *model.generation_config.eos_token_id]
     model.generation_config = {**settings, "eos_token_id": list(dict.fromkeys(ends))}
 
 # %% ../chapters/B43_conversations.ipynb #cell-070
 def chat_fingerprint(examples: Sequence[Any], held_out: np.ndarray) -> dict:
-    """Say what identifies examples, as `data.fingerprint` does of texts."""
+    """Return what identifies examples, as `data.fingerprint` does for texts."""
     files: dict[str, FileFingerprint] = {}
     for example in examples:
         name = example.source.rpartition(":")[0].rpartition("/")[2]
@@ -490,7 +499,7 @@ def chat_fingerprint(examples: Sequence[Any], held_out: np.ndarray) -> dict:
 def split_examples(
     examples: Sequence[Any], fraction: float
 ) -> tuple[list, list, dict[str, Any]]:
-    """Return what is learned, what is held out, and what identifies both."""
+    """Return the examples to train on, the held-out ones, and their fingerprint."""
     held_out = held_out_mask([example.key for example in examples], fraction)
     training, kept = (
         [example for example, out in zip(examples, held_out) if out == side]
@@ -502,15 +511,16 @@ def split_examples(
 def chat_datasets(
     examples: Sequence[FileExample], sequence_length: int, seed: int, fraction: float
 ) -> tuple[ChatDataset, ChatDataset | None]:
-    """Return the conversations to train on, and those held out, if there are any."""
+    """Return a dataset of conversations to train on, and a held-out one or None."""
     *parts, mark = split_examples(examples, fraction)
     training, kept = (ChatDataset(p, sequence_length, seed, mark) for p in parts)
     return training, kept if parts[1] else None
 
 # %% ../chapters/B43_conversations.ipynb #stream-2
 def conversation_and_key(record: Any) -> tuple[str, str]:
-    """Return a record's messages and tools as JSON, and what the held-out split is
-    drawn by.
+    """Return a record's messages and tools as JSON, and its key.
+
+    The key, its title or else its messages, decides whether it is held out.
     """
     messages = read_messages(record)
     title, tools = (record.get(name) for name in ("title", "tools"))
@@ -519,7 +529,7 @@ def conversation_and_key(record: Any) -> tuple[str, str]:
 
 
 def conversation_rows(files: Sequence[str], skip_bad_lines: bool) -> Iterator[dict]:
-    """Yield the lines of JSONL files as a `Document`'s fields."""
+    """Yield the lines of JSONL files as dicts of `Document`'s fields."""
     for line in read_lines(files):
         source = f"{line.name}:{line.number}"
         try:
@@ -534,13 +544,14 @@ def conversation_rows(files: Sequence[str], skip_bad_lines: bool) -> Iterator[di
 
 # %% ../chapters/B43_conversations.ipynb #stream-2-open
 def open_conversations(paths: Sequence[str | Path], skip_bad_lines: bool = False):
-    """Do as `open_stream`, for conversations: what a `ChatStream` reads."""
+    """Return a stream of conversations for `ChatStream`: see `open_stream`."""
     return open_stream(paths, skip_bad_lines, conversation_rows, hub_conversation)
 
 
 def hub_conversation(record: object) -> tuple[str, str]:
-    """Do as `conversation_and_key`, without the empty fields that the tables of the hub
-    give to calls and tools of other functions.
+    """Return the result of `conversation_and_key` without null fields.
+
+    Tables on the hub give every call and tool the fields of all others.
     """
     return conversation_and_key(_without_nulls(record))
 
@@ -554,6 +565,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def bad_line(source: str, error: Exception) -> DataError:
+    """Return a DataError for a line, named by its `source` "file:number"."""
     file, _, number = source.rpartition(":")
     return DataError(
         f"{file}, line {number}: {error}. Mend the line, or pass --skip-bad-lines"
@@ -562,7 +574,7 @@ def bad_line(source: str, error: Exception) -> DataError:
 # %% ../chapters/B43_conversations.ipynb #stream-4
 @dataclass
 class HeldOutConversation:
-    """What a held-out conversation of a stream teaches; see `HeldOutDocument`."""
+    """The examples of a held-out conversation of a stream; see `HeldOutDocument`."""
 
     number: int  # the hash of its key
     examples: list[FileExample]
@@ -574,7 +586,7 @@ class HeldOutConversation:
 
 
 class ChatRows:
-    """What the rows of a stream teach; bad ones are counted where they are skipped."""
+    """Encodes the rows of a stream as examples, and counts bad rows that it skips."""
 
     def __init__(self, tokenizer: Tokenizer, sequence_length: int, skip_bad: bool):
         self.form = tokenizer, answer_end(tokenizer), sequence_length
@@ -599,13 +611,13 @@ class ChatRows:
 # %% ../chapters/B43_conversations.ipynb #stream-5
 @dataclass
 class ChatReader:
-    """The examples to train on, with their places: epoch, document, number."""
+    """Reads training examples with their places (epoch, document, number)."""
 
     reader: StreamReader
     rows: ChatRows
 
     def examples(self, epoch: int, skip: int) -> Iterator[tuple[tuple, FileExample]]:
-        """Yield them from document `skip` of `epoch` on, epoch after epoch."""
+        """Yield places and examples from document `skip` of `epoch` on, without end."""
         while True:
             ours = skip > 0
             rows = islice(self.reader.documents(epoch), skip, None)
@@ -620,7 +632,7 @@ class ChatReader:
             epoch, skip = epoch + 1, 0
 
     def open_at(self, place: tuple[int, int, int]) -> RunReader:
-        """Return what reads from a place on; DataError where there is none such."""
+        """Return a reader that begins at a place. Raises DataError if it is gone."""
         reading = RunReader(self.examples(*place[:2]))
         if not any(place[1:]):
             return reading
@@ -635,12 +647,13 @@ class ChatReader:
 
 # %% ../chapters/B43_conversations.ipynb #stream-6
 class ChatPieces(StreamingDataset):
-    """The conversations of a stream, in pieces for one sequence each, from a place that
-    can be saved.
+    """The conversations of a stream, grouped into rows for one sequence each.
+
+    The place in the stream can be saved and restored.
     """
 
     def __init__(self, stream, tokenizer, *rest, skip_bad_lines=False, **options):
-        """Take what `StreamingDataset` takes."""
+        """Take the arguments of `StreamingDataset`."""
         super().__init__(stream, tokenizer, *rest, **options)
         self.rows = ChatRows(tokenizer, self.sequence_length, skip_bad_lines)
         self.load_state_dict({"epoch": 0, "document": 0, "offset": 0})
@@ -655,7 +668,7 @@ class ChatPieces(StreamingDataset):
         self.ahead: list = []  # the next example, once it was read
 
     def take_pieces(self, count: int) -> list:
-        """Return the examples of the next `count` sequences."""
+        """Return the next `count` rows, each a list of examples for one sequence."""
         return [self._next_row(self.sequence_length) for _ in range(count)]
 
     def _next_row(self, room: int) -> list[FileExample]:
@@ -669,9 +682,7 @@ class ChatPieces(StreamingDataset):
 
 # %% ../chapters/B43_conversations.ipynb #stream-8
 class ChatStream(ChatPieces):
-    """The same kind of sequences as of `ChatDataset`, from a stream of
-    `conversation_rows` that is never held whole.
-    """
+    """A dataset like `ChatDataset` that reads a stream and never holds it whole."""
 
     def to_sequence(self, pieces: list) -> TokenSequence:
         return join(pieces, self.sequence_length)
@@ -690,13 +701,13 @@ class ChatStream(ChatPieces):
 
 # %% ../chapters/B43_conversations.ipynb #cell-076
 def add_adapters(model: QwenForCausalLM, config: TrainConfig) -> None:
-    """Add the adapters that the settings ask for."""
+    """Add adapters to the model if the settings have a `lora_rank` above 0."""
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.lora_alpha, config.lora_targets)
 
 
 def save_adapters(config: TrainConfig) -> None:
-    """Write the adapters of a finished run as PEFT does, into output_dir/adapter."""
+    """Write a finished run's adapters in PEFT's format to output_dir/adapter."""
     output = Path(config.output_dir)
     checkpoint = load_checkpoint(output / "final")
     with torch.device("meta"):

@@ -65,7 +65,7 @@ from .quantize import STORED, Blocks
 
 
 def _kept(names: dict[str, str], file: GGUFFile) -> dict[str, str]:
-    """Return the file's names of matrices that stay bytes, by the model's names."""
+    """Return the matrices that stay quantized: the model's names -> the file's."""
     embedding = names["model.embed_tokens.weight"]
     matrices = {**names, "lm_head.weight": names.get("lm_head.weight", embedding)}
     return {
@@ -78,11 +78,11 @@ def _kept(names: dict[str, str], file: GGUFFile) -> dict[str, str]:
 def load_gguf_stored(
     file: GGUFFile, dtype: torch.dtype = torch.float32
 ) -> tuple[QwenForCausalLM, HFTokenizer]:
-    """Do as `load_gguf`, but keep the bytes of matrices of the types in `STORED`.
+    """Load a model as `load_gguf` does, but keep matrices of `STORED` types quantized.
 
-    They are `Blocks` of the model: it computes nothing before `optimize_for_inference`
-    makes layers of them. Says in a line on stderr what is kept. Raises ValueError also
-    where there is nothing to keep.
+    They become `Blocks`, so the model computes nothing before `optimize_for_inference`
+    replaces them with layers. A line on stderr says which types are kept. Raises
+    ValueError as `load_gguf` does, and if no matrix can be kept.
     """
     config = gguf_config(file)
     names = _tensor_names(config, file)
@@ -134,7 +134,7 @@ def _say_what_is_kept(
 
 
 def stored_bytes(file: GGUFFile, dtype: torch.dtype) -> int:
-    """Return how many bytes the weights of `load_gguf_stored` take."""
+    """Return how many bytes the weights of `load_gguf_stored` take in memory."""
     names = _tensor_names(gguf_config(file), file)
     kept, total = _kept(names, file), 0
     for name, theirs in {**names, **kept}.items():

@@ -39,7 +39,7 @@ _STRING, _ARRAY, _LONGEST_ARRAY = 8, 9, 2**22
 
 # %% ../chapters/B15_gguf_file.ipynb #f15b01cc
 class GGUFReader:
-    """Reads a file's tables from the front, and never past its end: ValueError."""
+    """Reads a file's values in order. Raises ValueError past the file's end."""
 
     def __init__(self, data: mmap.mmap):
         self.data = data
@@ -80,7 +80,7 @@ class GGUFReader:
 
 # %% ../chapters/B15_gguf_file.ipynb #2dc90cd6
 class GGUFTensor(NamedTuple):
-    """A tensor of a file: its shape, outermost dimension first; its mapped bytes."""
+    """A tensor of a file. Its shape lists the outermost dimension first."""
 
     tensor_type: "gguf.GGMLQuantizationType"
     shape: list[int]
@@ -88,7 +88,10 @@ class GGUFTensor(NamedTuple):
 
 
 class GGUFFile(NamedTuple):
-    """What a file holds; the tensors' bytes stay in it until they are read."""
+    """The metadata and tensors of a GGUF file, which is mapped into memory.
+
+    A tensor's bytes are read from the disk only when they are used.
+    """
 
     path: Path
     metadata: dict[str, Any]
@@ -96,7 +99,7 @@ class GGUFFile(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """A line of the table of tensors."""
+    """One entry of the file's table of tensors; `offset` counts bytes."""
 
     name: str
     tensor_type: "gguf.GGMLQuantizationType"
@@ -120,7 +123,7 @@ def _place_tensors(
 ) -> dict[str, GGUFTensor]:
     """Return the tensors by name.
 
-    Raises ValueError unless they fill the file from `start` on, one after the other.
+    Raises ValueError unless they fill the file from `start` to its end without gaps.
     """
     import gguf
 
@@ -190,9 +193,10 @@ def _read_tables(path: Path, data: mmap.mmap) -> GGUFFile:
 
 # %% ../chapters/B15_gguf_file.ipynb #47b55150
 def read_gguf(path: str | Path) -> GGUFFile:
-    """Read a file's metadata and its table of tensors.
+    """Read the metadata and the table of tensors of a GGUF file.
 
-    Raises ValueError for a file that is missing, damaged, or no GGUF file.
+    Weights stay on the disk until they are used. Raises ValueError if the file is
+    missing, damaged, or no GGUF file.
     """
     need("gguf")
     path = Path(path)

@@ -21,7 +21,7 @@ from .tokenizer import TiktokenTokenizer, Tokenizer, control_tokens
 
 # %% ../chapters/B35_grammar.ipynb #cell-019
 class _Spelled:
-    """A tokenizer as llguidance asks for it: the bytes of each token."""
+    """A tokenizer in the form that llguidance needs: the bytes of each token."""
 
     bos_token_id = None
 
@@ -36,27 +36,27 @@ class _Spelled:
 
 @lru_cache(maxsize=4)
 def _vocabulary(tokenizer: Tokenizer) -> Any:
-    """Return a tokenizer's tokens as llguidance's trie; a second for large ones."""
+    """Return llguidance's tokenizer, a trie of tokens; slow to make, hence cached."""
     library, spelled = need("llguidance"), _Spelled(tokenizer)
     _check_spelling(spelled.tokens)
     return library.LLTokenizer(library.TokenizerWrapper(spelled), tokenizer.vocab_size)
 
 # %% ../chapters/B35_grammar.ipynb #cell-021
 class GrammarError(ValueError):
-    """An answer cannot be followed further; its request asks for too much."""
+    """The text cannot continue under its grammar, or the grammar is too complex."""
 
 
 class GrammarState:
-    """How far an answer has come in a grammar; it may end with the tokens `ends`."""
+    """The position of one answer in a grammar; the ids `ends` may end it."""
 
     def __init__(self, matcher: Any, end: int, ends: Collection[int]):
         self._matcher, self._end, self._ends = matcher, end, list(ends)
         self._read: list[int] = []
 
     def allowed(self, written: Sequence[int]) -> torch.Tensor:
-        """Return which tokens may follow `written`, bool [V].
+        """Return a mask, bool [V], of the tokens that may follow the ids `written`.
 
-        Raises GrammarError for none, and where the library gives up.
+        Raises GrammarError if there are none, or if llguidance exceeds its limits.
         """
         self._follow(list(written))
         found = bytearray(self._matcher.compute_logit_bias())  # a byte a token
@@ -85,10 +85,10 @@ _LIMITS = dict(max_lexer_states=20_000, max_grammar_size=100_000, verbose_errors
 
 
 class Grammar:
-    """What an answer may look like: `text` is a grammar of llguidance.
+    """A grammar that answers must follow; `text` is in llguidance's format.
 
-    It is compiled for the tokens of one tokenizer. Raises ValueError for what is no
-    grammar or allows nothing, and MissingExtraError.
+    It is compiled for the tokens of one tokenizer. Raises ValueError if it is invalid
+    or allows nothing, MissingExtraError without the library llguidance.
     """
 
     def __init__(self, tokenizer: Tokenizer, text: str):
@@ -100,7 +100,7 @@ class Grammar:
         self.start([self._end]).allowed([])
 
     def start(self, ends: Collection[int]) -> GrammarState:
-        """Begin an answer that may end with each of the tokens `ends`."""
+        """Return the state of an empty answer; the ids `ends` may end it."""
         known = [i for i in ends if i < self.vocab_size]
         if not known:
             raise ValueError("with a grammar an end token is needed")
@@ -111,7 +111,7 @@ _LAYOUT = {"whitespace_pattern": r"\n?[ \t]{0,20}"}
 
 
 def schema_text(schema: Any) -> str:
-    """Return a JSON schema as a part of a grammar. ValueError for what is none."""
+    """Return a JSON schema as text for a grammar. Raises ValueError for a bad one."""
     if not isinstance(schema, dict):
         raise ValueError(f"a JSON schema must be an object, not {shown(schema)}")
     text = json.dumps({**schema, "x-guidance": _LAYOUT})
@@ -121,9 +121,9 @@ def schema_text(schema: Any) -> str:
 
 
 def json_grammar(tokenizer: Tokenizer, schema: dict) -> Grammar:
-    """Return the grammar of the JSON values that a schema allows.
+    """Return the grammar of all JSON values that a schema allows.
 
-    Raises ValueError for a schema that llguidance does not know how to enforce.
+    Raises ValueError if the schema uses features that llguidance cannot enforce.
     """
     matcher = need("llguidance").LLMatcher
     return Grammar(tokenizer, matcher.grammar_from_json_schema(schema_text(schema)))
@@ -134,9 +134,9 @@ def restrict(
     states: Sequence[GrammarState | None],
     written: Sequence[Sequence[int]],
 ) -> torch.Tensor:
-    """Set to -inf what the grammars of rows forbid after `written`, in `logits` [n, V].
+    """Return `logits` [n, V] with -inf for tokens that the grammars of rows forbid.
 
-    A state is None where a row has no grammar.
+    `written` holds each row's ids so far. A state of None means no grammar for a row.
     """
     if not any(states):
         return logits
@@ -156,7 +156,7 @@ _SPELLED = {
 
 
 def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
-    """Return the bytes that a token stands for, also of a part of a character."""
+    """Return the bytes of a token, which may be a part of a character."""
     if isinstance(tokenizer, TiktokenTokenizer):
         try:
             return tokenizer.encoding.decode_single_token_bytes(token)
@@ -176,14 +176,14 @@ def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
 
 # %% ../chapters/B35_grammar.ipynb #cell-050
 def _spelling(tokenizer: Any, token: int) -> str:
-    """Return a token as the vocabulary file has it."""
+    """Return a token as it is spelled in the vocabulary file."""
     if hasattr(tokenizer, "tokenizer"):
         return tokenizer.tokenizer.convert_ids_to_tokens(token)
     return tokenizer.model.id_to_piece(token)
 
 # %% ../chapters/B35_grammar.ipynb #cell-052
 def _check_spelling(tokens: Sequence[bytes]) -> None:
-    """Raise ValueError unless each printable character of ASCII is a token."""
+    """Raise ValueError unless each printable ASCII character is a token."""
     known = {token for token in tokens if len(token) == 1}
     missing = [chr(i) for i in range(0x20, 0x7F) if bytes([i]) not in known]
     if missing:
@@ -194,7 +194,7 @@ def _check_spelling(tokens: Sequence[bytes]) -> None:
 
 
 def _check_matcher(matcher: Any, written: int = 0) -> None:
-    """Raise GrammarError where llguidance has given up, with its reason in one line."""
+    """Raise GrammarError, with the reason, if llguidance has stopped with an error."""
     if matcher.is_error():
         reason = one_line(ValueError(matcher.get_error())).replace("<non-verbose/>", "")
         far = f" beyond {written} tokens, ask for a simpler form" if written else ""

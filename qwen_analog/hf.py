@@ -49,9 +49,10 @@ _REQUIRED = (
 
 # %% ../chapters/B14_hugging_face.ipynb #4dc0830e
 def from_hf_config(values: dict[str, Any], where: str | Path) -> QwenConfig:
-    """Return the configuration that a config.json describes; `where` names the file.
+    """Return the model configuration that a config.json of transformers describes.
 
-    Raises ValueError for what is missing, wrong, or no part of this model.
+    `values` is the file's content; `where` names the file in error messages. Raises
+    ValueError for a missing or wrong field and for a model that we do not compute.
     """
     _refuse_other_models(values, where)
     for name in _REQUIRED:
@@ -101,7 +102,7 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 # %% ../chapters/B14_hugging_face.ipynb #3de116b1
 def _refuse_other_models(values: dict[str, Any], where: str | Path) -> None:
-    """Raise ValueError, which names the field, for what this model does not compute."""
+    """Raise ValueError, which names the field, for a model that we do not compute."""
     kind, activation = values.get("model_type"), values.get("hidden_act", "silu")
     if kind not in ("qwen2", "qwen3", "llama", "mistral"):
         other = _OTHER_FAMILIES.get(kind) if isinstance(kind, str) else None
@@ -140,10 +141,10 @@ def _has_sliding_window(values: dict[str, Any]) -> bool:
 
 # %% ../chapters/B14_hugging_face.ipynb #17119d37
 def _rope(values: dict[str, Any], where: str | Path) -> tuple[Any, dict | None]:
-    """Return theta and the settings of YaRN or of Llama 3's scaling.
+    """Return theta, and the settings of YaRN or of Llama 3's scaling or None.
 
-    They are in `rope_parameters` since transformers 5, in `rope_theta` and
-    `rope_scaling` before.
+    transformers 5 keeps them in `rope_parameters`, earlier versions in `rope_theta` and
+    `rope_scaling`.
     """
     for name in ("rope_parameters", "rope_scaling"):
         if not isinstance(values.get(name), dict | None):
@@ -173,12 +174,12 @@ def _rope(values: dict[str, Any], where: str | Path) -> tuple[Any, dict | None]:
 def load_pretrained(
     source: str | Path, dtype: torch.dtype = torch.float32
 ) -> tuple[QwenForCausalLM, Tokenizer | None]:
-    """Load a Qwen2, Qwen2.5, Qwen3, Llama or Mistral directory of transformers.
+    """Load a Qwen2, Qwen2.5, Qwen3, Llama or Mistral model in transformers' format.
 
-    `source` is the directory, or its name on the hub. The model is in eval mode on the
-    CPU, its weights converted to `dtype`; the tokenizer is None where the directory
-    holds none. Raises ValueError, and loads nothing, for what is damaged, does not fit
-    together, or is no part of this model.
+    `source` is the directory, or owner/name on the hub. Returns the model, in eval mode
+    on the CPU with weights converted to `dtype`, and its tokenizer, or None if the
+    directory has no tokenizer. Raises ValueError if a file is damaged, if files do not
+    fit together, or if it is a model that we do not compute.
     """
     directory = local_directory(source)
     path = _needed(directory, "config.json")
@@ -198,9 +199,9 @@ def load_pretrained(
 
 
 def read_hf_config(source: str | Path) -> QwenConfig:
-    """Return the configuration of a directory, or of a model on the hub.
+    """Return the model configuration of a directory, or of owner/name on the hub.
 
-    No weight is read or fetched.
+    No weights are read or downloaded. Raises ValueError as `load_pretrained` does.
     """
     path = _needed(local_directory(source, ["config.json"]), "config.json")
     return from_hf_config(read_json(path), path)
@@ -223,7 +224,7 @@ def _generation_defaults(
 ) -> GenerationDefaults:
     """Return the settings of generation_config.json, completed from config.json.
 
-    Models without the first file keep their sampling in the second.
+    Older models have no generation_config.json; their sampling is in config.json.
     """
     path, own = directory / "generation_config.json", GenerationDefaults()
     names = [field.name for field in dataclasses.fields(own) if field.name != "others"]
@@ -237,7 +238,7 @@ def _generation_defaults(
 
 # %% ../chapters/B14_hugging_face.ipynb #872b9492
 def _read_tokenizer(directory: Path, config: QwenConfig) -> HFTokenizer | None:
-    """Return the directory's tokenizer, None where it has no file of one."""
+    """Return the directory's tokenizer, or None if it has no tokenizer file."""
     if not any(directory.glob("tokenizer*")):
         return None
     _needed(directory, "tokenizer.json")
@@ -257,7 +258,7 @@ def _read_tokenizer(directory: Path, config: QwenConfig) -> HFTokenizer | None:
 
 
 def _end_ids(tokenizer: HFTokenizer) -> tuple[int, ...]:
-    """Return the end of a turn, maybe, and the end of text."""
+    """Return the token ids that end a turn (if there is one) and the text."""
     fast: Any = tokenizer.tokenizer
     ids = (fast.eos_token_id, tokenizer.eos_token_id)
     return tuple(dict.fromkeys(i for i in ids if i is not None))
@@ -278,16 +279,17 @@ _FILES = (
 
 # %% ../chapters/B14_hugging_face.ipynb #b2b5d862
 def is_hub_name(source: str | Path) -> bool:
-    """Tell whether a source has the form owner/name."""
+    """Return whether a source has the form owner/name."""
     part = r"[A-Za-z0-9][\w.-]*"
     return re.fullmatch(f"{part}/{part}", str(source), re.ASCII) is not None
 
 
 def local_directory(source: str | Path, patterns: Sequence[str] = _FILES) -> Path:
-    """Return `source` itself, or a local copy of the hub repository that it names.
+    """Return `source` if it is a directory, else a local copy of the hub repository.
 
-    Only files of the `patterns` are fetched; what an earlier call fetched is opened
-    without a network.
+    Only files that match `patterns` are downloaded. Without a network, files of an
+    earlier download are used. Raises ValueError if there is no such directory or
+    repository.
     """
     if os.path.isdir(source):
         return Path(source)
@@ -319,13 +321,13 @@ def save_pretrained(
     dtype: torch.dtype | None = None,
     max_shard_size: int | str | None = None,
 ) -> Path:
-    """Write a directory that transformers loads, with the tokenizer where there is one.
+    """Write a directory that transformers can load, and return its path.
 
-    The weights are stored in `dtype` (default: the model's), and a model larger than
-    `max_shard_size` ("5GB", or bytes) in several files. `model.generation_config` is
-    written, with the tokenizer's end of text where it names none. The directory appears
-    whole or not at all. Raises ValueError for one that exists already and for settings
-    that are wrong, OSError where it cannot be written.
+    It holds the weights in `dtype` (default: the model's), the tokenizer unless it is
+    None, and `model.generation_config`, with the tokenizer's end of text if that names
+    none. A model larger than `max_shard_size` ("5GB", or bytes; default: no limit) is
+    split into several files. The directory appears whole or not at all. Raises
+    ValueError if it exists or if settings are wrong, OSError if it cannot be written.
     """
     refuse_adapters(model)
     directory = Path(directory)
@@ -359,7 +361,7 @@ def _with_end_of_text(
 def _config_json(
     config: QwenConfig, dtype: torch.dtype, generation: GenerationDefaults
 ) -> dict[str, Any]:
-    """Return `hf_config` with what only a whole model's directory says."""
+    """Return the fields of config.json: `hf_config`, token ids and the dtype."""
     if config.attention_bias and config.qk_norm:
         raise ValueError(
             "transformers has no model with attention_bias and qk_norm whose o_proj is"

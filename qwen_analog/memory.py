@@ -51,7 +51,7 @@ from dataclasses import dataclass, fields
 
 @dataclass
 class MemoryEstimate:
-    """Bytes on one GPU by category, at the moment of a step that `moment` names."""
+    """Bytes on one GPU by category, at the fullest moment of a step, named `moment`."""
 
     parameters: int = 0
     gradients: int = 0
@@ -63,11 +63,13 @@ class MemoryEstimate:
     moment: str = ""
 
     def categories(self) -> dict[str, int]:
+        """Return {category: bytes}."""
         names = [field.name for field in fields(self) if field.name != "moment"]
         return {name: getattr(self, name) for name in names}
 
     @property
     def total(self) -> int:
+        """The sum of all categories in bytes."""
         return sum(self.categories().values())
 
     def __str__(self) -> str:
@@ -86,9 +88,9 @@ if TYPE_CHECKING:
 def estimate_for(
     config: "TrainConfig", world_size: int = 1, gpus_per_node: int = 8
 ) -> MemoryEstimate:
-    """Return `estimate_memory` for these settings: arithmetic, no step is run.
+    """Return the result of `estimate_memory` for a run's settings; no step is run.
 
-    `gpus_per_node` is the default `shard_size` of hsdp.
+    `gpus_per_node` is the default of `shard_size` for hsdp.
     """
     shards = {
         "ddp": 1,
@@ -117,7 +119,7 @@ def estimate_for(
 def _of_answers(
     config: "TrainConfig", estimate: MemoryEstimate, shards: int
 ) -> MemoryEstimate:
-    """Return `estimate` with what the method needs besides: a frozen copy, answers."""
+    """Add the memory of a reference model and of drawing answers."""
     from qwen_analog.train_config import keeps_reference
 
     if keeps_reference(config):
@@ -133,8 +135,9 @@ def _of_answers(
 def _while_drawing(
     config: "TrainConfig", of_step: MemoryEstimate, sharded: bool
 ) -> MemoryEstimate:
-    """Return the bytes while answers are drawn: their keys and values, and of a sharded
-    model a whole copy.
+    """Return the memory while answers are drawn, with their KV cache.
+
+    A sharded model is gathered into a whole copy for it.
     """
     c, rows = config.qwen_config(), config.micro_batch_size * config.rows_per_example
     tokens = rows * config.gradient_accumulation_steps * config.sequence_length
@@ -184,7 +187,7 @@ from .optim import PIECE_SIZE
 
 # %% ../chapters/B40_planner.ipynb #cell-068
 class _StorageLog:
-    """When the memory behind each tensor was taken, resized and given back."""
+    """A record of when each tensor's memory is allocated, resized and freed."""
 
     def __init__(self):
         self.sizes: list[int] = []  # bytes of storage n
@@ -193,7 +196,7 @@ class _StorageLog:
         self.category: dict[int, str] = {}  # n -> what it is
 
     def numbers(self, tensor: torch.Tensor) -> list[int]:
-        """Return the numbers of a tensor's storages; new ones are noted."""
+        """Return the numbers of a tensor's storages; new storages are recorded."""
         storages = get_untyped_storages(tensor)  # a DTensor's are those of its shard
         for storage in storages:
             address = storage._cdata
@@ -225,7 +228,7 @@ class _StorageLog:
 # %% ../chapters/B40_planner.ipynb #cell-069
 @contextmanager
 def _resizes_noted(log: _StorageLog) -> Iterator[None]:
-    """Note `resize_`, by which FSDP frees what it gathered; no operator is called."""
+    """Record `resize_`, by which FSDP frees gathered weights without any operator."""
     resize = torch.UntypedStorage.resize_
 
     def resize_and_note(self, size):
@@ -238,7 +241,7 @@ def _resizes_noted(log: _StorageLog) -> Iterator[None]:
 
 # %% ../chapters/B40_planner.ipynb #cell-070
 class StorageTracker(TorchDispatchMode):
-    """Notes what memory tensors take, by category, on any device, fake ones too."""
+    """Records how much memory tensors take, by category; fake tensors count too."""
 
     def __init__(self, **held: Iterable[torch.Tensor]):
         super().__init__()
@@ -248,7 +251,7 @@ class StorageTracker(TorchDispatchMode):
             self.mark(category, tensors)
 
     def mark(self, category: str, tensors: Iterable[torch.Tensor]) -> None:
-        """Count `tensors` as `category`, before this call too."""
+        """Set the category of `tensors`, also for the time before this call."""
         for tensor in tensors:
             for number in self._log.numbers(tensor):
                 self._log.category[number] = category
@@ -270,7 +273,7 @@ class StorageTracker(TorchDispatchMode):
         return super().__exit__(exc_type, exc_val, exc_tb)
 
     def timeline(self) -> list[dict[str, int]]:
-        """Return bytes by category after each change; "other" was never marked."""
+        """Return bytes by category after each change; "other" has no category."""
         return self._log.timeline()
 
     @property
@@ -300,9 +303,9 @@ def saved_activations(
     lora_rank: int = 0,
     lora_targets: Sequence[str] = ADAPTED,
 ) -> dict[str, int]:
-    """Return the bytes that one block keeps for its backward pass, by tensor, without
-    weights. Attention is taken to be a fused kernel, which keeps its result and one
-    number a query and head.
+    """Return the bytes that one block keeps for its backward pass, by tensor. Weights
+    do not count. Attention is assumed to be a fused kernel, which keeps its output and
+    one number per query and head.
     """
     N, D, F = batch_size * sequence_length, config.hidden_size, config.intermediate_size
     H, K, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -331,7 +334,7 @@ def saved_activations(
 
 # %% ../chapters/B40_planner.ipynb #cell-074
 def _norms_of_heads(heads: int, h: int, c: int) -> dict[str, int]:
-    """Return what norms of queries and keys keep besides, for heads of all tokens."""
+    """Return what `qk_norm` adds, in bytes; `heads` counts those of all tokens."""
     # of float32 there is one copy, which "selective" has kept as well
     name = "q, k before rotation" if c == 4 else "norms of q, k: inputs"
     return {
@@ -342,7 +345,7 @@ def _norms_of_heads(heads: int, h: int, c: int) -> dict[str, int]:
 
 
 def _cheap_results(N: int, D: int, F: int, precision: str) -> dict[str, int]:
-    """Return what a block keeps that computes nothing again: norms, casts, silu."""
+    """Return the bytes of kept results that are cheap to recompute."""
     stream, c = _STORED[precision], _COMPUTED[precision]
     # autocast rounds an input once for every matrix that reads it
     qkv_casts, mlp_casts = (3, 2) if precision == "bf16" else (1, 1)
@@ -357,7 +360,7 @@ def _cheap_results(N: int, D: int, F: int, precision: str) -> dict[str, int]:
 
 # %% ../chapters/B40_planner.ipynb #lora-saved
 def _adapter_shapes(config: QwenConfig, targets: Sequence[str]) -> list:
-    """Return a block's adapted matrices, as outputs and inputs."""
+    """Return the shapes (outputs, inputs) of the matrices in a block with adapters."""
     D, F, h = config.hidden_size, config.intermediate_size, config.head_dim
     q, k = config.num_attention_heads * h, config.num_key_value_heads * h
     shapes = (q, D), (k, D), (k, D), (D, q), (F, D), (F, D), (D, F)
@@ -366,7 +369,7 @@ def _adapter_shapes(config: QwenConfig, targets: Sequence[str]) -> list:
 
 
 def _results(config: QwenConfig, size: int, rank: int, targets: Sequence[str]) -> dict:
-    """Return what adapters' products make, of which "selective" keeps all."""
+    """Return the bytes of the adapters' products, all of which "selective" keeps."""
     shapes = _adapter_shapes(config, targets) if rank else []
     results = sum(rank + out for out, _ in shapes)
     return {"adapters' results": size * results} if shapes else {}
@@ -375,7 +378,7 @@ def _results(config: QwenConfig, size: int, rank: int, targets: Sequence[str]) -
 def adapter_parameters(
     config: QwenConfig, lora_rank: int, lora_targets: Sequence[str] = ADAPTED
 ) -> int:
-    """Return how many numbers the adapters of a model have; 0 for `lora_rank` 0."""
+    """Return the number of parameters in a model's adapters, 0 if `lora_rank` is 0."""
     shapes = _adapter_shapes(config, lora_targets)
     return config.num_hidden_layers * lora_rank * sum(map(sum, shapes))
 
@@ -383,8 +386,10 @@ def adapter_parameters(
 def _with_adapters(
     config: QwenConfig, N: int, precision: str, rank: int, targets: Sequence[str]
 ) -> dict[str, int]:
-    """Return what a block keeps otherwise where its weights are frozen: the inputs of
-    adapters, not of matrices and norms, for only those have gradients of weights.
+    """Return the bytes that differ in a block whose weights are frozen.
+
+    Only adapters have weight gradients, so only their inputs are kept, not those of the
+    matrices and norms.
     """
     D, F, c = config.hidden_size, config.intermediate_size, _COMPUTED[precision]
     autocast = precision == "bf16"  # an input is rounded for each adapter
@@ -409,13 +414,14 @@ def flops_per_token(
     lora_rank: int = 0,
     lora_targets: Sequence[str] = ADAPTED,
 ) -> float:
-    """Return the operations of the matrix products for one token, both passes.
+    """Return the FLOPs of the matrix products per token, forward and backward.
 
-    A product and its sum are two. "none" gives the model's FLOPs, the measure of useful
-    work (MFU); the other modes add what is computed a second time, the hardware's.
-    Attention counts all `sequence_length` keys for each query, as is usual (Chowdhery
-    et al. 2022, appendix B), though a causal kernel can skip half of them. Frozen
-    weights, beside adapters of `lora_rank`, need no gradients of their own.
+    A multiplication and an addition count as two. With "none" these are the model's
+    FLOPs, from which MFU is computed; other modes add what is recomputed (hardware
+    FLOPs). Attention counts all `sequence_length` keys for each query, as is usual
+    (Chowdhery et al. 2022, appendix B), though a causal kernel can skip half. With
+    `lora_rank` > 0 the weights are frozen: they need no weight gradients, and adapters
+    are added.
     """
     _check_choice(
         "activation_checkpointing", activation_checkpointing, ACTIVATION_CHECKPOINTING
@@ -432,7 +438,7 @@ def flops_per_token(
 
 
 def _block_matrices(config: QwenConfig) -> int:
-    """Return the number of weights in a block's matrices."""
+    """Return the number of weights in one block's matrices."""
     D, h = config.hidden_size, config.head_dim
     heads = config.num_attention_heads + config.num_key_value_heads
     return 2 * D * h * heads + 3 * D * config.intermediate_size
@@ -440,7 +446,7 @@ def _block_matrices(config: QwenConfig) -> int:
 # %% ../chapters/B40_planner.ipynb #cell-096
 @dataclass(frozen=True)
 class MemorySettings:
-    """What a step's memory depends on. ValueError for what cannot be."""
+    """The settings that a step's memory depends on. Wrong ones raise ValueError."""
 
     config: QwenConfig
     precision: str = "bf16"
@@ -466,12 +472,12 @@ class MemorySettings:
 
     @property
     def accumulated(self) -> bool:
-        """Whether gradients are held before the backward pass, as in DDP's buckets."""
+        """Whether gradients exist before the backward pass, as in DDP's buckets."""
         return self.micro_batches > 1 or self.replicas > 1 and not self.sharded
 
     @property
     def autocast(self) -> bool:
-        """Whether the pass rounds as it goes; FSDP rounds the weights it gathers."""
+        """Whether autocast rounds the weights; FSDP gathers them rounded instead."""
         return self.precision == "bf16" and not self.sharded
 
 # %% ../chapters/B40_planner.ipynb #cell-097
@@ -497,13 +503,14 @@ def _check_settings(s: MemorySettings) -> None:
 
 # %% ../chapters/B40_planner.ipynb #cell-098
 def estimate_memory(config: QwenConfig, **settings) -> MemoryEstimate:
-    """Return the bytes on one GPU at the fullest moment of a step; arithmetic alone.
+    """Return the bytes on one GPU at the fullest moment of a step; no step is run.
 
-    `settings` are those of `MemorySettings`. Inference reads `batch_size` prompts of
-    `sequence_length` tokens into a KV cache of that length; its weights are of the
-    computing type. Not in it: the CUDA context (about half a GB), the allocator's gaps,
-    workspaces inside kernels, and what an optimizer's step takes, but for the float32
-    pieces of "adamw-bf16".
+    `settings` are the fields of `MemorySettings`. With optimizer None this is
+    inference: `batch_size` prompts of `sequence_length` tokens fill a KV cache of that
+    length, with weights in the computing type. Not included: the CUDA context (about
+    half a GB), gaps of the allocator, kernels' workspaces, and temporary tensors of an
+    optimizer's step except the float32 pieces of "adamw-bf16". Raises ValueError for
+    wrong settings.
     """
     s = MemorySettings(config, **settings)
     moments = _inference_moments(s) if s.optimizer is None else _training_moments(s)
@@ -566,7 +573,7 @@ class _WeightBytes:
 def _optimizer_bytes(
     s: MemorySettings, weights: int, adapters: int = 0
 ) -> tuple[int, int]:
-    """Return what the optimizer keeps, and what its step takes besides."""
+    """Return the bytes of the optimizer's state, and temporary bytes of its step."""
     config, stored = s.config, 4 if adapters else _STORED[s.precision]
     if s.optimizer == "muon":  # one number a weight for the blocks' matrices, not two
         matrices = adapters or config.num_hidden_layers * _block_matrices(config)
@@ -580,7 +587,7 @@ def _optimizer_bytes(
 
 
 def _freeze(w: _WeightBytes, s: MemorySettings) -> None:
-    """Add adapters, in float32, which alone have gradients."""
+    """Add float32 adapters, which alone have gradients and optimizer state."""
     thin = adapter_parameters(s.config, s.lora_rank, s.lora_targets)
     block = thin // s.config.num_hidden_layers
     w.gradients = 4 * thin // s.shards
@@ -623,7 +630,7 @@ class _ActivationBytes:
 
 # %% ../chapters/B40_planner.ipynb #cell-103
 def _mlp_backward(s: MemorySettings) -> int:
-    """Return the most that an MLP's backward pass takes, of three moments."""
+    """Return the most bytes that the backward pass of an MLP takes."""
     c, F = _COMPUTED[s.precision], s.config.intermediate_size
     tokens = s.batch_size * s.sequence_length * F * c
     fresh = s.config.hidden_size * F * (c if s.sharded else _STORED[s.precision])
@@ -639,9 +646,9 @@ def _mlp_backward(s: MemorySettings) -> int:
 
 
 def _training_moments(s: MemorySettings) -> list[MemoryEstimate]:
-    """Return the moments of a step of which one is the fullest.
+    """Return the estimates for the moments of a step of which one is the fullest.
 
-    Between two neighbours memory rises or falls steadily, block by block.
+    Between two of them memory only rises or only falls, block by block.
     """
     w = _WeightBytes(s)
     a = _ActivationBytes(s, w.copies)
@@ -651,7 +658,7 @@ def _training_moments(s: MemorySettings) -> list[MemoryEstimate]:
 
 # %% ../chapters/B40_planner.ipynb #cell-104
 def _forward_moments(s: MemorySettings, w: _WeightBytes, a: _ActivationBytes) -> dict:
-    """Return the sizes at the optimizer's step, the loss and its backward pass."""
+    """Return the bytes at the optimizer's step, the loss and its backward pass."""
     head = s.config.vocab_size * s.config.hidden_size  # weights
     blocks = s.config.num_hidden_layers * a.block
     rounded_head = head * _COMPUTED[s.precision] * s.autocast
@@ -673,7 +680,7 @@ def _forward_moments(s: MemorySettings, w: _WeightBytes, a: _ActivationBytes) ->
 
 # %% ../chapters/B40_planner.ipynb #cell-105
 def _backward_moments(s: MemorySettings, w: _WeightBytes, a: _ActivationBytes) -> dict:
-    """Return the sizes while gradients are made, from the last block to the first."""
+    """Return the bytes during the backward pass, from the last block to the first."""
     other_blocks = (s.config.num_hidden_layers - 1) * a.block
     gathered = w.root_gathered + w.blocks_gathered
     return {

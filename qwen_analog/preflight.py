@@ -41,9 +41,7 @@ from .train_config import TrainConfig, check_method, fitted, keeps_reference
 
 # %% ../chapters/B26_preflight.ipynb #cell-008
 def check_fit(config: TrainConfig, tokenizer: Tokenizer) -> None:
-    """Raise ValueError where tokenizer, model, sequence_length and sample_prompts do
-    not fit each other.
-    """
+    """Raise ValueError if tokenizer, model, sequence length and prompts do not fit."""
     shape = config.qwen_config()
     check_vocab_size(tokenizer, shape.vocab_size)
     limit = shape.max_position_embeddings
@@ -73,8 +71,9 @@ def check_fit(config: TrainConfig, tokenizer: Tokenizer) -> None:
 
 # %% ../chapters/B26_preflight.ipynb #cell-015
 def _check_disk(config: TrainConfig, count: int) -> None:
-    """Raise ValueError where the checkpoints that will lie side by side have no room;
-    `count`: the model's parameters.
+    """Raise ValueError if the disk has no room for the run's checkpoints.
+
+    `count` is the number of the model's parameters.
     """
     output = Path(config.output_dir).absolute()
     directories = (output, *output.parents)
@@ -102,8 +101,9 @@ def _check_disk(config: TrainConfig, count: int) -> None:
 
 # %% ../chapters/B26_preflight.ipynb #cell-019
 def _memory_of_batches(config: TrainConfig, context: DistributedContext) -> int:
-    """Return the bytes of one machine's batches: the one in use and those ahead, each
-    three numbers of 8 bytes a token, in sequences and collated.
+    """Return the bytes of one machine's batches: the current and two prepared ahead.
+
+    Each holds three numbers of 8 bytes per token, as sequences and as collated tensors.
     """
     sequences = config.micro_batch_size * config.gradient_accumulation_steps
     rows = sequences * config.rows_per_example * context.local_world_size
@@ -111,9 +111,7 @@ def _memory_of_batches(config: TrainConfig, context: DistributedContext) -> int:
 
 # %% ../chapters/B26_preflight.ipynb #cell-020
 def check_room(config: TrainConfig, context: DistributedContext) -> None:
-    """Raise ValueError, of one line, where the run's memory or its checkpoints will not
-    fit.
-    """
+    """Raise ValueError if memory or disk will not suffice for the run."""
     count = sum(parameter_counts(config.qwen_config()).values())
     machine = context.local_world_size
     needed = 1.05 * estimate_for(config, context.world_size, machine).total
@@ -142,7 +140,7 @@ def check_room(config: TrainConfig, context: DistributedContext) -> None:
 # %% ../chapters/B26_preflight.ipynb #cell-024
 @dataclass
 class Start:
-    """Where a run begins: what was decided before any data are read."""
+    """The start of a run: what is decided before any data are read."""
 
     config: TrainConfig
     tokenizer: Tokenizer
@@ -164,7 +162,11 @@ def prepare_start(
     ignore_memory: bool,
     context: DistributedContext,
 ) -> Start:
-    """Find settings, tokenizer and weights of a run; refuse what cannot go well."""
+    """Return settings, tokenizer and weights of a run, all checked to fit together.
+
+    `path` is a checkpoint to resume, `init_from` a source of weights. On all processes,
+    raises ValueError for a misfit or, unless `ignore_memory`, for too little memory.
+    """
     with context.together():
         check_method(config)
         check_float8(config, context.device)
@@ -195,7 +197,7 @@ def prepare_start(
 
 # %% ../chapters/B26_preflight.ipynb #check-fresh
 def _check_fresh(config: TrainConfig) -> None:
-    """Raise ValueError for what cannot begin with random weights."""
+    """Raise ValueError if the settings need trained weights to start from."""
     if config.lora_rank:
         raise ValueError(
             "lora_rank: adapters need a model that has learned something: name it with"
@@ -227,9 +229,9 @@ def _start_from_source(
 def _settings_of_source(
     config: TrainConfig, source: str, model: QwenForCausalLM, tokenizer: Tokenizer
 ) -> TrainConfig:
-    """Return the settings of a run that begins with the weights of `source`.
+    """Return the settings of a run that starts with the weights of `source`.
 
-    Raises ValueError where they name another model or tokenizer.
+    Raises ValueError if they name another model or tokenizer.
     """
     shape = wanted = model.config.to_dict()
     if "model" in config.model_fields_set:
@@ -267,8 +269,11 @@ def decide(
     context: DistributedContext,
     held: ExitStack,
 ) -> tuple[TrainConfig, str | None]:
-    """Return the first process's settings and checkpoint to go on from, on all; `held`
-    keeps the output directory for this run.
+    """Return the settings and the checkpoint to resume (or None), on all processes.
+
+    The first process decides. `held` keeps its claim on the output directory. Raises
+    ValueError for flags that exclude each other, CheckpointError if the directory is in
+    use or holds later checkpoints.
     """
     decision = None
     with context.together():
@@ -295,8 +300,9 @@ def decide(
 def _choose(
     config: TrainConfig, resume_from: str | None, from_checkpoint: bool, held: ExitStack
 ) -> tuple[dict[str, Any], str | None]:
-    """Return the settings that hold and the checkpoint to go on from (None: a new
-    run); `held` keeps the output directory.
+    """Return the explicit settings, and the checkpoint to resume or None.
+
+    `held` keeps the claim on the output directory.
     """
     auto = resume_from == "auto"
     if from_checkpoint and resume_from and not auto:
@@ -312,7 +318,7 @@ def _choose(
 
 
 def _check_place(config: TrainConfig, path: str | Path | None) -> None:
-    """Raise CheckpointError where checkpoints lie that the run would come to again."""
+    """Raise CheckpointError if the output directory holds later checkpoints."""
     newest = RunDirectory(config.output_dir).latest()
     begins = 0 if path is None else read_state(path).get("step")
     if newest is None or not isinstance(begins, int) or begins >= config.max_steps:

@@ -37,7 +37,7 @@ def tokens_per_step(config: TrainConfig, world_size: int) -> int:
 
 
 class SpeedMeter:
-    """Tokens a second, and how much of the devices' peak they need (MFU)."""
+    """Measures tokens per second and the share of the devices' peak FLOPs (MFU)."""
 
     def __init__(
         self, config: TrainConfig, context: DistributedContext, model: QwenForCausalLM
@@ -53,14 +53,14 @@ class SpeedMeter:
     def measure(
         self, seconds: float, waited: float = 0.0, tokens: int | None = None
     ) -> dict[str, float]:
-        """Note a step that took so many seconds, `waited` of them for its data."""
+        """Record a step of `seconds`, `waited` of them for data; return its speed."""
         self.speeds.append((tokens or self.tokens_per_step) / seconds)
         self.seconds += seconds
         self.waited += waited
         return self._described(self.speeds[-1], waited / seconds)
 
     def median(self) -> dict[str, float]:
-        """Describe all steps: their median speed, and the share of their waiting."""
+        """Return the median speed of all steps, its MFU, and the share of waiting."""
         if not self.speeds:
             return self._described(0.0, 0.0)
         return self._described(
@@ -73,7 +73,7 @@ class SpeedMeter:
 
 # %% ../chapters/B27_progress.ipynb #cell-021
 class Metrics:
-    """What a run writes and shows while it runs: metrics.jsonl and a bar."""
+    """Writes metrics.jsonl and shows the progress bar while a run trains."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class Metrics:
         self.spikes = self.nonfinite = 0  # in all; in a row
 
     def write_step(self, step: int, values: dict[str, float], spike: bool) -> None:
-        """Show a step; write it where it is its turn, or its loss a spike."""
+        """Show a step; write it every `log_every` steps, at the end, or for a spike."""
         self.last, self.nonfinite = {"loss": values["loss"]}, 0
         values = {**values, "memory_gib": peak_memory(self.device) / 2**30}
         show_step(self.bar, values)
@@ -114,12 +114,13 @@ class Metrics:
 
 # %% ../chapters/B27_progress.ipynb #cell-023
 def open_log(config: TrainConfig, context: DistributedContext) -> RunLog:
+    """Open the run's log in its output directory."""
     where = config.output_dir, context.rank, context.world_size
     return RunLog(*where, config.tensorboard)
 
 
 def not_applied(batch: Batch) -> dict[str, Any]:
-    """Return what is written of a step that was not applied: where its text is."""
+    """Return the log entry of a step that was not applied, with its data's files."""
     return {
         "skipped": "the loss or a gradient is not finite",
         "data": batch.before,
@@ -128,6 +129,7 @@ def not_applied(batch: Batch) -> dict[str, Any]:
 
 # %% ../chapters/B27_progress.ipynb #cell-024
 def progress_bar(step: int, max_steps: int, shown: bool) -> tqdm:
+    """Return a bar that counts steps; without `shown` it prints nothing."""
     return tqdm(
         total=max_steps,
         initial=step,
@@ -138,6 +140,7 @@ def progress_bar(step: int, max_steps: int, shown: bool) -> tqdm:
 
 
 def show_step(bar: tqdm, values: dict[str, float]) -> None:
+    """Show a step's loss, speed and MFU behind the bar."""
     words = "loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s, MFU {mfu:.0%}"
     if "reward" in values:
         words = "reward {reward:.3f}, " + words
@@ -145,6 +148,7 @@ def show_step(bar: tqdm, values: dict[str, float]) -> None:
 
 
 def show_evaluation(bar: tqdm, step: int, scores: dict[str, float]) -> None:
+    """Print the scores on held-out data above the bar."""
     if bar.disable:
         return
     words = ", ".join(
@@ -160,7 +164,7 @@ def show_evaluation(bar: tqdm, step: int, scores: dict[str, float]) -> None:
 # %% ../chapters/B27_progress.ipynb #cell-047
 @contextmanager
 def not_vital(name: str | Path) -> Iterator[None]:
-    """Where writing `name` fails, a line says so and the run goes on."""
+    """Turn an error of writing `name` into a warning, so that the run goes on."""
     try:
         yield
     except Exception as error:
@@ -173,7 +177,7 @@ LOSS_UNITS = {"sft": "nats a token", "dpo": "nats a pair", "grpo": "mean of answ
 
 
 def finish(config: TrainConfig, summary: dict[str, Any]) -> None:
-    """Write the files and print the lines of a run's end."""
+    """Write summary.json and loss.png, and print the last lines of a run."""
     output = Path(config.output_dir)
     with not_vital(output / "summary.json"):
         write_json(summary, output / "summary.json")
@@ -195,7 +199,7 @@ def finish(config: TrainConfig, summary: dict[str, Any]) -> None:
 
 # %% ../chapters/B27_progress.ipynb #cell-048
 def write_samples(config: TrainConfig) -> None:
-    """Print what the finished model makes of `sample_prompts`."""
+    """Print the finished model's continuations of `sample_prompts`."""
     if not config.sample_prompts:
         return
     with not_vital("the continuation of sample_prompts"):

@@ -56,7 +56,7 @@ IGNORED = set(
 
 # %% ../chapters/B32_protocol.ipynb #cell-009
 class ApiError(ValueError):
-    """A refusal, with its HTTP status and the fields of OpenAI's error object."""
+    """An error for the client: an HTTP status and the fields of OpenAI's error."""
 
     def __init__(
         self,
@@ -69,6 +69,7 @@ class ApiError(ValueError):
         self.status, self.param, self.code = status, param, code
 
     def body(self) -> dict:
+        """Return the JSON body of the response: OpenAI's error object."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         if self.status == 429:
             kind = "rate_limit_error"
@@ -77,13 +78,13 @@ class ApiError(ValueError):
 
 # %% ../chapters/B32_protocol.ipynb #cell-012
 class _Strict(BaseModel):
-    """Converts no value to another type, and takes no unknown name."""
+    """A pydantic model that converts no types and accepts no unknown fields."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
 def _must_be(description: str, default: Any = ..., **limits) -> Any:
-    """Declare a parameter, required unless it has a default, and what it must be."""
+    """Declare a parameter and describe its values; without a default it is required."""
     return Field(default, description=description, **limits)
 
 
@@ -104,7 +105,7 @@ class _ResponseFormat(_Strict):
     json_schema: _JsonSchema | None = None
 
     def schema_asked(self) -> dict[str, Any] | None:
-        """Return the JSON schema that an answer is to have, None for any text."""
+        """Return the JSON schema that the answer must follow, or None for any text."""
         if self.type == "json_schema" and self.json_schema is not None:
             return self.json_schema.schema_
         return {"type": "object"} if self.type == "json_object" else None
@@ -123,7 +124,7 @@ _STOP = f"a text or a list of at most {MAX_STOPS}, of 1 to {MAX_STOP_LENGTH} cha
 
 # %% ../chapters/B32_protocol.ipynb #formed-code
 class _Formed(_Strict):
-    """What form answers have: any text, JSON, calls of functions."""
+    """The requested form of answers: any text, JSON, or function calls."""
 
     response_format: _ResponseFormat = _must_be(_FORMAT, _ResponseFormat(type="text"))
 
@@ -142,12 +143,12 @@ class _Formed(_Strict):
         return False
 
     def calls_again(self) -> bool:
-        """Whether an answer may hold several calls."""
+        """Return whether an answer may contain several calls."""
         return True
 
 # %% ../chapters/B32_protocol.ipynb #cell-013
 class Body(_Formed):
-    """The parameters that completions and chats share."""
+    """The parameters that completion and chat requests share."""
 
     model: str = _must_be("the name of a model, a text")
     n: int = _must_be(_COUNT, 1, ge=1)
@@ -230,7 +231,7 @@ class _Message(_Strict):
         return "".join(part.text for part in self.content or ())
 
     def plain(self) -> dict[str, Any]:
-        """Return the message as chat templates take it."""
+        """Return the message as a dict, in the form that chat templates take."""
         message: dict[str, Any] = {"role": self.role, "content": self.text()}
         if self.tool_call_id:
             message["tool_call_id"] = self.tool_call_id
@@ -261,7 +262,7 @@ class _NamedTool(_Strict):
 
 
 def _check_tools(tools: list[dict[str, Any]]) -> None:
-    """Raise ValueError for a tool that is none, and for two of one name."""
+    """Raise ValueError for an invalid tool, or for two tools of the same name."""
     try:
         json.dumps(tools)
     except RecursionError:
@@ -283,7 +284,7 @@ _CHOICE = (
 
 # %% ../chapters/B32_protocol.ipynb #with-tools-code
 class _WithTools(Body):
-    """What a chat may say about tools."""
+    """The parameters of a chat request that concern tools."""
 
     tools: _List[dict[str, Any]] = _must_be(_TOOLS, [], max_length=128)
     tool_choice: Literal["none", "auto", "required"] | _NamedTool = _must_be(
@@ -335,7 +336,7 @@ class ChatBody(_WithTools):
     top_logprobs: int = _must_be("a whole number from 0 to 20", 0, ge=0, le=20)
 
     def size(self) -> tuple[int, int]:
-        """Return the number of prompts, and the characters of the longest."""
+        """Return the number of prompts and the length of the longest in characters."""
         called = [call for m in self.messages for call in m.tool_calls]
         given = [*self.tools, *(call.plain() for call in called)]
         texts = [json.dumps(value) for value in given]
@@ -343,6 +344,7 @@ class ChatBody(_WithTools):
         return 1, sum(map(len, texts))
 
     def encode(self, tokenizer: Tokenizer) -> list[list[int]]:
+        """Return the token ids of the conversation, as a list of one prompt."""
         tools = self.tools if self.functions() else []
         if tools and not knows_tools(tokenizer):
             message = "tools: the chat template of this model knows none"
@@ -351,16 +353,16 @@ class ChatBody(_WithTools):
         return [chat_ids(tokenizer, messages, tools=tools)]
 
     def limit(self, room: int) -> int:
-        """Return how many tokens to write at most where `room` are left."""
+        """Return how many tokens to generate at most if `room` positions are left."""
         return self.max_completion_tokens or self.max_tokens or max(room, 1)
 
     def alternatives(self) -> int | None:
-        """Return of how many tokens to tell the log-probability, None for none."""
+        """Return the number of alternatives per token in logprobs, or None."""
         return self.top_logprobs if self.logprobs else None
 
 # %% ../chapters/B32_protocol.ipynb #cell-018
 def _once(pairs: list[tuple[str, object]]) -> dict:
-    """Return the JSON object of `pairs`; ValueError where a name occurs twice."""
+    """Return a dict of `pairs`. Raises ValueError if a name occurs twice."""
     values = dict(pairs)
     if len(values) < len(pairs):
         name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
@@ -375,7 +377,10 @@ def _without_nulls(value: object) -> object:
 
 
 def _read_parameters(text: bytes, known: Collection[str]) -> dict:
-    """Return the parameters that are `known` or refused, without the harmless ones."""
+    """Return the JSON object of a body, without nulls and parameters without effect.
+
+    Raises ApiError for invalid JSON, or a parameter that is not supported.
+    """
     try:
         values = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
@@ -396,7 +401,7 @@ def _read_parameters(text: bytes, known: Collection[str]) -> dict:
 
 # %% ../chapters/B32_protocol.ipynb #cell-020
 def parse_body(text: bytes, chat: bool) -> "AnyBody":
-    """Check the JSON of a request. Raises ApiError, which names the parameter."""
+    """Return a request's parameters. Raises ApiError, which names a wrong one."""
     schema = ChatBody if chat else CompletionBody
     values = _read_parameters(text, schema.model_fields.keys())
     for name in values.keys() - schema.model_fields.keys():
@@ -413,7 +418,7 @@ def _unknown(param: str) -> ApiError:
 
 
 def _refusal(schema: type[Body], error: ValidationError) -> ApiError:
-    """Say in one line what the first of pydantic's errors means."""
+    """Return an ApiError, of one line, for the first of pydantic's errors."""
     found = error.errors()[0]
     name, *inside = map(str, found["loc"])
     if name not in ("messages", "stream_options", "response_format"):
@@ -440,14 +445,14 @@ _BytesOf = Callable[[int], bytes]  # the bytes of a token
 
 
 def _call_form(call: Call) -> dict:
-    """Return a call in OpenAI's form, with an id by which its result is told."""
+    """Return a call in OpenAI's form, with a new id that its result refers to."""
     function = {"name": call.name, "arguments": call.arguments}
     number = uuid.uuid4().hex[:24]
     return {"id": f"call_{number}", "type": "function", "function": function}
 
 
 class _MessageWriter:
-    """Tells the calls of one answer from its text, delta by delta."""
+    """Separates the text and the calls of one answer, delta by delta."""
 
     def __init__(self, body: "AnyBody"):
         functions, self._stream = body.functions(), body.stream
@@ -456,7 +461,7 @@ class _MessageWriter:
         self._closes = not body.calls_again() and not body.must_call()
 
     def form(self, delta: Delta) -> tuple[dict, str | None]:
-        """Return a message, or its next piece, and why it ends."""
+        """Return a message, or a stream's next piece of it, and its finish reason."""
         reason, number = delta.finish_reason, self._finder.found
         parts = self._finder.push(delta.text)
         if reason is not None:
@@ -473,7 +478,7 @@ class _MessageWriter:
 
 # %% ../chapters/B32_protocol.ipynb #cell-030
 class ChoiceWriter:
-    """Writes the choices of an answer to `requests`, and counts tokens."""
+    """Formats the choices (one per request in `requests`) and counts tokens."""
 
     def __init__(
         self,
@@ -514,7 +519,7 @@ class ChoiceWriter:
 
 # %% ../chapters/B32_protocol.ipynb #cell-032
 class ReplyWriter:
-    """Puts deltas into OpenAI's form: chunk by chunk, or as a whole."""
+    """Formats deltas as OpenAI's reply: a chunk for each, or a single object."""
 
     def __init__(self, model: str, body: "AnyBody", choices: ChoiceWriter):
         self._choices, self.with_usage = choices, body.stream_options.include_usage
@@ -528,20 +533,20 @@ class ReplyWriter:
         self._role = {"role": "assistant"} if choices.chat else {}
 
     def openings(self) -> list[dict]:
-        """Return the chunks that open a streamed chat: they name the role."""
+        """Return the first chunks of a streamed chat, which hold the role."""
         deltas = [Delta(index, "") for index in range(len(self._choices.written))]
         return [self.chunk(delta, **self._role) for delta in deltas if self._role]
 
     def chunk(self, delta: Delta, **role: str) -> dict:
-        """Return a chunk of a stream."""
+        """Return the chunk of a stream for one delta."""
         return {**self._head, "choices": [self._choices.choice(delta, **role)]}
 
     def usage_chunk(self) -> dict:
-        """Return the last chunk of a stream, for those who asked for it."""
+        """Return the last chunk of a stream, with the token counts."""
         return {**self._head, "choices": [], "usage": self._choices.usage()}
 
     def whole(self, deltas: Sequence[Delta]) -> dict:
-        """Return the answer that is complete with `deltas`."""
+        """Return the whole reply, made of all its deltas."""
         totals = [Delta(index, "") for index in range(len(self._choices.written))]
         for delta in deltas:
             total = totals[delta.index]
@@ -570,6 +575,7 @@ class CompletionBody(Body):
         return len(self._prompts()), max(map(len, self._prompts()))
 
     def encode(self, tokenizer: Tokenizer) -> list[list[int]]:
+        """Return the token ids of each prompt."""
         start = [tokenizer.eos_token_id]
         return [
             [*start, *tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
@@ -587,7 +593,7 @@ AnyBody = ChatBody | CompletionBody
 
 # %% ../chapters/B32_protocol.ipynb #cell-063
 def _sampling_params(defaults: dict, body: Body) -> SamplingParams:
-    """Return how a body wants tokens drawn; where it says nothing, as in `defaults`."""
+    """Return the body's sampling parameters, and `defaults` where it sets none."""
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     said = {name: value for name in names if (value := getattr(body, name)) is not None}
     if said.get("top_k", 1) < 1:
@@ -596,9 +602,10 @@ def _sampling_params(defaults: dict, body: Body) -> SamplingParams:
 
 
 def make_requests(engine: Engine, body: AnyBody) -> list[Request]:
-    """Return n requests for each prompt; the i-th of them draws with `seed` + i.
+    """Return the engine's requests for a body: n for each prompt.
 
-    Raises ApiError for what cannot be answered.
+    The i-th request of a prompt samples with `seed` + i. Raises ApiError if the body
+    asks for too many answers or tokens, or for a form that cannot be enforced.
     """
     params = _sampling_params(engine.defaults, body)
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
@@ -631,7 +638,7 @@ def _too_long(engine: Engine, body: AnyBody, what: str) -> ApiError:
 
 
 def _prompt_ids(engine: Engine, body: AnyBody) -> list[list[int]]:
-    """Return the token ids of each prompt. Raises ApiError."""
+    """Return the token ids of each prompt. Raises ApiError if they are too many."""
     prompts, length = body.size()
     most = min(len(engine.scheduler.rows), engine.scheduler.max_queue)
     if isinstance(body, ChatBody) and len(body.messages) > engine.max_context:
@@ -653,7 +660,7 @@ def _prompt_ids(engine: Engine, body: AnyBody) -> list[list[int]]:
 
 # %% ../chapters/B32_protocol.ipynb #grammar-code
 def _grammar(engine: Engine, body: Body) -> Grammar | None:
-    """Return the form that a body wants for its answers. Raises ApiError."""
+    """Return the grammar of the requested form, or None. Raises ApiError."""
     schema, functions = body.response_format.schema_asked(), body.functions()
     strict = any(function.get("strict") for function in functions)
     if schema is None and not body.must_call() and not strict:
@@ -674,7 +681,7 @@ _LEAST = -9999.0  # OpenAI's smallest log-probability; JSON has no infinity
 
 
 def _token_name(raw: bytes) -> str:
-    """Return a token as text; where its bytes are no text, spelled as OpenAI does."""
+    """Return a token as text, or as OpenAI's "bytes:\\x.." if it is not valid UTF-8."""
     try:
         return raw.decode()
     except UnicodeDecodeError:
@@ -682,7 +689,7 @@ def _token_name(raw: bytes) -> str:
 
 # %% ../chapters/B32_protocol.ipynb #cell-073
 class LogprobWriter:
-    """The log-probabilities of one answer in OpenAI's form, delta by delta."""
+    """Formats the log-probabilities of one answer as OpenAI does, delta by delta."""
 
     def __init__(self, bytes_of: _BytesOf, chat: bool, stop_ids: Collection[int]):
         self._bytes_of, self._stop_ids = bytes_of, stop_ids
@@ -692,7 +699,7 @@ class LogprobWriter:
         self._length = 0  # characters of the text so far
 
     def form(self, delta: Delta) -> dict:
-        """Return what belongs beside the text of `delta`."""
+        """Return the "logprobs" object of a delta's tokens."""
         self._length += len(delta.text)
         found = []
         for entry in delta.logprobs:
@@ -703,7 +710,7 @@ class LogprobWriter:
         return self._form(found, self._bytes_of)
 
     def _begin(self, raw: bytes) -> int:
-        """Return the character at which the next token, of bytes `raw`, begins."""
+        """Return the offset in characters of the next token, whose bytes are `raw`."""
         if raw and not 0x80 <= raw[0] < 0xC0:
             # a new character: what was incomplete stays so
             self._offset += len(self._decoder.decode(b"", final=True))
@@ -742,7 +749,7 @@ def _completion_logprobs(found: _Found, bytes_of: _BytesOf) -> dict:
 
 
 def _names(tokens: Sequence[int], bytes_of: _BytesOf) -> dict[int, str]:
-    """Return a name of its own for each token, also where two have the same text."""
+    """Return {token: name} with distinct names, even if tokens have the same text."""
     names: dict[int, str] = {}
     for token in tokens:
         name = _token_name(bytes_of(token))

@@ -22,8 +22,9 @@ from .shards import ShardReader, on_all_ranks, verify
 
 # %% ../chapters/B22_restore.ipynb #cell-014
 class _FileReader:
-    """The tensors of a checkpoint.pt, which is mapped into memory, by name: of a
-    sharded target each rank copies its own part.
+    """The tensors of a checkpoint.pt, by name.
+
+    The file is mapped into memory. Each rank copies only its part of a sharded target.
     """
 
     def __init__(self, checkpoint: dict):
@@ -50,7 +51,7 @@ def _new_averages(
     model: QwenForCausalLM,
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> dict[str, torch.Tensor]:
-    """Return room for each stored tensor of the optimizers."""
+    """Return an empty tensor for each stored tensor of the optimizers."""
     parameters = dict(model.named_parameters())
     on_device, follows = set(), set()
     for optimizer, names in zip(optimizers, state["optimizer_parameters"]):
@@ -82,9 +83,7 @@ def _attach(
     model: QwenForCausalLM,
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> None:
-    """Make the filled `averages`, and what is stored of the optimizers beside tensors,
-    their state.
-    """
+    """Set the optimizers' state to the filled `averages` and to the stored numbers."""
     new = {}
     for packed, names in zip(
         state["optimizer_state_dicts"], state["optimizer_parameters"]
@@ -105,7 +104,7 @@ def _attach(
 def _restore(
     path: Path, model: QwenForCausalLM, optimizers: Sequence[torch.optim.Optimizer]
 ) -> dict:
-    """Do what `restore_checkpoint` does, on one rank."""
+    """Restore on one rank: see `restore_checkpoint`."""
     directory = sharded_directory(path)
     state = read_pt(state_file(path), check=False, mmap=directory is None)
     state.setdefault("optimizer_state_dicts", [])
@@ -137,16 +136,17 @@ def restore_checkpoint(
     model: QwenForCausalLM,
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> dict:
-    """Load weights and the optimizers' state into `model` and `optimizers` in place;
-    return the rest (step, data, rank_states, ...).
+    """Load weights into `model` and state into `optimizers`, in place.
 
-    `path` is a checkpoint.pt or its directory, plain or sharded, and `model` (without
-    DDP's wrapper) may be laid out in any way, on any number of processes; all of them
-    call this. Of shards, each reads what it needs. State goes by the parameters' names
-    and keeps the file's dtype; the options in the groups (rates, decay) stay those that
-    the optimizers were made with. Without `optimizers`, only weights are loaded. Raises
-    CheckpointError, on every rank, for another model, other optimizers or a damaged
-    file.
+    Returns the rest of the checkpoint: a dict of step, data, rank_states and more.
+    `path` is a checkpoint.pt or a checkpoint's directory, plain or sharded. `model`,
+    without DDP's wrapper, may be sharded in any way over any number of processes. All
+    of them call this, and each reads only the shards it needs. Optimizer state is
+    matched by the parameters' names and keeps the file's dtype, except in torch's AdamW
+    and Muon, where averages get their parameter's. Learning rate, weight decay and
+    other options stay as they are. Without `optimizers`, only weights are loaded.
+    Raises CheckpointError, on every rank, for another model, other optimizers or a
+    damaged file.
     """
     path = Path(path)
     on_all_ranks(lambda: _compare_checksums(path))
@@ -156,14 +156,14 @@ def restore_checkpoint(
 
 
 def _rank() -> tuple[int, int]:
-    """Return this process's rank, and how many there are."""
+    """Return this process's rank and the number of processes."""
     if not dist.is_initialized():
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
 
 
 def _compare_checksums(path: Path) -> None:
-    """Compare the checksums of all files, each of them on one rank."""
+    """Compare the checksums of all files; the ranks share the work."""
     directory, (rank, world_size) = sharded_directory(path), _rank()
     if directory:
         verify(directory, rank, world_size)
@@ -213,9 +213,7 @@ def _check_optimizers(
     optimizers: Sequence[torch.optim.Optimizer],
     path: Path,
 ) -> None:
-    """Raise CheckpointError where a checkpoint has other optimizers, or the same for
-    other parameters.
-    """
+    """Raise CheckpointError if the optimizers or their parameters differ."""
     if not state["optimizer_state_dicts"]:
         raise CheckpointError(
             f"{path} holds no optimizer state: training cannot be resumed from it"
@@ -246,9 +244,7 @@ def _check_averages(
     model: QwenForCausalLM,
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> None:
-    """Raise CheckpointError where an optimizer's state is not complete, or has another
-    shape than its parameter.
-    """
+    """Raise CheckpointError if an optimizer's state is incomplete or misshapen."""
     averages: dict[str, dict] = {}  # of each parameter, {key: (shape, dtype)}
     for name, found in stored.items():
         kind, owner, *key = name.split("/")
@@ -285,8 +281,10 @@ def _fits(
     dtype: torch.dtype,
     known: set[str] | None,
 ) -> bool:
-    """Whether a tensor of an optimizer's state fits a parameter's shape; `known` are
-    the tensors that the optimizer has, where we know it.
+    """Return whether a tensor of an optimizer's state fits its parameter's shape.
+
+    `known` names the tensors of the optimizer's state, or is None if we do not know
+    them.
     """
     if known is None:
         return shape in ((), parameter)

@@ -28,7 +28,7 @@ from .train_config import TrainConfig, given_settings, rename_settings
 
 # %% ../chapters/B25_resume.ipynb #cell-012
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """Return where the random numbers are, which stochastic rounding draws."""
+    """Return the states of torch's random generators on the CPU and GPU."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -38,8 +38,10 @@ def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
 def restore_rng(
     state: dict[str, Any], config: TrainConfig, context: DistributedContext
 ) -> None:
-    """Continue a checkpoint's random numbers, on as many processes as it had; else
-    begin anew from one seed.
+    """Set this process's random generators to a checkpoint's state.
+
+    If the number of processes or the kind of device has changed, they are seeded with
+    the setting `seed` plus the step instead.
     """
     torch.manual_seed(config.seed + state["step"])
     ranks = [rank["rng"] for rank in state["rank_states"]]
@@ -61,10 +63,10 @@ def restore(
     optimizers: Sequence[torch.optim.Optimizer],
     context: DistributedContext,
 ) -> None:
-    """Load weights, optimizers and random numbers; `state` is the checkpoint's.
+    """Load weights, optimizer state and random generators from a checkpoint, in place.
 
-    Raises CheckpointError where the processes read different checkpoints: a directory
-    that machines do not share may hold another run's under the same name.
+    `state` is the checkpoint without tensors. Raises CheckpointError if the processes
+    read different checkpoints, as on machines that do not share a disk.
     """
     compared = ("step", "data", "spike_watch", "train_config")
     context.agree({name: state[name] for name in compared}, f"checkpoint {path}")
@@ -81,10 +83,10 @@ _UNCHANGED += ("heldout_fraction", "lora_rank", "lora_alpha", "lora_targets")
 def check_resumable(
     path: str | Path, config: TrainConfig, tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """Return a checkpoint's state but for tensors.
+    """Return a checkpoint's state without tensors.
 
-    Raises CheckpointError, before anything is read or made, if it belongs to another
-    run than `config`'s.
+    Raises CheckpointError if its model, tokenizer or a setting that must not change
+    differs from `config`, and ValueError if `skip_steps` names a step that is done.
     """
     state = read_training_state(path)
     before = state["train_config"]
@@ -110,9 +112,9 @@ def check_resumable(
 
 # %% ../chapters/B25_resume.ipynb #cell-028
 def read_training_state(path: str | Path) -> dict[str, Any]:
-    """Read a run's checkpoint but for tensors, its settings by their present names.
+    """Return a checkpoint's state without tensors; settings get their present names.
 
-    Raises CheckpointError for a checkpoint of weights only.
+    Raises CheckpointError if the checkpoint holds weights only.
     """
     state = read_state(path)  # which has checked the types
     random = [(rank or {}).get("rng") for rank in state.get("rank_states", [])]
@@ -132,7 +134,7 @@ _NEEDED |= {"tokenizer_fingerprint"}
 def _check_skipped(
     path: str | Path, config: TrainConfig, state: dict[str, Any]
 ) -> None:
-    """Raise ValueError for a step to skip that was learned from already."""
+    """Raise ValueError if `skip_steps` names a step that was trained on already."""
     skipped = state["train_config"].get("skip_steps") or []
     for step in config.skip_steps:
         if step <= state["step"] and step not in skipped:
@@ -149,10 +151,10 @@ def compare_data(
     now: dict,
     new_data: bool = False,
 ) -> tuple[bool, str | None]:
-    """Return whether the run goes on in the data of its checkpoint, and a line to say
-    about it; `now` identifies the present ones.
+    """Return whether a run continues in its checkpoint's data, and a note or None.
 
-    Raises CheckpointError where they have changed, and `new_data` does not allow it.
+    `now` is the fingerprint of the present data. If they have changed, the run starts
+    at their beginning with `new_data`; otherwise CheckpointError is raised.
     """
     changed = _data_change(config, state, now)
     if changed is None and state.get("data_fingerprint") is None:
@@ -198,13 +200,15 @@ def _nothing_to_train(
 
 
 def _real_paths(names: Any) -> list[str]:
-    """Return paths of data without their spelling."""
+    """Return the absolute paths of data, with symbolic links resolved."""
     return [os.path.realpath(name) for name in names] if isinstance(names, list) else []
 
 # %% ../chapters/B25_resume.ipynb #cell-058
 def tokens_before(config: TrainConfig, state: dict[str, Any]) -> int:
-    """Return how many tokens were read until a checkpoint was written; for those of
-    version 0.1.0, which do not all say it, from what they hold.
+    """Return the number of tokens that were read before a checkpoint was written.
+
+    For checkpoints of version 0.1.0, which may lack it, it is computed from other
+    fields.
     """
     if isinstance(state.get("tokens"), int):
         return state["tokens"]
@@ -217,15 +221,16 @@ def tokens_before(config: TrainConfig, state: dict[str, Any]) -> int:
 
 # %% ../chapters/B25_resume.ipynb #cell-060
 def settings_on_top(path: str | Path, config: TrainConfig) -> TrainConfig:
-    """Return a checkpoint's settings, with those that `config` was given on top."""
+    """Return a checkpoint's settings, with those that `config` sets on top."""
     given = config.model_dump(exclude_unset=True)
     before = read_training_state(path)["train_config"]
     return TrainConfig.create({**before, **given}, f"the settings in {path}", given)
 
 
 def config_from_arguments(arguments: argparse.Namespace) -> TrainConfig:
-    """Return the settings file, or the checkpoint's settings, with the flags that were
-    given on top.
+    """Return the given flags on top of a settings file or of a checkpoint.
+
+    Without either, the defaults of `TrainConfig` stand below them.
     """
     config = given_settings(arguments)
     path = arguments.resume
@@ -239,8 +244,11 @@ def config_from_arguments(arguments: argparse.Namespace) -> TrainConfig:
 def settings_of_checkpoint(
     config: TrainConfig, path: str | Path
 ) -> tuple[TrainConfig, Tokenizer]:
-    """Take what the settings do not name of model and tokenizer from a checkpoint; of
-    the tokenizer, where they name the same, its copy there.
+    """Return the settings and the tokenizer of a run that resumes from a checkpoint.
+
+    A model or tokenizer that `config` does not set comes from the checkpoint. If it
+    sets the checkpoint's tokenizer, the copy there is loaded, unless the named file
+    exists.
     """
     state = read_training_state(path)
     before, given = state["train_config"], config.model_dump(exclude_unset=True)
@@ -261,9 +269,7 @@ def settings_of_checkpoint(
 
 
 def with_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
-    """Give a shape that leaves vocab_size out, and whose default does not fit, the
-    tokenizer's.
-    """
+    """Set an omitted vocab_size to the tokenizer's if the default does not fit."""
     if isinstance(config.model, str) or "vocab_size" in config.model:
         return config
     try:

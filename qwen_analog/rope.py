@@ -76,9 +76,9 @@ def interleaved_to_half(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 # %% ../chapters/B15_gguf_file.ipynb #cell-070
 def llama3_scaling(factors: torch.Tensor, theta: float) -> dict | None:
-    """Return the `rope_scaling` that divides speeds by `factors` [h / 2] (Llama 3).
+    """Return the `rope_scaling` of Llama 3 that divides speeds by `factors` [h / 2].
 
-    None where nothing is slowed down. Raises ValueError for factors of another rule.
+    Returns None if all factors are 1. Raises ValueError if they follow another rule.
     """
     if torch.equal(factors, torch.ones_like(factors)):
         return None
@@ -92,10 +92,10 @@ def llama3_scaling(factors: torch.Tensor, theta: float) -> dict | None:
 
 
 def _llama3_settings(factors: torch.Tensor, turns: torch.Tensor) -> dict:
-    """Return settings that fit `factors` of pairs with so many `turns` a token.
+    """Return the settings that reproduce `factors`; `turns` are rotations per token.
 
-    Only the ends of the blend show, so `low_freq_factor` is taken to be 1; with less
-    than two pairs in the blend `high_freq_factor` is taken to be 4, as published.
+    `factors` show only the ends of the blended range: `low_freq_factor` is set to 1
+    and, with fewer than two pairs in it, `high_freq_factor` to 4, as published.
     """
     factor = factors.max()
     kept = (1 / factors - 1 / factor) / (1 - 1 / factor)  # a line in turns, cut off

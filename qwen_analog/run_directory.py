@@ -28,13 +28,14 @@ _CALLED = re.compile(r"final|step_[0-9]{1,18}")
 
 
 def step_number(path: Path) -> float:
-    """Return N of step_N; infinity for final, which comes after all of them."""
+    """Return N of step_N, or infinity for final, which comes after every step."""
     return math.inf if path.name == "final" else int(path.name.removeprefix("step_"))
 
 # %% ../chapters/B23_run_directory.ipynb #cell-013
 def _delete(checkpoint: Path) -> None:
-    """Delete a checkpoint; what stays has a partial one's name: the next save tries
-    again.
+    """Delete a checkpoint. It is renamed to NAME.partial first.
+
+    If deletion fails, the next save removes the rest.
     """
     doomed = checkpoint.with_name(checkpoint.name + ".partial")
     shutil.rmtree(doomed, ignore_errors=True)
@@ -43,7 +44,7 @@ def _delete(checkpoint: Path) -> None:
 
 # %% ../chapters/B23_run_directory.ipynb #cell-015
 def check_keep(keep_last: int, keep_every: int) -> None:
-    """Raise ValueError where one of them is no whole number, or too small."""
+    """Raise ValueError unless these are ints, `keep_last` >= 1, `keep_every` >= 0."""
     for name, value, least in (
         ("keep_last", keep_last, 1),
         ("keep_every", keep_every, 0),
@@ -55,7 +56,7 @@ def check_keep(keep_last: int, keep_every: int) -> None:
 
 # %% ../chapters/B23_run_directory.ipynb #cell-017
 class Checkpoints:
-    """The checkpoints in a directory, by their names."""
+    """The checkpoints in a directory, found by their names step_N and final."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -66,22 +67,22 @@ class Checkpoints:
         return sorted(filter(Path.is_dir, found), key=step_number)
 
     def checkpoints(self) -> list[Path]:
-        """Return the checkpoints, oldest first: step_N by N, then final."""
+        """Return the checkpoints, plain or sharded: step_N by N, then final."""
         named = self.named()
         return [p for p in named if is_sharded(p) or (p / "checkpoint.pt").is_file()]
 
     def latest(self) -> Path | None:
-        """Return final where it exists, else the newest step_N, else None."""
+        """Return final if it exists, else the newest step_N, else None."""
         return next(reversed(self.checkpoints()), None)
 
     def prune(
         self, keep_last: int, keep_every: int = 0, newest: float | None = None
     ) -> None:
-        """Delete all but the `keep_last` newest step_N, and those that `keep_every` > 0
-        divides. Raises ValueError for a number that is none, or too small.
+        """Delete all step_N but the `keep_last` newest and those that stay for good.
 
-        Steps above `newest` stay and do not count: they are of a run that was taken
-        back to an earlier step.
+        With `keep_every` > 0, each step that it divides stays for good. Steps above
+        `newest` are ignored: they were written before the run went back to an earlier
+        step. Raises ValueError as `check_keep` does.
         """
         check_keep(keep_last, keep_every)
         last = math.inf if newest is None else newest
@@ -92,11 +93,10 @@ class Checkpoints:
 
 # %% ../chapters/B23_run_directory.ipynb #cell-023
 def newest_whole(directory: str | Path) -> Path | None:
-    """Return the newest checkpoint in `directory` that passes its checks, or None where
-    there is none.
+    """Return the newest undamaged checkpoint in `directory`, or None if it has none.
 
-    One line on stderr names what is passed over. Raises CheckpointError where there are
-    checkpoints, and none of them is whole.
+    A warning on stderr names the damaged ones that were passed over. Raises
+    CheckpointError if there are checkpoints, and all are damaged.
     """
     path, names, problem = _first_whole(reversed(Checkpoints(directory).named()))
     if names and path is None:
@@ -111,9 +111,7 @@ def newest_whole(directory: str | Path) -> Path | None:
 
 
 def _first_whole(paths: Iterable[Path]) -> tuple[Path | None, str, str]:
-    """Return the first checkpoint that is whole, the names of those before it, and what
-    is wrong with the first of them.
-    """
+    """Return the first undamaged checkpoint, the names before it, and one fault."""
     passed_over, first = [], ""
     for path in paths:
         problem = _problem(path)
@@ -125,7 +123,7 @@ def _first_whole(paths: Iterable[Path]) -> tuple[Path | None, str, str]:
 
 # %% ../chapters/B23_run_directory.ipynb #cell-024
 def _problem(path: Path) -> str | None:
-    """Say why a checkpoint is not whole; None where it is."""
+    """Return what is wrong with a checkpoint, or None if it is undamaged."""
     try:
         verify_checkpoint(path)
     except (CheckpointError, OSError) as error:
@@ -147,7 +145,7 @@ def _set_aside(path: Path) -> Path:
 
 # %% ../chapters/B23_run_directory.ipynb #cell-032
 def _lock(handle: int, directory: Path) -> None:
-    """Lock an open file for this process, and write into it who holds it."""
+    """Lock an open file for this process, and write the process's name into it."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -191,12 +189,12 @@ def _open_lock(directory: Path) -> int:
 # %% ../chapters/B23_run_directory.ipynb #cell-035
 @contextmanager
 def claim(directory: str | Path) -> Iterator[None]:
-    """Hold a directory, made where it is missing, for this run while open.
+    """Hold a directory for this run while the context is open; create it if needed.
 
-    Raises CheckpointError where another live run holds it, OSError where it cannot be
-    written. On a file system without locks a line on stderr says so, and nothing is
-    claimed. A directory that was made here, and into which nothing was written, goes
-    again at the end.
+    Raises CheckpointError if another live run holds it, OSError if it cannot be
+    written. If the file system has no locks, a warning on stderr says so and the
+    directory is not held. At the end, a directory that was created here is removed if
+    nothing was written into it.
     """
     directory = Path(directory)
     made = not directory.exists()
@@ -215,19 +213,20 @@ def claim(directory: str | Path) -> Iterator[None]:
 
 # %% ../chapters/B23_run_directory.ipynb #cell-056
 class RunDirectory(Checkpoints):
-    """A run's output directory: what is being written in it is called NAME.partial,
-    what is not whole any more NAME.damaged.
+    """A run's output directory.
+
+    A checkpoint that is being written is called NAME.partial, a damaged one that was
+    renamed NAME.damaged.
     """
 
     def newest_whole(self) -> Path | None:
-        """Return the newest checkpoint that passes its checks, or None; see
-        `newest_whole`.
-        """
+        """Return the newest undamaged checkpoint or None, as `newest_whole` does."""
         return newest_whole(self.path)
 
     def go_back_to_whole(self) -> Path | None:
-        """Return `newest_whole()`; damaged checkpoints that are newer are renamed, and
-        make room for the run to go on.
+        """Return `newest_whole()`, and rename newer checkpoints, which are damaged.
+
+        Their names are then free, so that the run can write these steps again.
         """
         whole = self.newest_whole()
         last = math.inf if whole is None else step_number(whole)
@@ -237,9 +236,10 @@ class RunDirectory(Checkpoints):
         return whole
 
     def new_checkpoint(self, name: str) -> Path:
-        """Return an empty NAME.partial to write into; a damaged checkpoint of this name
-        is set aside. Raises CheckpointError where a whole one has it, ValueError for a
-        name that is neither step_N nor final.
+        """Return an empty directory NAME.partial to write a checkpoint into.
+
+        A damaged checkpoint of this name is renamed. Raises CheckpointError if an
+        undamaged one exists, ValueError if the name is neither step_N nor final.
         """
         _check_name(name)
         _remove_partial(self.path)
@@ -247,7 +247,7 @@ class RunDirectory(Checkpoints):
         return begin(self.path / name)
 
     def claim(self) -> AbstractContextManager[None]:
-        """Hold the directory for this run while open; see `claim`."""
+        """Hold the directory for this run while the context is open: see `claim`."""
         return claim(self.path)
 
 # %% ../chapters/B23_run_directory.ipynb #cell-057
@@ -257,14 +257,14 @@ def _check_name(name: str) -> None:
 
 
 def _remove_partial(directory: Path) -> None:
-    """Remove what killed saves left behind, since it may be what fills the disk."""
+    """Remove unfinished checkpoints of killed runs, which may fill the disk."""
     for pattern in ("step_*.partial", "final.partial"):
         for left in directory.glob(pattern):
             shutil.rmtree(left, ignore_errors=True)
 
 
 def _make_room(checkpoint: Path) -> None:
-    """Set a checkpoint aside if it is not whole."""
+    """Rename a checkpoint if it is damaged."""
     problem = _problem(checkpoint) if checkpoint.is_dir() else None
     if problem is not None:
         aside = _set_aside(checkpoint)
@@ -274,8 +274,9 @@ def _make_room(checkpoint: Path) -> None:
 
 # %% ../chapters/B23_run_directory.ipynb #cell-059
 def latest_checkpoint(directory: str | Path) -> Path | None:
-    """Return `directory`/final where it exists, else the step_N with the highest N,
-    else None; plain or sharded.
+    """Return `directory`/final if it exists, else the newest step_N, else None.
+
+    Checkpoints may be plain or sharded. They are not checked for damage.
     """
     return RunDirectory(directory).latest()
 
@@ -286,5 +287,5 @@ def prune_checkpoints(
     keep_every: int = 0,
     newest: float | None = None,
 ) -> None:
-    """Delete old checkpoints in `directory`; see `Checkpoints.prune`."""
+    """Delete old checkpoints in `directory`: see `Checkpoints.prune`."""
     Checkpoints(directory).prune(keep_last, keep_every, newest)

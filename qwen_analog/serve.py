@@ -45,7 +45,7 @@ KEY_VARIABLE = "QWEN_ANALOG_API_KEY"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `qwen-analog serve`."""
+    """Add the flags of `qwen-analog serve`."""
     add_model(parser)
     add_base(parser)
     _add_address(parser)
@@ -83,7 +83,7 @@ def _add_address(parser: argparse.ArgumentParser) -> None:
 
 # %% ../chapters/B33_serve.ipynb #cell-021
 def _build_engine(arguments: argparse.Namespace, source: str) -> "AsyncEngine":
-    """Open the model, and make room for its cache."""
+    """Load the model and reserve memory for its KV cache."""
     from qwen_analog.engine import AsyncEngine
     from qwen_analog.hardware import require_memory
     from qwen_analog.loading import load
@@ -124,7 +124,10 @@ PAGE_SIZE = 16  # tokens
 def _kv_pages(
     arguments: argparse.Namespace, context: int, page_bytes: int, device: "torch.device"
 ) -> int | None:
-    """Return how many pages the cache has, None for rows. Raises ValueError."""
+    """Return the number of pages of the KV cache, or None for whole rows.
+
+    `context` counts tokens. Raises ValueError if one request does not fit.
+    """
     from qwen_analog.hardware import available_memory
     from qwen_analog.pages import pages_for
 
@@ -149,7 +152,7 @@ def _kv_pages(
 
 # %% ../chapters/B33_serve.ipynb #room-code
 def _room(arguments: argparse.Namespace, context: int, pages: int | None) -> str:
-    """Say what the cache has room for, and why it is less than it might be."""
+    """Return a text on how much the cache holds, and whether memory limits it."""
     from qwen_analog.pages import pages_for
 
     rows = f"{arguments.max_batch} rows of {context:,} tokens"
@@ -211,9 +214,9 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
 
 # %% ../chapters/B33_serve.ipynb #cell-025
 def run(arguments: argparse.Namespace) -> None:
-    """Serve a model over HTTP as OpenAI does, until SIGTERM or Ctrl-C.
+    """Serve a model over HTTP with OpenAI's API, until SIGTERM or Ctrl-C.
 
-    Answers that are being written then have some seconds to end.
+    Answers that are being generated then have `--grace-seconds` to end.
     """
     server = need("qwen_analog.server")
     key = _api_key(arguments)
@@ -252,7 +255,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 # %% ../chapters/B33_serve.ipynb #warn
 def _warn(key: str | None, host: str, address: str) -> None:
-    """Warn where others reach a server without a key."""
+    """Print a warning if other machines can reach the server without an API key."""
     if key is None and not ipaddress.ip_address(address).is_loopback:
         print(
             f"warning: {host} can be reached from other machines, and whoever reaches"
@@ -271,7 +274,7 @@ def _api_key(arguments: argparse.Namespace) -> str | None:
 
 
 def _allowed_hosts(names: list[str]) -> set[str]:
-    """Return the names that --allowed-host gives, without the brackets of addresses."""
+    """Return the names of --allowed-host, with addresses out of brackets."""
     from qwen_analog.server import host_name, is_address
 
     found = set()
@@ -287,7 +290,7 @@ def _allowed_hosts(names: list[str]) -> set[str]:
 
 
 def _own_hosts(host: str, address: str) -> set[str]:
-    """Return the names under which a server that listens on `address` is addressed."""
+    """Return the host names by which clients reach a server on `address`."""
     from qwen_analog.server import LOOPBACK, host_name
 
     hosts = {*LOOPBACK, host_name(host) or address, address}

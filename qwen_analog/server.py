@@ -55,7 +55,7 @@ def _error_response(error: ApiError) -> Response:
 
 
 def _api_error(error: Exception, scope: Scope) -> ApiError:
-    """Return an ApiError as it is; log others, which are faults of this program."""
+    """Return an ApiError unchanged; log any other error and return a status 500."""
     if isinstance(error, ApiError):
         return error
     last = traceback.extract_tb(error.__traceback__)[-1]
@@ -68,7 +68,7 @@ def _api_error(error: Exception, scope: Scope) -> ApiError:
 
 
 async def _refused(request: HTTPRequest, error: Exception) -> Response:
-    """Answer for an exception that an endpoint or Starlette has raised."""
+    """Return the response to an exception of an endpoint or of Starlette."""
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)
     if isinstance(error, HTTPException):
@@ -82,7 +82,7 @@ Endpoint = Callable[[HTTPRequest], Awaitable[Response]]
 
 
 def _answering(endpoint: Endpoint) -> Endpoint:
-    """Make an endpoint answer for every exception that it raises."""
+    """Wrap an endpoint so that each of its exceptions becomes a response."""
 
     async def answer(request: HTTPRequest) -> Response:
         try:
@@ -102,7 +102,7 @@ def _check_model(asked: str, own: str) -> None:
 
 
 def _submit(engine: AsyncEngine, requests: list[Request], client: str) -> DeltaStream:
-    """Hand requests to the engine; raise ApiError where it does not take them."""
+    """Hand requests to the engine. Raises ApiError if it does not accept them."""
     try:
         return engine.stream(*requests, client=client)
     except EngineClosed:
@@ -121,7 +121,7 @@ async def _running(engine: AsyncEngine, app: Starlette) -> AsyncIterator[None]:
 
 # %% ../chapters/B41_application.ipynb #b5733a57
 async def _checked(stream: AsyncIterable[Delta]) -> AsyncIterator[Delta]:
-    """Yield the deltas of a stream; raise ApiError for one that is an error."""
+    """Yield the deltas of a stream. Raises ApiError if one reports an error."""
     async for delta in stream:
         if delta.finish_reason == "error":
             raise ApiError(delta.text, delta.status)
@@ -131,7 +131,7 @@ async def _checked(stream: AsyncIterable[Delta]) -> AsyncIterator[Delta]:
 async def _events(
     stream: AsyncIterable[Delta], writer: ReplyWriter, scope: Scope
 ) -> AsyncIterator[str]:
-    """Yield the server-sent events of an answer; an error is the last one."""
+    """Yield an answer's server-sent events; an error is sent as the last one."""
     try:
         for chunk in writer.openings():
             yield _event(chunk)
@@ -151,7 +151,10 @@ async def _all_deltas(stream: AsyncIterable[Delta]) -> list[Delta]:
 async def _whole_response(
     stream: "WatchedStream", writer: ReplyWriter, request: HTTPRequest
 ) -> Response:
-    """Wait for all of an answer; stop waiting, and writing, when the client goes."""
+    """Return the whole answer as one response.
+
+    If the client disconnects, generation stops and the status is 499.
+    """
     answer = asyncio.ensure_future(_all_deltas(stream))
     # all that can still come from the client is that it disconnects
     gone = asyncio.ensure_future(request.receive())
@@ -167,7 +170,7 @@ async def _whole_response(
 
 # %% ../chapters/B41_application.ipynb #cell-031
 class Completions:
-    """Answers what is posted to /v1/completions and /v1/chat/completions."""
+    """The endpoints /v1/completions and /v1/chat/completions."""
 
     def __init__(
         self, engine: AsyncEngine, model: str, max_bytes: int, prompt_seconds: float
@@ -208,7 +211,7 @@ class Completions:
 
 # %% ../chapters/B41_application.ipynb #cell-061
 class About:
-    """Answers questions about the server: which model it has, and how it does."""
+    """The endpoints /v1/models and /health."""
 
     def __init__(self, engine: AsyncEngine, model: str):
         self._engine, self._model = engine, model
@@ -216,12 +219,14 @@ class About:
         self._entry["owned_by"] = "qwen_analog"
 
     async def models(self, request: HTTPRequest) -> Response:
+        """Answer with a list of the one model, or with its entry."""
         if "name" not in request.path_params:
             return JSONResponse({"object": "list", "data": [self._entry]})
         _check_model(request.path_params["name"], self._model)
         return JSONResponse(self._entry)
 
     async def health(self, request: HTTPRequest) -> Response:
+        """Answer with the server's state; the status is 503 unless it is "ok"."""
         scheduler = self._engine.scheduler
         status = "ok" if self._engine.running else "stopped"
         state = {
@@ -238,7 +243,7 @@ _RATES = (1, 3, 10, 30, 100, 300, 1000)  # tokens a second
 
 
 class ServerMetrics:
-    """What /metrics shows of an engine and its answers."""
+    """The metrics of an engine and its answers, and the endpoint /metrics."""
 
     def __init__(self, engine: AsyncEngine):
         self.registry = CollectorRegistry()
@@ -255,18 +260,18 @@ class ServerMetrics:
             Gauge(name, text, **on).set_function(value)
 
     def watch(self, stream: DeltaStream, requests: list[Request]) -> "WatchedStream":
-        """Return the stream of an answer to `requests`, which is counted."""
+        """Count the prompts, and return a stream that counts the answers' tokens."""
         self.read.inc(sum(len(request.prompt) for request in requests))
         return WatchedStream(stream, self)
 
     async def show(self, request: HTTPRequest) -> Response:
-        """Answer with all of it, in Prometheus's text form."""
+        """Return all metrics in Prometheus's text format."""
         content = generate_latest(self.registry)
         return Response(content, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 # %% ../chapters/B41_application.ipynb #metrics-stream
 def _state(engine: AsyncEngine) -> dict[str, tuple[str, Callable[[], float]]]:
-    """Return the gauges: a name, what it tells, and the function that finds it."""
+    """Return the engine's gauges: {name: (description, function that reads it)}."""
     scheduler, cache = engine.scheduler, engine.runner.cache
     state: dict[str, tuple[str, Callable[[], float]]] = {
         "requests_running": (
@@ -285,7 +290,7 @@ def _state(engine: AsyncEngine) -> dict[str, tuple[str, Callable[[], float]]]:
 
 
 class WatchedStream:
-    """The deltas of a stream, noted in `metrics` as they pass."""
+    """A stream of deltas that updates `metrics` as they pass."""
 
     def __init__(self, stream: DeltaStream, metrics: ServerMetrics):
         self.abort, self._stream, self._metrics = stream.abort, stream, metrics
@@ -302,7 +307,7 @@ class WatchedStream:
 
 # %% ../chapters/B41_application.ipynb #metrics-clock
 class _AnswerClock:
-    """When the tokens of one answer came."""
+    """Measures the time to the first token and the speed of one answer."""
 
     def __init__(self, metrics: ServerMetrics):
         self._metrics, self._ended = metrics, False
@@ -320,7 +325,7 @@ class _AnswerClock:
             self.end(delta.finish_reason)
 
     def end(self, reason: str) -> None:
-        """Count the answer, the first time that this is called."""
+        """Count the answer as ended; only the first call has an effect."""
         if self._ended:
             return
         self._ended = True
@@ -347,7 +352,7 @@ _PAGE_HEADERS = {
 
 
 def page_routes() -> list[Route]:
-    """Return the routes of the chat page, whose files are read once."""
+    """Return the routes of the chat page. Its files are read once, here."""
     folder = files("qwen_analog") / "page"
     responses = {}
     for path, (name, kind) in PAGE.items():
@@ -372,10 +377,12 @@ def build_app(
     hosts: Collection[str] = LOOPBACK,
     prompt_seconds: float = 10.0,
 ) -> Starlette:
-    """Build the application with OpenAI's /v1 addresses, /health, /metrics and a page.
+    """Return the web application: OpenAI's /v1 API, /health, /metrics and a chat page.
 
-    It starts the engine and closes it. `Gate` turns away requests without the `api_key`
-    or for other `hosts`. A prompt that is not read after `prompt_seconds` is refused.
+    It starts the engine, and closes it at the end. Requests without the `api_key`
+    (None: no key is needed) or for hosts other than `hosts` are refused, and so are
+    bodies of more than `max_body_bytes` and prompts that take more than
+    `prompt_seconds` to encode.
     """
     about = About(engine, model_name)
     completions = Completions(engine, model_name, max_body_bytes, prompt_seconds)

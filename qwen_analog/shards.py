@@ -50,7 +50,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 # %% ../chapters/B21_shards.ipynb #cell-017
 @dataclass(frozen=True)
 class Chunk:
-    """A part of a tensor, and the bytes in `sharded/` that hold it."""
+    """A part of a tensor, and the place of its bytes in a file of `sharded/`."""
 
     offsets: list[int]
     sizes: list[int]
@@ -61,7 +61,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that lies in shards, by its chunks."""
+    """A tensor stored in shards, as a list of its chunks."""
 
     dtype: torch.dtype
     shape: torch.Size
@@ -71,7 +71,7 @@ class StoredTensor:
 def _write_index(
     metadata: Metadata, places: dict[MetadataIndex, Any], file: Path
 ) -> None:
-    """Write what lies where as JSON.
+    """Write the places of all tensors as JSON.
 
     {name: {dtype, shape, chunks: [[offsets, sizes, file, start, length], ...]}}.
     """
@@ -90,7 +90,7 @@ def _write_index(
 
 # %% ../chapters/B21_shards.ipynb #cell-019
 class ShardWriter(FileSystemWriter):
-    """DCP's writer of shards, which writes what lies where as JSON too."""
+    """The shard writer of torch's DCP; it also writes the places as JSON."""
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         super().finish(metadata, results)
@@ -105,10 +105,11 @@ def save_shards(
     group: dist.ProcessGroup | None = None,
     background: bool = False,
 ) -> Callable[[], object]:
-    """Write this rank's part of `tensors` into `directory`/sharded when the function
-    that is returned is called, which every rank does.
+    """Return a function that writes this rank's part of `tensors`.
 
-    With `background` the tensors are copied now.
+    Every rank calls both. The function writes into `directory`/sharded. With
+    `background`, the tensors are copied at once, so that they may change before it is
+    called.
     """
     writer = ShardWriter(directory / "sharded")
     place = {"storage_writer": writer, "process_group": group}
@@ -125,7 +126,7 @@ def save_shards(
 
 # %% ../chapters/B21_shards.ipynb #cell-022
 def _read_chunk(directory: Path, chunk: Chunk) -> torch.Tensor:
-    """Return the tensor that one process wrote at a place: an archive in itself."""
+    """Return the tensor of one chunk, which is stored as a torch archive of its own."""
     with open(directory / chunk.file, "rb") as stream:
         stream.seek(chunk.start)
         data = io.BytesIO(stream.read(chunk.length))
@@ -158,21 +159,21 @@ def _sum_of(sums: dict[str, str]) -> str:
 
 
 def write_manifest(directory: Path, sums: dict[str, str]) -> None:
-    """Write manifest.json: the SHA-256 of each file, and that of the list itself."""
+    """Write manifest.json: the SHA-256 of each file, and the SHA-256 of that list."""
     manifest = {"files": sums, "sha256": _sum_of(sums)}
     write_json(manifest, directory / "manifest.json")
 
 # %% ../chapters/B21_shards.ipynb #cell-046
 def damaged(file: Path, what: str) -> CheckpointError:
-    """Return the error for a file that cannot be trusted."""
+    """Return a CheckpointError for a file that cannot be trusted."""
     return CheckpointError(f"{file} {what}: resume from an earlier checkpoint")
 
 # %% ../chapters/B21_shards.ipynb #cell-047
 def read_manifest(directory: Path) -> dict[str, str]:
-    """Return the checksums of the files that a resume reads.
+    """Return {file name: SHA-256} for the files that a resume reads.
 
-    Raises CheckpointError where manifest.json is damaged, or lacks what each sharded
-    checkpoint has.
+    Raises CheckpointError if manifest.json is damaged, or does not list state.pt and
+    sharded/index.json.
     """
     file = directory / "manifest.json"
     try:
@@ -193,8 +194,10 @@ def read_manifest(directory: Path) -> dict[str, str]:
 
 # %% ../chapters/B21_shards.ipynb #cell-048
 def verify(directory: Path, part: int = 0, parts: int = 1) -> None:
-    """Compare shards and state.pt with manifest.json; of `parts` processes, each reads
-    its part of them. Raises CheckpointError.
+    """Compare the shards and state.pt with the checksums in manifest.json.
+
+    Process `part` of `parts` reads every `parts`-th file. Raises CheckpointError if a
+    file is missing or differs.
     """
     sums = read_manifest(directory)
     for name in sorted(sums)[part::parts]:
@@ -206,7 +209,7 @@ def verify(directory: Path, part: int = 0, parts: int = 1) -> None:
 
 # %% ../chapters/B21_shards.ipynb #cell-050
 def is_sharded(directory: Path) -> bool:
-    """Whether a checkpoint's directory holds shards."""
+    """Return whether a checkpoint's directory holds shards."""
     return (directory / "sharded").is_dir()
 
 # %% ../chapters/B21_shards.ipynb #cell-051
@@ -215,7 +218,7 @@ _CHUNK = {"offsets": [int], "sizes": [int], "file": str, "start": int, "length":
 
 
 def _stored_tensor(name: str, entry: Any) -> StoredTensor:
-    """Return what index.json says of one tensor; ValueError where it cannot be so."""
+    """Check the entry of one tensor in index.json and return it. Raises ValueError."""
     if not re.fullmatch(r"weights/[^/]+|optimizer/[^/]+/[^/]+", name):
         raise ValueError(f"a tensor is called {name[:100]}")
     check_kind(entry, {str: object}, name)
@@ -239,10 +242,10 @@ def _stored_tensor(name: str, entry: Any) -> StoredTensor:
 
 # %% ../chapters/B21_shards.ipynb #cell-052
 def read_index(directory: Path) -> dict[str, StoredTensor]:
-    """Return what lies in the shards of a checkpoint, by name.
+    """Return the tensors in the shards of a checkpoint, by name.
 
-    Raises CheckpointError where a tensor is not filled, or a chunk lies outside of the
-    files in the manifest.
+    Raises CheckpointError if chunks do not fill their tensor, overlap in a file, or lie
+    outside the files of the manifest.
     """
     file = directory / "sharded" / "index.json"
     try:
@@ -267,7 +270,7 @@ def read_index(directory: Path) -> dict[str, StoredTensor]:
 
 # %% ../chapters/B21_shards.ipynb #cell-053
 def _check_places(index: dict[str, StoredTensor], file: Path) -> None:
-    """Raise CheckpointError where stretches of a shard overlap or leave it."""
+    """Raise CheckpointError if chunks overlap in a shard or lie beyond its end."""
     places: dict[str, list[tuple[int, int]]] = {}
     for tensor in index.values():
         for chunk in tensor.chunks:
@@ -287,7 +290,7 @@ def _check_places(index: dict[str, StoredTensor], file: Path) -> None:
 
 # %% ../chapters/B21_shards.ipynb #cell-054
 def _is_filled(tensor: StoredTensor) -> bool:
-    """Whether a tensor's chunks fill it without gap or overlap."""
+    """Return whether a tensor's chunks fill it without gap or overlap."""
     shape, axes = tensor.shape, range(len(tensor.shape))
     boxes = sorted(
         (chunk.offsets, chunk.sizes) for chunk in tensor.chunks if 0 not in chunk.sizes
@@ -310,10 +313,9 @@ def _is_filled(tensor: StoredTensor) -> bool:
 
 # %% ../chapters/B21_shards.ipynb #cell-056
 class ShardReader(FileSystemReader):
-    """DCP's reader of shards, told by index.json what lies where.
+    """A reader of shards for torch's DCP, which takes the places from index.json.
 
-    `stored` has the shape and type of each tensor. torch's own `.metadata` is a pickle,
-    and is never opened.
+    `stored` is {name: (shape, dtype)}. DCP's `.metadata`, a pickle, is never opened.
     """
 
     def __init__(self, directory: Path):
@@ -342,7 +344,7 @@ class ShardReader(FileSystemReader):
         return done
 
     def fill(self, targets: dict[str, torch.Tensor]) -> None:
-        """Read into `targets`, plain or sharded in any way, each rank what it needs."""
+        """Read each rank's part into `targets`, plain or sharded in any way."""
         try:
             dcp.load(targets, storage_reader=self, no_dist=True)
         except CheckpointException as error:
@@ -351,7 +353,7 @@ class ShardReader(FileSystemReader):
 
 # %% ../chapters/B21_shards.ipynb #cell-057
 def _metadata(index: dict[str, StoredTensor]) -> Metadata:
-    """Return what DCP wants to know of an index."""
+    """Return the index as the metadata object that DCP reads."""
     tensors, places = {}, {}
     for name, tensor in index.items():
         kind, parts = TensorProperties(tensor.dtype), []
@@ -364,16 +366,16 @@ def _metadata(index: dict[str, StoredTensor]) -> Metadata:
 
 
 def _first_failure(error: CheckpointException) -> BaseException:
-    """Return, of the errors that DCP collects from all ranks, the first one."""
+    """Return the first of the errors that DCP has collected from all ranks."""
     return next(iter(error.failures.values()))[0]
 
 # %% ../chapters/B21_shards.ipynb #cell-059
 def on_all_ranks(
     function: Callable[[], Any], group: dist.ProcessGroup | None = None
 ) -> list:
-    """Return what `function()` returns on each rank of `group`, in order.
+    """Return a list of the results of `function()` on each rank of `group`, in order.
 
-    An error on one rank is raised on all, so that none waits for it.
+    An error on one rank is raised on all ranks, so that none waits forever.
     """
     if not dist.is_initialized():
         return [function()]
@@ -393,8 +395,10 @@ def on_all_ranks(
 def gather_tensors(
     tensors: dict[str, torch.Tensor], keep: bool, copies: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Return full tensors on the CPU, gathered one at a time; none on ranks that do not
-    `keep` them. With `copies`, training may go on.
+    """Return the full tensors on the CPU, gathered one at a time.
+
+    Every rank calls this; ranks without `keep` get none. With `copies`, the result
+    shares no memory with `tensors`, so that training may go on.
     """
     full = {}
     for name, tensor in tensors.items():

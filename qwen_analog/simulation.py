@@ -34,9 +34,9 @@ from .train_config import TrainConfig, keeps_reference
 
 # %% ../chapters/B28_simulation.ipynb #cell-013
 def _ring_bytes(name: str, args: tuple, replicas: int) -> dict[str, int]:
-    """Return what a process of a ring sends in operator `name` (Patarasuk & Yuan 2009).
+    """Return the bytes that one process of a ring sends in operator `name`, by kind.
 
-    Every part of a gathered or reduced tensor but its own passes through a process.
+    It sends all parts of a gathered or reduced tensor but one (Patarasuk & Yuan 2009).
     """
     match name:
         case "c10d::_allgather_base_":
@@ -52,10 +52,10 @@ def _ring_bytes(name: str, args: tuple, replicas: int) -> dict[str, int]:
 
 # %% ../chapters/B28_simulation.ipynb #cell-015
 class Traffic(TorchDispatchMode):
-    """Counts the bytes that one process sends, by kind of collective, while it is on.
+    """Counts the bytes that one process sends while it is active, by collective.
 
-    `replicas` processes take part in an all-reduce. What FSDP gathers and reduces is
-    "communication" in `tracker`.
+    `replicas` processes take part in an all-reduce. Tensors that FSDP gathers or
+    reduces are marked as "communication" in `tracker`.
     """
 
     def __init__(self, replicas: int, tracker: StorageTracker):
@@ -77,7 +77,7 @@ class Traffic(TorchDispatchMode):
 
 # %% ../chapters/B28_simulation.ipynb #cell-017
 class _DryRun:
-    """The training program's step. DDP's part, which is C++, is added by hand."""
+    """A step on fake tensors. DDP's buckets and all-reduce are added by hand."""
 
     def __init__(self, config, world_size, reference, model: QwenForCausalLM, wrapped):
         self.config, self.world_size = config, world_size
@@ -96,7 +96,7 @@ class _DryRun:
         self.batches, self.loss_of = _batches(config, run)
 
     def step(self, passes: AbstractContextManager, update: AbstractContextManager):
-        """Take a step, its passes under one context, its update under the other."""
+        """Run a step, its passes in one context and its update in another."""
         for p, bucket in zip(self.weights, self.buckets):
             p.grad = bucket
         rest = 1.0, self.config, torch.device("cpu"), self.world_size, self.loss_of
@@ -114,7 +114,7 @@ class _DryRun:
 
 # %% ../chapters/B28_simulation.ipynb #method-code
 def _batches(config: TrainConfig, count: int) -> tuple[list[dict], Callable | None]:
-    """Return micro-batches of a method, and the loss that it makes of them."""
+    """Return `count` micro-batches for the method, and its loss (None for sft)."""
     rows, T = config.micro_batch_size * config.rows_per_example, config.sequence_length
     if config.method == "sft":
         ids = torch.zeros(T, dtype=torch.int64)
@@ -127,7 +127,7 @@ def _batches(config: TrainConfig, count: int) -> tuple[list[dict], Callable | No
 
 
 def _judged(run: _DryRun, batch: dict) -> dict:
-    """Add what the model without its adapters thinks, where the method asks for it."""
+    """Add the reference model's log-probabilities if the method needs them."""
     if run.config.method == "sft" or not run.config.beta:
         return batch
     context = SimpleNamespace(device=torch.device("cpu"))
@@ -138,7 +138,7 @@ def _judged(run: _DryRun, batch: dict) -> dict:
 
 # %% ../chapters/B28_simulation.ipynb #cell-019
 def _build(config: TrainConfig, mesh) -> tuple[QwenForCausalLM, nn.Module]:
-    """Make the model, and the model as the passes call it."""
+    """Return the model, and its wrapped form that the passes call."""
     shape = config.qwen_config()
     if mesh is None:
         # build_model begins on the meta device, which fake tensors cannot leave
@@ -167,7 +167,7 @@ def _adapt(model: QwenForCausalLM, config: TrainConfig) -> None:
 def _unfused_optimizers(
     model: nn.Module, config: TrainConfig
 ) -> list[torch.optim.Optimizer]:
-    """Make the optimizers; inside a fused kernel nothing can be tracked."""
+    """Return optimizers without fused kernels, which cannot be tracked."""
     optimizers = build_optimizers(model, config.learning_rate, kind=config.optimizer)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -178,7 +178,7 @@ def _unfused_optimizers(
 # %% ../chapters/B28_simulation.ipynb #cell-021
 @contextmanager
 def _pretended_group(world_size: int) -> Iterator[None]:
-    """A process group of `world_size` ranks, of which only this one exists."""
+    """Provide a fake process group of `world_size` ranks, of which this is rank 0."""
     if dist.is_initialized():
         raise ValueError("a plan is made by one process: start it without torchrun")
     if world_size == 1:
@@ -192,7 +192,7 @@ def _pretended_group(world_size: int) -> Iterator[None]:
 
 
 def _attention_flops(query: Sequence[int], key: Sequence[int], *_, **__) -> int:
-    """Count the products q k^T and p v, for shapes [B, H, T, h] and [B, K, S, h]."""
+    """Return the FLOPs of q k^T and p v, for shapes [B, H, T, h] and [B, K, S, h]."""
     B, H, T, h = query
     return 4 * B * H * T * key[2] * h
 
@@ -218,7 +218,10 @@ def _tensors(values: Iterable) -> list[torch.Tensor]:
 def _bytes_of_a_step(
     run: _DryRun, passes: Counter[str], update: Counter[str]
 ) -> dict[str, int]:
-    """Return the bytes sent in a whole step; gradients are all-reduced once."""
+    """Return the bytes sent in a whole step, by kind of collective.
+
+    Gradients are all-reduced once, everything else in each micro-batch.
+    """
     sent: Counter[str] = Counter()
     for kind, size in passes.items():
         sent[kind] = round(size * (1 if kind == "all-reduce" else run.repeats))
@@ -231,7 +234,7 @@ def _bytes_of_a_step(
 # %% ../chapters/B28_simulation.ipynb #cell-024
 @dataclass
 class Simulation:
-    """One optimizer step on one GPU, in bytes and operations."""
+    """One optimizer step on one GPU: its memory in bytes, its FLOPs and its traffic."""
 
     memory: dict[str, int]  # at the fullest moment, by category
     flops: float
@@ -239,11 +242,12 @@ class Simulation:
 
 
 def simulate(config: TrainConfig, world_size: int = 1) -> Simulation:
-    """Run two optimizer steps of rank 0 of `world_size` on tensors without numbers.
+    """Return the memory, FLOPs and traffic of a step, for rank 0 of `world_size`.
 
-    The second step is the one measured, since the optimizer's state exists then; the
-    first counts FLOPs. At most two micro-batches are run; more repeat the last but one.
-    Blocks are not compiled.
+    Two steps run on fake tensors, which hold no numbers. The first counts FLOPs; the
+    second is measured, since optimizer state exists by then. At most two micro-batches
+    are run and scaled to `gradient_accumulation_steps`. Blocks are not compiled. Raises
+    ValueError if a process group exists already.
     """
     with _pretended_group(world_size):
         shard_size = config.shard_size or None

@@ -38,7 +38,7 @@ def _dumps(value: Any) -> str:
 
 
 def call_text(name: str, arguments: Mapping[str, Any]) -> str:
-    """Return a call as the model is to write it."""
+    """Return a call of a function as text, in the form that models write it."""
     return f'{OPEN}\n{{"name": "{name}", "arguments": {_dumps(arguments)}}}\n{CLOSE}'
 
 # %% ../chapters/B36_tools.ipynb #cell-009
@@ -48,10 +48,10 @@ Message = dict[str, Any]
 def plain_messages(
     messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
 ) -> list[dict[str, str]]:
-    """Return a conversation with `tools` as one of plain texts, in Qwen2.5's form.
+    """Return a conversation with tools as messages of plain text, in Qwen2.5's form.
 
-    A message of the assistant may have `tool_calls`, whose `arguments` are objects;
-    their results have the role "tool".
+    Messages of the assistant may have `tool_calls`, whose `arguments` are objects.
+    Messages of the role "tool", the results, become messages of the user.
     """
     if tools:
         own = bool(messages) and messages[0]["role"] == "system"
@@ -72,7 +72,7 @@ def plain_messages(
 
 
 def said(message: Message) -> str:
-    """Return the text of a message, and of its calls."""
+    """Return the text of a message, followed by its calls as text."""
     calls = [call["function"] for call in message.get("tool_calls") or ()]
     texts = [call_text(call["name"], call["arguments"]) for call in calls]
     content = message["content"]
@@ -80,7 +80,7 @@ def said(message: Message) -> str:
 
 # %% ../chapters/B36_tools.ipynb #cell-016
 class Call(NamedTuple):
-    """A call that a model asks for: the arguments are the text of a JSON object."""
+    """A call that a model makes: the function's name, and a JSON object as text."""
 
     name: str
     arguments: str
@@ -91,7 +91,7 @@ def _refuse(constant: str) -> float:
 
 
 def read_call(text: str, names: Collection[str]) -> Call | None:
-    """Read what stands between the marks; None where it calls none of `names`."""
+    """Return the call between two marks, or None if it is no call of one of `names`."""
     try:
         wanted = json.loads(text, parse_constant=_refuse)
         if not isinstance(wanted, dict) or set(wanted) != {"name", "arguments"}:
@@ -108,7 +108,10 @@ def read_call(text: str, names: Collection[str]) -> Call | None:
 
 # %% ../chapters/B36_tools.ipynb #cell-017
 def _possible_mark(text: str) -> int:
-    """Return where the end of a text begins that may become a call, blanks included."""
+    """Return the position from which the text may be the beginning of a call.
+
+    Blanks before it count as part of it.
+    """
     shown = text.partition(OPEN)[0]
     if shown == text:
         lengths = range(min(len(text), len(OPEN) - 1), 0, -1)
@@ -118,14 +121,14 @@ def _possible_mark(text: str) -> int:
 
 # %% ../chapters/B36_tools.ipynb #possible-mark
 class CallFinder:
-    """Finds calls of `names` in text that comes in pieces; all else stays text."""
+    """Finds calls of the functions `names` in pieces of text; all else stays text."""
 
     def __init__(self, names: Collection[str]):
         self._names, self._waiting, self.found = names, "", 0
         self._after = False  # a call: blanks that follow are dropped
 
     def push(self, piece: str) -> list[str | Call]:
-        """Return what is certain now: texts and calls, in their order."""
+        """Add a piece; return the texts and calls that are complete now, in order."""
         self._waiting += piece
         parts: list[str | Call] = []
         while CLOSE in self._waiting.partition(OPEN)[2]:
@@ -139,7 +142,7 @@ class CallFinder:
         return parts + [shown] * bool(shown)
 
     def finish(self, closed: bool = False) -> list[str | Call]:
-        """Return the rest. With `closed`, a call that is open ends here."""
+        """Return what is left. With `closed`, an open call counts as complete."""
         before, mark, inside = self._waiting.partition(OPEN)
         self._waiting = ""
         if mark and closed:
@@ -158,7 +161,7 @@ class CallFinder:
 
 # %% ../chapters/B36_tools.ipynb #cell-020
 def _object_schema(function: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the schema of what `function` takes. ValueError where it is no object."""
+    """Return the schema of a function's arguments. Raises ValueError if no object."""
     schema = {"type": "object", **(function.get("parameters") or {})}
     found = schema["type"]
     if "object" not in (found if isinstance(found, list) else [found]):
@@ -170,7 +173,7 @@ def _object_schema(function: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _function_rules(functions: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the rules f0, f1, ... of what calls of `functions` say."""
+    """Return the grammar rules f0, f1, ... for calls of each function."""
     rules = []
     for i, function in enumerate(functions):
         begin = f'{{"name": "{function["name"]}", "arguments": '
@@ -189,11 +192,12 @@ def calls_grammar(
     otherwise: dict | None = None,
     free: bool = False,
 ) -> str:
-    """Return the grammar of an answer that calls one of `functions`, or `several`.
+    """Return the text of a grammar for answers that call one of `functions`.
 
-    Each has a `name` and the schema of its `parameters`. With the schema `otherwise`,
-    the answer may be JSON of that schema instead. With `free`, it may say something
-    before its calls, or call nothing.
+    Each has a `name` and a JSON schema as `parameters`. `several` allows more than one
+    call. With the schema `otherwise`, the answer may be such JSON instead. With `free`,
+    it may contain text before its calls, or no call. Raises ValueError if a schema is
+    invalid or all are too long.
     """
     controls = control_tokens(tokenizer)
     mark = lambda text: f"<[{controls[text]}]>" if text in controls else _dumps(text)
@@ -218,7 +222,10 @@ def calls_grammar(
 
 # %% ../chapters/B36_tools.ipynb #data-calls
 def call_arguments(value: Any) -> dict[str, Any]:
-    """Return the arguments of a call, an object or the text of one, as an object."""
+    """Return a call's arguments, a dict or JSON text, as a dict.
+
+    Raises ValueError if they are no JSON object.
+    """
     if isinstance(value, str):
         try:
             value = json.loads(value, parse_constant=_refuse)
@@ -230,9 +237,9 @@ def call_arguments(value: Any) -> dict[str, Any]:
 
 # %% ../chapters/B36_tools.ipynb #data-calls-2
 def checked_calls(calls: Any) -> list[dict[str, Any]]:
-    """Return the `tool_calls` of a message as chat templates take them.
+    """Return the `tool_calls` of a message in the form that chat templates take.
 
-    Raises ValueError for what is no list of {"function": {"name", "arguments"}}.
+    Raises ValueError unless it is a list of {"function": {"name", "arguments"}}.
     """
     if not isinstance(calls, list):
         raise ValueError(f'"tool_calls" is not a list but {shown(calls)}')
@@ -263,9 +270,9 @@ def _checked_call(call: Any) -> dict[str, Any]:
 
 # %% ../chapters/B36_tools.ipynb #data-tools
 def checked_tools(tools: Any) -> list[dict[str, Any]]:
-    """Return the descriptions of tools, a list or the text of one.
+    """Return the descriptions of tools, given as a list or as JSON text.
 
-    Raises ValueError for what is no list of JSON objects.
+    Raises ValueError if they are no list of JSON objects.
     """
     try:
         tools = json.loads(tools) if isinstance(tools, str) else tools or []
@@ -278,10 +285,10 @@ def checked_tools(tools: Any) -> list[dict[str, Any]]:
 
 
 def refuse_spelled_call(tokenizer: Tokenizer, message: Message, place: str) -> None:
-    """Raise ValueError where the text of an assistant's message spells a call.
+    """Raise ValueError if the text of an assistant's message spells a call.
 
-    What is said stays text, so marks that are control tokens would be learned as
-    letters.
+    As text, its marks would be trained as letters and not as the control tokens that
+    they are. `place` stands in the error message.
     """
     if message["role"] != "assistant" or CLOSE not in message["content"]:
         return

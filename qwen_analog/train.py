@@ -75,7 +75,7 @@ from .train_config import TrainConfig
 
 # %% ../chapters/B44_run.ipynb #cell-024
 class TrainerState:
-    """A run that is ready for its next step: all that a checkpoint holds."""
+    """A run between two steps: everything that a checkpoint contains."""
 
     def __init__(self, start: Start, data: "RunData", context: DistributedContext):
         self.config, self.context = start.config, context
@@ -90,7 +90,7 @@ class TrainerState:
         self.position = self.dataset.state_dict()  # after the last sequence used
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint holds beside weights and optimizers."""
+        """Return what a checkpoint contains besides weights and optimizer state."""
         return {
             "step": self.step,
             "tokens": self.tokens,
@@ -103,7 +103,7 @@ class TrainerState:
     def load_state_dict(
         self, path: str, state: dict[str, Any], same_data: bool
     ) -> None:
-        """Go on from the checkpoint at `path`; in other data, from their beginning."""
+        """Resume from the checkpoint at `path`; with other data, at their beginning."""
         check_dataset_kind(path, state, self.dataset)
         restore(path, state, self.config, self.model, self.optimizers, self.context)
         if same_data:
@@ -113,7 +113,7 @@ class TrainerState:
 
 # %% ../chapters/B44_run.ipynb #cell-028
 class Trainer(TrainerState):
-    """One run, from its next step to its last, or to a signal."""
+    """A run that trains until its last step or a signal."""
 
     metrics: Metrics
 
@@ -122,7 +122,7 @@ class Trainer(TrainerState):
         self.saver = Saver(start, self.step)
 
     def run(self) -> None:
-        """Train to the last step, or until a signal."""
+        """Train until the last step or a signal."""
         config, context = self.config, self.context
         collate = self.objective.collate
         prepare = partial(prepare_batch, self.dataset, config, context, collate)
@@ -141,27 +141,27 @@ class Trainer(TrainerState):
 
 # %% ../chapters/B44_run.ipynb #objective
 class NextToken:
-    """What is learned from texts, and from answers that are given."""
+    """The objective of method sft: predict the next token of texts or answers."""
 
     collate = staticmethod(micro_batches)
 
     def tokens(self, run: Trainer, batch: Batch) -> int:
-        """Return how many tokens all processes read in a step."""
+        """Return how many tokens all processes together read in a step."""
         return tokens_per_step(run.config, run.context.world_size)
 
     def step(self, run: Trainer, batch: Batch) -> tuple[StepResult, dict[str, float]]:
-        """Take a step; return it, and other numbers to write."""
+        """Take a training step; return its result, and further metrics (here none)."""
         how = run.config, run.context
         return train_step(run.wrapped, run.optimizers, batch.micro_batches, *how), {}
 
     def evaluate(self, run: Trainer) -> dict[str, float]:
-        """Judge the model by what is held out."""
+        """Return the metrics on held-out data."""
         assert run.held_out is not None
         return evaluate(run.wrapped, run.held_out, run.config, run.context)
 
 # %% ../chapters/B44_run.ipynb #choose-objective
 def choose_objective(start: Start) -> NextToken | DPO | GRPO:
-    """Return what is learned, by the setting `method`."""
+    """Return the objective that the setting `method` names."""
     method = start.config.method
     if method == "grpo":
         return GRPO(start.config, start.tokenizer)
@@ -170,10 +170,10 @@ def choose_objective(start: Start) -> NextToken | DPO | GRPO:
 # %% ../chapters/B44_run.ipynb #cell-077
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """While open, SIGTERM and SIGINT only set what the yielded function returns;
-    another one, two seconds later or more, acts as usual.
+    """Catch SIGTERM and SIGINT, and yield a function that returns whether one came.
 
-    Outside the main thread, which alone gets signals, nothing is changed.
+    A second signal, two seconds later or more, acts as usual. Outside the main thread,
+    which alone receives signals, nothing is caught.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -197,7 +197,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 
 # %% ../chapters/B44_run.ipynb #cell-089
 class Saver:
-    """Writes the checkpoints of one run, none of them twice."""
+    """Writes a run's checkpoints, each step at most once."""
 
     def __init__(self, start: Start, step: int):
         config = start.config
@@ -212,7 +212,7 @@ class Saver:
         )
 
     def save(self, run: TrainerState) -> None:
-        """Write a checkpoint of this step, unless it is on the disk."""
+        """Write a checkpoint of this step unless it was written already."""
         if run.step == self.saved_step:
             return
         final = run.step == run.config.max_steps
@@ -227,7 +227,7 @@ class Saver:
 
 # %% ../chapters/B44_run.ipynb #cell-090
 def batch_or_save(batches: Iterator[Batch], run: TrainerState, saver: Saver) -> Batch:
-    """Wait for the next batch; where it cannot be read, save the steps before."""
+    """Return the next batch. If it cannot be read, save the run and raise DataError."""
     try:
         return next_batch(batches, run.context)
     except (DataError, OSError) as error:
@@ -242,7 +242,7 @@ def batch_or_save(batches: Iterator[Batch], run: TrainerState, saver: Saver) -> 
 def schedule_learning_rate(
     optimizers: list[torch.optim.Optimizer], step: int, config: TrainConfig
 ) -> float:
-    """Set and return the learning rate of a step, counted from 1."""
+    """Set and return the learning rate of a step; steps count from 1."""
     rate = learning_rate_at(
         step - 1,
         learning_rate=config.learning_rate,
@@ -256,6 +256,7 @@ def schedule_learning_rate(
 
 
 def nonfinite_error(step: int, config: TrainConfig) -> ValueError:
+    """Return the error that ends a run after too many non-finite steps."""
     return ValueError(
         f"step {step}: the loss or a gradient was not finite"
         f" {config.max_nonfinite_steps} times in a row; nothing was saved since the"
@@ -265,7 +266,7 @@ def nonfinite_error(step: int, config: TrainConfig) -> ValueError:
 
 # %% ../chapters/B44_run.ipynb #cell-091
 def advance(run: Trainer, batch: Batch) -> None:
-    """Note that the run is at its next step, and which documents it reads there."""
+    """Move the run to its next step, and log the documents of that step."""
     run.context.step = run.step = run.step + 1
     run.tokens += run.objective.tokens(run, batch)
     run.position = batch.after
@@ -276,7 +277,7 @@ def advance(run: Trainer, batch: Batch) -> None:
 def note_step(
     run: Trainer, batch: Batch, values: dict[str, Any], applied: bool
 ) -> None:
-    """Write a step's numbers; end the run where too many in a row were not applied."""
+    """Log a step. Raises ValueError after too many non-finite steps in a row."""
     spike = run.detector.update(values["loss"])
     run.metrics.spikes += spike
     if applied:
@@ -289,7 +290,7 @@ def note_step(
 
 # %% ../chapters/B44_run.ipynb #take-step
 def take_step(run: "Trainer", batch: "Batch", began: float) -> None:
-    """Learn from a batch, for which the loop has waited since `began`."""
+    """Train on one batch; the loop has waited for it since `began` (in seconds)."""
     waited = time.perf_counter() - began
     tokens_before = run.tokens
     advance(run, batch)

@@ -245,7 +245,7 @@ class MethodSettings(_Settings):
 
     @property
     def rows_per_example(self) -> int:
-        """How many rows a model computes for one of `micro_batch_size`."""
+        """Return how many rows the model computes for each example of a micro-batch."""
         return {"sft": 1, "dpo": 2, "grpo": self.group_size}[self.method]
 
 # %% ../chapters/B17_settings.ipynb #cell-022
@@ -258,7 +258,7 @@ class TrainConfig(
     StepSettings,
     DataSettings,
 ):
-    """A training run: what `train_config.json` holds and flags override."""
+    """A training run's settings, as in `train_config.json`; flags override them."""
 
     @model_validator(mode="before")
     @classmethod
@@ -274,7 +274,7 @@ class TrainConfig(
     ) -> "TrainConfig":
         """Check `values` and return the settings.
 
-        ValueError names `source` and every wrong field, those in `flags` by their flag.
+        Raises ValueError, which names `source` and wrong fields (`flags` as flags).
         """
         try:
             return cls.model_validate(values)
@@ -285,7 +285,7 @@ class TrainConfig(
 
     @classmethod
     def from_file(cls, path: str | Path, **overrides: Any) -> "TrainConfig":
-        """Read a JSON file; `overrides`, flags that were given, replace its fields."""
+        """Read settings from a JSON file; `overrides`, from flags, replace them."""
         values = rename_settings(read_json(path, most=2**20)) | overrides
         return cls.create(values, str(path), overrides)
 
@@ -295,7 +295,10 @@ RENAMED_SETTINGS = {"block_size": "sequence_length", "eval_blocks": "eval_sequen
 
 
 def rename_settings(values: dict[str, Any]) -> dict[str, Any]:
-    """Return settings of any version by their present names; of both, those count."""
+    """Return the settings with names of version 0.1.0 replaced by the present ones.
+
+    If both names are given, the present one counts.
+    """
     values = dict(values)
     for old, new in RENAMED_SETTINGS.items():
         if old in values:
@@ -305,7 +308,7 @@ def rename_settings(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe_error(error: Any, flags: Collection[str]) -> str:
-    """Return one of pydantic's errors in a few words, on one line."""
+    """Return a one-line description of one of pydantic's errors."""
     name = ".".join(map(str, error["loc"])) or "settings"
     reason = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
@@ -316,8 +319,9 @@ def _describe_error(error: Any, flags: Collection[str]) -> str:
 
 # %% ../chapters/B17_settings.ipynb #cell-030
 def add_settings(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """Add `--config`, `--resume`, and a flag for each setting of `TrainConfig`, whose
-    help names other `defaults` where a command has them.
+    """Add `--config`, `--resume` and a flag for each setting of `TrainConfig`.
+
+    `defaults` replace, in the help texts, the defaults of `TrainConfig`.
     """
     parser.usage = (
         "%(prog)s [--config FILE] [--data PATH ...] [--SETTING VALUE ...]; each setting"
@@ -349,7 +353,7 @@ def _flag(name: str) -> str:
 
 # %% ../chapters/B17_settings.ipynb #cell-032
 def _flag_options(name: str, field: FieldInfo, default: Any) -> dict[str, Any]:
-    """Return how argparse is to read the flag of a setting."""
+    """Return the arguments of argparse's `add_argument` for a setting."""
     text = " ".join((field.description or "").split()).replace("%", "%%")
     kind, parts = field.annotation, typing.get_args(field.annotation)
     origin = typing.get_origin(kind)
@@ -367,8 +371,9 @@ def _flag_options(name: str, field: FieldInfo, default: Any) -> dict[str, Any]:
 
 
 def given_settings(arguments: argparse.Namespace) -> TrainConfig:
-    """Return the settings file with the flags that were given on top; what neither
-    names is not set.
+    """Return the settings of the file of `--config`, with the given flags on top.
+
+    All other settings count as not set (`model_fields_set` of pydantic).
     """
     flags = {
         name: getattr(arguments, name)
@@ -381,10 +386,10 @@ def given_settings(arguments: argparse.Namespace) -> TrainConfig:
 
 # %% ../chapters/B17_settings.ipynb #cell-058
 def fitted(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
-    """Return the settings as a run of `max_steps` can use them, and a line on each one
-    that does not fit it.
+    """Return settings that fit into `max_steps`, and a note on each that did not.
 
-    Raises ValueError for `skip_steps` beyond the run.
+    A `warmup_steps` that is too long is shortened; other settings are only reported.
+    Raises ValueError if one of `skip_steps` lies beyond the run.
     """
     steps, warmup, notes = config.max_steps, config.warmup_steps, []
     beyond = [step for step in config.skip_steps if step > steps]
@@ -403,7 +408,7 @@ def fitted(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
 
 # %% ../chapters/B17_settings.ipynb #cell-059
 def _beyond_the_run(config: TrainConfig) -> list[str]:
-    """Return a line on each setting that `max_steps` is too small for."""
+    """Return a note on each setting that needs more than `max_steps` steps."""
     steps, notes = config.max_steps, []
     level = steps - config.warmup_steps
     if config.schedule == "wsd" and level < round(0.2 * steps):
@@ -435,9 +440,7 @@ _USED_BY |= {"beta": ("dpo", "grpo"), "z_loss": ("sft",)}
 
 
 def check_method(config: TrainConfig) -> None:
-    """Raise ValueError for a setting that the method has no use for, and for one that
-    it needs.
-    """
+    """Raise ValueError for a setting that `method` does not use, or lacks."""
     method, fields = config.method, TrainConfig.model_fields
     for name, methods in _USED_BY.items():
         changed = getattr(config, name) != fields[name].default
@@ -451,7 +454,7 @@ def check_method(config: TrainConfig) -> None:
 
 # %% ../chapters/B17_settings.ipynb #method-check-2
 def _check_answers(config: TrainConfig) -> None:
-    """Raise ValueError where settings do not fit a method that is given no answers."""
+    """Raise ValueError if settings do not fit "dpo" or "grpo"."""
     method = config.method
     if config.format != "chat":
         raise ValueError(
@@ -468,14 +471,15 @@ def _check_answers(config: TrainConfig) -> None:
 
 
 def keeps_reference(config: TrainConfig) -> bool:
-    """Whether a frozen copy of the first weights is kept to compare answers with: there
-    are no adapters that could be switched off.
+    """Return whether a frozen copy of the first weights is kept as the reference model.
+
+    With adapters no copy is needed: the reference is the model without them.
     """
     return config.method != "sft" and config.beta > 0 and not config.lora_rank
 
 # %% ../chapters/B17_settings.ipynb #cell-062
 def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """Add how a run begins, and its settings; `defaults` as for `add_settings`."""
+    """Add the flags for how a run begins, and those of `add_settings`."""
     parser.add_argument(
         "--init-from",
         metavar="SOURCE",
@@ -528,8 +532,10 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def finetune_settings(given: TrainConfig, from_checkpoint: bool) -> TrainConfig:
-    """Return the settings given, on top of FINETUNING and METHODS; where the others are
-    a checkpoint's, only the place of the run is completed.
+    """Return `given` on top of the defaults in FINETUNING and METHODS.
+
+    If the other settings come from a checkpoint, only the default of `output_dir` is
+    added.
     """
     names = ["output_dir"] if from_checkpoint else FINETUNING
     values: dict[str, Any] = {name: FINETUNING[name] for name in names}
