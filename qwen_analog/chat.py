@@ -96,6 +96,7 @@ class Conversation:
         return [*self.opening(), *self.messages[forgotten:], question]
 
     def add_turn(self, text: str, answer: str) -> None:
+        """Add the user's text and the model's answer to the messages."""
         self.messages.append({"role": "user", "content": text})
         self.messages.append({"role": "assistant", "content": answer})
 

@@ -358,6 +358,7 @@ class PackedDataset(PackedSequences):
     position = 0  # also for a subclass with its own `__init__`
 
     def state_dict(self) -> dict:
+        """Return the position as a dict, for `load_state_dict`."""
         return {"position": self.position}
 
     def load_state_dict(self, state: dict) -> None:

@@ -275,6 +275,7 @@ class RowRunner:
         return self.model(**self.place(first_row, ids), logits_to_keep=1)[:, -1].float()
 
     def advance(self, sequence: SequenceState, size: int) -> None:
+        """Record that `size` more tokens of a sequence are in the cache."""
         self.cache.advance(sequence.row, size)
         sequence.cached += size
 
@@ -508,6 +509,7 @@ class Engine(EngineParts):
     """
 
     def step(self) -> Step | None:
+        """Take one step. Returns None if there is nothing to do."""
         return run_step(self)
 
     def add_request(
@@ -676,6 +678,7 @@ class AsyncEngine(Engine):
 
     @property
     def running(self) -> bool:
+        """Whether the thread that takes steps is alive."""
         return self._thread is not None and self._thread.is_alive()
 
     def start(self) -> None:

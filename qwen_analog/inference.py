@@ -216,6 +216,7 @@ class FusedModel(Frozen):
         return self.hidden_states(input_ids, position_ids, mask, cache)
 
     def hidden_states(self, input_ids, position_ids, mask, cache) -> torch.Tensor:
+        """Return the hidden states [B, T, D] of `input_ids` [B, T]."""
         x = self.embed_tokens(input_ids)  # [B, T, D]
         if position_ids is None:
             start = 0 if cache is None else cache.length

@@ -66,6 +66,7 @@ class KVCache(CacheMemory):
 
     @property
     def nbytes(self) -> int:
+        """The memory of keys and values, in bytes."""
         return self.keys.nbytes + self.values.nbytes
 
     def update(

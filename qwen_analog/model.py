@@ -50,6 +50,7 @@ class DecoderLayer(nn.Module):
         self.recompute: Callable | None = None  # see `gradient_checkpointing_enable`
 
     def add_branches(self, x, cos, sin, mask=None, cache: KVCache | None = None):
+        """Return `x` plus the outputs of attention and MLP, [B, T, D]."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 

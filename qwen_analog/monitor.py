@@ -123,6 +123,7 @@ class LogFile:
             self.file = open(path, "ab", buffering=0)
 
     def write(self, data: bytes) -> None:
+        """Append all bytes of `data` to the file."""
         with _naming(self.path):
             while data:
                 data = data[self.file.write(data) :]
@@ -168,6 +169,7 @@ class TensorBoardFile:
         self.records.write(event.SerializeToString())
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
+        """Append the value of a metric at a step."""
         scalar = {"tag": name, "simple_value": value}
         self._add(step=step, summary={"value": [scalar]})
 

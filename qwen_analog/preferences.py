@@ -199,6 +199,7 @@ class Pair:
 
     @property
     def sources(self) -> list[str]:
+        """The place that the pair comes from, "file:line", in a list."""
         return [self.source]
 
     def content(self) -> bytes:
@@ -342,22 +343,26 @@ class DPO:
     worse answer."""
 
     def collate(self, sequences: Sequence[Pair], config: TrainConfig) -> list[dict]:
+        """Return the pairs in batches of `input_ids` and `targets`, [2 B, T] each."""
         size = config.micro_batch_size
         parts = [sequences[i : i + size] for i in range(0, len(sequences), size)]
         batches = [pair_batch([pair.ids for pair in part]) for part in parts]
         return [{"input_ids": ids, "targets": targets} for ids, targets in batches]
 
     def tokens(self, run: Any, batch: Any) -> int:
+        """Return how many tokens all processes read in a step."""
         sizes = [part["input_ids"].numel() for part in batch.micro_batches]
         return sum(sizes) * run.context.world_size
 
     def step(self, run: Any, batch: Any) -> tuple[StepResult, dict[str, float]]:
+        """Take one optimizer step; return its result and no further numbers."""
         batches = [with_reference(run, part) for part in batch.micro_batches]
         where = run.wrapped, run.optimizers, batches, run.config, run.context
         return train_step(*where, summed_pair_loss, len(batch.sequences)), {}
 
     @torch.no_grad()
     def evaluate(self, run: Any) -> dict[str, float]:
+        """Return the mean scores of the held-out pairs (`pair_scores`)."""
         config, device = run.config, run.context.device
         pairs, count = own_examples(run)
         four = []

@@ -97,6 +97,7 @@ class SequenceState:
 
     @property
     def last_token(self) -> int:
+        """The last token of the answer, or of the prompt if nothing is written."""
         return self.written[-1] if self.written else self.request.prompt[-1]
 
     def next_tokens(self, count: int) -> list[int]:

@@ -692,6 +692,7 @@ class TimedConnection(ApiConnection):
     _reading_timer: asyncio.TimerHandle | None = None
 
     def expect_request(self) -> None:
+        """Start the time limit for the client's next request."""
         _cancel(self._request_timer, self._reading_timer)
         self.since = self.loop.time()
         self._request_timer = self.loop.call_later(self.request_seconds, self._late)

@@ -23,6 +23,7 @@ from .train_config import TrainConfig
 
 # %% ../chapters/B64_step.ipynb #cell-087
 def count_targets(batches: Sequence[dict[str, torch.Tensor]]) -> int:
+    """Return the number of real targets, those that are not IGNORE_INDEX."""
     return sum(int((batch["targets"] != IGNORE_INDEX).sum()) for batch in batches)
 
 

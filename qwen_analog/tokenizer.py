@@ -347,6 +347,7 @@ def to_nfc(text: str, special: bool) -> str:
 
 
 def encode_text(encoding: Encoding, text: str, special: bool) -> list[int]:
+    """Return tiktoken's ids of `text`; with `special`, also of control tokens."""
     ids = []
     for part in cut_blanks(text):
         if special:

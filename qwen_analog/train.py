@@ -374,6 +374,7 @@ def open_run_data(start: Start, context: DistributedContext, new_data: bool) -> 
 
 
 def print_note(text: str, context: DistributedContext) -> None:
+    """Print a note to stderr, on rank 0 only."""
     if context.rank == 0:
         print(f"note: {text}", file=sys.stderr)
 
@@ -575,6 +576,7 @@ def train_from(
 
 # %% ../chapters/B47_program.ipynb #cell-097
 def describe_run(trainer: Trainer) -> str:
+    """Return one line about a run: parameters, device, precision, tokens and steps."""
     config, context, begin = trainer.config, trainer.context, trainer.step
     tokens, what = tokens_per_step(config, context.world_size), "tokens"
     if config.method != "sft":
@@ -639,6 +641,7 @@ def run_settings(config: TrainConfig, arguments: argparse.Namespace) -> None:
 
 # %% ../chapters/B47_program.ipynb #cell-100
 def main(argv: list[str] | None = None) -> int:
+    """Run the training program with command-line arguments; return its exit status."""
     parser = argparse.ArgumentParser(prog="qwen_analog.train", description=__doc__)
     add_arguments(parser)
     arguments = parser.parse_args(argv)
