@@ -87,29 +87,31 @@ from collections.abc import Iterator
 
 # %% ../chapters/B73_training_a_vocabulary.ipynb #cell-061
 class PairCounts:
-    """How often each pair of neighbours occurs, and which occurs most often."""
+    """The number of occurrences of each pair of neighbouring ids, and a heap
+    of them."""
 
     def __init__(self):
         self.counts: Counter[tuple[int, int]] = Counter()
         self.heap: list[tuple[int, tuple[int, int]]] = []
 
     def push(self, pair: tuple[int, int]) -> None:
-        """Offer a pair with its count of now."""
+        """Add a pair with its present count to the heap."""
         heapq.heappush(self.heap, (-self.counts[pair], pair))
 
     def most_frequent(self) -> tuple[int, int] | None:
-        """Return the most frequent pair, the smallest of several, None of none."""
+        """Remove and return the most frequent pair; the smallest if several are. None
+        if there is none."""
         while self.heap:
             n, pair = heapq.heappop(self.heap)
             if self.counts[pair] == -n:
                 return pair
-            if self.counts[pair] > 0:  # it has fallen since it was offered
+            if self.counts[pair] > 0:  # its count has fallen since it was pushed
                 self.push(pair)
         return None
 
 # %% ../chapters/B73_training_a_vocabulary.ipynb #cell-063
 class MergeableWords:
-    """Words as lists of ids, how often each occurs, and where each pair of ids is."""
+    """Words as lists of ids, with the frequency of each and the words of each pair."""
 
     def __init__(self, words: list[tuple[list[int], int]]):
         self.words = [word for word, _ in words]
@@ -122,18 +124,18 @@ class MergeableWords:
             self.pairs.push(pair)
 
     def add_pairs(self, w: int) -> None:
-        """Count the pairs of word number `w`, and note that they are in it."""
+        """Count the pairs in word number `w`, and record that it holds them."""
         for pair in zip(self.words[w], self.words[w][1:]):
             self.pairs.counts[pair] += self.frequency[w]
             self.where[pair].add(w)
 
     def remove_pairs(self, w: int) -> None:
-        """Take the pairs of word number `w` out of the counts."""
+        """Subtract the pairs in word number `w` from the counts."""
         for pair in zip(self.words[w], self.words[w][1:]):
             self.pairs.counts[pair] -= self.frequency[w]
 
     def merge(self, pair: tuple[int, int], new: int) -> None:
-        """Replace `pair` by `new` in every word that holds it."""
+        """Replace `pair` by the id `new` in every word that holds it."""
         created = set()
         for w in self.where.pop(pair):
             self.remove_pairs(w)
@@ -151,8 +153,8 @@ def learn_merges(
 ) -> dict[bytes, int]:
     """Learn a vocabulary by byte-pair encoding (Sennrich et al. 2016, algorithm 1).
 
-    `words` are ids of bytes with how often each word occurs. Returns token bytes ->
-    rank, `vocab_size` of them or fewer.
+    `words` are pairs of a word's byte ids and its number of occurrences. Returns token
+    bytes -> rank, with at most `vocab_size` tokens.
     """
     mergeable = MergeableWords(list(words))
     tokens = list(BYTE_ORDER)
@@ -164,21 +166,21 @@ def learn_merges(
     return {token: rank for rank, token in enumerate(tokens)}
 
 # %% ../chapters/B73_training_a_vocabulary.ipynb #cell-107
-# characters, at most, of the different pieces that a vocabulary is learned from
+# most characters in the distinct pieces that a vocabulary is learned from
 PIECE_CHARACTERS = 5_000_000
 
 
 def clean_text(text: str) -> str:
-    """Replace lone surrogates, which have no UTF-8 bytes, by U+FFFD."""
+    """Return `text` with U+FFFD for lone surrogates, which UTF-8 cannot hold."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def text_pieces(text: str, limit: int = 1 << 18) -> Iterator[str]:
-    """Cut `text` into pieces of at most `limit` characters, each small to work on.
+    """Yield `text` in pieces of at most `limit` characters, to bound memory and time.
 
-    It is cut between a letter and a space, or else a punctuation mark, where the
-    patterns of the common tokenizers cut too, so that the ids are those of the whole
-    text. Where there is no such place, it is cut at `limit`, and the ids may differ.
+    It is cut between a letter and a space, or else before a punctuation mark. The
+    patterns of the common tokenizers cut there too, so that the ids are those of the
+    whole text. Without such a place it is cut at `limit`, and the ids may differ.
     """
     start = 0
     while len(text) - start > limit:
@@ -193,7 +195,7 @@ def text_pieces(text: str, limit: int = 1 << 18) -> Iterator[str]:
 
 # %% ../chapters/B73_training_a_vocabulary.ipynb #cell-108
 def keep_most_common(pieces: Counter[str], characters: int) -> Counter[str]:
-    """Return the most common of `pieces` that have `characters` characters in all."""
+    """Return the most common of `pieces`, at most `characters` characters in total."""
     kept, size = Counter(), 0
     for piece, count in pieces.most_common():
         size += len(piece)
@@ -204,10 +206,10 @@ def keep_most_common(pieces: Counter[str], characters: int) -> Counter[str]:
 
 
 def count_pieces(texts: Iterable[str], pattern: str) -> Counter[str]:
-    """Count how often each piece of the texts occurs.
+    """Return how often each piece of the texts occurs.
 
-    Of more than PIECE_CHARACTERS the rarest are left out, so that any amount of text
-    fits.
+    The rarest pieces beyond PIECE_CHARACTERS in total are dropped, so that memory
+    suffices for any amount of text.
     """
     pieces, read = Counter(), 0
     for text in texts:
@@ -222,7 +224,7 @@ def count_pieces(texts: Iterable[str], pattern: str) -> Counter[str]:
 
 
 def count_words(texts: Iterable[str], pattern: str) -> Iterator[tuple[list[int], int]]:
-    """Yield the ids of each piece's bytes, and how often the piece occurs."""
+    """Yield the byte ids of each piece, and how often the piece occurs."""
     byte_id = {token[0]: i for i, token in enumerate(BYTE_ORDER)}
     for piece, count in count_pieces(texts, pattern).items():
         for start in range(0, len(piece), 1000):  # a longer piece is no word
@@ -232,11 +234,12 @@ def count_words(texts: Iterable[str], pattern: str) -> Iterator[tuple[list[int],
 def train_bpe(
     texts: Iterable[str], vocab_size: int, pattern: str = QWEN_PATTERN
 ) -> dict[bytes, int]:
-    """Learn a vocabulary from texts with `learn_merges`.
+    """Learn a vocabulary from texts by byte-pair encoding (`learn_merges`).
 
-    Returns token bytes -> rank, `vocab_size` of them or fewer. Texts are split by
-    `pattern` and merges never cross a split. Among equally frequent pairs the one with
-    the smaller ids is merged first. Raises ValueError for a vocab_size under 256.
+    Returns token bytes -> rank, with at most `vocab_size` tokens. Texts are split by
+    the regular expression `pattern`, and merges never cross a split. Among equally
+    frequent pairs the one with the smaller ids is merged first. Raises ValueError for a
+    vocab_size below 256.
     """
     if not isinstance(vocab_size, int) or vocab_size < 256:
         raise ValueError(

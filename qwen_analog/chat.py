@@ -76,36 +76,40 @@ from .tokenizer import Tokenizer
 
 # %% ../chapters/B58_chat_program.ipynb #19-021
 class Conversation:
-    """Who said what. `system` is the text that stands before it all, or None."""
+    """The messages of user and model, after an optional system text."""
 
     def __init__(self, system: str | None = None):
         self.system = None if system is None else _plain("system", system)
         self.reset()
 
     def reset(self) -> None:
-        """Begin anew; the system text stays."""
+        """Forget all messages; the system text stays."""
         self.messages: list[dict[str, str]] = []
         self.forgotten = 0  # messages at the front that the model is no longer given
 
     def given(self, text: str, forgotten: int) -> list[dict[str, str]]:
-        """Return what the model is given for `text`, without the first messages."""
+        """Return the messages for the model if the user says `text`.
+
+        The first `forgotten` messages are left out.
+        """
         question = {"role": "user", "content": text}
         return [*self.opening(), *self.messages[forgotten:], question]
 
     def add_turn(self, text: str, answer: str) -> None:
+        """Add the user's text and the model's answer to the messages."""
         self.messages.append({"role": "user", "content": text})
         self.messages.append({"role": "assistant", "content": answer})
 
     def save(self, path: str | Path) -> None:
-        """Write a list of messages as JSON. ValueError where the file exists."""
+        """Write the messages to a new JSON file. Raises ValueError if it exists."""
         _save(self, path)
 
     def load(self, path: str | Path) -> None:
-        """Go on with a saved conversation. ValueError, and no change, for others."""
+        """Continue a saved conversation. Raises ValueError for any other file."""
         _load(self, path)
 
     def opening(self) -> list[dict[str, str]]:
-        """Return the system text, if any, as a message."""
+        """Return a list of the system text as a message; empty without one."""
         if self.system is None:
             return []
         return [{"role": "system", "content": self.system}]
@@ -114,8 +118,8 @@ class Conversation:
 class Chat(Conversation):
     """A conversation with a model that was trained for conversations.
 
-    `system` None is the model's own; `max_new_tokens` is at most a quarter of the
-    context; `sampling` are fields of SamplingParams. ValueError for other models.
+    `system` None is the model's own; `max_new_tokens` is cut to a quarter of the
+    context; `sampling` are SamplingParams fields. Raises ValueError for other models.
     """
 
     def __init__(
@@ -142,18 +146,18 @@ class Chat(Conversation):
         self.generator = new_generator(model.lm_head.weight.device, self.params.seed)
 
     def reply(self, text: str) -> Iterator[str]:
-        """Return the answer in pieces; both join `messages`, also when broken off."""
+        """Return the answer's pieces; text and answer, even a part, join `messages`."""
         text = _plain("text", text)
         return _answer(self, text, self.prompt(text))
 
     def prompt(self, text: str) -> list[int]:
-        """Return the ids for `text`; forget the oldest turns where they do not fit."""
+        """Return the prompt's ids; forget the oldest turns if they do not fit."""
         room = self.context - self.max_new_tokens
         return prompt_that_fits(self, self.tokenizer, text, self.context, room)
 
 # %% ../chapters/B58_chat_program.ipynb #19-030
 def _tokens(chat: Chat, prompt: list[int]) -> Iterator[int]:
-    """Yield the ids of the answer, without the one that ends it."""
+    """Yield the ids of the answer, without the end token."""
     new_ids = chat.cache.keep_prefix(prompt)
     chat.reused = len(prompt) - len(new_ids)
     for _ in range(chat.max_new_tokens):
@@ -168,7 +172,7 @@ def _tokens(chat: Chat, prompt: list[int]) -> Iterator[int]:
 
 # %% ../chapters/B58_chat_program.ipynb #19-029
 def _pieces(chat: Chat, prompt: list[int]) -> Iterator[str]:
-    """Yield the text of the answer as it becomes certain."""
+    """Yield the text of the answer, each piece once it can no longer change."""
     words = TextStream(chat.tokenizer, context=prompt)
     for token in _tokens(chat, prompt):
         yield words.push(token)
@@ -186,7 +190,7 @@ def _answer(chat: Chat, text: str, prompt: list[int]) -> Iterator[str]:
                 yield piece
         complete = True
     finally:
-        if said or complete:  # an empty answer counts where it was finished
+        if said or complete:  # an empty answer counts if it is complete
             chat.add_turn(text, said)
 
 # %% ../chapters/B58_chat_program.ipynb #1de29023
@@ -201,8 +205,9 @@ def prompt_that_fits(
 ) -> list[int]:
     """Return the ids of the conversation with `text` as the next message.
 
-    They are at most `room`. Where it no longer fits, the oldest turns are forgotten
-    until half of the room is free. Raises ValueError for a text that never fits.
+    There are at most `room` of them. If it no longer fits, the oldest turns are
+    forgotten until half of the room is free. Raises ValueError if `text` alone does not
+    fit.
     """
 
     def ids(forgotten: int) -> list[int] | None:
@@ -231,10 +236,10 @@ def prompt_that_fits(
 def _prompt_ids(
     tokenizer: Tokenizer, messages: list[dict[str, str]], context: int
 ) -> list[int] | None:
-    """Return the ids of messages, None where they are surely more than `context`."""
+    """Return the ids of messages; None if they surely exceed `context` tokens."""
     characters = sum(len(message["content"]) for message in messages)
     if characters > LONGEST_TOKEN * context:
-        return None  # to count them could take minutes
+        return None  # counting them could take minutes
     return chat_ids(tokenizer, messages)
 
 
@@ -243,7 +248,8 @@ def _fits(prompt: list[int] | None, room: int) -> bool:
 
 # %% ../chapters/B58_chat_program.ipynb #f369ba6d
 def _chat_params(model: QwenForCausalLM, given: dict[str, Any]) -> SamplingParams:
-    """Return the model's own sampling, or careful defaults, with what is given."""
+    """Return the sampling settings: `given`, then the model's own, then cautious
+    defaults."""
     own = sampling_defaults(model)
     careful = {} if "temperature" in own else {"temperature": 0.2, "top_p": 0.9}
     settings: dict[str, Any] = {**careful, **own, **given}
@@ -263,7 +269,8 @@ from .text_stream import stream
 
 # %% ../chapters/B58_chat_program.ipynb #19-053
 def _plain(name: str, text: object) -> str:
-    """Return `text` as it can be encoded. ValueError unless it is a string."""
+    """Return `text` without lone surrogates. Raises ValueError unless it is a
+    string."""
     if not isinstance(text, str):
         raise ValueError(f"{name} must be a text, not {shown(text)}")
     return text.encode("utf-8", "replace").decode("utf-8")
@@ -300,7 +307,7 @@ def _read_messages(
 ) -> tuple[str | None, list[dict[str, str]]]:
     """Return the system text and the messages of a saved conversation.
 
-    Raises ValueError for any other file.
+    Raises ValueError if the file is anything else or has more than `most` bytes.
     """
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is no file")
@@ -337,7 +344,8 @@ HELP = """/reset        forget the conversation
 
 
 def _command(chat: Chat, line: str) -> str:
-    """Carry out a line that begins with a slash; return the text to print."""
+    """Carry out a command, a line that begins with a slash; return the text
+    to print."""
     name, _, argument = line.partition(" ")
     argument = argument.strip()
     if name == "/reset" and not argument:
@@ -359,7 +367,7 @@ def _command(chat: Chat, line: str) -> str:
 
 # %% ../chapters/B58_chat_program.ipynb #19-060
 def _converse(chat: Chat, line: str) -> Generator[str, None, None]:
-    """Yield the answer to a line, or what a command prints."""
+    """Yield the answer to a line, or the output of a command."""
     if line.startswith("/"):
         yield _command(chat, line)
         return
@@ -376,7 +384,7 @@ def _converse(chat: Chat, line: str) -> Generator[str, None, None]:
 def _continue(
     model: QwenForCausalLM, tokenizer: Tokenizer, options: dict[str, Any], line: str
 ) -> Generator[str, None, None]:
-    """Yield the continuation of a line, as far as the model's context goes."""
+    """Yield the continuation of a line, up to the end of the model's context."""
     context = model.config.max_position_embeddings
     if len(line) > LONGEST_TOKEN * context:
         raise ValueError(
@@ -395,7 +403,7 @@ def _continue(
 
 # %% ../chapters/B58_chat_program.ipynb #19-061
 def _print(pieces: Generator[str, None, None]) -> None:
-    """Print pieces as they come. Ctrl-C ends them and nothing else."""
+    """Print pieces as they come. Ctrl-C ends the answer but not the program."""
     try:
         for piece in pieces:
             print(piece, end="", flush=True)
@@ -403,27 +411,27 @@ def _print(pieces: Generator[str, None, None]) -> None:
     except KeyboardInterrupt:
         pieces.close()
         print(" (stopped)")
-    except BrokenPipeError:  # nobody is there to read a line about it
+    except BrokenPipeError:  # nobody could read a message
         raise
     except (ValueError, OSError) as error:
         print(f"({one_line(error)})")
 
 
 def _open_terminal() -> None:
-    with contextlib.suppress(ImportError):  # line editing, where the system has it
+    with contextlib.suppress(ImportError):  # line editing, if available
         import readline  # noqa: F401
     if sys.stdin is None:
         raise ValueError(
             "chat reads what is typed from the standard input, which is closed"
         )
-    # bytes that are no text, characters that the terminal does not know
+    # for invalid input bytes, and characters that the terminal lacks
     for side in (sys.stdin, sys.stdout):
         if hasattr(side, "reconfigure"):
             side.reconfigure(errors="replace")
 
 # %% ../chapters/B58_chat_program.ipynb #19-062
 def _typed_lines() -> Iterator[str]:
-    """Yield what is typed, line by line, until /exit or the end of the input."""
+    """Yield the typed lines until /exit or the end of the input."""
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -440,9 +448,9 @@ def _typed_lines() -> Iterator[str]:
 
 # %% ../chapters/B58_chat_program.ipynb #19-064
 def run(arguments: argparse.Namespace) -> None:
-    """Talk to a model in the terminal.
+    """Run the chat program in the terminal.
 
-    A model that was not trained for conversations continues what is typed.
+    A model that was not trained for conversations continues each typed line.
     """
     _open_terminal()
     source = arguments.model or default_model()

@@ -54,8 +54,10 @@ from .tokenizer import Tokenizer, load_tokenizer
 
 # %% ../chapters/B51_checkpoint_files.ipynb #1b89dab5
 def split_tensors(state_dict: dict, names: list[str]) -> tuple[dict, dict]:
-    """Split torch's state dict of an optimizer into its tensors, by name, and the rest:
-    the options of its groups, and state that is a plain number.
+    """Split an optimizer's `state_dict()` into a dict of tensors by name and the rest.
+
+    `names` are the names of its parameters, in their order. The rest holds the options
+    of the parameter groups and state that is a plain number.
     """
     tensors, rest = {}, {}
     for number, state in state_dict["state"].items():
@@ -71,9 +73,8 @@ def split_tensors(state_dict: dict, names: list[str]) -> tuple[dict, dict]:
 def snapshot(
     model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]
 ) -> tuple[dict[str, torch.Tensor], dict]:
-    """Return every tensor that training changes, by name, and the rest of the
-    optimizers' state.
-    """
+    """Return every tensor that training changes, by name, and the rest of the state of
+    the optimizers."""
     tensors, states = model_tensors(model), []
     names = parameter_names(model, optimizers)
     for optimizer, its_names in zip(optimizers, names):
@@ -88,8 +89,10 @@ def snapshot(
 
 # %% ../chapters/B51_checkpoint_files.ipynb #15b0c0de
 def join_tensors(tensors: dict[str, torch.Tensor], state: dict) -> dict:
-    """Return the dict in checkpoint.pt: `state`, with torch's `model_state_dict` and
-    `optimizer_state_dicts` made of tensors by name.
+    """Return the dict for checkpoint.pt.
+
+    It is `state` with torch's `model_state_dict` and `optimizer_state_dicts`, put
+    together from `tensors`, which are named as by `snapshot`.
     """
     optimizers = copy.deepcopy(state["optimizer_state_dicts"])
     places = {
@@ -119,13 +122,14 @@ def save_checkpoint(
     safetensors: bool = False,
     **state,
 ) -> Path:
-    """Write `directory`/checkpoint.pt, config.json and the tokenizer, and with
-    `safetensors` the weights once more as model.safetensors.
+    """Write a checkpoint into a new `directory`; return the path of its checkpoint.pt.
 
-    All is flushed to the disk under another name and then renamed, so that a crash
-    leaves no half checkpoint. `state` (the step, the data's position, the settings,
-    ...) goes into checkpoint.pt: tensors, numbers, strings, lists and dicts only. An
-    existing `directory` is a CheckpointError, a full disk an OSError.
+    Writes checkpoint.pt, config.json and the tokenizer, and with `safetensors` also the
+    weights as model.safetensors. All is flushed to the disk under another name and then
+    renamed, so that a crash leaves no incomplete checkpoint. `state` (the step, the
+    position in the data, the settings, ...) goes into checkpoint.pt; it may hold only
+    tensors, numbers, strings, lists and dicts. Raises CheckpointError if `directory`
+    exists, and OSError if the disk is full.
     """
     directory = Path(directory)
     partial = begin(directory)
@@ -144,7 +148,8 @@ def save_checkpoint(
 
 # %% ../chapters/B51_checkpoint_files.ipynb #a6201c91
 def begin(directory: Path) -> Path:
-    """Return an empty `directory`.partial; CheckpointError if `directory` exists."""
+    """Return a new empty directory, `directory`.partial. Raises CheckpointError if
+    `directory` exists."""
     try:
         return new_partial(directory)
     except ValueError as error:
@@ -152,8 +157,10 @@ def begin(directory: Path) -> Path:
 
 
 def write_error(error: BaseException, path: Path) -> BaseException:
-    """Return what writers raise on a full disk, torch's and safetensors' own among
-    them, as an OSError of one line; another error as it is.
+    """Return the error to raise when `path` could not be written.
+
+    OSError and the errors that torch and safetensors raise on a full disk become an
+    OSError of one line. Any other error is returned unchanged.
     """
     if isinstance(error, OSError):
         return OSError(f"{path} cannot be written: {reason(error)}")
@@ -164,7 +171,7 @@ def write_error(error: BaseException, path: Path) -> BaseException:
 
 # %% ../chapters/B51_checkpoint_files.ipynb #b69f2cef
 def write_pt(contents: dict, file: Path) -> None:
-    """Write a .pt file that `read_pt` accepts; CheckpointError where it would not."""
+    """Write a .pt file. Raises CheckpointError if `read_pt` would not accept it."""
     torch.save(contents, file)
     try:
         load_archive(file, checksums=False)  # reads no tensor
@@ -177,9 +184,8 @@ def write_pt(contents: dict, file: Path) -> None:
 
 # %% ../chapters/B51_checkpoint_files.ipynb #b1af772d
 def _check_contents(contents: dict, file: Path) -> QwenConfig:
-    """Return the configuration in a checkpoint. Raises CheckpointError that names
-    `file` and the entry that is not what it should be.
-    """
+    """Return the configuration in a checkpoint. Raises CheckpointError, which names
+    `file` and the wrong entry."""
     try:
         check_entries(contents)
         config = QwenConfig.from_dict(contents["config"])
@@ -193,7 +199,8 @@ def _check_contents(contents: dict, file: Path) -> QwenConfig:
 
 # %% ../chapters/B51_checkpoint_files.ipynb #52807467
 def merge_adapters(checkpoint: dict, file: Path) -> dict[str, torch.Tensor]:
-    """Return a checkpoint's weights, adapters added to those that they belong to."""
+    """Return a checkpoint's weights, with LoRA adapters added to the weights that they
+    belong to."""
     weights = dict(checkpoint["model_state_dict"])
     stems = [n.removesuffix("lora_A") for n in weights if n.endswith(".lora_A")]
     try:
@@ -209,7 +216,8 @@ def merge_adapters(checkpoint: dict, file: Path) -> dict[str, torch.Tensor]:
 
 
 def write_safetensors(checkpoint: dict, file: Path) -> None:
-    """Write the weights of a checkpoint; tied ones once."""
+    """Write a checkpoint's weights as a safetensors file; tied weights are written
+    once."""
     tied = checkpoint["config"]["tie_word_embeddings"]
     weights = {
         name: weight.contiguous()
@@ -217,17 +225,19 @@ def write_safetensors(checkpoint: dict, file: Path) -> None:
         if not (tied and name == "lm_head.weight")
     }
     save_file(weights, file, metadata={"format": "pt"})
-    # it is made for its owner alone: give it the mode that new files have here
+    # save_file lets only the owner read it: set the usual mode of new files
     file.chmod(file.parent.stat().st_mode & 0o666)
 
 # %% ../chapters/B51_checkpoint_files.ipynb #09f9a34b
 def hf_config(config: QwenConfig) -> dict:
-    """Return the `config.json` that Hugging Face reads: Qwen3's where queries and keys
-    have norms, else Qwen2's, or Llama's where attention has no bias.
+    """Return the `config.json` that Hugging Face reads, as a dict.
+
+    The model type is Qwen3 if queries and keys have norms, else Qwen2, or Llama if
+    attention has no bias.
     """
     kind = "Qwen3" if config.qk_norm else "Qwen2" if config.attention_bias else "Llama"
     values = config.to_dict()
-    del values["qk_norm"]  # the type says it
+    del values["qk_norm"]  # model_type says it
     return {
         **values,
         "architectures": [f"{kind}ForCausalLM"],
@@ -241,9 +251,8 @@ def hf_config(config: QwenConfig) -> dict:
 
 # %% ../chapters/B51_checkpoint_files.ipynb #07cf3376
 def describe(partial: Path, model: QwenForCausalLM, tokenizer: Tokenizer) -> dict:
-    """Write config.json, generation_config.json and the tokenizer's files; return what
-    goes into the state to say which they are.
-    """
+    """Write config.json, generation_config.json and the tokenizer's files; return the
+    entries of checkpoint.pt that describe them."""
     generation = model.generation_config.to_dict()
     write_json(hf_config(model.config), partial / "config.json")
     if generation:
@@ -257,11 +266,11 @@ def describe(partial: Path, model: QwenForCausalLM, tokenizer: Tokenizer) -> dic
 
 # %% ../chapters/B51_checkpoint_files.ipynb #acfd99f1
 def read_pt(file: Path, *needs: str, check: bool = True, mmap: bool = False) -> dict:
-    """Return the dict in a file, on the CPU, without running code.
+    """Return the dict in a .pt file, on the CPU, without running code.
 
-    With `check` its checksums are compared first. With `mmap` its tensors stay mapped.
-    Raises CheckpointError, naming the file, if it is damaged, lacks what it `needs`, or
-    an entry is not what it should be.
+    With `check` its checksums are verified first. With `mmap` its tensors stay mapped
+    to the file. Raises CheckpointError, which names the file, if it is missing or
+    damaged, has no entry of a name in `needs`, or has a wrong entry.
     """
     if not file.is_file():
         raise CheckpointError(f"there is no checkpoint at {file}")
@@ -280,15 +289,16 @@ def read_pt(file: Path, *needs: str, check: bool = True, mmap: bool = False) -> 
             f" {' and no '.join(sorted(missing))}"
         )
     config = _check_contents(contents, file)
-    contents["config"] = config.to_dict()  # an older version's, completed
+    contents["config"] = config.to_dict()  # adds fields that an older version lacked
     return contents if mmap else copy.deepcopy(contents)
 
 # %% ../chapters/B51_checkpoint_files.ipynb #27a0c0de
 def load_checkpoint(path: str | Path) -> dict:
     """Return the dict that `save_checkpoint` wrote, on the CPU.
 
-    `path` is checkpoint.pt or its directory. From a sharded directory the same dict is
-    put together, in this process alone. Raises CheckpointError.
+    `path` is a checkpoint.pt or its directory. For a sharded checkpoint the same dict
+    is put together, in this process alone. Raises CheckpointError if a file is missing,
+    damaged or wrong.
     """
     path = Path(path)
     if is_sharded(path):
@@ -298,9 +308,8 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def _read_sharded(directory: Path, prefix: str = "") -> dict:
-    """Put the dict of checkpoint.pt together from the shards whose names start with
-    `prefix`.
-    """
+    """Return the dict of checkpoint.pt, put together from the sharded tensors whose
+    names start with `prefix`."""
     verify(directory)
     file = directory / "state.pt"
     state = read_pt(file, "optimizer_state_dicts", "optimizer_parameters")
@@ -316,9 +325,8 @@ def _read_sharded(directory: Path, prefix: str = "") -> dict:
 
 # %% ../chapters/B51_checkpoint_files.ipynb #27b0c0de
 def check_owners(stored: dict, state: dict, file: Path) -> None:
-    """Raise CheckpointError for an optimizer's tensor of a parameter that its optimizer
-    does not have.
-    """
+    """Raise CheckpointError if an optimizer's tensor belongs to a parameter that its
+    optimizer does not have."""
     pairs = zip(state["optimizer_state_dicts"], state["optimizer_parameters"])
     known = {names[number] for packed, names in pairs for number in packed["state"]}
     for name in stored:
@@ -330,9 +338,10 @@ OF_OPTIMIZERS = {"optimizer_state_dicts", "optimizer_types", "optimizer_paramete
 
 
 def sharded_directory(path: Path) -> Path | None:
-    """Return the directory of a sharded checkpoint, None for a plain one.
+    """Return the directory of a sharded checkpoint; None for a plain one.
 
-    Its consolidated checkpoint.pt, which has no optimizer, stands for it.
+    `path` may also be the consolidated checkpoint.pt in that directory, which holds no
+    optimizer.
     """
     directory = path if path.is_dir() else path.parent
     stands_for_it = path.is_dir() or path.name == "checkpoint.pt"
@@ -340,7 +349,7 @@ def sharded_directory(path: Path) -> Path | None:
 
 
 def state_file(path: Path) -> Path:
-    """Return the file of a checkpoint that holds all but tensors."""
+    """Return the file of a checkpoint that holds everything but the tensors."""
     directory = sharded_directory(path)
     if directory:
         return directory / "state.pt"
@@ -348,22 +357,25 @@ def state_file(path: Path) -> Path:
 
 # %% ../chapters/B51_checkpoint_files.ipynb #29b0c0de
 def without_tensors(state: dict) -> dict:
-    """Return a copy without weights and optimizers, which holds no file mapped."""
+    """Return a copy of `state` without weights and optimizers; it keeps no
+    file mapped."""
     left_out = OF_OPTIMIZERS | {"model_state_dict"}
     return copy.deepcopy({k: v for k, v in state.items() if k not in left_out})
 
 
 def read_state(path: str | Path) -> dict:
-    """Return all but weights and optimizers: step, config, train_config, tokenizer,
-    rank_states, ...; reads little and compares no checksum. Raises CheckpointError.
+    """Return a checkpoint's state without weights and optimizers, as a dict.
+
+    It holds step, config, train_config, tokenizer, rank_states and others. Little is
+    read and no checksum is verified. Raises CheckpointError if the file is missing,
+    damaged or wrong.
     """
     return without_tensors(read_pt(state_file(Path(path)), check=False, mmap=True))
 
 
 def checkpoint_config(path: str | Path) -> QwenConfig:
-    """Return the configuration of a checkpoint's model; no weight is read. Raises
-    CheckpointError.
-    """
+    """Return the configuration of a checkpoint's model, without reading weights. Raises
+    CheckpointError if the file is missing, damaged or wrong."""
     state = read_pt(state_file(Path(path)), check=False, mmap=True)
     return QwenConfig.from_dict(state["config"])
 
@@ -372,9 +384,10 @@ def load_model(path: str | Path) -> tuple[QwenForCausalLM, Tokenizer]:
     """Return the model of a checkpoint, in eval mode on the CPU, and its tokenizer.
 
     Of a sharded checkpoint only the weights are read. `model.generation_config` is the
-    stored one, empty in checkpoints of earlier versions. Raises CheckpointError, which
-    names the file, for weights that do not fit the stored configuration and for a
-    tokenizer that is not the one the checkpoint was written with.
+    stored one, which is empty in checkpoints of earlier versions. Raises
+    CheckpointError, which names the file, if the weights do not fit the stored
+    configuration, or if the tokenizer is not the one that the checkpoint was written
+    with.
     """
     path = Path(path)
     directory = path if path.is_dir() else path.parent
@@ -388,7 +401,8 @@ def load_model(path: str | Path) -> tuple[QwenForCausalLM, Tokenizer]:
 
 # %% ../chapters/B51_checkpoint_files.ipynb #33188b8d
 def _model_of(checkpoint: dict, file: Path) -> QwenForCausalLM:
-    """Return the model in eval mode, with weights that keep no file mapped."""
+    """Return the model in eval mode; its weights are copies that keep no file
+    mapped."""
     weights = merge_adapters(checkpoint, file)
     model = _empty_model(checkpoint["config"], weights, file)
     if len({weight.dtype for weight in weights.values()}) > 1:
@@ -413,13 +427,14 @@ def _model_of(checkpoint: dict, file: Path) -> QwenForCausalLM:
 def tensor_shapes(
     tensors: dict[str, torch.Tensor],
 ) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Return the shape and type of each tensor."""
+    """Return the shape and dtype of each tensor, by name."""
     return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 def misfit(found: dict[str, tuple], model: QwenForCausalLM) -> str:
-    """Say what of `found`, {name: (shape, dtype)}, does not fit the model's weights;
-    empty where all do.
+    """Return a text that says which tensors do not fit the model; empty if all do.
+
+    `found` is {name: (shape, dtype)}.
     """
     expected = model.state_dict()
     optional = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
@@ -439,9 +454,8 @@ def misfit(found: dict[str, tuple], model: QwenForCausalLM) -> str:
 
 # %% ../chapters/B51_checkpoint_files.ipynb #b6ce7991
 def _empty_model(config: dict, weights: dict, file: Path) -> QwenForCausalLM:
-    """Return a model of shapes only, on the meta device; CheckpointError where the
-    weights in `file` do not fit it.
-    """
+    """Return a model without memory for weights, on the meta device. Raises
+    CheckpointError if the weights in `file` do not fit it."""
     shape = QwenConfig.from_dict(config)
     described = sum(parameter_counts(shape).values())
     room = sum(weight.numel() for weight in weights.values())  # a tied head twice
@@ -462,7 +476,7 @@ def _empty_model(config: dict, weights: dict, file: Path) -> QwenForCausalLM:
 def load_own_tokenizer(checkpoint: dict, directory: Path, file: Path) -> Tokenizer:
     """Return the tokenizer in `directory` that the checkpoint was written with.
 
-    Raises CheckpointError if it is another, or elsewhere.
+    Raises CheckpointError if it is missing, cannot be read, or is another one.
     """
     spec = checkpoint.get("tokenizer")
     if spec is None:
@@ -480,7 +494,7 @@ def load_own_tokenizer(checkpoint: dict, directory: Path, file: Path) -> Tokeniz
         same = checkpoint.get("tokenizer_fingerprint") in (None, tokenizer.fingerprint)
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # libraries' readers fail in many ways
+    except Exception as error:  # libraries raise many types of errors
         raise CheckpointError(
             f"{file}: its tokenizer {directory / name} cannot be read "
             f"({reason(error)}): fetch or copy it again"
@@ -494,9 +508,8 @@ def load_own_tokenizer(checkpoint: dict, directory: Path, file: Path) -> Tokeniz
 
 # %% ../chapters/B51_checkpoint_files.ipynb #d2bd3483
 def write_consolidated(directory: Path, checkpoint: dict) -> None:
-    """Write checkpoint.pt, without what belongs to optimizers, and model.safetensors,
-    each of them whole or not there.
-    """
+    """Write checkpoint.pt, without the optimizers, and model.safetensors. Each file
+    gets its name only when it is complete."""
     writers = {"model.safetensors": write_safetensors, "checkpoint.pt": write_pt}
     partials = {name: directory / f"{name}.partial" for name in writers}
     contents = {k: v for k, v in checkpoint.items() if k not in OF_OPTIMIZERS}
@@ -513,11 +526,12 @@ def write_consolidated(directory: Path, checkpoint: dict) -> None:
 
 # %% ../chapters/B51_checkpoint_files.ipynb #38ebf57f
 def consolidate(path: str | Path) -> Path:
-    """Put checkpoint.pt (weights, configuration, step; no optimizer) and
-    model.safetensors beside the shards of directory `path`.
+    """Write checkpoint.pt and model.safetensors beside the shards in directory `path`.
 
-    For one process without a process group, which holds the weights once. Returns the
-    path of checkpoint.pt; raises CheckpointError.
+    checkpoint.pt holds weights, configuration and step, but no optimizer. Call it in
+    one process, without a process group; the weights must fit into its memory once.
+    Returns the path of checkpoint.pt. Raises CheckpointError if there is no sharded
+    checkpoint or it is damaged.
     """
     path = Path(path)
     if not is_sharded(path):
@@ -533,9 +547,10 @@ def consolidate(path: str | Path) -> Path:
 
 # %% ../chapters/B51_checkpoint_files.ipynb #files-27
 def verify_checkpoint(path: Path) -> None:
-    """Read a checkpoint's directory against its checksums.
+    """Verify the checksums of the files in a checkpoint's directory.
 
-    Raises CheckpointError; OSError where the disk cannot read it.
+    Raises CheckpointError if a file is missing, damaged or wrong, and OSError if the
+    disk cannot read it.
     """
     if is_sharded(path):
         verify(path)

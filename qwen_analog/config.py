@@ -96,7 +96,7 @@ _FLAGS = ("tie_word_embeddings", "attention_bias", "qk_norm")
 
 
 def shown(value: object) -> str:
-    """Return the `repr` of a foreign value, cut short and on one line."""
+    """Return the `repr` of any value on one line, shortened, for error messages."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = 100
     short.maxdict = short.maxlist = 8
@@ -171,7 +171,7 @@ def _check_rope_scaling(given: object) -> None:
 
 # %% ../chapters/B62_configuration.ipynb #204ecb85
 def _checked_head_dim(config: ModelShape) -> int:
-    """Check all fields; return `head_dim`, or what it follows from others."""
+    """Check all fields; return `head_dim`, computed from others if it is None."""
     _check_fields(config)
     if config.rope_scaling is not None:
         _check_rope_scaling(config.rope_scaling)
@@ -208,10 +208,11 @@ def _check_names(values: object, known: list[str]) -> None:
 # %% ../chapters/B62_configuration.ipynb #71f187d1
 @dataclass
 class QwenConfig(ModelShape):
-    """The numbers that fix a model's shape; ValueError names an impossible one.
+    """The numbers that determine a model's shape.
 
-    `head_dim` None is hidden_size / num_attention_heads; `rope_scaling` is YaRN's or
-    Llama 3's; `qk_norm` gives queries and keys norms of their own.
+    `head_dim` None means hidden_size / num_attention_heads; `rope_scaling` is None or
+    YaRN's or Llama 3's settings; `qk_norm` gives queries and keys their own norms.
+    Raises ValueError, which names the wrong field.
     """
 
     def __post_init__(self):
@@ -219,17 +220,18 @@ class QwenConfig(ModelShape):
 
     @classmethod
     def from_dict(cls, values: dict) -> "QwenConfig":
-        """Make a config of `values`; raise ValueError for a name that is no field."""
+        """Return a config of the given fields. Raises ValueError for an
+        unknown field."""
         _check_names(values, [f.name for f in fields(cls)])
         return cls(**values)
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "QwenConfig":
-        """Make the config of a name in `PRESETS`, with single fields overridden."""
+        """Return the config of a name in `PRESETS`, with single fields overridden."""
         return cls.from_dict({**_preset(name), **overrides})
 
     def to_dict(self) -> dict:
-        """Return all fields; `from_dict` makes an equal config of them."""
+        """Return all fields as a dict, from which `from_dict` makes an equal config."""
         return asdict(self)
 
 
@@ -291,9 +293,8 @@ def _check_sampling(values: Mapping, where) -> None:
 
 # %% ../chapters/B62_configuration.ipynb #5ddfd944
 def _is_plain(value: object, depth: int = 0) -> bool:
-    """Whether JSON can hold `value`: finite numbers, texts, lists and mappings of them,
-    nested at most 20 deep.
-    """
+    """Return whether JSON can hold `value`: finite numbers, strings, and lists and
+    dicts of them, nested at most 20 deep."""
     if isinstance(value, dict):
         names, values = list(value), list(value.values())
         return all(isinstance(name, str) for name in names) and _is_plain(values, depth)
@@ -307,7 +308,7 @@ def _is_plain(value: object, depth: int = 0) -> bool:
 
 
 def _generation_fields(values: object, vocab_size: int, where) -> dict:
-    """Return the fields of `GenerationDefaults` that `values` give."""
+    """Return the fields of `GenerationDefaults` that `values` contain."""
     if not isinstance(values, Mapping):
         raise ValueError(
             f"{where}: generation settings must be names and their values, not"
@@ -328,7 +329,7 @@ def _generation_fields(values: object, vocab_size: int, where) -> dict:
 
 # %% ../chapters/B62_configuration.ipynb #dc953cef
 class DictView(Mapping):
-    """A read-only mapping of what `to_dict` returns, also to compare with a dict."""
+    """A read-only mapping of the items of `to_dict`, which equals a dict of them."""
 
     @abstractmethod
     def to_dict(self) -> dict: ...
@@ -345,10 +346,10 @@ class DictView(Mapping):
 # %% ../chapters/B62_configuration.ipynb #16fecbda
 @dataclass(frozen=True, eq=False)
 class GenerationDefaults(DictView):
-    """How a model's makers want its text generated; None where they do not say.
+    """The generation settings of a model's makers; None for those not given.
 
-    Fields have Hugging Face's names and meanings. `others` holds what this package does
-    not know, and sampling settings that are null.
+    Fields have Hugging Face's names and meanings. `others` holds settings that this
+    package does not know, and sampling settings that are null.
     """
 
     eos_token_id: tuple[int, ...] = ()
@@ -364,15 +365,16 @@ class GenerationDefaults(DictView):
 
     @classmethod
     def from_dict(cls, values: Mapping, vocab_size: int, where) -> "GenerationDefaults":
-        """Check the settings of a foreign file; `where` names it in the ValueError.
+        """Check settings from a file or the user, and return them.
 
-        Ids must lie below `vocab_size`; a bos or pad id that does not is left out, and
-        so is what JSON cannot hold.
+        `where` names their source in error messages. A bos or pad id of `vocab_size` or
+        more is left out, and so are values that JSON cannot hold. Raises ValueError for
+        a wrong sampling setting or end-token id.
         """
         return cls(**_generation_fields(values, vocab_size, where))
 
     def to_dict(self) -> dict:
-        """Return what generation_config.json holds: the settings that say something."""
+        """Return the content of generation_config.json: all settings that are given."""
         known = {f.name: getattr(self, f.name) for f in fields(self)[:-1]}
         known["eos_token_id"] = list(self.eos_token_id) or None
         set_here = {name: value for name, value in known.items() if value is not None}

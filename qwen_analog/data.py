@@ -243,8 +243,11 @@ if TYPE_CHECKING:
 def select_documents(
     documents: "datasets.Dataset", held_out: bool
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return the rows of the documents with the given `held_out`, their tokens,
-    [documents] each, and their bytes in all. DataError if there are none."""
+    """Return the documents whose field `held_out` has this value.
+
+    The result is their row numbers and their numbers of tokens, arrays [documents]
+    each, and their total number of bytes. Raises DataError if there are none.
+    """
     names = ["num_tokens", "num_bytes", "held_out"]
     table: Any = documents.select_columns(names).with_format("arrow")[:]
     tokens, sizes, sides = (table[name].to_numpy() for name in names)
@@ -254,15 +257,15 @@ def select_documents(
             f"no document {'held out' if held_out else 'to train on'}: give more"
             " data or another heldout_fraction"
         )
-    # four bytes a document for each of these: there may be many millions
+    # int32, because there may be many millions of documents
     rows, lengths = np.flatnonzero(chosen), tokens[chosen]
     return rows.astype(np.int32), lengths.astype(np.int32), sizes[chosen].sum().item()
 
 # %% ../chapters/B74_dataset.ipynb #dc994c61
 def read_run(documents, row: int, place: slice) -> tuple[np.ndarray, str]:
-    """Return the tokens at a place in a document, and its source."""
+    """Return the tokens at `place` in a document, and the document's source."""
     document = documents[row]
-    # a view: nothing else of the document is read
+    # a view: only this part of the document is read
     ids = document["input_ids"][0].values[place].to_numpy()
     return ids, document["source"][0].as_py()
 
@@ -271,14 +274,14 @@ class ShuffledRows(ShuffledDocuments):
     """The rows of the documents to train on, in a new random order each epoch."""
 
     def __init__(self, rows: np.ndarray, lengths: np.ndarray, seed: int):
-        """Take the rows and the tokens of each, [documents] both."""
+        """`rows` are row numbers and `lengths` numbers of tokens, [documents] each."""
         super().__init__(lengths, seed)
         self.rows = rows
-        self._epoch: int | None = None  # the one that `order` keeps
+        self._epoch: int | None = None  # the epoch whose order is kept
 
     def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the epoch's documents in order, as indices of `rows`, and the place
-        in the epoch after each, [documents] both."""
+        """Return the epoch's order of documents, as indices into `rows`, and the
+        position in the epoch after each; both [documents]."""
         if epoch != self._epoch:
             order, self._ends = super().order(epoch)
             self._order = order.astype(np.int32)
@@ -286,14 +289,15 @@ class ShuffledRows(ShuffledDocuments):
         return self._order, self._ends
 
     def runs(self, epoch: int, offset: int, tokens: int) -> Iterator[tuple[int, slice]]:
-        """Yield the row and the place in it of each run that the `tokens` from token
-        `offset` of an epoch are made of."""
+        """Yield (row, slice of its tokens) for each document that contains some of the
+        `tokens` tokens from position `offset` of an epoch on."""
         for document, place in super().runs(epoch, offset, tokens):
             yield int(self.rows[document]), place
 
 # %% ../chapters/B74_dataset.ipynb #f107edd1
 def first_epoch(sequences: PackedArrays) -> Iterator[TokenSequence]:
-    """Yield the sequences of the first epoch; targets beyond it are IGNORE_INDEX."""
+    """Yield the sequences of the first epoch; targets after its end are
+    IGNORE_INDEX."""
     T, N = sequences.sequence_length, sequences.tokens_per_epoch
     count = (N + T - 1) // T  # rounded up
     for k in range(count):
@@ -304,7 +308,7 @@ def first_epoch(sequences: PackedArrays) -> Iterator[TokenSequence]:
 
 # %% ../chapters/B74_dataset.ipynb #1d59f3ea
 class PackedSequences(PackedArrays):
-    """Packed sequences of the documents in a table on the disk."""
+    """Packed training sequences of the documents in a table on disk."""
 
     documents: Any  # the table, in Arrow's form
 
@@ -315,7 +319,8 @@ class PackedSequences(PackedArrays):
         seed: int = 0,
         held_out: bool = False,
     ):
-        """Take those of `tokenize_files` with this `held_out`; DataError for none."""
+        """`documents` come from `tokenize_files`; those with this `held_out` are used.
+        Raises DataError if there are none."""
         self.sequence_length = whole_number("sequence_length", sequence_length, 1)
         self.documents = documents.with_format("arrow")
         self.rows, lengths, self.bytes_per_epoch = select_documents(documents, held_out)
@@ -324,22 +329,23 @@ class PackedSequences(PackedArrays):
         self.position = 0
 
     def read(self, document: int, place: slice) -> tuple[np.ndarray, str]:
-        """Return the tokens at a place in a document, a row, and its source."""
+        """Return the tokens at `place` in row `document`, and the document's source."""
         return read_run(self.documents, document, place)
 
     def epoch(self, limit: int | None = None) -> Iterator[TokenSequence]:
-        """Yield the sequences of the first epoch, at most `limit`; what reaches into
-        the second has IGNORE_INDEX as target."""
+        """Yield at most `limit` sequences of the first epoch. Targets after its end are
+        IGNORE_INDEX."""
         return islice(first_epoch(self), limit)
 
     @cached_property
     def fingerprint(self) -> dict:
-        """What identifies all of `documents`, as JSON values. Reads every token."""
+        """A fingerprint of all of `documents`, as JSON values. Every token is read."""
         return fingerprint(self.documents)
 
 # %% ../chapters/B74_dataset.ipynb #c7eedf75
 def checked_position(state: dict, *names: str) -> dict[str, int]:
-    """Return the position of a run; DataError for a state that is none."""
+    """Return the entries `names` of a saved position. Raises DataError if `state` is
+    not such a position."""
     with suppress(TypeError, KeyError, ValueError):
         found = {name: whole_number(name, state[name], 0) for name in names}
         if max(found.values()) <= sys.maxsize:
@@ -351,26 +357,29 @@ def checked_position(state: dict, *names: str) -> dict[str, int]:
 
 # %% ../chapters/B74_dataset.ipynb #9fe2b082
 class PackedDataset(PackedSequences):
-    """Packed sequences, taken one after the other from a position that can be saved.
+    """Packed sequences, read one after the other from a position that can be saved.
 
-    `position` counts the sequences that all ranks together have taken.
+    `position` is the number of sequences that all ranks together have taken.
     """
 
-    position = 0  # of a subclass with an `__init__` of its own, too
+    position = 0  # also for a subclass with its own `__init__`
 
     def state_dict(self) -> dict:
+        """Return the position as a dict, for `load_state_dict`."""
         return {"position": self.position}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go to a position that `state_dict` gave; DataError for another state."""
+        """Go to a position from `state_dict`. Raises DataError for any other state."""
         self.position = checked_position(state, "position")["position"]
 
 # %% ../chapters/B74_dataset.ipynb #c08c968b
 def held_out_dataset(
     documents: "datasets.Dataset", sequence_length: int
 ) -> PackedDataset | None:
-    """Return the held-out ones of `documents`, None where there are none, as of a
-    single document."""
+    """Return a dataset of the held-out documents; None if there are none.
+
+    With a single document, for example, none is held out.
+    """
     table: Any = documents.select_columns(["held_out"]).with_format("arrow")[:]
     if not table["held_out"].to_numpy().any():
         return None

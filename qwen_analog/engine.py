@@ -114,7 +114,8 @@ def _together(
     sequences: list[SequenceState],
     work: Callable[[list[SequenceState]], list],
 ) -> list[tuple[SequenceState, Any]]:
-    """Do `work` for all in one pass; when that fails, for each by itself."""
+    """Call `work` for all sequences in one pass; if that fails, for each one alone.
+    Returns (sequence, result) for each one that succeeded."""
     if len(sequences) > 1:
         states = [s.generator.get_state() for s in sequences]
         try:
@@ -133,14 +134,14 @@ def _together(
 
 
 def _rewind(sequences: list[SequenceState], states: list[torch.Tensor]) -> None:
-    """Set the generators back to `states`, as if nothing had been drawn."""
+    """Set the generators back to `states`, as they were before anything was drawn."""
     for sequence, state in zip(sequences, states):
         sequence.generator.set_state(state)
 
 # %% ../chapters/B53_engine.ipynb #engine-failing
 @contextlib.contextmanager
 def _failing(scheduler: Scheduler, sequence: SequenceState) -> Iterator[None]:
-    """End the request of `sequence` with the error that is raised inside."""
+    """End the request of `sequence` with the error that is raised inside `with`."""
     try:
         yield
     except Exception as error:
@@ -152,11 +153,11 @@ def _failing(scheduler: Scheduler, sequence: SequenceState) -> Iterator[None]:
         _finish(scheduler, sequence, why, "error", status)
 
 # %% ../chapters/B53_engine.ipynb #cell-084
-log = logging.getLogger("uvicorn.error")  # the server's own: a line an event
+log = logging.getLogger("uvicorn.error")  # the server's log, one line per event
 
 
 def describe_error(error: Exception) -> str:
-    """Return what an error says, with its name unless it is a ValueError."""
+    """Return an error's message on one line, after its type unless it is ValueError."""
     text = one_line(error)
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
@@ -167,7 +168,8 @@ def _send(
     finish_reason: str | None = None,
     status: int = 500,
 ) -> None:
-    """Deliver some text; where that fails, nobody reads on, and the request ends."""
+    """Deliver a piece of text. If that fails, the request is cancelled, because nobody
+    reads it."""
     logprobs, sequence.logprobs = sequence.logprobs, []
     written = len(sequence.written)
     delta = Delta(sequence.index, text, finish_reason, written, logprobs, status)
@@ -192,14 +194,15 @@ def _finish(
 
 
 def _abandon(scheduler: Scheduler, reason: str, status: int) -> None:
-    """End everything that runs or waits with an error."""
+    """End all sequences that run or wait with an error."""
     for sequence in scheduler.drain():
         _send(sequence, reason, "error", status)
 
 # %% ../chapters/B53_engine.ipynb #cell-041
 @dataclass
 class Step:
-    """What one step of the engine did; `waiting` requests have no row yet."""
+    """A record of one step of the engine: how many requests were `waiting` without a
+    row, what was read, and what was written."""
 
     waiting: int
     read: list[tuple[int, int, int]] = field(default_factory=list)  # row, number, size
@@ -208,7 +211,8 @@ class Step:
 # %% ../chapters/B53_engine.ipynb #cell-042
 @torch.inference_mode()
 def run_step(engine: "Engine") -> Step | None:
-    """Admit, read, write; return None when there is nothing to do."""
+    """Take one step: assign rows, read from prompts, write one token in each row whose
+    prompt is read. Returns None if there is nothing to do."""
     engine.scheduler.schedule()
     if not engine.scheduler.running:
         return None
@@ -219,13 +223,14 @@ def run_step(engine: "Engine") -> Step | None:
 
 # %% ../chapters/B53_engine.ipynb #cell-043
 def read_prompts(engine: "Engine", done: Step) -> None:
-    """Read from the prompts that are not in the cache yet."""
+    """Read prompt tokens that are not in the cache yet, as many as the step's budget
+    allows."""
     scheduler, runner = engine.scheduler, engine.runner
     _adopt(runner.cache, scheduler.running)
     budget = read_budget(engine.prefill_chunk, scheduler.running)
     shares = share_budget(scheduler.running, budget)
     shares = [share for share in shares if _has_memory(engine, *share)]
-    shares = [share for share in shares if share[0].row >= 0]  # nor has given way since
+    shares = [share for share in shares if share[0].row >= 0]  # not interrupted since
     for group in join_reads(shares, runner.pass_cost, runner.room):
         sequences = [sequence for sequence, _ in group]
         read = partial(runner.read, sizes=dict(group))
@@ -234,11 +239,11 @@ def read_prompts(engine: "Engine", done: Step) -> None:
 
 
 def write_tokens(engine: "Engine", done: Step) -> None:
-    """Write a token in every row whose prompt is read."""
+    """Write one token in every row whose prompt is read."""
     scheduler, runner = engine.scheduler, engine.runner
     ready = [s for s in scheduler.running if not s.unread]
     writing = [s for s in ready if _has_memory(engine, s, 1)]
-    writing = [s for s in writing if s.row >= 0]  # it may have given way to another
+    writing = [s for s in writing if s.row >= 0]  # not interrupted since
     for sequence, drawn in _together(scheduler, writing, runner.write):
         done.wrote.append((sequence.row, sequence.number))
         with _failing(scheduler, sequence):
@@ -252,11 +257,12 @@ class RowRunner:
     def __init__(self, model: QwenForCausalLM, cache: "AnyCache", vocab_size: int):
         self.model, self.cache, self.vocab_size = model.eval(), cache, vocab_size
         self.pass_cost = pass_cost(cache.keys.device)
-        # a row of pages grows as it must
+        # a row of pages grows as needed
         self.room = cache.max_length if isinstance(cache, RowCache) else sys.maxsize
 
     def place(self, first_row: int, ids: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """Return `ids` [n, T], and where they stand in n rows in a run."""
+        """Return the model's arguments for reading `ids` [n, T] into n rows from
+        `first_row` on."""
         rows = slice(first_row, first_row + len(ids))
         positions, mask = self.cache.begin(rows, len(ids[0]))
         input_ids = torch.tensor(ids, device=positions.device)
@@ -264,23 +270,26 @@ class RowRunner:
         return dict(input_ids=input_ids, **where)
 
     def forward(self, first_row: int, ids: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Return the logits [n, V] float32 after `ids` [n, T], for n rows in a run."""
+        """Read `ids` [n, T] into n rows from `first_row` on; return the logits [n, V]
+        float32 of the next tokens."""
         return self.model(**self.place(first_row, ids), logits_to_keep=1)[:, -1].float()
 
     def advance(self, sequence: SequenceState, size: int) -> None:
+        """Record that `size` more tokens of a sequence are in the cache."""
         self.cache.advance(sequence.row, size)
         sequence.cached += size
 
 # %% ../chapters/B53_engine.ipynb #cell-078
 class ModelRunner(RowRunner):
-    """Reads prompts into rows, and writes the next token of each."""
+    """Reads prompts into rows, and draws the next token of each row."""
 
     def read(
         self, sequences: Sequence[SequenceState], sizes: Mapping[SequenceState, int]
     ) -> list[int]:
-        """Put the next tokens of each into its row, in one pass; return how many.
+        """Read the next `sizes[s]` tokens of each sequence s into its row, in one pass.
 
-        The rows are neighbours, in order.
+        The rows must be neighbours, in order. Returns the number of tokens read for
+        each.
         """
         own = [sizes[s] for s in sequences]
         tokens = [s.next_tokens(size) for s, size in zip(sequences, own)]
@@ -292,14 +301,15 @@ class ModelRunner(RowRunner):
         return own
 
     def write(self, sequences: Sequence[SequenceState]) -> list[TokenLogprob]:
-        """Draw the next token of each in one pass; -1 where no logit is usable."""
+        """Draw the next token of each sequence in one pass; id -1 means unusable
+        logits."""
         rows = [s.row for s in sequences]
         first, end = min(rows), max(rows) + 1
         ids = [[0] for _ in range(first, end)]  # an idle row reads token 0
         for sequence in sequences:
             ids[sequence.row - first] = [sequence.last_token]
         logits = self.forward(first, ids)[[row - first for row in rows]]  # [n, V]
-        # the rows of the embedding beyond the vocabulary are no tokens
+        # rows of the embedding after the vocabulary are not tokens
         tokens = draw(logits[:, : self.vocab_size], sequences).tolist()
         return [
             _token_logprob(row, token, s.request.logprobs, self.vocab_size)
@@ -308,7 +318,8 @@ class ModelRunner(RowRunner):
 
 # %% ../chapters/B53_engine.ipynb #cell-079
 def draw(logits: torch.Tensor, sequences: Sequence[SequenceState]) -> torch.Tensor:
-    """Draw a token of each row of `logits` [n, V] as its request says: ids [n]."""
+    """Draw a token from each row of `logits` [n, V] by its request's settings; return
+    ids [n]."""
     params = [s.request.params for s in sequences]
     history = mask = None
     if any(p.repetition_penalty != 1 for p in params):
@@ -322,17 +333,18 @@ def draw(logits: torch.Tensor, sequences: Sequence[SequenceState]) -> torch.Tens
 
 # %% ../chapters/B53_engine.ipynb #reads-code
 def pass_cost(device: torch.device) -> int:
-    """Return in how many tokens' time a pass begins, roughly."""
+    """Return roughly how many tokens' computing time the start of a forward
+    pass costs."""
     return 16 if device.type == "cpu" else 1024
 
 
-Reads = list[tuple[SequenceState, int]]  # who reads how many tokens
+Reads = list[tuple[SequenceState, int]]  # sequences and how many tokens each reads
 
 
 def join_reads(shares: Reads, cost: int, room: int) -> list[Reads]:
-    """Group reads of neighbouring rows that are quicker in one pass than apart.
+    """Group reads of neighbouring rows that are quicker in one pass than separately.
 
-    A pass costs as much as `cost` tokens, and no row has more than `room` of them.
+    `cost` is the cost of one more pass, in tokens; a row has room for `room` tokens.
     """
     groups: list[_Joined] = []
     for sequence, size in sorted(shares, key=lambda share: share[0].row):
@@ -343,15 +355,17 @@ def join_reads(shares: Reads, cost: int, room: int) -> list[Reads]:
 # %% ../chapters/B53_engine.ipynb #reads-joined
 @dataclass
 class _Joined:
-    """Reads that share a pass, and what decides whether another one joins them."""
+    """Reads that share a pass, and the numbers that decide whether another
+    one joins."""
 
     reads: Reads
     longest: int  # tokens of the longest
     total: int  # tokens of all
-    cached: int  # tokens that the fullest row holds before
+    cached: int  # tokens in the fullest row before the pass
 
     def join(self, sequence: SequenceState, size: int, cost: int, room: int) -> bool:
-        """Add a read, if its row is the next one, there is room, and it is quicker."""
+        """Add a read if its row is the next one, the rows have room, and it is quicker.
+        Returns whether it was added."""
         n = len(self.reads)
         longest, total = max(self.longest, size), self.total + size
         cached = max(self.cached, sequence.cached)
@@ -364,13 +378,13 @@ class _Joined:
         return True
 
 # %% ../chapters/B53_engine.ipynb #read-budget
-MOST_CHUNKS = 4  # that are read in a step
+MOST_CHUNKS = 4  # read in one step, at most
 
 
 def read_budget(chunk: int, running: Sequence[SequenceState]) -> int:
-    """Return how many tokens of prompts a step reads.
+    """Return how many prompt tokens a step reads.
 
-    That is `chunk`, and up to four times as many where more read than write.
+    It is `chunk`, and up to four times as many if more rows read than write.
     """
     reading = sum(s.unread > 0 for s in running)
     writing = len(running) - reading
@@ -382,20 +396,20 @@ AnyCache = RowCache | PagedCache
 
 
 def may_begin(cache: AnyCache, sequence: SequenceState) -> bool:
-    """Whether there is memory for all of a sequence's tokens so far."""
+    """Return whether the cache has memory for all of a sequence's tokens so far."""
     if isinstance(cache, RowCache):
         return True
     return has_pages(cache, [*sequence.request.prompt, *sequence.written])
 
 
 def who_gives_way(running: Sequence[SequenceState]) -> SequenceState:
-    """Return the last to come of the client with the most rows."""
+    """Return the latest sequence of the client with the most rows."""
     rows = Counter(s.group.client for s in running)
     return max(running, key=lambda s: (rows[s.group.client], s.number))
 
 # %% ../chapters/B53_engine.ipynb #has-memory
 def _adopt(cache: AnyCache, sequences: Sequence[SequenceState]) -> None:
-    """Let `sequences` share the pages that hold what they would read."""
+    """Let `sequences` share pages of the cache that already hold their next tokens."""
     for sequence in sequences:
         if isinstance(cache, PagedCache) and sequence.unread:
             known = [*sequence.request.prompt, *sequence.written][:-1]
@@ -403,7 +417,8 @@ def _adopt(cache: AnyCache, sequences: Sequence[SequenceState]) -> None:
 
 
 def _has_memory(engine: "Engine", sequence: SequenceState, size: int) -> bool:
-    """Reserve memory for the next `size` tokens; others, or it, give way for that."""
+    """Reserve memory for the next `size` tokens, where needed by interrupting
+    sequences. Returns False if this one was interrupted."""
     scheduler, cache = engine.scheduler, engine.runner.cache
     if isinstance(cache, RowCache):
         return True
@@ -417,9 +432,9 @@ def _has_memory(engine: "Engine", sequence: SequenceState, size: int) -> bool:
 def _token_logprob(
     logits: torch.Tensor, token: int, number: int | None, vocab_size: int
 ) -> TokenLogprob:
-    """Return `token` with the log-probabilities of it and of the `number` likeliest.
+    """Return `token`'s log-probability and those of the `number` likeliest tokens.
 
-    Nothing is computed, and nothing brought from a card, where `number` is None.
+    If `number` is None, nothing is computed or copied from the GPU.
     """
     if number is None or token < 0:
         return TokenLogprob(token, 0.0, {})
@@ -435,7 +450,8 @@ def _append(
     drawn: TokenLogprob,
     stop_ids: Collection[int],
 ) -> None:
-    """Take a token, deliver the text that it completes, free the row after the last."""
+    """Record a token, deliver the text that it completes, and free the row if it is the
+    last."""
     check_ids([drawn.token])
     sequence.written.append(drawn.token)
     sequence.turn += 1
@@ -452,7 +468,7 @@ def _append(
 
 # %% ../chapters/B53_engine.ipynb #cell-087
 class EngineParts:
-    """A model, its memory for keys and values, and those who wait for it."""
+    """A model, its cache, and the scheduler of the requests for it."""
 
     def __init__(
         self,
@@ -477,7 +493,7 @@ class EngineParts:
         cache = _new_cache(model, max_batch, self.max_context, kv_pages, page_size)
         fits = partial(may_begin, cache)
         self.runner = ModelRunner(model, cache, tokenizer.vocab_size)
-        compile_writing(self.runner, self.max_context)  # where the model was opened so
+        compile_writing(self.runner, self.max_context)  # if it is to be compiled
         self.scheduler = Scheduler(max_batch, max_queue, cache.free, fits)
         self.stop_ids = {*stop_ids(model, tokenizer), *_turn_end(tokenizer)}
 
@@ -485,24 +501,25 @@ class EngineParts:
 class Engine(EngineParts):
     """Continuous batching (Yu et al. 2022) of up to `max_batch` requests.
 
-    A row holds `max_context` tokens of prompt and answer; up to `max_queue` more
-    requests wait. `kv_pages` makes the rows share so many pages of `page_size` tokens.
-    A step reads `prefill_chunk` tokens of prompts (by default 128, on a GPU 1,024), and
-    up to four times as many where more read than write.
-    Each answer is that of the request alone, up to rounding.
+    Each row holds at most `max_context` tokens of prompt and answer; up to `max_queue`
+    more requests wait. With `kv_pages` the rows share that many pages of `page_size`
+    tokens. A step reads `prefill_chunk` prompt tokens (by default 128, on a GPU 1,024),
+    and up to four times as many if more rows read than write. Each answer equals that
+    of the request alone, up to rounding.
     """
 
     def step(self) -> Step | None:
+        """Take one step. Returns None if there is nothing to do."""
         return run_step(self)
 
     def add_request(
         self, *requests: Request, deliver: Callable[[Delta], None], client: str = ""
     ) -> list[SequenceState]:
-        """Let the `requests` of `client` wait for rows, all or none: see `submit`."""
+        """Let the `requests` of `client` wait for rows, all or none; see `submit`."""
         return submit(self, requests, Group(client, len(requests), deliver))
 
     def check(self, request: Request) -> None:
-        """Raise ValueError where a request cannot be fulfilled."""
+        """Raise ValueError if a request cannot be fulfilled."""
         check_request(request, self.tokenizer.vocab_size, self.max_context)
 
 # %% ../chapters/B53_engine.ipynb #new-cache
@@ -513,7 +530,8 @@ def _new_cache(
     kv_pages: int | None,
     page_size: int,
 ) -> AnyCache:
-    """Make rows, or pages. Raises ValueError where one request might not fit."""
+    """Return a cache of rows, or of pages with `kv_pages`. Raises ValueError if one
+    request might not fit."""
     if kv_pages is None:
         return new_row_cache(model, max_batch, max_context)
     _check_sizes(kv_pages=kv_pages, page_size=page_size)
@@ -529,7 +547,7 @@ def _new_cache(
 def new_sequence(
     engine: Engine, request: Request, index: int, group: Group
 ) -> SequenceState:
-    """Begin a request's way through the engine, with a generator of its own."""
+    """Return the initial state of a request, with its own random generator."""
     device = engine.runner.cache.keys.device
     text = TextStream(engine.tokenizer, request.stop, request.prompt)
     generator = new_generator(device, request.params.seed)
@@ -542,11 +560,12 @@ def new_sequence(
 def submit(
     engine: Engine, requests: Sequence[Request], group: Group
 ) -> list[SequenceState]:
-    """Let `requests` of a group wait for rows of the engine, all or none.
+    """Let a group's `requests` wait for rows of the engine, all or none.
 
-    `group.deliver` is called with each delta, in the thread that takes the steps. Mark
-    a sequence `cancelled`, and its row is free before the next step. Raises ValueError
-    for a request that cannot be fulfilled, and QueueFull.
+    `group.deliver` is called with each delta, in the thread that takes the steps. If
+    you set `cancelled` of a returned sequence, its row is freed before the next step.
+    Raises ValueError if a request cannot be fulfilled, and QueueFull if the queue has
+    no place.
     """
     for request in requests:
         engine.check(request)
@@ -558,7 +577,7 @@ def submit(
 
 # %% ../chapters/B53_engine.ipynb #cell-089
 def check_request(request: Request, vocab_size: int, max_context: int) -> None:
-    """Raise ValueError, naming the field, where a request cannot be fulfilled."""
+    """Raise ValueError, which names the field, if a request cannot be fulfilled."""
     check_stop(request.stop)
     last = vocab_size - 1
     prompt, max_tokens = request.prompt, request.max_tokens
@@ -583,11 +602,11 @@ def _check_sizes(**sizes: int) -> None:
 
 # %% ../chapters/B53_engine.ipynb #cell-090
 MAX_STOPS, MAX_STOP_LENGTH = 16, 1000  # stop strings of a request, and their characters
-MAX_UNREAD = 4096  # deltas that may wait for their client
+MAX_UNREAD = 4096  # deltas of a stream that may wait to be read
 
 
 def check_stop(stop: Sequence[str]) -> None:
-    """Raise ValueError for stop strings that are too many, too long or empty."""
+    """Raise ValueError if stop strings are too many, too long or empty."""
     good = all(0 < len(text) <= MAX_STOP_LENGTH for text in stop)
     if len(stop) > MAX_STOPS or not good:
         raise ValueError(
@@ -597,13 +616,13 @@ def check_stop(stop: Sequence[str]) -> None:
 
 
 def _turn_end(tokenizer: Tokenizer) -> list[int]:
-    """Return the id that ends a turn of a chat, also where no settings name it."""
+    """Return the id that ends a turn of a chat, even if no settings name it."""
     ids = tokenizer.encode("<|im_end|>", special=True)
     return ids if len(ids) == 1 else []
 
 # %% ../chapters/B53_engine.ipynb #cell-092
 class DeltaStream:
-    """The deltas of requests that were added together: `async for delta in stream`."""
+    """The deltas of requests added together: `async for delta in stream`."""
 
     def __init__(self):
         self.sequences: list[SequenceState] = []
@@ -622,12 +641,12 @@ class DeltaStream:
         return delta
 
     def deliver(self, delta: Delta) -> None:
-        """Take a delta from another thread into the event loop of the stream."""
+        """Pass a delta from another thread into the stream's event loop."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads
             self._loop.call_soon_threadsafe(self.put, delta)
 
     def put(self, delta: Delta) -> None:
-        """Add a delta, inside the event loop; beyond `MAX_UNREAD` of them, end."""
+        """Add a delta, inside the event loop. At `MAX_UNREAD` unread ones, abort."""
         if self._queue.qsize() < MAX_UNREAD:
             self._queue.put_nowait(delta)
         elif not self.sequences[0].cancelled:
@@ -637,7 +656,7 @@ class DeltaStream:
                 self._queue.put_nowait(Delta(sequence.index, reason, "error"))
 
     def abort(self) -> None:
-        """Nobody reads on: the rows are freed before the next step."""
+        """Cancel the requests; their rows are freed before the next step."""
         for sequence in self.sequences:
             sequence.cancelled = True
 
@@ -648,7 +667,10 @@ class AsyncEngine(Engine):
     _thread: threading.Thread | None = None
 
     def stream(self, *requests: Request, client: str = "") -> DeltaStream:
-        """Do as `add_request`, inside an event loop; return the deltas as a stream."""
+        """Add requests as `add_request` does; return their deltas as a stream.
+
+        Call it inside an event loop. Raises ValueError and QueueFull as `submit` does.
+        """
         stream = DeltaStream()
         deliver = stream.deliver
         stream.sequences = self.add_request(*requests, deliver=deliver, client=client)
@@ -656,19 +678,21 @@ class AsyncEngine(Engine):
 
     @property
     def running(self) -> bool:
+        """Whether the thread that takes steps is alive."""
         return self._thread is not None and self._thread.is_alive()
 
     def start(self) -> None:
-        """Take steps in a thread, until `close`."""
+        """Start the thread that takes steps until `close`."""
         self._thread = threading.Thread(target=_take_steps, args=[self], daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Accept nothing more, and end what is unfinished after the present step."""
+        """Accept no more requests, and end the unfinished ones after the
+        present step."""
         self.scheduler.close()
 
     def close(self) -> None:
-        """As `stop`, and wait for the thread."""
+        """Do the same as `stop`, and wait for the thread to end."""
         self.stop()
         if self._thread is not None:
             self._thread.join()
@@ -678,7 +702,7 @@ def _take_steps(engine: Engine) -> None:
     while engine.scheduler.wait():
         try:
             engine.step()
-        except Exception as error:  # nobody's in particular: all fail
+        except Exception as error:  # of no single request: all of them fail
             log.error("a step failed: %s", describe_error(error))
             _abandon(engine.scheduler, describe_error(error), 500)
     _abandon(engine.scheduler, "the server is shutting down", 503)

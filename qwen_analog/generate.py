@@ -72,19 +72,19 @@ from .tokenizer import Tokenizer
 
 # %% ../chapters/B50_generate.ipynb #cell-104
 def own_stop_ids(model: QwenForCausalLM) -> list[int]:
-    """Return the ids at which the model's own generation settings end a text."""
+    """Return the end-token ids from the model's own generation settings."""
     return list(model.generation_config.eos_token_id)
 
 
 def stop_ids(model: QwenForCausalLM, tokenizer: Tokenizer) -> list[int]:
-    """Return the ids at which text ends: the model's own, then the tokenizer's."""
+    """Return the ids that end a text: the model's own, then the tokenizer's."""
     ids = dict.fromkeys([*own_stop_ids(model), tokenizer.eos_token_id])
     return [i for i in ids if i < tokenizer.vocab_size]
 
 # %% ../chapters/B50_generate.ipynb #cell-107
 @dataclass(frozen=True)
 class _Options:
-    """The options of one call of `generate`, checked."""
+    """The checked options of one call of `generate`."""
 
     max_new_tokens: int
     params: SamplingParams
@@ -97,8 +97,11 @@ class _Options:
 
 # %% ../chapters/B50_generate.ipynb #cell-109
 class DecodeStep(NamedTuple):
-    """What one step has written: the id of each row, whether the row has ended with it
-    or before, and the log-probability of each id, [B], if it was asked for.
+    """The result of one step for B rows.
+
+    `ids` holds the new id of each row, `ended` whether the row has ended with this id
+    or before. `logprobs` [B] are the log-probabilities of the ids in nats, or None if
+    they were not asked for.
     """
 
     ids: list[int]
@@ -107,7 +110,8 @@ class DecodeStep(NamedTuple):
 
 # %% ../chapters/B50_generate.ipynb #cell-110
 def _generator(model: QwenForCausalLM, seed: int | None) -> torch.Generator | None:
-    """Return the random numbers of a seed; None, PyTorch's own, without one."""
+    """Return a random generator with this seed; None, for PyTorch's own, without a
+    seed."""
     if seed is None:
         return None
     return new_generator(model.lm_head.weight.device, seed)
@@ -116,7 +120,7 @@ def _generator(model: QwenForCausalLM, seed: int | None) -> torch.Generator | No
 def _logprobs(
     logits: torch.Tensor, ids: torch.Tensor, ended: list[bool]
 ) -> torch.Tensor:
-    """Return the log-probability [B] of each row's id, 0 where the row has ended."""
+    """Return the log-probability [B] of each row's id; 0 if the row has ended."""
     filled = torch.tensor(ended).to(logits.device, non_blocking=True)
     return -F.cross_entropy(logits, ids, reduction="none").masked_fill(filled, 0.0)
 
@@ -128,8 +132,10 @@ def prefill(
     padding: torch.Tensor | None = None,
     copies: int = 1,
 ) -> torch.Tensor:
-    """Read whole rows [B, T] into `cache`; return the logits [B * copies, V] of what
-    follows. Logits and cache are repeated, the copies of a row one after the other.
+    """Read prompts [B, T] into `cache`; return the next token's logits [B * copies, V].
+
+    `padding` [B] counts the padding tokens at the left of each row. Logits and cache
+    are repeated `copies` times, with the copies of a row one after the other.
     """
     logits = next_logits(model, prompt, cache, padding)[:, -1]
     if copies > 1 and cache is not None:  # [layers, B, K, S, h]
@@ -144,16 +150,16 @@ def decode_one_token(
     cache: KVCache,
     padding: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Read one more token of each row [B]; return the logits [B, V] of what follows."""
+    """Read one more token of each row, `token` [B]; return the logits [B, V] of the
+    next."""
     return next_logits(model, token[:, None], cache, padding)[:, -1]
 
 # %% ../chapters/B50_generate.ipynb #cell-114
 def _repeated(
     prompt: torch.Tensor, padding: torch.Tensor | None, options: _Options
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return the tokens [B * copies, T] that the loop keeps, None where nobody needs
-    them, and the padding [B * copies] of its rows.
-    """
+    """Return the tokens [B * copies, T], or None if they are not needed, and the
+    padding [B * copies] of the rows."""
     tokens = None
     if options.params.repetition_penalty != 1 or not options.use_cache:
         tokens = prompt.repeat_interleave(options.copies, dim=0)
@@ -165,7 +171,8 @@ def _repeated(
 def _real_tokens(
     tokens: torch.Tensor | None, padding: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """Return which of `tokens` [B, S] are not padding; None where all are."""
+    """Return a mask of `tokens` [B, S], False for padding; None if there is
+    no padding."""
     if tokens is None or padding is None:
         return None
     return torch.arange(tokens.shape[1], device=tokens.device) >= padding[:, None]
@@ -174,7 +181,8 @@ def _real_tokens(
 def _reader(
     model: QwenForCausalLM, cache: Any, padding: torch.Tensor | None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return what reads one more token of each row: compiled, where the model is."""
+    """Return a function that reads one more token of each row. It is compiled if the
+    model is."""
     step = None if cache is None else model.compiled_step
     if step is not None:
         return step.reader(cache, padding)
@@ -182,8 +190,10 @@ def _reader(
 
 
 class evaluating:
-    """Keeps a model in eval mode inside `with`; afterwards each module is back in its
-    own. It can be entered several times, one after the other.
+    """A context manager that keeps a model in eval mode.
+
+    Afterwards each module has the mode that it had before. It may be entered several
+    times, one after the other.
     """
 
     def __init__(self, model: QwenForCausalLM):
@@ -200,7 +210,7 @@ class evaluating:
 
 # %% ../chapters/B50_generate.ipynb #choice-code
 class _Choice:
-    """What each row may write next: tokens of the vocabulary, of its grammar."""
+    """The tokens that each row may write next, as vocabulary and grammar allow."""
 
     def __init__(self, options: _Options, rows: int):
         grammar, ends = options.grammar, options.stop_ids
@@ -211,11 +221,13 @@ class _Choice:
         self._size = options.valid_vocab_size
 
     def cut(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return the logits [B, V] without what may not be chosen."""
+        """Return the logits [B, V] with those of forbidden tokens removed or set to
+        -inf."""
         return restrict(logits[:, : self._size], self._states, self._written)
 
     def note(self, ids: list[int], ended: list[bool]) -> None:
-        """Take the ids that the rows have written; who has ended is free."""
+        """Record the ids that the rows have written. A row that has ended has no
+        grammar any more."""
         for row, (token, done) in enumerate(zip(ids, ended)):
             self._written[row].append(token)
             if done:
@@ -229,7 +241,8 @@ def _decode(
     padding: torch.Tensor | None,
     options: _Options,
 ) -> Iterator[DecodeStep]:
-    """Continue the rows of `prompt` [B, T] as `decode_steps` says."""
+    """Continue the rows of `prompt` [B, T]; yield one `DecodeStep` for each
+    new token."""
     params, ends, n = options.params, options.stop_ids, options.max_new_tokens
     eval_mode = evaluating(model)
     generator = _generator(model, params.seed)
@@ -244,7 +257,7 @@ def _decode(
     for step in range(1, n + 1):
         real = _real_tokens(tokens, padding)
         new = sample(choice.cut(logits), params, tokens, real, generator)  # [B * m]
-        drawn = check_ids(new.tolist())  # the one wait for the device
+        drawn = check_ids(new.tolist())  # waits for the device, once per step
         ids = [ends[0] if done else i for i, done in zip(drawn, ended)]
         logprobs = _logprobs(logits, new, ended) if options.return_logprobs else None
         ended = [done or i in ends for i, done in zip(ids, ended)]
@@ -264,9 +277,8 @@ def _decode(
 def check_prompt(
     model: QwenForCausalLM, input_ids: torch.Tensor, max_new_tokens: int
 ) -> None:
-    """Raise ValueError unless `input_ids` are prompts [B, T] of this model's ids, with
-    room for `max_new_tokens` more.
-    """
+    """Raise ValueError unless `input_ids` [B, T] are valid ids of the model, int64,
+    with room for `max_new_tokens` more tokens."""
     V, room = model.config.vocab_size, model.config.max_position_embeddings
     found = type(input_ids).__name__
     if isinstance(input_ids, torch.Tensor):
@@ -295,8 +307,10 @@ def requested_stop_ids(
     eos_token_id: int | Sequence[int] | None = None,
     valid_vocab_size: int | None = None,
 ) -> list[int]:
-    """Return the ids that `eos_token_id` names, None being the model's own. Raises
-    ValueError for one that is no valid id.
+    """Return the end-token ids that `eos_token_id` gives; None means the model's own.
+
+    Raises ValueError if an id is not from 0 to `valid_vocab_size` - 1, by default the
+    model's vocabulary.
     """
     if valid_vocab_size is not None:
         check_whole("valid_vocab_size", valid_vocab_size, 1, model.config.vocab_size)
@@ -311,7 +325,8 @@ def requested_stop_ids(
 
 # %% ../chapters/B50_generate.ipynb #check-grammar
 def _check_grammar(options: _Options, vocab_size: int) -> None:
-    """Raise ValueError for a grammar that the model cannot follow, or not end."""
+    """Raise ValueError if there is no end token for the grammar, or if it was made for
+    another tokenizer."""
     if options.grammar is None:
         return
     if not any(i < options.grammar.vocab_size for i in options.stop_ids):
@@ -323,10 +338,11 @@ def _check_grammar(options: _Options, vocab_size: int) -> None:
 def pad_left(
     rows: Sequence[Sequence[int]], pad_id: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pad lists of ids of any lengths on the left.
+    """Pad lists of ids on the left to the same length.
 
-    Returns `input_ids` [B, T] and `attention_mask` [B, T], int64: 1 for a real token, 0
-    for padding, which is `pad_id`.
+    Returns `input_ids` [B, T] and `attention_mask` [B, T], both int64; the mask is 1
+    for real tokens and 0 for padding, whose id is `pad_id`. Raises ValueError if there
+    are no rows, or if a row is empty.
     """
     if not rows or not all(len(row) for row in rows):
         raise ValueError(
@@ -341,9 +357,8 @@ def pad_left(
 def _count_padding(
     attention_mask: torch.Tensor | None, input_ids: torch.Tensor
 ) -> torch.Tensor | None:
-    """Return how many tokens of padding open each row, [B]; None where no row has any.
-    Raises ValueError unless all padding is on the left.
-    """
+    """Return the number of padding tokens at the left of each row, [B], or None if
+    there are none. Raises ValueError if there is padding elsewhere."""
     if attention_mask is None:
         return None
     found = type(attention_mask).__name__
@@ -379,9 +394,10 @@ def decode_steps(
     grammar: Grammar | None = None,
     **sampling: Any,
 ) -> Iterator[DecodeStep]:
-    """Check `generate`'s arguments at once; return an iterator over its steps.
+    """Check the arguments of `generate`; return an iterator over its steps.
 
-    `copies` is its `num_return_sequences`, `sampling` the fields of `SamplingParams`.
+    The arguments are checked at once, not at the first step. `copies` is the argument
+    `num_return_sequences` of `generate`; `sampling` are fields of `SamplingParams`.
     """
     params = SamplingParams(**sampling)
     check_prompt(model, input_ids, max_new_tokens)
@@ -412,24 +428,25 @@ def generate(
     length_penalty: float = 1.0,
     **options: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Continue the prompts `input_ids` [B, T] int64 by n tokens -> [B * m, T + n].
+    """Continue prompts `input_ids` [B, T] int64 by n tokens; return ids [B * m, T + n].
 
-    n is `max_new_tokens`, or fewer where every row has ended; ended rows are filled up
-    with the first end token. `num_return_sequences` m continues every row m times, its
-    samples one after the other. `return_logprobs` gives the log-probabilities [B * m,
-    n] float32 too, before temperature, penalty and filters; 0 for filling. `num_beams`
-    above 1 searches and draws nothing.
+    n is `max_new_tokens`, or less if every row has ended; ended rows are filled up with
+    the first end token. `num_return_sequences` m continues each prompt m times; its
+    samples stand one after the other. With `return_logprobs` the log-probabilities
+    [B * m, n] float32 are returned too, in nats before temperature, penalty and
+    filters; 0 for filling. `num_beams` above 1 means beam search, without sampling.
 
-    `options` are the fields of `SamplingParams` and: `eos_token_id`, an id or several,
-    by default those of `model.generation_config`, [] for none; `valid_vocab_size`, from
-    which on ids are never chosen; `attention_mask` [B, T], 0 on the left padding of
-    `pad_left`; `use_cache`; `grammar`, a form that each row is to have. Raises
-    ValueError naming the argument that is wrong, and LogitsError.
+    `options` are the fields of `SamplingParams` and: `eos_token_id`, one id or several,
+    by default those of `model.generation_config`, [] for none; `valid_vocab_size`: ids
+    from there on are never chosen; `attention_mask` [B, T], 0 for the left padding of
+    `pad_left`; `use_cache`; `grammar`, which each row's text must follow. Raises
+    ValueError, which names the wrong argument, and LogitsError if the logits allow no
+    choice.
     """
     check_whole("num_beams", num_beams, 1)
     if num_beams > 1:
         if return_logprobs:
-            options["return_logprobs"] = True  # refused, beside whatever else is
+            options["return_logprobs"] = True  # so that it is refused with the others
         beams = num_beams, length_penalty, num_return_sequences
         return _generate_beams(model, input_ids, max_new_tokens, *beams, **options)
     if length_penalty != 1:
@@ -443,7 +460,7 @@ def generate(
 def _join(
     prompts: torch.Tensor, steps: list[DecodeStep], return_logprobs: bool
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Put the ids of the steps behind the prompts [B, T]."""
+    """Append the ids of the steps to the prompts [B, T]."""
     ids = torch.tensor([step.ids for step in steps], dtype=torch.int64)  # [n, B]
     new = ids.view(-1, len(prompts)).T.to(prompts.device)
     tokens = torch.cat((prompts, new), dim=1)  # [B, T + n]
@@ -492,18 +509,18 @@ def _generate_beams(
 
 # %% ../chapters/B50_generate.ipynb #cell-125
 def _says_nothing(name: str, value: Any) -> bool:
-    """Whether an option of `generate` leaves everything as it would be without it."""
+    """Return whether an option of `generate` has a value that changes nothing."""
     neutral = {"temperature": (0, 1), "repetition_penalty": (1,), "use_cache": (True,)}
     return value is None or value in neutral.get(name, ())
 
 # %% ../chapters/B50_generate.ipynb #cell-132
 def sampling_defaults(model: QwenForCausalLM) -> dict[str, Any]:
-    """Return how `model.generation_config` wants the model sampled, as fields of
-    `SamplingParams`; {} where it says nothing.
+    """Return `model.generation_config`'s sampling, as fields of `SamplingParams`.
 
-    do_sample false is greedy, top_p 0 too; top_k 0 and top_p 1 filter nothing;
-    do_sample true without a temperature means 1. What is absent is left out, do_sample
-    and top_k too, for which Hugging Face has defaults of its own (false and 50).
+    The dict is empty if there are none. do_sample false means greedy, and so does top_p
+    0; top_k 0 and top_p 1 filter nothing; do_sample true without a temperature means 1.
+    Settings that are absent are left out, also do_sample and top_k, for which Hugging
+    Face has defaults of its own (false and 50).
     """
     own = model.generation_config
     neutral = {"top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}

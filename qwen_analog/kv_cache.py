@@ -10,7 +10,8 @@ import torch
 
 # %% ../chapters/B77_growing_cache.ipynb #4a081f6d
 def _with_room(old: torch.Tensor, held: int, room: int) -> torch.Tensor:
-    """Copy the first `held` tokens of [layers, B, K, S, h] to a tensor for `room`."""
+    """Copy the first `held` tokens of [layers, B, K, S, h] to a tensor with `room`
+    tokens."""
     new = old.new_empty((*old.shape[:3], room, old.shape[4]))
     new[:, :, :, :held] = old[:, :, :, :held]
     return new
@@ -19,9 +20,9 @@ def _with_room(old: torch.Tensor, held: int, room: int) -> torch.Tensor:
 class CacheMemory:
     """Memory for keys and values, two tensors [layers, B, K, room, h].
 
-    It takes 2 * layers * K * h * bytes-per-element for each token there is room for.
-    There is room for `max_length` tokens at once, or, where `growable`, for 16 at first
-    and for twice as many whenever it is full.
+    Each token of each row takes 2 * layers * K * h * bytes-per-element. There is room
+    for `max_length` tokens at once or, if `growable`, for 16 at first and for twice as
+    many whenever it is full.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class CacheMemory:
         self.lengths = [0] * num_layers  # tokens held by each layer
 
     def grow(self, needed: int) -> None:
-        """Make room for `needed` tokens, or for twice as many as now."""
+        """Make room for `needed` tokens. Raises ValueError above `max_length`."""
         if needed > self.max_length:
             raise ValueError(
                 f"the KV cache holds {self.max_length} tokens; {needed} are needed:"
@@ -56,15 +57,16 @@ class CacheMemory:
 
 # %% ../chapters/B77_growing_cache.ipynb #d536eecd
 class KVCache(CacheMemory):
-    """Keys and values of the tokens already read, layer by layer."""
+    """The keys and values of the tokens read so far, for each layer."""
 
     @property
     def length(self) -> int:
-        """Return how many tokens every layer holds."""
+        """The number of tokens that every layer holds."""
         return min(self.lengths)
 
     @property
     def nbytes(self) -> int:
+        """The memory of keys and values, in bytes."""
         return self.keys.nbytes + self.values.nbytes
 
     def update(
@@ -72,7 +74,7 @@ class KVCache(CacheMemory):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append `keys`, `values` [B, K, T, h] to a layer; return all, [B, K, S, h].
 
-        Raises ValueError where they do not fit.
+        Raises ValueError if they do not fit.
         """
         start = self.lengths[layer_idx]
         end = start + keys.shape[2]
@@ -84,7 +86,8 @@ class KVCache(CacheMemory):
         return self.keys[layer_idx, :, :, :end], self.values[layer_idx, :, :, :end]
 
     def crop(self, length: int) -> None:
-        """Forget every token from position `length` on; ValueError for fewer held."""
+        """Remove all tokens from position `length` on. Raises ValueError if fewer are
+        held."""
         if not 0 <= length <= self.length:
             raise ValueError(
                 f"cannot crop to {length} tokens: the cache holds {self.length}"

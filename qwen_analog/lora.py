@@ -221,7 +221,7 @@ from collections.abc import Iterator
 
 # %% ../chapters/B71_adapter_files.ipynb #cell-020
 def block_linears(model: QwenForCausalLM) -> dict[str, nn.Linear]:
-    """Return the linear layers of the blocks by name; the head is none of them."""
+    """Return the linear layers of the blocks by name, without the head."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -230,14 +230,15 @@ def block_linears(model: QwenForCausalLM) -> dict[str, nn.Linear]:
 
 
 def lora_layers(model: QwenForCausalLM) -> dict[str, LoRALinear]:
-    """Return the layers that have adapters, by name."""
+    """Return the layers that have LoRA adapters, by name."""
     linears = block_linears(model)
     return {name: m for name, m in linears.items() if isinstance(m, LoRALinear)}
 
 # %% ../chapters/B71_adapter_files.ipynb #cell-024
 @contextlib.contextmanager
 def lora_disabled(model: QwenForCausalLM) -> Iterator[None]:
-    """Inside `with` the model is the one that `add_lora` was given."""
+    """Switch the adapters off inside `with`, so that the model computes as before
+    `add_lora`."""
     layers = [layer for layer in lora_layers(model).values() if layer.enabled]
     for layer in layers:
         layer.enabled = False
@@ -252,7 +253,7 @@ def lora_disabled(model: QwenForCausalLM) -> Iterator[None]:
 def merge_lora(model: QwenForCausalLM) -> QwenForCausalLM:
     """Add the adapters to the weights, in place; return a plain, trainable model.
 
-    A model without adapters is returned as it is.
+    A model without adapters is returned unchanged.
     """
     layers = lora_layers(model)
     for name, layer in layers.items():
@@ -281,12 +282,17 @@ _GENERATION = "generation_config.json"
 
 # %% ../chapters/B71_adapter_files.ipynb #cell-066
 def _whole(value: float) -> float | int:
-    """16.0 is written as 16; rounding of `alpha / rank * rank` is taken back."""
+    """Return the nearest whole number if `value` equals it up to rounding, else
+    `value`."""
     return round(value) if math.isclose(value, round(value)) else value
 
 
 def _target_modules(model: QwenForCausalLM) -> list[str]:
-    """Return short names, where all layers of a name have adapters, or full ones."""
+    """Return the names of the layers with adapters, for PEFT's settings.
+
+    A short name such as q_proj is used if all layers of this name have adapters;
+    otherwise the full names.
+    """
     linears, adapted = block_linears(model), lora_layers(model)
     plain = {name.rpartition(".")[2] for name in linears if name not in adapted}
     targets = (name.rpartition(".")[2] for name in adapted)
@@ -296,7 +302,8 @@ def _target_modules(model: QwenForCausalLM) -> list[str]:
 
 # %% ../chapters/B71_adapter_files.ipynb #cell-065
 def _adapter_config(model: QwenForCausalLM, base: str | Path | None) -> dict[str, Any]:
-    """Return PEFT's settings: what most layers have, and by name what others have."""
+    """Return PEFT's settings: the most common rank and alpha, and the exceptions by
+    layer name."""
     layers = lora_layers(model)
     ranks = {name: len(layer.lora_A) for name, layer in layers.items()}
     alphas = {name: _whole(m.scaling * ranks[name]) for name, m in layers.items()}
@@ -324,11 +331,13 @@ def _adapter_config(model: QwenForCausalLM, base: str | Path | None) -> dict[str
 def save_lora(
     model: QwenForCausalLM, directory: str | Path, base: str | Path | None = None
 ) -> Path:
-    """Write the adapters as PEFT does: adapter_config.json, adapter_model.safetensors.
+    """Write the adapters in PEFT's format; return the directory.
 
-    `base` names the model that they belong to; its generation settings, which PEFT has
-    no place for, go into generation_config.json. The directory appears whole or not at
-    all. Raises ValueError for one that exists and for a model without adapters.
+    The files are adapter_config.json and adapter_model.safetensors. `base` names the
+    model that the adapters belong to. The model's generation settings, for which PEFT
+    has no place, go into generation_config.json. A failure leaves no incomplete
+    directory. Raises ValueError if it exists or the model has no adapters, and OSError
+    if it cannot be written.
     """
     layers = lora_layers(model)
     if not layers:
@@ -346,7 +355,7 @@ def save_lora(
             write_json(settings, partial / _GENERATION)
         path = partial / "adapter_model.safetensors"
         save_file(tensors, path, metadata={"format": "pt"})
-        # it is made for its owner alone: give it the mode that new files have here
+        # save_file lets only the owner read it: set the usual mode of new files
         path.chmod((partial / "adapter_config.json").stat().st_mode & 0o777)
         commit_partial(partial, directory)
     except SafetensorError as error:
@@ -357,9 +366,9 @@ def save_lora(
 
 # %% ../chapters/B71_adapter_files.ipynb #cell-069
 def _read_generation(model: QwenForCausalLM, path: Path) -> dict[str, Any]:
-    """Return the model's generation settings with those of a file, where there is one.
+    """Return the model's generation settings, updated from a file if it exists.
 
-    Fine-tuning adds the token that ends an answer, which the base may not end at.
+    Fine-tuning adds the token that ends an answer, which the base model may lack.
     """
     given = read_json(path) if path.exists() else {}
     vocab_size = model.config.vocab_size
@@ -368,7 +377,7 @@ def _read_generation(model: QwenForCausalLM, path: Path) -> dict[str, Any]:
 
 
 def _alpha_of(name: str, config: dict[str, Any]) -> float:
-    """Return the alpha of a layer: that of the first pattern that fits, or of all."""
+    """Return a layer's alpha: that of the first matching pattern, or the common one."""
     for pattern, alpha in (config.get("alpha_pattern") or {}).items():
         whole_name, end = pattern.startswith("^"), pattern.strip("^$")
         if name == end or not whole_name and name.endswith(f".{end}"):
@@ -377,10 +386,10 @@ def _alpha_of(name: str, config: dict[str, Any]) -> float:
 
 # %% ../chapters/B71_adapter_files.ipynb #cell-068
 def load_lora(model: QwenForCausalLM, directory: str | Path) -> QwenForCausalLM:
-    """Freeze the model and put the adapters of a PEFT directory on it; return it.
+    """Freeze the model and add the adapters of a PEFT directory to it; return it.
 
-    Generation settings saved there replace the model's. Raises ValueError, and
-    changes nothing, for adapters of another kind or another model.
+    Generation settings saved there replace the model's. Raises ValueError, and changes
+    nothing, for adapters of another kind or another model.
     """
     directory = Path(directory)
     refuse_second_adapter(model)

@@ -25,7 +25,7 @@ def _widened(x: torch.Tensor) -> torch.Tensor:
 
 # %% ../chapters/B70_chunked_loss.ipynb #841597a4
 def _reduce(total: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
-    """Return a summed loss as it is ("sum"), or for each real target ("mean")."""
+    """Return the sum of a loss ("sum"), or its mean over the real targets ("mean")."""
     if reduction == "sum":
         return total
     if reduction == "mean":
@@ -49,11 +49,12 @@ def _check_targets(targets: torch.Tensor, vocab_size: int) -> None:
 def cross_entropy(
     logits: torch.Tensor, targets: torch.Tensor, reduction: str = "mean"
 ) -> torch.Tensor:
-    """`logits` [..., V], `targets` [...] int64 -> loss in nats, float32.
+    """Return the cross entropy of `logits` [..., V] and `targets` [...] int64.
 
-    float64 logits give float64. `reduction` is "mean" over the real targets, those that
-    are not `IGNORE_INDEX`, or "sum". With no real target the loss and its gradients are
-    0. Raises ValueError for a target that is neither a token id nor -100 (CPU).
+    The result is in nats, a float32 scalar; float64 logits give float64. `reduction` is
+    "mean" over the real targets, those that are not `IGNORE_INDEX`, or "sum". Without a
+    real target the loss and its gradients are 0. On a CPU, raises ValueError for a
+    target that is neither a token id nor -100.
     """
     logits, targets = logits.flatten(0, -2), targets.flatten()  # [N, V], [N]
     _check_targets(targets, logits.shape[-1])
@@ -71,17 +72,17 @@ def _chunk_loss(
     grad_h: torch.Tensor | None,
     grad_w: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Sum the losses of tokens `h` [c, D], `targets` [c, 1], under the head `w` [V, D].
+    """Return the summed loss of tokens `h` [c, D] under the head `w` [V, D].
 
-    Writes the sum's gradient into `grad_h` [c, D] and adds it to `grad_w` [V, D], where
-    they are not None.
+    `targets` are ids [c, 1]. Writes the sum's gradient into `grad_h` [c, D] and adds it
+    to `grad_w` [V, D], unless they are None.
     """
     real = targets != IGNORE_INDEX  # [c, 1]
     ids = targets.where(real, 0)  # [c, 1]
     logits = _widened(F.linear(h, w))  # [c, V]
     picked = logits.gather(1, ids)  # [c, 1]
     log_p = F.log_softmax(logits, dim=-1)  # [c, V]
-    del logits  # two tensors [c, V] at a time, not three
+    del logits  # keeps two tensors [c, V] in memory, not three
     loss = -log_p.gather(1, ids)  # [c, 1]
     log_z = picked + loss  # [c, 1]
     if grad_h is not None or grad_w is not None:
@@ -97,7 +98,8 @@ _VOCAB_ROWS = 8192  # of the weight's gradient at once: bounds the temporary pro
 
 
 def _add_gradients(error, h, w, real, grad_h, grad_w) -> None:
-    """`error` [c, V] is the gradient of the logits; what is not `real` adds nothing."""
+    """Compute the gradients of h and w from the gradient of the logits, `error` [c, V].
+    Tokens that are not `real` add nothing."""
     if grad_h is not None:
         grad_h.copy_((error @ w) * real)
     if grad_w is None:
@@ -120,7 +122,7 @@ from torch.autograd.function import once_differentiable
 
 # %% ../chapters/B70_chunked_loss.ipynb #cell-048
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Summed loss, whose gradients are made in the forward pass, chunk by chunk."""
+    """Summed loss whose gradients are computed in the forward pass, chunk by chunk."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk_size, z_loss):
@@ -148,7 +150,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _times(gradient: torch.Tensor | None, upstream: torch.Tensor):
-    """Multiply, in place where the graph is not kept: no gradient is held twice."""
+    """Multiply by `upstream`, in place unless the graph is kept, which saves memory."""
     if gradient is None:
         return None
     keep = torch._C._autograd._get_current_graph_task_keep_graph()
@@ -156,7 +158,7 @@ def _times(gradient: torch.Tensor | None, upstream: torch.Tensor):
 
 # %% ../chapters/B70_chunked_loss.ipynb #cell-051
 CHUNK_SIZE = 256  # tokens whose logits exist at a time
-GPU_CHUNK_SIZE = 1024  # a GPU is slowed by the head's gradient, once a chunk
+GPU_CHUNK_SIZE = 1024  # each chunk's head gradient slows a GPU
 
 
 def linear_cross_entropy(
@@ -167,15 +169,17 @@ def linear_cross_entropy(
     chunk_size: int | None = None,
     z_loss: float = 0.0,
 ) -> torch.Tensor:
-    """Cross entropy of `hidden @ weight.T`, with `chunk_size` tokens' logits at a time.
+    """Return the cross entropy of logits `hidden @ weight.T`, computed in chunks.
 
-    `chunk_size` None is 256, on a GPU 1024.
+    Only the logits of `chunk_size` tokens exist at a time; None means 256, on a GPU
+    1024.
 
-    `hidden` [..., D], `weight` [V, D], `targets` [...] int64 -> nats, as from
-    `cross_entropy`. `z_loss` adds z_loss * ln(Z)^2 for each real target (Chowdhery et
-    al. 2022, section 5). Products are made in the dtype of `F.linear`, also under
-    autocast, the rest in float32. Differentiable once. Raises ValueError for another
-    number of targets, and where `cross_entropy` does.
+    `hidden` is [..., D], `weight` [V, D] and `targets` [...] int64; the result is in
+    nats, as from `cross_entropy`. `z_loss` adds z_loss * ln(Z)^2 for each real target
+    (Chowdhery et al. 2022, section 5). Products are computed in the dtype of
+    `F.linear`, also under autocast, the rest in float32. It can be differentiated once.
+    Raises ValueError if `hidden` and `targets` differ in number, and as `cross_entropy`
+    does.
     """
     hidden, targets = hidden.flatten(0, -2), targets.flatten()  # [N, D], [N]
     usual = GPU_CHUNK_SIZE if hidden.is_cuda else CHUNK_SIZE
@@ -186,7 +190,7 @@ def linear_cross_entropy(
             f" {chunk_size}: need as many targets as vectors, and chunks of at least 1"
         )
     _check_targets(targets, len(weight))
-    if not torch.is_grad_enabled():  # make no gradients that nobody asks for
+    if not torch.is_grad_enabled():  # compute no unneeded gradients
         hidden, weight = hidden.detach(), weight.detach()
     total = _ChunkedCrossEntropy.apply(hidden, weight, targets, size, z_loss)
     return _reduce(total, targets, reduction)

@@ -33,7 +33,7 @@ from .rope import rotary_embedding
 
 # %% ../chapters/B56_model_class.ipynb #cell-033
 class DecoderLayer(nn.Module):
-    """Pre-norm block: `x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+    """A pre-norm block: `x + attention(norm(x))`, then `x + mlp(norm(x))`."""
 
     def __init__(
         self,
@@ -50,6 +50,7 @@ class DecoderLayer(nn.Module):
         self.recompute: Callable | None = None  # see `gradient_checkpointing_enable`
 
     def add_branches(self, x, cos, sin, mask=None, cache: KVCache | None = None):
+        """Return `x` plus the outputs of attention and MLP, [B, T, D]."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -61,14 +62,14 @@ class DecoderLayer(nn.Module):
         mask: torch.Tensor | PackedDocuments | None = None,
         cache: KVCache | None = None,
     ) -> torch.Tensor:
-        """`x` [B, T, D] -> [B, T, D]; the other arguments go to `GQAttention`."""
+        """Map `x` [B, T, D] to [B, T, D]; the other arguments go to `GQAttention`."""
         if self.recompute is not None and self.training and cache is None:
             return self.recompute(self.add_branches, x, cos, sin, mask)
         return self.add_branches(x, cos, sin, mask, cache)
 
 # %% ../chapters/B56_model_class.ipynb #cell-035
 def decoder_parts(config: QwenConfig, layer_idx: int) -> tuple:
-    """Make what `DecoderLayer` joins: attention, mlp and the norms in front of them."""
+    """Return the parts of a `DecoderLayer`: attention, MLP and the norm before each."""
     make: Callable[..., GQAttention] = GQAttention
     if config.qk_norm:
         make = partial(NormedAttention, eps=config.rms_norm_eps)
@@ -87,7 +88,7 @@ def decoder_parts(config: QwenConfig, layer_idx: int) -> tuple:
 
 # %% ../chapters/B56_model_class.ipynb #cell-037
 class QwenModel(nn.Module):
-    """Token embedding, blocks, final norm: ids [B, T] -> hidden states [B, T, D]."""
+    """Token embedding, blocks and final norm: ids [B, T] -> hidden states [B, T, D]."""
 
     def __init__(self, config: QwenConfig):
         super().__init__()
@@ -107,9 +108,10 @@ class QwenModel(nn.Module):
         mask: torch.Tensor | PackedDocuments | None = None,
         cache: KVCache | None = None,
     ) -> torch.Tensor:
-        """`input_ids` [B, T] -> [B, T, D]; `mask` as for `GQAttention`.
+        """Return the hidden states [B, T, D] of `input_ids` [B, T].
 
-        Positions [B, T] follow the cache's tokens where they are not given.
+        `position_ids` are [B, T]; by default they continue after the tokens in the
+        cache. `mask` is as in `GQAttention`.
         """
         x = self.embed_tokens(input_ids)  # [B, T] -> [B, T, D]
         if position_ids is None:
@@ -123,7 +125,7 @@ class QwenModel(nn.Module):
 
 # %% ../chapters/B56_model_class.ipynb #cell-039
 class PreTrainedModel(nn.Module):
-    """Backbone and head, with their first weights."""
+    """A model of backbone and language-model head, with random initial weights."""
 
     def __init__(self, config: QwenConfig):
         super().__init__()
@@ -133,19 +135,21 @@ class PreTrainedModel(nn.Module):
         self.init_weights()
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """`input_ids` [B, T] -> logits [B, T, V]."""
+        """Return the logits [B, T, V] of `input_ids` [B, T]."""
         return self.lm_head(self.model(input_ids))
 
     def tie_weights(self) -> None:
-        """Make the head's matrix the embedding's, where the config says so."""
+        """Make the head share the embedding's matrix, if the config ties them."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Tie the head, draw matrices from N(0, initializer_range); biases 0, norms 1.
+        """Tie the head and initialize all weights.
 
-        A model made on the meta device and filled by `to_empty` needs it to be tied.
+        Matrices are drawn from a normal distribution with mean 0 and standard deviation
+        initializer_range; biases become 0 and norm weights 1. Call it after `to_empty`
+        on a model made on the meta device, because that unties the head.
         """
         self.tie_weights()
         for name, p in self.named_parameters():
@@ -155,7 +159,7 @@ class PreTrainedModel(nn.Module):
                 p.fill_(0.0 if name.endswith("bias") else 1.0)
 
     def count_parameters(self) -> int:
-        """Return the number of weights; a tied matrix counts once."""
+        """Return the number of weights; a tied matrix is counted once."""
         return sum(p.numel() for p in self.parameters())
 
 # %% ../chapters/B56_model_class.ipynb #cell-063
@@ -171,14 +175,14 @@ from .loss import cross_entropy, linear_cross_entropy
 
 # %% ../chapters/B56_model_class.ipynb #cell-064
 class GenerationMixin:
-    """What a model that writes text has besides; the work is done in other modules."""
+    """The methods of a model that generate text; other modules implement them."""
 
     _generation_config = GenerationDefaults()
     compiled_step: Any = None  # a `CompiledStep`, where one writes the tokens
 
     @property
     def generation_config(self: Any) -> GenerationDefaults:
-        """How the weights' makers want text generated; takes a dict or None as well."""
+        """The makers' generation settings; a dict or None may be assigned too."""
         return self._generation_config
 
     @generation_config.setter
@@ -188,7 +192,7 @@ class GenerationMixin:
         self._generation_config = GenerationDefaults.from_dict(given, vocab_size, where)
 
     def new_cache(self: Any, batch_size: int, max_length: int) -> KVCache:
-        """Make an empty `KVCache` of this model's shape, dtype and device."""
+        """Return an empty `KVCache` of this model's shape, dtype and device."""
         c, weight = self.config, self.model.embed_tokens.weight
         like = {"dtype": weight.dtype, "device": weight.device}
         shape = c.num_hidden_layers, batch_size, c.num_key_value_heads, c.head_dim
@@ -210,7 +214,7 @@ class GenerationMixin:
 
 # %% ../chapters/B56_model_class.ipynb #cell-065
 class CheckpointMixin:
-    """Weights in files, and activations that are computed twice instead of kept."""
+    """The methods of a model that load and save weights, and gradient checkpointing."""
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options) -> "QwenForCausalLM":
@@ -220,13 +224,15 @@ class CheckpointMixin:
         return open_source(source, **options)[0]
 
     def save_pretrained(self: Any, directory: str | Path, tokenizer=None, dtype=None):
-        """Write what `transformers` loads; see `qwen_analog.hf.save_pretrained`."""
+        """Write files that `transformers` loads; see
+        `qwen_analog.hf.save_pretrained`."""
         from qwen_analog.hf import save_pretrained
 
         return save_pretrained(self, tokenizer, directory, dtype=dtype)
 
     def load_state_dict(self: Any, state_dict, strict=True, assign=False):
-        """Load as `nn.Module` does; a tied model's files may lack `lm_head.weight`."""
+        """Load weights as `nn.Module` does. `lm_head.weight` may be missing if it is
+        tied."""
         if self.config.tie_word_embeddings:
             state_dict = _with_tied_head(state_dict)
         result = nn.Module.load_state_dict(self, state_dict, strict, assign)
@@ -236,9 +242,10 @@ class CheckpointMixin:
     def gradient_checkpointing_enable(
         self: Any, context_fn: Callable | None = None
     ) -> None:
-        """Keep each block's input only; compute the rest again in the backward pass.
+        """Keep only each block's input; compute the rest again in the backward pass.
 
-        Chen et al. 2016. `context_fn` is `torch.utils.checkpoint.checkpoint`'s.
+        The method is Chen et al. 2016. `context_fn` is an argument of
+        `torch.utils.checkpoint.checkpoint`.
         """
         options = {} if context_fn is None else {"context_fn": context_fn}
         _set_recompute(self, partial(checkpoint, use_reentrant=False, **options))
@@ -254,7 +261,8 @@ def _set_recompute(model: nn.Module, run: Callable | None) -> None:
 
 
 def _with_tied_head(state_dict: Mapping[str, torch.Tensor]) -> Mapping:
-    """Return `state_dict` with the embedding as its head; ValueError for another."""
+    """Return `state_dict` with the embedding as its head. Raises ValueError if it holds
+    another head."""
     embedding = state_dict.get("model.embed_tokens.weight")
     if embedding is None:
         return state_dict
@@ -283,12 +291,12 @@ class QwenForCausalLM(GenerationMixin, CheckpointMixin, PreTrainedModel):
         reduction: str = "mean",
         z_loss: float = 0.0,
     ) -> torch.Tensor:
-        """`input_ids` [B, T] -> logits [B, T, V], or with `targets` [B, T] -> the loss.
+        """Return logits [B, T, V] of `input_ids` [B, T], or with `targets` the loss.
 
-        `targets[b, t]` is the token after `input_ids[b, t]` (-100: none); `reduction`
-        and `z_loss` are `linear_cross_entropy`'s. `document_ids` [B, T] keeps packed
-        documents apart, in place of `position_ids` and `mask`. `logits_to_keep` n > 0
-        gives the last n positions only. Raises ValueError for wrong shapes and ids.
+        `targets[b, t]` is the id after `input_ids[b, t]`, or -100; `reduction` and
+        `z_loss` are as in `linear_cross_entropy`. `document_ids` [B, T] keeps packed
+        documents apart, instead of `position_ids` and `mask`. `logits_to_keep` n > 0
+        returns only the last n positions. Raises ValueError for wrong shapes or ids.
         """
         _check_ids(input_ids, targets=targets, document_ids=document_ids)
         _check_options(logits_to_keep, document_ids, position_ids, mask, cache)
@@ -308,10 +316,11 @@ class QwenForCausalLM(GenerationMixin, CheckpointMixin, PreTrainedModel):
 
 # %% ../chapters/B56_model_class.ipynb #cell-069
 def _hidden_states(model: QwenModel, input_ids: torch.Tensor, *others) -> torch.Tensor:
-    """Run the backbone, [B, T] -> [B, T, D]; ValueError for ids without a row."""
+    """Return the hidden states [B, T, D] of ids [B, T]. Raises ValueError for an id out
+    of range."""
     try:
         return model(input_ids, *others)
-    except IndexError:  # only a CPU notices; to read the ids would make a GPU wait
+    except IndexError:  # only on a CPU; a check of the ids would make a GPU wait
         least, most = input_ids.min().item(), input_ids.max().item()
         last = model.embed_tokens.num_embeddings - 1
         if 0 <= least and most <= last:
@@ -332,7 +341,8 @@ def _check_length(limit: int, input_ids: torch.Tensor, cache: KVCache | None) ->
 
 # %% ../chapters/B56_model_class.ipynb #cell-070
 def _check_ids(input_ids: torch.Tensor, **others: torch.Tensor | None) -> None:
-    """Raise ValueError unless `input_ids` is [B, T] of ids and `others` are like it."""
+    """Raise ValueError unless `input_ids` are ids [B, T] and `others` have
+    their shape."""
     if not isinstance(input_ids, torch.Tensor):
         raise ValueError(
             f"input_ids must be a tensor [batch, seq], not a {type(input_ids).__name__}"

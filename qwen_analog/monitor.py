@@ -73,22 +73,23 @@ from .files import make_directory
 
 # %% ../chapters/B68_run_log.ipynb #cell-071
 def _parse_entry(line: bytes) -> dict | None:
-    """Return the JSON object in a line; None where it is torn, or something else."""
+    """Return the JSON object in a line; None if the line is incomplete or no object."""
     try:
-        entry = json.loads(line.lstrip(b"\0"))  # zeros are what a crash left
+        entry = json.loads(line.lstrip(b"\0"))  # a crash may leave zeros
     except (ValueError, RecursionError):
         return None
     return entry if isinstance(entry, dict) else None
 
 
 def log_entries(file: str | Path) -> Iterator[dict]:
-    """Yield the entries of a log, one JSON object a line; torn lines are left out."""
+    """Yield the entries of a log, one JSON object per line; incomplete lines are left
+    out."""
     with open(file, "rb") as lines:
         yield from filter(None, map(_parse_entry, lines))
 
 
 def _repair_end(file: Path) -> None:
-    """Cut a log after its last whole line, and end that line."""
+    """Cut a log after its last complete line, and end that line."""
     with open(file, "r+b") as stream:
         end = os.fstat(stream.fileno()).st_size
         if end == 0:
@@ -107,7 +108,11 @@ def _repair_end(file: Path) -> None:
 
 # %% ../chapters/B68_run_log.ipynb #cell-072
 class LogFile:
-    """A file that whole lines, or records, are appended to; every OSError names it."""
+    """A file to which complete lines or records are appended.
+
+    Every OSError names the file. An incomplete last line of a .jsonl file is removed
+    first.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -118,6 +123,7 @@ class LogFile:
             self.file = open(path, "ab", buffering=0)
 
     def write(self, data: bytes) -> None:
+        """Append all bytes of `data` to the file."""
         with _naming(self.path):
             while data:
                 data = data[self.file.write(data) :]
@@ -128,7 +134,7 @@ class LogFile:
 
 @contextmanager
 def _naming(path: str | Path) -> Iterator[None]:
-    """Have an OSError name the file that cannot be written."""
+    """Let every OSError inside `with` name the file that cannot be written."""
     try:
         yield
     except OSError as error:
@@ -136,9 +142,11 @@ def _naming(path: str | Path) -> Iterator[None]:
 
 # %% ../chapters/B68_run_log.ipynb #cell-076
 class TensorBoardFile:
-    """Scalars of one run for TensorBoard, each in the file when `add_scalar` returns.
+    """A TensorBoard file of one run's scalars.
 
-    TensorBoard's own writer has a thread, whose errors come late or never.
+    Each scalar is in the file when `add_scalar` returns. TensorBoard's own writer uses
+    a thread, whose errors come late or never. Older entries from `purge_step` on are
+    dropped by TensorBoard.
     """
 
     numbers = itertools.count()
@@ -147,13 +155,13 @@ class TensorBoardFile:
         from tensorboard.compat.proto import event_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self.events: Any = event_pb2  # whose names are made at run time
+        self.events: Any = event_pb2  # its names are created at run time
         place = f"{socket.gethostname()}.{os.getpid()}.{next(self.numbers)}"
         name = f"events.out.tfevents.{int(time.time()):010d}.{place}"
         self.file = LogFile(directory / name)
         self.records = RecordWriter(self.file)
         self._add(file_version="brain.Event:2")
-        # what was there from this step on is dropped
+        # drops earlier entries from this step on
         self._add(step=purge_step, session_log={"status": "START"})
 
     def _add(self, **fields) -> None:
@@ -161,6 +169,7 @@ class TensorBoardFile:
         self.records.write(event.SerializeToString())
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
+        """Append the value of a metric at a step."""
         scalar = {"tag": name, "simple_value": value}
         self._add(step=step, summary={"value": [scalar]})
 
@@ -169,7 +178,7 @@ class TensorBoardFile:
 
 # %% ../chapters/B68_run_log.ipynb #cell-078
 def _finite(values: dict) -> dict:
-    """Replace what JSON has no word for, infinities and nan, by None."""
+    """Replace values that JSON cannot hold, infinities and nan, by None."""
 
     def is_infinite(value) -> bool:
         return isinstance(value, float) and not math.isfinite(value)
@@ -180,7 +189,7 @@ def _finite(values: dict) -> dict:
 
 
 def _lines_by_file(sequences: Sequence[TokenSequence]) -> dict[str, list[int]]:
-    """Return the documents of `sequences`, "file:line", as numbers grouped by file."""
+    """Return the line numbers of the documents in `sequences`, by file."""
     lines: dict[str, set[int]] = {}
     for sequence in sequences:
         for source in sequence.sources:
@@ -191,7 +200,7 @@ def _lines_by_file(sequences: Sequence[TokenSequence]) -> dict[str, list[int]]:
 # %% ../chapters/B68_run_log.ipynb #cell-077
 @dataclass
 class RunLog:
-    """What a run writes beside its checkpoints; an OSError names the file."""
+    """The logs that a run writes in `output_dir`. Every OSError names its file."""
 
     output_dir: str | Path
     rank: int = 0
@@ -201,7 +210,7 @@ class RunLog:
     _board: TensorBoardFile | None = field(default=None, init=False)
 
     def log_metrics(self, step: int, **values) -> None:
-        """Write a line of metrics.jsonl, and its numbers to TensorBoard, on rank 0."""
+        """On rank 0, write a line of metrics.jsonl, and its numbers to TensorBoard."""
         if self.rank:
             return
         self._append("metrics.jsonl", {"step": step} | _finite(values))
@@ -214,7 +223,7 @@ class RunLog:
                 self._board.add_scalar(name, value, step)
 
     def log_documents(self, step: int, position: dict, sequences: Sequence) -> None:
-        """Note which documents this rank reads in `step`, from `position` on."""
+        """Record which documents this rank reads in `step`, from `position` on."""
         entry = {"step": step, "world_size": self.world_size, "position": position}
         entry["documents"] = _lines_by_file(sequences)
         self._append(f"ledger/rank_{self.rank}.jsonl", entry)
@@ -231,9 +240,9 @@ class RunLog:
 
 # %% ../chapters/B68_run_log.ipynb #cell-083
 def documents_of_step(output_dir: str | Path, step: int) -> list[str]:
-    """Return the documents, "file:line", that all ranks together read in `step`.
+    """Return the documents, as "file:line", that all ranks together read in `step`.
 
-    ValueError where the ledger in `output_dir` has no such step.
+    Raises ValueError if the ledger in `output_dir` has no such step.
     """
     documents, rank, ranks = set(), 0, 1
     while rank < ranks:
@@ -255,7 +264,7 @@ def documents_of_step(output_dir: str | Path, step: int) -> list[str]:
 
 
 def _last_entry(file: Path, step: int) -> dict | None:
-    """Return the last entry of `step` in one rank's ledger; None where it has none."""
+    """Return the last entry of `step` in one rank's ledger, or None."""
     if not file.exists():
         return None
     begins, found = f'{{"step": {step}, '.encode(), None
@@ -270,10 +279,11 @@ def _last_entry(file: Path, step: int) -> dict | None:
 def profiled(
     output_dir: str | Path, rank: int, steps: int
 ) -> Iterator[Callable[[], None]]:
-    """Trace `steps` steps, from the third on, into trace_rank_N.json of `output_dir`.
+    """Trace `steps` training steps, from the third on, into trace_rank_N.json.
 
-    Perfetto and chrome://tracing open it. Yields what is to be called after each step;
-    with `steps` 0 nothing is traced.
+    The file is written to `output_dir`; open it with Perfetto or chrome://tracing.
+    Yields a function to call after each step. With `steps` 0 nothing is traced. Raises
+    ValueError unless `steps` is a whole number of at least 0.
     """
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
         raise ValueError(
@@ -289,7 +299,7 @@ def profiled(
 
 
 def _save_trace(file: Path, profile: torch.profiler.profile) -> None:
-    """Write a trace; it is for looking at, so the run goes on where that fails."""
+    """Write a trace. If that fails, print a warning, because the run can continue."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         profile.export_chrome_trace(str(file))
@@ -299,7 +309,7 @@ def _save_trace(file: Path, profile: torch.profiler.profile) -> None:
 
 # %% ../chapters/B68_run_log.ipynb #cell-089b
 def _curve(metrics: str | Path, name: str) -> list[tuple[float, float]]:
-    """Return the pairs (step, value) of a log, sorted."""
+    """Return the pairs (step, value) of a metric in a log, sorted by step."""
     values, last = {}, -math.inf
     for entry in log_entries(metrics):
         step, value = entry.get("step"), entry.get(name)
@@ -320,11 +330,11 @@ def _is_number(value: Any) -> TypeGuard[float]:
 def plot_losses(
     metrics: str | Path, picture: str | Path, unit: str = "nats a token"
 ) -> None:
-    """Draw the training and held-out loss of a metrics.jsonl.
+    """Draw the training and held-out loss of a metrics.jsonl into the file `picture`.
 
-    Where the steps go back, a continued run begins: earlier lines of its first step and
-    of later ones are left out, and so is what is no number. An OSError names the file
-    that cannot be read or written.
+    Where the step number goes back, a continued run begins: earlier lines from its
+    first step on are left out, and so are values that are no numbers. Every OSError
+    names the file that cannot be read or written.
     """
     from matplotlib.figure import Figure
 

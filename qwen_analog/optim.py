@@ -174,9 +174,10 @@ def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict]:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Group the trainable parameters: matrices decay, biases and norm weights do not.
+    """Return the trainable parameters in groups with and without weight decay.
 
-    A tied weight appears once; a group without parameters is left out.
+    Matrices decay; biases and norm weights do not. A tied weight appears once; a group
+    without parameters is left out.
     """
     return _groups([p for p in model.parameters() if p.requires_grad], weight_decay)
 
@@ -193,10 +194,11 @@ def learning_rate_at(
 ) -> float:
     """Return the learning rate of optimizer step `step` (0-based) of `max_steps`.
 
-    After a linear warmup, "cosine" falls to `min_ratio * learning_rate` (Loshchilov &
-    Hutter 2016), "wsd" is constant and falls linearly to it over the last
-    `decay_fraction` of the steps (Hu et al. 2024), "constant" stays. From `max_steps`
-    on the rate is where it ended. Raises ValueError for another schedule.
+    It rises linearly during `warmup_steps`. Then "cosine" falls to
+    `min_ratio * learning_rate` (Loshchilov & Hutter 2016); "wsd" is constant and falls
+    linearly to the same value over the last `decay_fraction` of the steps (Hu et al.
+    2024); "constant" stays constant. From step `max_steps` on the rate keeps its last
+    value. Raises ValueError for another schedule.
     """
     if schedule not in ("cosine", "wsd", "constant"):
         raise ValueError(
@@ -220,7 +222,7 @@ def learning_rate_at(
 def set_learning_rate(
     optimizers: list[torch.optim.Optimizer], learning_rate: float
 ) -> None:
-    """Write `learning_rate` into every group of every optimizer."""
+    """Set the learning rate of every parameter group of every optimizer."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
@@ -248,12 +250,13 @@ def build_optimizers(
     eps: float = 1e-8,
     kind: str = "adamw",
 ) -> list[torch.optim.Optimizer]:
-    """Make the optimizers of `model`: each trainable parameter is in one group of one.
+    """Return the optimizers of `model`; each trainable parameter is in one of them.
 
-    "adamw" is fused AdamW (Loshchilov & Hutter 2019), "adamw-bf16" the same rule with
-    half the state, "muon" Muon (Jordan et al. 2024) for the hidden matrices beside
-    AdamW for all else. Muon's updates have AdamW's size (Liu et al. 2025), so that one
-    learning rate serves both. Raises ValueError for another kind.
+    "adamw" is fused AdamW (Loshchilov & Hutter 2019). "adamw-bf16" is the same rule
+    with half the memory for its state. "muon" is Muon (Jordan et al. 2024) for the
+    hidden matrices and AdamW for all others; Muon's updates are scaled to AdamW's size
+    (Liu et al. 2025), so that one learning rate serves both. Raises ValueError for
+    another kind.
     """
     options = {"lr": learning_rate, "betas": betas, "eps": eps}
     if kind == "adamw":

@@ -34,7 +34,7 @@ from .model import QwenForCausalLM
 
 # %% ../chapters/B66_page_memory.ipynb #m2p29-find
 def equal_tokens(a: Sequence[int], b: Sequence[int]) -> int:
-    """Return how many tokens two texts have in common at their beginning."""
+    """Return how many tokens two sequences have in common at their beginning."""
     count = 0
     while count < min(len(a), len(b)) and a[count] == b[count]:
         count += 1
@@ -42,52 +42,53 @@ def equal_tokens(a: Sequence[int], b: Sequence[int]) -> int:
 
 # %% ../chapters/B66_page_memory.ipynb #cell-015
 class PageHolders:
-    """Who holds which page, and which are free."""
+    """Counts the holders of each page, and lists the free pages."""
 
     def __init__(self, num_pages: int, size: int):
         self.size, self.num_pages = size, num_pages  # `size` tokens in a page
         self.holders = [0] * num_pages
         self.free = OrderedDict.fromkeys(range(num_pages))  # the next one first
-        # what is known to lie in full pages: digest of all before, and the tokens
+        # content of full pages: digest of everything before, and the tokens
         self.content: dict[int, tuple[bytes, tuple[int, ...]]] = {}
 
     def share(self, page: int) -> None:
-        """Hold a page that others hold, or that lies free with its content."""
+        """Add a holder to a page that others hold, or that is free but keeps its
+        content."""
         self.free.pop(page, None)
         self.holders[page] += 1
 
     def give_back(self, page: int) -> None:
-        """Hold a page no more; the last holder leaves it free."""
+        """Remove a holder from a page; the page is free after the last one."""
         self.holders[page] -= 1
         if self.holders[page] == 0:
-            self.free[page] = None  # behind all others
+            self.free[page] = None  # last in the order
             if page not in self.content:
                 self.free.move_to_end(page, last=False)
 
 # %% ../chapters/B66_page_memory.ipynb #cell-017
 class PagePool(PageHolders):
-    """Pages whose content may be found again."""
+    """Pages, found again by tokens and by `before`, the digest of earlier tokens."""
 
     def __init__(self, num_pages: int, size: int):
         super().__init__(num_pages, size)
         self._after: dict[bytes, dict[tuple[int, ...], int]] = {}
 
     def take(self) -> int:
-        """Take the next free page; what was known to be in it is forgotten."""
+        """Return the next free page, now held; its earlier content is forgotten."""
         page = next(iter(self.free))
         self.share(page)
         self.forget(page)
         return page
 
     def learn(self, page: int, before: bytes, tokens: tuple[int, ...]) -> None:
-        """Note what a full page holds, unless another one has the same."""
+        """Record the tokens in a full page, unless another page holds the same."""
         pages = self._after.setdefault(before, {})
         if tokens not in pages:
             pages[tokens] = page
             self.content[page] = before, tokens
 
     def forget(self, page: int) -> None:
-        """Note that a page will hold something else."""
+        """Remove the record of a page's content."""
         if page in self.content:
             before, tokens = self.content.pop(page)
             del self._after[before][tokens]
@@ -95,7 +96,7 @@ class PagePool(PageHolders):
                 del self._after[before]
 
     def find(self, before: bytes, tokens: tuple[int, ...]) -> tuple[int, int]:
-        """Return the page that begins most like `tokens`, and in how many it does."""
+        """Return the page that begins most like `tokens`, and how many tokens agree."""
         best, most = -1, 0
         for content, page in self._after.get(before, {}).items():
             count = equal_tokens(content, tokens)
@@ -105,7 +106,7 @@ class PagePool(PageHolders):
 
 # %% ../chapters/B66_page_memory.ipynb #cell-030
 class PageTables:
-    """The pages and the tokens of each row."""
+    """The pages, tokens and digests of each row."""
 
     def __init__(self, pool: PagePool, num_rows: int):
         self.pool = pool
@@ -114,7 +115,7 @@ class PageTables:
         self.digests: list[list[bytes]] = [[b""] for _ in range(num_rows)]
 
     def adopt(self, row: int, tokens: Sequence[int]) -> int:
-        """Share pages that hold what follows in `tokens`; return how many they hold."""
+        """Share pages holding the rest of a row's `tokens`; return how many tokens."""
         pool = self.pool
         start = held = len(self.tokens[row])
         while held < len(tokens) and held == len(self.pages[row]) * pool.size:
@@ -129,7 +130,7 @@ class PageTables:
         return held - start
 
     def add(self, row: int, tokens: Sequence[int]) -> None:
-        """Note tokens that lie in the row's pages, and what its full pages hold."""
+        """Record tokens written to the row's pages, and the content of full pages."""
         held, size = self.tokens[row], self.pool.size
         held += tokens
         for number in range(len(self.digests[row]) - 1, len(held) // size):
@@ -139,7 +140,7 @@ class PageTables:
             self.digests[row].append(page_digest(before, content))
 
     def free(self, row: int) -> None:
-        """Give all pages of `row` back, the beginning of its text as the last."""
+        """Give back all pages of `row`, those at the beginning of its text last."""
         for page in reversed(self.pages[row]):
             self.pool.give_back(page)
         self.pages[row], self.tokens[row], self.digests[row] = [], [], [b""]
@@ -147,7 +148,7 @@ class PageTables:
 # %% ../chapters/B66_page_memory.ipynb #cell-028
 @dataclass(frozen=True)
 class PagePass:
-    """Where a forward pass writes T tokens of n rows, and where it reads."""
+    """The places where a forward pass writes T tokens of n rows, and where it reads."""
 
     pages: torch.Tensor  # [n, T], of the new tokens
     places: torch.Tensor  # [n, T], within their pages
@@ -166,25 +167,30 @@ class PagePass:
 
 # %% ../chapters/B66_page_memory.ipynb #cell-066
 class PageMemory(KVCache):
-    """Keys and values [layers, pages + 1, K, size, h]; the last page is nobody's."""
+    """Memory for keys and values, [layers, pages + 1, K, size, h] each.
+
+    The last page belongs to no row; padding is written there.
+    """
 
     def __init__(self, num_layers: int, num_pages: int, *shape, **options):
-        """`shape` is K, h, and the tokens of a page."""
+        """`shape` is K, h, and the number of tokens in a page."""
         super().__init__(num_layers, num_pages + 1, *shape, **options)
         self.keys.zero_()  # fresh memory may hold nan
         self.values.zero_()
         self.pool = PagePool(num_pages, self.max_length)
 
     def new_page(self) -> int:
-        """Take a page and empty it: no nan of its last user may reach the next."""
+        """Take a free page and set it to 0, so that no nan of its last user remains."""
         page = self.pool.take()
         self.keys[:, page], self.values[:, page] = 0, 0
         return page
 
     def own(self, page: int, length: int, spare: bool = True) -> int:
-        """Return a page to write to with the first `length` tokens of `page`.
+        """Return a page to write to that begins with the first `length` tokens of
+        `page`.
 
-        What is known of a page is kept, too, where a free page is to `spare`.
+        It is a copy if others hold `page`, or if its content is known and a free page
+        is to `spare`; otherwise `page` itself.
         """
         known = page in self.pool.content
         if self.pool.holders[page] == 1 and not (known and spare):
@@ -201,7 +207,7 @@ class PageMemory(KVCache):
 
 # %% ../chapters/B66_page_memory.ipynb #cell-067
 class RowPages(PageMemory):
-    """Rows that take pages: `reserve` before a pass, `advance` after it."""
+    """Rows that take pages; call `reserve` before a pass and `advance` after it."""
 
     def __init__(self, num_rows: int, *shape, **options):
         super().__init__(*shape, **options)
@@ -210,27 +216,27 @@ class RowPages(PageMemory):
         self.reserved: list[Sequence[int]] = [()] * num_rows
 
     def adopt(self, row: int, tokens: Sequence[int]) -> int:
-        """Share pages that hold what follows in `tokens`; return how many they hold."""
+        """Share pages holding the rest of a row's `tokens`; return how many tokens."""
         found = self.tables.adopt(row, tokens)
         self.lengths[row] += found
         return found
 
     def reserve(self, row: int, tokens: Sequence[int]) -> bool:
-        """Make room for the next `tokens` of `row`; False where pages are missing."""
+        """Make room for a row's next `tokens`. Returns False if pages are missing."""
         pages, size, length = self.tables.pages[row], self.pool.size, self.lengths[row]
         now, kept = divmod(length, size)
         missing = pages_for(length + len(tokens), size) - len(pages)
         copies = 1 if kept and self.pool.holders[pages[now]] > 1 else 0
         if missing + copies > len(self.pool.free):
             return False
-        if kept:  # it goes on in a page that is begun
+        if kept:  # the last page is partly full
             pages[now] = self.own(pages[now], kept, len(self.pool.free) > missing)
         pages += [self.new_page() for _ in range(missing)]
         self.reserved[row] = tokens
         return True
 
     def advance(self, row: int, T: int) -> None:
-        """Count the T tokens that the last pass wrote into `row`."""
+        """Record that the last pass wrote T tokens into `row`."""
         self.tables.add(row, self.reserved[row][:T])
         self.lengths[row] += T
         self.reserved[row] = ()
@@ -247,7 +253,7 @@ class PagedCache(RowPages):
     present: PagePass | None = None
 
     def begin(self, rows: slice, T: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose `rows` for T tokens each: their positions [n, T], mask [n, 1, T, S]"""
+        """Plan a pass of T tokens a row; return positions [n, T], mask [n, 1, T, S]."""
         device, lengths = self.keys.device, self.lengths[rows]
         positions = torch.tensor(lengths)[:, None] + torch.arange(T)  # [n, T]
         self.present = self._plan(range(len(self.lengths))[rows], positions)
@@ -256,13 +262,13 @@ class PagedCache(RowPages):
         return positions.to(device), mask.to(device)
 
     def update(self, layer_idx: int, keys, values) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write `keys`, `values` [n, K, T, h]; return all of the rows, [n, K, S, h]."""
+        """Write `keys`, `values` [n, K, T, h]; return the whole rows, [n, K, S, h]."""
         assert self.present is not None
         write = self.present.write
         return write(self.keys[layer_idx], keys), write(self.values[layer_idx], values)
 
     def _plan(self, rows: Sequence[int], positions: torch.Tensor) -> PagePass:
-        """Plan a pass for tokens at `positions` [n, T] of neighbouring `rows`."""
+        """Return the plan of a pass with `positions` [n, T] in neighbouring `rows`."""
         size, T = self.pool.size, positions.shape[1]
         end = int(positions.max()) + 1
         P = pages_for(end, size)
@@ -282,14 +288,17 @@ class PagedCache(RowPages):
 def new_paged_cache(
     model: QwenForCausalLM, num_rows: int, num_pages: int, size: int = 16
 ) -> PagedCache:
-    """Make an empty `PagedCache` of a model's shape, dtype and device."""
+    """Return an empty `PagedCache` of a model's shape, dtype and device.
+
+    `size` is the number of tokens in a page.
+    """
     c, weight = model.config, model.model.embed_tokens.weight
     shape = c.num_hidden_layers, num_pages, c.num_key_value_heads, c.head_dim, size
     return PagedCache(num_rows, *shape, dtype=weight.dtype, device=weight.device)
 
 # %% ../chapters/B66_page_memory.ipynb #cell-071
 def has_pages(cache: PagedCache, tokens: Sequence[int]) -> bool:
-    """Whether a new row could hold `tokens`, and every busy row could still go on."""
+    """Return whether a new row could hold `tokens` and every busy row one more page."""
     pool, before = cache.pool, b""
     missing = pages_for(len(tokens), pool.size)
     for start in range(0, len(tokens), pool.size):

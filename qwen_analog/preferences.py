@@ -106,8 +106,10 @@ from .train_config import TrainConfig
 
 # %% ../chapters/B59_pairs.ipynb #m-065
 def field_messages(record: dict, name: str, role: str = "user") -> list[dict[str, Any]]:
-    """Return a field as messages, the last of them of `role`; a prompt may end with
-    what a tool has said.
+    """Return a record's field as messages, of which the last is of `role`.
+
+    The field is a text or a list of messages. A prompt may also end with a tool's
+    message. Raises ValueError for anything else.
     """
     value = record[name]
     messages = value if isinstance(value, list) else [{"role": role, "content": value}]
@@ -135,7 +137,7 @@ def _field_message(name: str, message: Any) -> dict[str, Any]:
         message = {**message, "content": content, "tool_calls": checked_calls(calls)}
     elif calls:
         raise ValueError(f'"{name}": "tool_calls" of another role than the assistant')
-    silent = role == "assistant" and not calls  # others may say nothing
+    silent = role == "assistant" and not calls  # other messages may be empty
     if not isinstance(content, str) or (silent and not content.strip()):
         raise ValueError(f'"{name}" needs a text, or messages with texts')
     refuse_surrogates(name, content)
@@ -145,7 +147,8 @@ def _field_message(name: str, message: Any) -> dict[str, Any]:
 def encode_pair(
     record: Any, tokenizer: Tokenizer
 ) -> tuple[list[int], list[int], list[int]]:
-    """Return the ids of a record's prompt and answers; ValueError for a wrong one."""
+    """Return the ids of a record's prompt, chosen answer and rejected answer. Raises
+    ValueError if the record is wrong."""
     if not isinstance(record, dict):
         raise ValueError(f"not a JSON object but of type {type(record).__name__}")
     for name in ("prompt", "chosen", "rejected"):
@@ -171,9 +174,9 @@ def encode_pair(
 def read_preferences(
     files: Sequence[str], tokenizer: Tokenizer
 ) -> Iterator[tuple[list[int], list[int], list[int]]]:
-    """Yield the ids of prompt, chosen and rejected answer of each line of JSONL files.
+    """Yield the ids of prompt, chosen and rejected answer for each line of JSONL files.
 
-    Raises DataError, which names the file and the line, for what is wrong.
+    Raises DataError, which names the file and the line, if a line is wrong.
     """
     for line in read_lines(files):
         try:
@@ -187,24 +190,26 @@ def read_preferences(
 # %% ../chapters/B59_pairs.ipynb #pair-class
 @dataclass
 class Pair:
-    """A prompt with its two answers, as ids."""
+    """A prompt with its chosen and rejected answer, as ids."""
 
     ids: tuple[list[int], list[int], list[int]]  # prompt, chosen, rejected
-    num_bytes: int  # of its line
-    key: str  # what the held-out split is drawn by
+    num_bytes: int  # length of its line
+    key: str  # decides whether it is held out
     source: str  # "file:line"
 
     @property
     def sources(self) -> list[str]:
+        """The place that the pair comes from, "file:line", in a list."""
         return [self.source]
 
     def content(self) -> bytes:
-        """Return what a fingerprint is made of."""
+        """Return the bytes from which fingerprints are computed."""
         return repr(self.ids).encode()
 
 
 def read_pair(line: Line, tokenizer: Tokenizer, sequence_length: int) -> Pair:
-    """Return the pair of a line; ValueError saying what is wrong with it."""
+    """Return the pair of a line. Raises ValueError if the line is wrong, or if a text
+    with its prompt has more than `sequence_length` tokens."""
     names = "prompt", "chosen", "rejected"
     record = with_prompt(parse_record(line, *names, "tools", most=sequence_length))
     ids = prompt, *answers = encode_pair(record, tokenizer)
@@ -218,21 +223,26 @@ def read_pair(line: Line, tokenizer: Tokenizer, sequence_length: int) -> Pair:
 
 # %% ../chapters/B59_pairs.ipynb #parse-record
 def parse_record(line: Line, *names: str, most: int) -> Any:
-    """Return what the JSON of a line holds; ValueError where one of the fields `names`
-    is far beyond `most` tokens.
+    """Return the JSON value of a line.
+
+    Raises ValueError if the line is too long, or if a field of `names` is so long that
+    it surely exceeds `most` tokens.
     """
     if not isinstance(line.content, bytes):  # longer than 1 MiB
         raise ValueError("the line is longer than a sequence")
     record = parse_json(line.content)
     if isinstance(record, dict):
         said = [repr(record.get(name)) for name in names]
-        if max(map(len, said)) > 12 * LONGEST_TOKEN * most:  # to count takes minutes
+        if max(map(len, said)) > 12 * LONGEST_TOKEN * most:  # counting takes minutes
             raise ValueError(f"more than sequence_length {most:,} tokens")
     return record
 
 
 def with_prompt(record: Any) -> Any:
-    """Take a prompt that both answers begin with, as lists of messages, out of them."""
+    """Return the record with the messages that both answers begin with moved to
+    "prompt". A record that has a prompt, or answers that are no lists, is returned
+    unchanged.
+    """
     if not isinstance(record, dict) or "prompt" in record:
         return record
     chosen, rejected = record.get("chosen"), record.get("rejected")
@@ -245,7 +255,7 @@ def with_prompt(record: Any) -> Any:
 
 # %% ../chapters/B59_pairs.ipynb #example-dataset
 class ExampleDataset(PackedDataset):
-    """Examples one by one, in a new random order each epoch."""
+    """A dataset that gives single examples, in a new random order each epoch."""
 
     def __init__(
         self, examples: Sequence[Any], seed: int = 0, fingerprint: dict | None = None
@@ -269,7 +279,7 @@ class ExampleDataset(PackedDataset):
 def example_datasets(
     examples: Sequence[Any], seed: int, fraction: float
 ) -> tuple[ExampleDataset, ExampleDataset | None]:
-    """Return the examples to train on, and those held out, if there are any."""
+    """Return the examples to train on, and those held out; None if there are none."""
     *parts, mark = split_examples(examples, fraction)
     training, kept = (ExampleDataset(part, seed, mark) for part in parts)
     return training, kept if parts[1] else None
@@ -281,22 +291,24 @@ def answer_log_probs(
     config: TrainConfig,
     device: torch.device,
 ) -> torch.Tensor:
-    """Return `token_log_probs` [B, T] of a batch, in the precision of a run."""
+    """Return `token_log_probs` [B, T] of a batch, computed in the run's precision."""
     ids, targets = (batch[name].to(device) for name in ("input_ids", "targets"))
     with autocast(config, device):
         return token_log_probs(model, ids, targets)
 
 
 def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
-    """Return in which precision a run computes."""
+    """Return the autocast context for the run's precision."""
     bf16 = config.precision == "bf16"
     return torch.autocast(device.type, torch.bfloat16, bf16, cache_enabled=False)
 
 
 @torch.no_grad()
 def with_reference(run: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Add what the frozen copy, or the model without its adapters, thinks of each
-    token.
+    """Return the batch with the reference's log-probabilities, "reference" [B, T].
+
+    The reference is the frozen copy of the first weights, or the model without its
+    adapters.
     """
     where = batch, run.config, run.context.device
     with lora_disabled(run.model):
@@ -321,31 +333,36 @@ def summed_pair_loss(
     config: TrainConfig,
     device: torch.device,
 ) -> torch.Tensor:
-    """Return the sum of the losses of a batch's pairs."""
+    """Return the sum of the DPO losses of a batch's pairs."""
     four = pair_log_probs(model, batch, config, device)
     return dpo_loss(*four, beta=config.beta) * len(four[0])
 
 # %% ../chapters/B59_pairs.ipynb #dpo-class
 class DPO:
-    """Which of two answers is the better one."""
+    """The training method DPO, which learns from pairs of a better and a
+    worse answer."""
 
     def collate(self, sequences: Sequence[Pair], config: TrainConfig) -> list[dict]:
+        """Return the pairs in batches of `input_ids` and `targets`, [2 B, T] each."""
         size = config.micro_batch_size
         parts = [sequences[i : i + size] for i in range(0, len(sequences), size)]
         batches = [pair_batch([pair.ids for pair in part]) for part in parts]
         return [{"input_ids": ids, "targets": targets} for ids, targets in batches]
 
     def tokens(self, run: Any, batch: Any) -> int:
+        """Return how many tokens all processes read in a step."""
         sizes = [part["input_ids"].numel() for part in batch.micro_batches]
         return sum(sizes) * run.context.world_size
 
     def step(self, run: Any, batch: Any) -> tuple[StepResult, dict[str, float]]:
+        """Take one optimizer step; return its result and no further numbers."""
         batches = [with_reference(run, part) for part in batch.micro_batches]
         where = run.wrapped, run.optimizers, batches, run.config, run.context
         return train_step(*where, summed_pair_loss, len(batch.sequences)), {}
 
     @torch.no_grad()
     def evaluate(self, run: Any) -> dict[str, float]:
+        """Return the mean scores of the held-out pairs (`pair_scores`)."""
         config, device = run.config, run.context.device
         pairs, count = own_examples(run)
         four = []
@@ -363,13 +380,18 @@ def preference_loss(
     targets: torch.Tensor,
     beta: float = 0.1,
 ) -> torch.Tensor:
-    """Return `dpo_loss` of a model with adapters; without them it is the reference."""
+    """Return `dpo_loss` of a model with LoRA adapters, a scalar.
+
+    The reference is the same model without its adapters. `input_ids` and `targets` are
+    [2 B, T], as from `pair_batch`.
+    """
     return dpo_loss(*four_log_probs(model, input_ids, targets), beta=beta)
 
 # %% ../chapters/B59_pairs.ipynb #dpo-scores
 def own_examples(run: Any) -> tuple[list, int]:
-    """Return this process's held-out examples, as many as every other process has, and
-    how many of them count.
+    """Return this process's held-out examples, and how many of them count.
+
+    Each process gets equally many; those that do not count are repeated ones.
     """
     rank, ranks = run.context.rank, run.context.world_size
     examples = list(run.held_out.epoch(run.config.eval_sequences))
@@ -381,8 +403,11 @@ def own_examples(run: Any) -> tuple[list, int]:
 def pair_scores(
     four: torch.Tensor, config: TrainConfig, context: DistributedContext
 ) -> dict[str, float]:
-    """Judge the log-probabilities [4, B] of pairs, over all processes: the loss, the
-    share of margins above 0, the mean margin times beta, and what the answers have.
+    """Return the mean scores of pairs over all processes, by name.
+
+    `four` [4, B] are the log-probabilities that `dpo_loss` takes. The scores are the
+    loss, the share of margins above 0, the mean margin times beta, and the mean
+    log-probabilities of the chosen and the rejected answers, in nats.
     """
     chosen, rejected, *before = four
     margins = config.beta * ((chosen - before[0]) - (rejected - before[1]))

@@ -122,7 +122,7 @@ SCALED_ROTATIONS: dict[str, type[RotaryEmbedding]] = {}
 def rotary_embedding(
     head_dim: int, theta: float, scaling: dict | None = None
 ) -> RotaryEmbedding:
-    """Make the rotations of a configuration, stretched where `rope_scaling` says so."""
+    """Return the rotary embedding for `theta` and a config's `rope_scaling`."""
     if scaling is None:
         return RotaryEmbedding(head_dim, theta)
     options = {name: value for name, value in scaling.items() if name != "rope_type"}
@@ -130,11 +130,11 @@ def rotary_embedding(
 
 # %% ../chapters/B67_llama3.ipynb #cell-057
 class Llama3RotaryEmbedding(RotaryEmbedding):
-    """Rotations slowed down where they are slow already (Llama Team 2024).
+    """Rotary embedding whose slow pairs turn still more slowly (Llama Team 2024).
 
     Pairs that turn more than `high_freq_factor` times within the original length keep
-    their speed, those that turn less than `low_freq_factor` times are slowed down by
-    `factor`, with a blend between that is linear in the number of turns.
+    their speed. Those that turn less than `low_freq_factor` times are slowed down by
+    `factor`. In between, the speed is a blend that is linear in the number of turns.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class Llama3RotaryEmbedding(RotaryEmbedding):
         self.original_length = original_max_position_embeddings
 
     def inverse_frequencies(self, device: torch.device | None = None) -> torch.Tensor:
-        """Return radians a token, [h / 2] float32, by Hugging Face's operations."""
+        """Return radians per token, [h / 2] float32, by Hugging Face's operations."""
         speeds = super().inverse_frequencies(device)
         turns = self.original_length / (2 * math.pi / speeds)
         kept = ((turns - self.low) / (self.high - self.low)).clamp(0, 1)
@@ -163,15 +163,15 @@ SCALED_ROTATIONS["llama3"] = Llama3RotaryEmbedding
 
 # %% ../chapters/B67_llama3.ipynb #b2294ccc
 def _yarn_pair(turns: float, length: int, head_dim: int, theta: float) -> float:
-    """Return the (fractional) pair that turns so many times within `length` tokens."""
+    """Return the (fractional) pair that turns `turns` times within `length` tokens."""
     return head_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
 # %% ../chapters/B67_llama3.ipynb #9a4f0c03
 class YarnRotaryEmbedding(RotaryEmbedding):
-    """Rotations for `factor` times the trained length (Peng et al. 2023, section 3.2).
+    """Rotary embedding for `factor` times the trained length (Peng et al. 2023, 3.2).
 
     Pairs that turn more than `beta_fast` times within the original length keep their
-    frequency, those that turn less than `beta_slow` times are slowed down by `factor`,
+    frequency. Those that turn less than `beta_slow` times are slowed down by `factor`,
     with a linear ramp between. `attention_factor` (default: 0.1 ln(factor) + 1)
     multiplies cosines and sines.
     """
@@ -197,7 +197,7 @@ class YarnRotaryEmbedding(RotaryEmbedding):
         self.last = min(math.ceil(last), head_dim - 1)
 
     def inverse_frequencies(self, device: torch.device | None = None) -> torch.Tensor:
-        """Return radians a token, [h / 2] float32, by Hugging Face's operations."""
+        """Return radians per token, [h / 2] float32, by Hugging Face's operations."""
         pairs = torch.arange(self.head_dim // 2, dtype=torch.float32, device=device)
         ramp = (pairs - self.first) / max(self.last - self.first, 0.001)
         kept = 1 - ramp.clamp(0, 1)  # [h / 2]: 1 as it was, 0 slowed down by `factor`

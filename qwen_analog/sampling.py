@@ -34,10 +34,11 @@ from .config import shown
 # %% ../chapters/B61_choosing.ipynb #cell-045
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen; temperature 0 is greedy, None leaves a filter out.
+    """The settings by which the next token is chosen.
 
-    `seed` is for those who make the row's generator; `sample` does not read it. Raises
-    ValueError naming the field that is wrong.
+    Temperature 0 means greedy; None switches a filter off. `seed` is for making the
+    row's generator; `sample` does not use it. Raises ValueError, which names the wrong
+    field.
     """
 
     temperature: float = 1.0
@@ -78,29 +79,29 @@ def check_whole(name: str, value: Any, least: int, most: float = math.inf) -> No
 
 
 def check_number(name: str, value: Any, wanted: str, least: float, most: float) -> None:
-    """Raise ValueError, saying what is `wanted`, unless `value` is a number from
-    `least` to `most`.
-    """
+    """Raise ValueError unless `value` is a number from `least` to `most`. The message
+    describes the allowed values as `wanted`."""
     if not _is_number(value, Real) or not least <= value <= most:
         raise ValueError(f"{name} must be {wanted}, not {shown(value)}")
 
 
 def _is_number(value: Any, kind: type) -> bool:
-    """Whether `value` is a number of this kind; True and False are none."""
+    """Return whether `value` is a number of this kind; True and False are not."""
     return isinstance(value, kind) and not isinstance(value, bool)
 
 # %% ../chapters/B61_choosing.ipynb #cell-092
 def _column(
     values: Sequence[float], logits: torch.Tensor, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """Return one number a row as a column [B, 1] on the device of `logits`."""
+    """Return one number for each row as a column [B, 1] on the device of `logits`."""
     column = torch.tensor(values, dtype=dtype or logits.dtype)
     # non_blocking: the host does not wait for the device
     return column.to(logits.device, non_blocking=True)[:, None]
 
 # %% ../chapters/B61_choosing.ipynb #cell-093
 def _keep_top_k(logits: torch.Tensor, top_k: Sequence[int | None]) -> torch.Tensor:
-    """Cut all but the k largest logits of each row [B, V]; ties with the k-th stay."""
+    """Set all but the k largest logits of each row [B, V] to -inf; logits equal to the
+    k-th are kept."""
     V = logits.shape[-1]
     counts = [min(k or V, V) for k in top_k]
     largest = logits.topk(max(counts)).values  # [B, most]
@@ -109,7 +110,8 @@ def _keep_top_k(logits: torch.Tensor, top_k: Sequence[int | None]) -> torch.Tens
 
 # %% ../chapters/B61_choosing.ipynb #cell-095
 def _keep_top_p(logits: torch.Tensor, top_p: Sequence[float | None]) -> torch.Tensor:
-    """Cut the least probable tokens of each row [B, V] that sum to at most 1 - p."""
+    """Set the least probable tokens of each row [B, V] to -inf, which together have a
+    probability of at most 1 - p."""
     limits = [-1.0 if p is None else 1 - p for p in top_p]
     ascending, order = logits.sort()
     removed = ascending.softmax(-1).cumsum(-1) <= _column(limits, logits)
@@ -118,16 +120,16 @@ def _keep_top_p(logits: torch.Tensor, top_p: Sequence[float | None]) -> torch.Te
 
 # %% ../chapters/B61_choosing.ipynb #cell-097
 def _keep_min_p(logits: torch.Tensor, min_p: Sequence[float | None]) -> torch.Tensor:
-    """Cut the tokens less than `min_p` times as probable as the most probable one."""
+    """Set the tokens that are less than `min_p` times as probable as the most probable
+    one to -inf."""
     shares = _column([p or 0.0 for p in min_p], logits)
     p = logits.softmax(-1)  # [B, V]
     return logits.masked_fill(p < shares * p.amax(-1, keepdim=True), -torch.inf)
 
 # %% ../chapters/B61_choosing.ipynb #cell-106
 def _divide(logits: torch.Tensor, temperatures: Sequence[float]) -> torch.Tensor:
-    """Divide each row [B, V] by its temperature; where that overflows, divide logits
-    whose largest is 0, which have the same probabilities.
-    """
+    """Divide each row [B, V] by its temperature. If that overflows, the row's largest
+    logit is subtracted first, which leaves the probabilities unchanged."""
     number = torch.finfo(logits.dtype)
     within = [min(max(float(t), number.tiny), number.max) for t in temperatures]
     column = _column(within, logits)
@@ -137,7 +139,8 @@ def _divide(logits: torch.Tensor, temperatures: Sequence[float]) -> torch.Tensor
 
 # %% ../chapters/B61_choosing.ipynb #cell-099
 def _filter(logits: torch.Tensor, rows: Sequence[SamplingParams]) -> torch.Tensor:
-    """Apply temperatures and filters, one setting a row, to `logits` [B, V]."""
+    """Apply temperatures and filters to `logits` [B, V], with one setting for
+    each row."""
     # a greedy row takes its largest logit, whatever is done here
     logits = _divide(logits, [row.temperature or 1.0 for row in rows])
     if any(row.top_k is not None for row in rows):
@@ -155,14 +158,14 @@ def _penalize(
     penalties: Sequence[float],
     attention_mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Make what occurs in `history` [B, S] less likely in `logits` [B, V]."""
+    """Make tokens that occur in `history` [B, S] less likely in `logits` [B, V]."""
     B, V = logits.shape
     ids = history.clamp(max=V)
     if attention_mask is not None:
         ids = ids.masked_fill(attention_mask == 0, V)
     seen = torch.zeros(B, V + 1, dtype=torch.bool, device=logits.device)
     seen = seen.scatter_(1, ids, True)[:, :V]
-    # beyond these a logit of 1 is above all others, or nothing beside them
+    # more extreme penalties change nothing further, but would overflow
     column = _column([min(max(p, 1e-20), 1e20) for p in penalties], logits)
     changed = torch.where(logits < 0, logits * column, logits / column)
     number = torch.finfo(logits.dtype)
@@ -176,7 +179,7 @@ def _penalized(
     history: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Apply the penalties of `rows` to `logits` [B, V], where there are any."""
+    """Apply the repetition penalties of `rows`, if any, to `logits` [B, V]."""
     penalties = [row.repetition_penalty for row in rows]
     if history is None or all(penalty == 1 for penalty in penalties):
         return logits
@@ -186,7 +189,7 @@ def _penalized(
 def _rows(
     params: SamplingParams | Sequence[SamplingParams], count: int
 ) -> list[SamplingParams]:
-    """Return one SamplingParams a row."""
+    """Return one SamplingParams for each row."""
     return [params] * count if isinstance(params, SamplingParams) else list(params)
 
 # %% ../chapters/B61_choosing.ipynb #cell-104
@@ -195,7 +198,7 @@ def _exponential(
     greedy: Sequence[bool],
     generators: torch.Generator | Sequence[torch.Generator | None] | None,
 ) -> torch.Tensor:
-    """Return Exp(1) noise for `p` [B, V]; ones where greedy rows draw nothing."""
+    """Return Exp(1) noise for `p` [B, V]; ones for greedy rows, which draw nothing."""
     noise = torch.ones_like(p)
     if generators is None or isinstance(generators, torch.Generator):
         return noise.exponential_(generator=generators)
@@ -212,12 +215,12 @@ def sample(
     attention_mask: torch.Tensor | None = None,
     generators: torch.Generator | Sequence[torch.Generator | None] | None = None,
 ) -> torch.Tensor:
-    """Draw the next id of each row of `logits` [B, V] float32 -> int64 [B].
+    """Draw the next id of each row of `logits` [B, V] float32; return ids [B] int64.
 
-    `params` are one for all rows or one a row. `history` [B, S] holds the ids so far,
-    which the repetition penalty counts; `attention_mask` [B, S] is 0 on its padding.
-    `generators` are one for all rows or one a row, None being PyTorch's own. A row
-    whose logits hold no usable number gets -1; -inf forbids a token.
+    `params` are one for all rows or one for each. `history` [B, S] holds the ids so
+    far, for the repetition penalty; `attention_mask` [B, S] is 0 for its padding.
+    `generators` are one for all rows or one for each; None means PyTorch's own. A row
+    whose largest logit is not finite gets -1; a logit of -inf forbids its token.
     """
     rows = _rows(params, len(logits))
     logits = _penalized(logits, rows, history, attention_mask)
@@ -231,7 +234,8 @@ def sample(
 
 # %% ../chapters/B61_choosing.ipynb #cell-115
 class LogitsError(ValueError):
-    """The model's logits allow no choice in some rows of a batch: `rows` lists them."""
+    """Raised if the logits of some rows in a batch allow no choice; `rows`
+    lists them."""
 
     def __init__(self, rows: list[int], count: int):
         self.rows = rows
@@ -245,7 +249,7 @@ class LogitsError(ValueError):
 
 
 def check_ids(ids: list[int]) -> list[int]:
-    """Return the ids that `sample` gave; raise LogitsError where one of them is -1."""
+    """Return the ids that `sample` gave. Raises LogitsError if one of them is -1."""
     broken = [row for row, token_id in enumerate(ids) if token_id < 0]
     if broken:
         raise LogitsError(broken, len(ids))
@@ -258,11 +262,11 @@ def distribution(
     history: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the probabilities [B, V] of the next token: penalised, then filtered; at
-    temperature 0 all on the largest.
+    """Return the probabilities [B, V] of the next token, after penalty and filters.
 
-    The arguments are `sample`'s. Whatever is in `params`, a row of `logits` [B, V]
-    whose largest is finite has probabilities; another row has none, and harms no other.
+    At temperature 0 the largest logit has probability 1. The arguments are those of
+    `sample`. A row of `logits` [B, V] whose largest is finite always gets valid
+    probabilities; another row gets none, and does not affect the others.
     """
     rows = _rows(params, len(logits))
     logits = _penalized(logits, rows, history, attention_mask)
@@ -282,11 +286,12 @@ def filter_logits(
     top_p: float | None = None,
     min_p: float | None = None,
 ) -> torch.Tensor:
-    """Divide `logits` [B, V] by `temperature` > 0, then set to -inf what `top_k`,
-    `top_p` and `min_p` cut off, in this order.
+    """Divide `logits` [B, V] by `temperature` > 0 and set filtered logits to -inf.
 
-    The results are those of Hugging Face's TemperatureLogitsWarper, TopKLogitsWarper,
-    TopPLogitsWarper and MinPLogitsWarper, bit for bit, wherever theirs are finite.
+    `top_k`, `top_p` and `min_p` are applied in this order. The results equal those of
+    Hugging Face's TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper and
+    MinPLogitsWarper, bit for bit, wherever theirs are finite. Raises ValueError for a
+    wrong setting.
     """
     params = SamplingParams(temperature, top_k, top_p, min_p)
     if temperature == 0:
@@ -302,14 +307,14 @@ def penalize_repetition(
     penalty: float,
     attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Make what occurs in `token_ids` [B, T] less likely in `logits` [B, V], where
-    `penalty` > 1 (Keskar et al. 2019, section 4.1).
+    """Make tokens that occur in `token_ids` [B, T] less likely in `logits` [B, V].
 
-    Positive logits of these tokens are divided by the penalty, negative ones
-    multiplied; once, however often the token occurs. Where `attention_mask` [B, T] is 0
-    stands padding, which does not count. Equal to Hugging Face's
-    RepetitionPenaltyLogitsProcessor bit for bit, except that theirs counts padding too,
-    and that finite logits stay finite.
+    The method is Keskar et al. 2019, section 4.1, with `penalty` > 1. Positive logits
+    of these tokens are divided by the penalty and negative ones multiplied, once,
+    however often the token occurs. Padding, where `attention_mask` [B, T] is 0, does
+    not count. The result equals that of Hugging Face's RepetitionPenaltyLogitsProcessor
+    bit for bit, except that theirs counts padding too, and that finite logits stay
+    finite here.
     """
     params = SamplingParams(repetition_penalty=penalty)
     penalties = [params.repetition_penalty] * len(logits)

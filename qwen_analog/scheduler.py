@@ -45,11 +45,12 @@ from .text_stream import TextStream
 # %% ../chapters/B52_scheduler.ipynb #cell-024
 @dataclass(frozen=True)
 class Request:
-    """A prompt of ids, how the tokens after it are drawn, and where they end.
+    """A prompt of token ids, how the tokens after it are drawn, and where they end.
 
-    At most `max_tokens` are written, and text ends before the first string of `stop`.
-    `logprobs` n asks for the log-probability of each token and of the n most probable
-    ones, before temperature and filters. `grammar` forbids what has not its form.
+    At most `max_tokens` tokens are written, and the text ends before the first string
+    of `stop`. `logprobs` n asks for the log-probability of each token and of the n most
+    probable ones, before temperature and filters. `grammar` forbids text that does not
+    follow it.
     """
 
     prompt: Sequence[int]
@@ -62,7 +63,8 @@ class Request:
 
 @dataclass(eq=False)
 class Group:
-    """Requests that were added together: who asks, how many, and who takes the text."""
+    """Requests that were added together: their client, their number, and the function
+    that receives their text."""
 
     client: str
     size: int
@@ -71,7 +73,7 @@ class Group:
 # %% ../chapters/B52_scheduler.ipynb #cell-026
 @dataclass(eq=False)
 class SequenceState:
-    """A request on its way through the engine."""
+    """The state of a request in the engine."""
 
     request: Request
     number: int  # in the order of arrival
@@ -84,27 +86,28 @@ class SequenceState:
     written: list[int] = field(default_factory=list)
     logprobs: "list[TokenLogprob]" = field(default_factory=list)  # not delivered yet
     started: bool = False  # it has had a row
-    turn: int = 0  # tokens written since it got the row it has
+    turn: int = 0  # tokens written since it got its present row
     cancelled: bool = False
-    form: GrammarState | None = None  # how far it has come in its grammar
+    form: GrammarState | None = None  # its place in the grammar
 
     @property
     def unread(self) -> int:
-        """How many tokens to read before the next one can be written."""
+        """The number of tokens to read before the next one can be written."""
         return len(self.request.prompt) + len(self.written) - 1 - self.cached
 
     @property
     def last_token(self) -> int:
+        """The last token of the answer, or of the prompt if nothing is written."""
         return self.written[-1] if self.written else self.request.prompt[-1]
 
     def next_tokens(self, count: int) -> list[int]:
-        """Return the first `count` tokens that are not in the cache."""
+        """Return the first `count` tokens that are not in the cache yet."""
         tokens = [*self.request.prompt, *self.written]
         return tokens[self.cached : self.cached + count]
 
 # %% ../chapters/B52_scheduler.ipynb #cell-028
 Sequences = Sequence[SequenceState]
-Change = tuple[SequenceState, SequenceState | None]  # who gets a row, and who loses one
+Change = tuple[SequenceState, SequenceState | None]  # gets a row, loses one
 
 
 class _Rows(NamedTuple):
@@ -115,28 +118,28 @@ class _Rows(NamedTuple):
 
 
 def _rows_held(sequences: Sequences, holders: Sequences) -> dict[SequenceState, _Rows]:
-    """Return what the client and the group of each of `sequences` hold."""
+    """Return how many rows the client and the group of each of `sequences` hold."""
     clients = Counter(s.group.client for s in holders)
     groups = Counter(s.group for s in holders)
     return {s: _Rows(clients[s.group.client], groups[s.group]) for s in sequences}
 
 # %% ../chapters/B52_scheduler.ipynb #cell-030
 def _more_rows(a: SequenceState, b: SequenceState, held: dict) -> int:
-    """Return how many more rows the client of `a` holds than that of `b`; where it is
-    the same client, how many more the group of `a` than that of `b`.
-    """
+    """Return how many more rows the client of `a` holds than the client of `b`. If it
+    is the same client, compare their groups instead."""
     if a.group.client == b.group.client:
         return held[a].group - held[b].group
     return held[a].client - held[b].client
 
 
 def next_for_a_row(waiting: Sequences, holders: Sequences) -> Change:
-    """Return who gets the next row, and who gives one up where none is free, or None.
+    """Return the sequence that gets the next row, and the one that gives up its row.
 
-    The next is of the client with the fewest rows, and among its groups of the one with
-    the fewest; then the first to come counts. A row is taken from the client, or of the
-    same client from the group, that holds the most, if that is at least two more: so it
-    still holds as many afterwards.
+    The second is used only if no row is free, and may be None. The next row goes to the
+    client with the fewest rows, among its groups to the one with the fewest, and then
+    to the earliest request. A row is taken from the client that holds the most, or
+    within the same client from the group that holds the most, if it holds at least two
+    more: then it still holds as many afterwards.
     """
     held = _rows_held([*waiting, *holders], holders)
     chosen = min(waiting, key=lambda s: (held[s], s.number))
@@ -149,12 +152,12 @@ TURN = 64  # tokens after which a row may go to a request that has had none
 
 
 def next_turn(waiting: Sequences, holders: Sequences) -> Change | None:
-    """Return who begins, and who interrupts its answer for it; None where nobody does.
+    """Return a sequence to begin, and the answer to interrupt for it, or None.
 
-    All rows are taken, and nobody holds too many. The first request that never had a
-    row takes that of the answer which has written most in it, at least `TURN` tokens,
-    unless that one's client holds fewer rows than its own, or as many and its group
-    fewer.
+    Called when all rows are taken and nobody holds too many. The first request that
+    never had a row takes the row of the answer that has written most in its turn, at
+    least `TURN` tokens. An answer is not interrupted if its client holds fewer rows
+    than the new request's client, or equally many and its group fewer.
     """
     new = [s for s in waiting if not s.started]
     if not new:
@@ -168,9 +171,9 @@ def next_turn(waiting: Sequences, holders: Sequences) -> Change | None:
 def who_changes(
     waiting: Sequences, holders: Sequences, num_rows: int, most_interrupted: int
 ) -> Change:
-    """Return who gets a row, and who loses one for it, or None.
+    """Return the sequence that gets a row, and the one that loses its row, or None.
 
-    No turn ends while `most_interrupted` answers wait to go on.
+    No turn ends while `most_interrupted` interrupted answers wait to continue.
     """
     chosen, loser = next_for_a_row(waiting, holders)
     if len(holders) < num_rows:
@@ -184,7 +187,8 @@ OnFree = Callable[[int], None]
 
 
 class RowTable:
-    """Who sits in which row; `on_free` is called with each row that becomes free."""
+    """The sequence in each of `num_rows` rows. `on_free(row)` is called for each row
+    that becomes free."""
 
     def __init__(self, num_rows: int, on_free: OnFree | None):
         self.rows: list[SequenceState | None] = [None] * num_rows
@@ -202,7 +206,7 @@ class RowTable:
         self.rows[sequence.row] = sequence
 
     def release(self, *sequences: SequenceState) -> None:
-        """Take their rows from `sequences`."""
+        """Free the rows of `sequences`. Raises ValueError if one of them has no row."""
         for sequence in sequences:
             row = sequence.row
             if row < 0:
@@ -214,11 +218,11 @@ class RowTable:
 
 # %% ../chapters/B52_scheduler.ipynb #cell-062
 class QueueFull(RuntimeError):
-    """As many requests wait as may wait."""
+    """Raised when the queue has no place for more requests."""
 
 
 class EngineClosed(QueueFull):
-    """Nothing is accepted any more."""
+    """Raised when requests are added after the engine was closed."""
 
 
 class RequestQueue:
@@ -231,9 +235,9 @@ class RequestQueue:
         self.changed = threading.Condition()
 
     def add(self, sequences: Sequences) -> list[SequenceState]:
-        """Let the sequences of a group wait; return those that lose their places to it.
+        """Add a group's sequences; return those that lose their places to it.
 
-        Raises QueueFull.
+        Raises QueueFull if there is no place, EngineClosed after `close`.
         """
         with self.changed:
             if self.closed:
@@ -245,7 +249,7 @@ class RequestQueue:
         return displaced
 
     def close(self) -> None:
-        """Accept nothing more."""
+        """Accept no more requests."""
         with self.changed:
             self.closed = True
             self.changed.notify()
@@ -254,7 +258,8 @@ class RequestQueue:
 def _make_places(
     waiting: Sequences, group: Sequences, max_queue: int
 ) -> list[SequenceState]:
-    """Return who leaves the queue so that `group` has places; raise QueueFull."""
+    """Return the sequences that leave the queue to make places for `group`. Raises
+    QueueFull if that is not enough."""
     fresh = [s for s in waiting if not (s.cancelled or s.started)]
     excess = len(fresh) + len(group) - max_queue
     if excess <= 0:
@@ -270,10 +275,10 @@ def _make_places(
 
 # %% ../chapters/B52_scheduler.ipynb #cell-065
 class RowScheduler(RowTable, RequestQueue):
-    """A queue, and the rows that those who wait in it are given in fair turns.
+    """A queue of requests, and rows that the waiting requests get in fair turns.
 
-    Nobody begins for whom `fits` is False. One thread calls `schedule`, `release` and
-    `interrupt`; any thread may call the rest.
+    A sequence gets no row while `fits(sequence)` is False. Only one thread may call
+    `schedule`, `release` and `interrupt`; any thread may call the other methods.
     """
 
     def __init__(
@@ -288,7 +293,8 @@ class RowScheduler(RowTable, RequestQueue):
         self._fits = fits
 
     def schedule(self) -> None:
-        """Give rows to those who wait, and take them from who has left or has most."""
+        """Release cancelled sequences, and give rows to waiting ones, where needed by
+        interrupting others."""
         self.release(*(s for s in self.running if s.cancelled))
         with self.changed:
             self.waiting = [s for s in self.waiting if not s.cancelled]
@@ -303,25 +309,25 @@ class RowScheduler(RowTable, RequestQueue):
                 self.place(chosen)
 
     def interrupt(self, sequence: SequenceState) -> None:
-        """Let a sequence that has a row wait for another one."""
+        """Take the row of a sequence, and let it wait for another one."""
         self.release(sequence)
         with self.changed:
             self.waiting.append(sequence)
 
 # %% ../chapters/B52_scheduler.ipynb #scheduler-thread
 class Scheduler(RowScheduler):
-    """A `RowScheduler` whose steps are taken by a thread that waits for work."""
+    """A `RowScheduler` for a thread that takes the steps and waits for work."""
 
-    strict = False  # whether the first error is raised, and not one request's affair
+    strict = False  # raise the first error, instead of ending one request
 
     def wait(self) -> bool:
-        """Wait for something to do; return False where `close` was called."""
+        """Wait until there is something to do. Returns False after `close`."""
         with self.changed:
             self.changed.wait_for(lambda: self.closed or self.waiting or self.running)
         return not self.closed
 
     def drain(self) -> list[SequenceState]:
-        """Take out and return everything that runs or waits."""
+        """Remove and return all sequences that run or wait."""
         running = self.running
         self.release(*running)
         with self.changed:
@@ -330,11 +336,12 @@ class Scheduler(RowScheduler):
 
 # %% ../chapters/B52_scheduler.ipynb #cell-073
 def whose_places(waiting: Sequences, number: int, client: str) -> list[SequenceState]:
-    """Return who gives its places to `number` more requests of `client`: one group.
+    """Return the group that gives its places to `number` more requests of `client`.
 
-    That is the latest group of the client with the most places, if these are more than
-    the newcomer will have, or else the largest group, if it is at least four times the
-    newcomer's; or nobody. A group of which something was written stays.
+    It is the latest group of the client with the most places, if these are more than
+    the new client will have; otherwise the largest group, if it has at least four times
+    as many requests as the new one. Returns [] if there is no such group. A group of
+    which something was written keeps its places.
     """
     places = Counter(s.group.client for s in waiting)
     groups = Counter(s.group for s in waiting)
@@ -351,7 +358,8 @@ def whose_places(waiting: Sequences, number: int, client: str) -> list[SequenceS
 
 # %% ../chapters/B52_scheduler.ipynb #cell-067
 class TokenLogprob(NamedTuple):
-    """A token, its log-probability, and those of the most probable tokens."""
+    """A token id, its log-probability in nats, and those of the most probable tokens,
+    {id: log-probability}."""
 
     token: int
     logprob: float
@@ -360,10 +368,10 @@ class TokenLogprob(NamedTuple):
 
 @dataclass
 class Delta:
-    """Some text of an answer.
+    """A piece of an answer's text.
 
-    The last one has a `finish_reason`: stop, length, or error with what happened as its
-    text and the HTTP status for it.
+    The last one of an answer has a `finish_reason`: "stop", "length" or "error". For an
+    error `text` is the message and `status` the HTTP status.
     """
 
     index: int  # which of the requests that were added together

@@ -48,8 +48,10 @@ from qwen_analog.sampling import (
 
 # %% ../chapters/B49_beams_and_drafts.ipynb #cell-074
 class Beam(NamedTuple):
-    """A finished continuation: `tokens` [T + n], the prompt included, and its
-    log-probability divided by n ** length_penalty.
+    """A finished continuation.
+
+    `tokens` are ids [T + n], including the prompt's T. `score` is the log-probability,
+    in nats, of the n new tokens, divided by n ** length_penalty.
     """
 
     tokens: torch.Tensor
@@ -57,9 +59,8 @@ class Beam(NamedTuple):
 
 
 class _Candidate(NamedTuple):
-    """A continuation that may go on: its log-probability, its new tokens, and the row
-    of the cache that it grew from.
-    """
+    """An unfinished continuation: its log-probability, its new tokens, and the row of
+    the cache that it extends."""
 
     logprob: float
     tokens: list[int]
@@ -67,7 +68,7 @@ class _Candidate(NamedTuple):
 
 
 def _follow(cache: KVCache, running: list[_Candidate]) -> None:
-    """Let the rows of the cache follow the beams."""
+    """Reorder the rows of the cache so that row i belongs to beam i."""
     origin = torch.tensor([beam.row for beam in running], device=cache.keys.device)
     cache.keys = cache.keys.index_select(1, origin)
     cache.values = cache.values.index_select(1, origin)
@@ -76,9 +77,8 @@ def _follow(cache: KVCache, running: list[_Candidate]) -> None:
 def _grow(
     logprobs: torch.Tensor, running: list[_Candidate], count: int
 ) -> list[_Candidate]:
-    """Return the `count` best continuations of the running beams by one token, best
-    first; `logprobs` [beams, V] are those of the next token.
-    """
+    """Return the `count` best one-token continuations of the running beams, best first.
+    `logprobs` [beams, V] are the log-probabilities of the next token."""
     V = logprobs.shape[1]
     so_far = torch.tensor([beam.logprob for beam in running], device=logprobs.device)
     best, places = (logprobs + so_far[:, None]).flatten().topk(count)  # of [beams * V]
@@ -90,7 +90,7 @@ def _grow(
 # %% ../chapters/B49_beams_and_drafts.ipynb #cell-077
 @dataclass(frozen=True)
 class _Rules:
-    """Which beams are finished, what they are worth, and when the search is over."""
+    """The rules that score beams, finish them, and end the search."""
 
     ends: list[int]
     num_beams: int
@@ -104,10 +104,10 @@ class _Rules:
     def finish(
         self, finished: list[tuple[float, list[int]]], grown: list[_Candidate], n: int
     ) -> list[tuple[float, list[int]]]:
-        """Return the best finished beams, (score, new tokens), after step n."""
+        """Return the best finished beams after step n, as (score, new tokens)."""
         if self.early_stopping is True and len(finished) == self.num_beams:
             return finished
-        new = [  # behind the first num_beams stand those that replace ended ones
+        new = [  # candidates after the first num_beams only replace ended beams
             (self.score(beam.logprob, n), beam.tokens)
             for beam in grown[: self.num_beams]
             if beam.tokens[-1] in self.ends or n == self.max_new_tokens
@@ -115,13 +115,13 @@ class _Rules:
         return sorted(finished + new, key=lambda beam: -beam[0])[: self.num_beams]
 
     def go_on(self, grown: list[_Candidate]) -> list[_Candidate]:
-        """Return the beams that run on."""
+        """Return the beams that continue: the best without an end token."""
         return [b for b in grown if b.tokens[-1] not in self.ends][: self.num_beams]
 
     def over(
         self, finished: list[tuple[float, list[int]]], best: _Candidate, n: int
     ) -> bool:
-        """Whether no running beam, of which `best` is the best, can still matter."""
+        """Return whether no running beam can still matter; `best` is the best one."""
         if len(finished) < self.num_beams:
             return False
         patient = self.early_stopping == "never" and self.length_penalty > 0
@@ -130,9 +130,8 @@ class _Rules:
 
 # %% ../chapters/B49_beams_and_drafts.ipynb #cell-090
 def _check_beams(rules: _Rules, vocabulary: int) -> int:
-    """Return how many candidates each step needs. Raise ValueError for what has no
-    meaning here, or would lead out of the range of floating point.
-    """
+    """Return how many candidates each step needs. Raises ValueError for an option that
+    makes no sense or could overflow."""
     n, stopping = rules.max_new_tokens, rules.early_stopping
     check_whole("max_new_tokens", n, 1)
     if not isinstance(stopping, bool) and not (
@@ -145,7 +144,7 @@ def _check_beams(rules: _Rules, vocabulary: int) -> int:
     wanted = f"a number from {-most} to {most} for {n} new tokens"
     check_number("length_penalty", rules.length_penalty, wanted, -most, most)
     check_whole("num_beams", rules.num_beams, 1)
-    spare = max(2, 1 + len(rules.ends))  # for each beam: all but one may end here
+    spare = max(2, 1 + len(rules.ends))  # per beam: all but one may be end tokens
     if spare * rules.num_beams > vocabulary:
         raise ValueError(
             f"num_beams {rules.num_beams} needs {spare} candidates for each beam, one"
@@ -158,7 +157,8 @@ def _check_beams(rules: _Rules, vocabulary: int) -> int:
 def check_one_prompt(
     model: QwenForCausalLM, input_ids: torch.Tensor, max_new_tokens: int
 ) -> None:
-    """Raise ValueError unless `input_ids` are one prompt [1, T] with room behind it."""
+    """Raise ValueError unless `input_ids` is one prompt [1, T] with room for
+    `max_new_tokens` more tokens."""
     check_prompt(model, input_ids, max_new_tokens)
     if len(input_ids) != 1:
         raise ValueError(
@@ -169,7 +169,10 @@ def check_one_prompt(
 def read_logits(
     model: QwenForCausalLM, ids: torch.Tensor, cache: KVCache, last: int = 1
 ) -> torch.Tensor:
-    """Return `next_logits` [B, last, V]; raise LogitsError for one without a number."""
+    """Read `ids` [B, T]; return the logits [B, last, V] after the last ones.
+
+    Raises LogitsError if a position has no finite largest logit.
+    """
     logits = next_logits(model, ids, cache, last=last)
     usable = logits.amax(-1).isfinite().flatten().tolist()
     check_ids([0 if row else -1 for row in usable])
@@ -183,9 +186,8 @@ def _search(
     count: int,
     valid_vocab_size: int | None,
 ) -> list[tuple[float, list[int]]]:
-    """Return the finished beams after `unread` [1, T], best first; each step looks at
-    `count` candidates.
-    """
+    """Return the finished beams after `unread` [1, T], best first. Each step keeps
+    `count` candidates."""
     cache = model.new_cache(1, unread.shape[1] + rules.max_new_tokens)
     running, finished = [_Candidate(0.0, [], 0)], []
     for n in range(1, rules.max_new_tokens + 1):
@@ -214,16 +216,19 @@ def beam_search(
     num_return_sequences: int = 1,
     valid_vocab_size: int | None = None,
 ) -> list[Beam]:
-    """Return the best continuations of `input_ids` [1, T] that keeping `num_beams` of
-    them at each step finds, best first.
+    """Return the best continuations of `input_ids` [1, T] by beam search, best first.
 
-    A continuation is finished by an end token or at `max_new_tokens`; its score is its
-    log-probability over its length to the power `length_penalty`. The search ends when
-    no running beam, at its present length, scores above the worst of `num_beams`
-    finished ones; with `early_stopping` as soon as there are that many; with "never"
-    only when none can come to score above it, even at `max_new_tokens`. Tokens and
-    scores are those of Hugging Face's `generate(num_beams=...)`. Raises ValueError
-    naming the argument that is wrong.
+    Each step keeps `num_beams` running continuations; `num_return_sequences` finished
+    ones are returned. A continuation is finished at an end token or at
+    `max_new_tokens`; its score is its log-probability divided by its length to the
+    power `length_penalty`. The search ends when no running beam, at its present length,
+    scores above the worst of `num_beams` finished ones. With `early_stopping` True it
+    ends as soon as there are that many, with "never" only when no beam could still
+    score above it, even at `max_new_tokens`.
+
+    Ids from `valid_vocab_size` on are never chosen. Tokens and scores equal those of
+    Hugging Face's `generate(num_beams=...)`. Raises ValueError, which names the wrong
+    argument.
     """
     check_one_prompt(model, input_ids, max_new_tokens)
     ends = requested_stop_ids(model, eos_token_id, valid_vocab_size)
@@ -231,7 +236,7 @@ def beam_search(
     count = _check_beams(rules, valid_vocab_size or model.config.vocab_size)
     check_whole("num_return_sequences", num_return_sequences, 1, num_beams)
     prompt = input_ids.to(model.lm_head.weight.device)
-    with evaluating(model):  # nothing that is for training only
+    with evaluating(model):  # training-only parts, such as dropout, are off
         finished = _search(model, prompt, rules, count, valid_vocab_size)
     return [
         Beam(torch.cat((prompt[0], prompt.new_tensor(tokens))), score)
@@ -240,7 +245,7 @@ def beam_search(
 
 # %% ../chapters/B49_beams_and_drafts.ipynb #cell-046
 class _Reader:
-    """A model that reads no token twice and gives the distributions of the next."""
+    """A model with a cache that gives the distribution of the next token."""
 
     def __init__(
         self,
@@ -254,18 +259,19 @@ class _Reader:
         self.device = model.lm_head.weight.device
 
     def distributions(self, ids: list[int], last: int = 1) -> torch.Tensor:
-        """Return what may follow each of the `last` last tokens of `ids`, [last, V]."""
+        """Return the distributions [last, V] of the token after each of the last `last`
+        ids."""
         unread = torch.tensor([ids[self.cache.length :]], device=self.device)
         logits = read_logits(self.model, unread, self.cache, last)[0, :, : self.valid]
         return distribution(logits, self.params, *_before(self, ids, last))
 
     def forget(self, length: int) -> None:
-        """Forget what was read behind the first `length` tokens."""
+        """Remove from the cache everything after the first `length` tokens."""
         self.cache.crop(min(self.cache.length, length))
 
 # %% ../chapters/B49_beams_and_drafts.ipynb #886bb0be
 def _draw(p: torch.Tensor, generator: torch.Generator | None) -> int:
-    """Return an id drawn from `p` [V], whose sum need not be 1."""
+    """Return an id drawn in proportion to `p` [V], whose sum need not be 1."""
     return int(torch.multinomial(p, 1, generator=generator))
 
 
@@ -276,9 +282,8 @@ def _judge(
     ends: list[int],
     generator: torch.Generator | None,
 ) -> tuple[list[int], int]:
-    """Return the tokens of a round, and how many guesses were accepted; `p` [guesses +
-    1, V] is the model's.
-    """
+    """Return the new tokens of a round, and how many guesses were accepted. `p`
+    [guesses + 1, V] are the distributions of the large model."""
     new = []
     for i, guess in enumerate(guesses):
         token = keep_or_replace(guess, p[i], q[i], generator)
@@ -287,7 +292,7 @@ def _judge(
             return new, i
         if guess in ends:
             return new, i + 1
-    # all were accepted: one more comes for free
+    # all were accepted: the same pass gives one more token
     new.append(_draw(p[-1], generator))
     return new, len(guesses)
 
@@ -295,9 +300,8 @@ def _judge(
 def _propose(
     draft: _Reader, tokens: list[int], count: int, generator: torch.Generator | None
 ) -> tuple[list[int], list[torch.Tensor]]:
-    """Return `count` guesses of the draft after `tokens`, and the distributions [V]
-    that they were drawn from.
-    """
+    """Return `count` guesses of the draft model for the tokens after `tokens`, and the
+    distributions [V] that they were drawn from."""
     guesses, q = [], []
     for _ in range(count):
         q.append(draft.distributions([*tokens, *guesses])[0])
@@ -313,9 +317,8 @@ def _round(
     ends: list[int],
     generator: torch.Generator | None,
 ) -> tuple[list[int], int]:
-    """Return the tokens that one pass of the judge adds to `tokens`, and how many of
-    the draft's `count` guesses it accepted.
-    """
+    """Return the tokens that one pass of the large model adds to `tokens`, and how many
+    of the draft's `count` guesses it accepted."""
     guesses, q = _propose(guesser, tokens, count, generator)
     p = judge.distributions([*tokens, *guesses], len(guesses) + 1)
     new, right = _judge(p, q, guesses, ends, generator)
@@ -325,8 +328,11 @@ def _round(
 
 # %% ../chapters/B49_beams_and_drafts.ipynb #cell-087
 class Speculation(NamedTuple):
-    """`tokens` [1, T + n]; `passes` of the large model, and how many tokens the draft
-    `proposed` and the large model `accepted`.
+    """The result of `speculate`.
+
+    `tokens` are the ids [1, T + n], including the prompt. `passes` counts forward
+    passes of the large model, `proposed` the tokens that the draft model proposed, and
+    `accepted` those of them that the large model accepted.
     """
 
     tokens: torch.Tensor
@@ -338,8 +344,8 @@ class Speculation(NamedTuple):
 def _before(
     reader: _Reader, ids: list[int], last: int
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return what stands before each of the `last` next tokens, padded, and its mask
-    [last, S], for a penalty on repetition; None and None without one.
+    """Return the ids before each of the next `last` tokens, padded, and their mask
+    [last, S], for the repetition penalty. Returns (None, None) if there is no penalty.
     """
     if reader.params.repetition_penalty == 1:
         return None, None
@@ -355,7 +361,7 @@ def _check_draft(
     max_new_tokens: int,
     draft_tokens: int,
 ) -> None:
-    """Raise ValueError where the two models cannot write together."""
+    """Raise ValueError if the draft model or the prompt does not fit the model."""
     check_whole("draft_tokens", draft_tokens, 1)
     if draft.config.vocab_size != model.config.vocab_size:
         raise ValueError(
@@ -378,10 +384,12 @@ def speculate(
     valid_vocab_size: int | None = None,
     **sampling: Any,
 ) -> Speculation:
-    """Continue `input_ids` [1, T] as `model` would, several tokens a pass: a small
-    `draft` model proposes, `model` judges (Leviathan et al. 2023, theorem 1).
+    """Continue `input_ids` [1, T] by speculative decoding (Leviathan et al. 2023).
 
-    `sampling` are the fields of `SamplingParams`.
+    The small model `draft` proposes `draft_tokens` tokens at a time; one forward pass
+    of `model` accepts or replaces them, so that the result has the distribution of
+    `model` alone (theorem 1). `sampling` are fields of `SamplingParams`. Raises
+    ValueError if the two models' vocabularies differ, or for another wrong argument.
     """
     params = SamplingParams(**sampling)
     _check_draft(model, draft, input_ids, max_new_tokens, draft_tokens)

@@ -421,7 +421,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 # %% ../chapters/B46_impolite_clients.ipynb #cell-069
 class BodyReader:
-    """Reads bodies of at most `most_bytes`, few of which may be large at a time."""
+    """Reads bodies of at most `most_bytes` bytes, at most 16 large ones at a time."""
 
     small, large_at_a_time = 65536, 16
 
@@ -430,7 +430,11 @@ class BodyReader:
         self._places = asyncio.Semaphore(self.large_at_a_time)
 
     async def read(self, stream: AsyncIterator[bytes]) -> bytes:
-        """Return all of a body. Raises ApiError when it has come to its end."""
+        """Return the whole body as bytes; a refused body is read to its end.
+
+        Then ApiError is raised: status 413 for more than `most_bytes` bytes, 503 for
+        too many large bodies at a time.
+        """
         body, size, refusal = bytearray(), 0, None
         with contextlib.ExitStack() as stack:
             async for part in stream:
@@ -463,10 +467,10 @@ def _check_content_type(headers: Headers) -> None:
 
 # %% ../chapters/B46_impolite_clients.ipynb #cell-072
 class ThreadPlaces:
-    """Calls functions in threads, `threads` at a time, while `most` callers wait.
+    """Calls functions in at most `threads` threads; at most `most` callers wait.
 
-    A thread may hang: its caller waits `seconds`, and it keeps its place, but not the
-    process alive.
+    If a function hangs, its caller stops waiting after `seconds`. The thread stays
+    occupied, but it does not keep the process from ending.
     """
 
     threads, most = 2, 64
@@ -476,10 +480,10 @@ class ThreadPlaces:
         self._free, self._waiting = asyncio.Semaphore(self.threads), 0
 
     async def call(self, function: Callable, *arguments):
-        """Return what `function` returns, or raise what it does.
+        """Call `function` in a thread; return its result, or raise its error.
 
-        Raises ApiError where no thread is free in time, TimeoutError where one takes
-        too long.
+        Raises ApiError (status 503) if no thread becomes free in `seconds`, or if too
+        many callers wait, and TimeoutError if the function takes longer than `seconds`.
         """
         await self._take_place()
         outcome = _in_thread(function, *arguments)
@@ -504,7 +508,7 @@ class ThreadPlaces:
 
 # %% ../chapters/B46_impolite_clients.ipynb #cell-073
 def _in_thread(function: Callable, *arguments) -> asyncio.Future:
-    """Return a future of (result, error) of a call in a daemon thread."""
+    """Call `function` in a daemon thread; return a future of (result, error)."""
     loop = asyncio.get_running_loop()
     outcome = loop.create_future()
 
@@ -521,9 +525,9 @@ def _in_thread(function: Callable, *arguments) -> asyncio.Future:
 
 # %% ../chapters/B46_impolite_clients.ipynb #cell-075
 def host_name(text: str) -> str | None:
-    """Return the name in a Host header or an Origin's address, in small letters.
+    """Return the name from a Host header or an Origin's address, in lower case.
 
-    A port is left out. None for what has another form.
+    The port is left out. Returns None if the text does not have this form.
     """
     form = r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+))(?::[0-9]*)?"
     match = re.fullmatch(form, text.lower())
@@ -534,7 +538,10 @@ def host_name(text: str) -> str | None:
 
 
 def is_address(name: str) -> bool:
-    """Whether no name server can point a name anywhere: 127.0.0.1 or ::1, say."""
+    """Return whether `name` is an IP address, such as 127.0.0.1 or ::1.
+
+    No name server can point an address to another machine.
+    """
     try:
         ipaddress.ip_address(name)
     except ValueError:
@@ -543,7 +550,8 @@ def is_address(name: str) -> bool:
 
 
 def check_key(key: str, what: str) -> str:
-    """Return an API key; ValueError where no header can carry it, or it is empty."""
+    """Return the API key. Raises ValueError, which names `what`, if the key is empty or
+    if a header cannot hold it."""
     if not re.fullmatch("[!-~]+", key):
         raise ValueError(
             f"{what} must be of printable ASCII characters without blanks, at least one"
@@ -552,11 +560,11 @@ def check_key(key: str, what: str) -> str:
 
 # %% ../chapters/B46_impolite_clients.ipynb #cell-076
 class Gate:
-    """Turns requests away before anything is computed for them.
+    """An ASGI app that refuses requests before anything is computed for them.
 
-    `hosts` are the names under which the server may be addressed; "*" among them allows
-    every name, and "address" every numeric address. With an `api_key`, all but /health
-    and the chat page needs the header `Authorization: Bearer KEY`.
+    `hosts` are the names under which clients may address the server; "*" among them
+    allows every name, and "address" every IP address. With an `api_key`, every path
+    except /health and the chat page requires the header `Authorization: Bearer KEY`.
     """
 
     def __init__(self, app: ASGIApp, api_key: str | None, hosts: Collection[str]):
@@ -574,23 +582,24 @@ class Gate:
                 await _read_to_the_end(receive)
                 await _error_response(error)(scope, receive, send)
                 return
-        with contextlib.suppress(asyncio.CancelledError):  # the server ends
+        with contextlib.suppress(asyncio.CancelledError):  # the server is shutting down
             await self._app(scope, receive, send)
 
 # %% ../chapters/B46_impolite_clients.ipynb #cell-077
 def _check_headers(headers: Headers, served: Collection[str]) -> None:
-    """Raise ApiError for a host or an origin not `served`, or two ends of a body."""
+    """Raise ApiError for a host or an origin that is not in `served`, or for two
+    headers that both give the body's length."""
     allow = "allow the name with --allowed-host"
     hosts = headers.getlist("host")
     if len(hosts) != 1 or not _among(served, host_name(hosts[0])):
         host = ascii(hosts[0] if hosts else "")[:80]
         raise ApiError(f"this server is not {host}: {allow}", 421)
-    for origin in headers.getlist("origin"):  # whose page a browser shows
+    for origin in headers.getlist("origin"):  # the site whose page sends the request
         if not _among(served, host_name(origin.partition("://")[2])):
             pages = f"pages of {ascii(origin)[:80]}"
             raise ApiError(f"{pages} may not use this server: {allow}", 403)
     if "content-length" in headers and "transfer-encoding" in headers:
-        # a proxy may have believed the other one
+        # a proxy may use the one that this server ignores
         raise ApiError("a body has either Content-Length or Transfer-Encoding", 400)
 
 
@@ -601,7 +610,8 @@ def _among(served: Collection[str], host: str | None) -> bool:
 
 # %% ../chapters/B46_impolite_clients.ipynb #cell-078
 def _check_authorization(given: list[str], key: str) -> None:
-    """Raise ApiError unless `given` is one header with the key, in constant time."""
+    """Raise ApiError unless `given` is one header with the key. The comparison takes
+    constant time."""
     scheme, _, found = (given or [""])[0].partition(" ")
     right = hmac.compare_digest(found.strip().encode("latin-1"), key.encode())
     if len(given) != 1 or scheme.lower() != "bearer" or not right:
@@ -610,7 +620,8 @@ def _check_authorization(given: list[str], key: str) -> None:
 
 
 async def _read_to_the_end(receive: Receive) -> None:
-    """Take what a client still sends, for a second: meanwhile it does not listen."""
+    """Read the rest of a body, for at most one second, because a client that is still
+    sending does not read the answer."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(1):
             while (await receive()).get("more_body"):
@@ -618,7 +629,7 @@ async def _read_to_the_end(receive: Receive) -> None:
 
 # %% ../chapters/B46_impolite_clients.ipynb #cell-080
 def _plain_response(error: ApiError) -> bytes:
-    """Return an error as a whole HTTP response, for where no application runs."""
+    """Return an error as a complete HTTP response, for use outside the application."""
     body = json.dumps(error.body()).encode()
     lines = [
         f"HTTP/1.1 {error.status} {http.HTTPStatus(error.status).phrase}",
@@ -636,18 +647,17 @@ def _cancel(*timers: asyncio.TimerHandle | None) -> None:
 
 # %% ../chapters/B46_impolite_clients.ipynb #cell-081
 class ApiConnection(H11Protocol):
-    """uvicorn's HTTP connection, whose own errors are those of the API."""
+    """uvicorn's HTTP connection; its own error responses have the API's form."""
 
     @property
     def waits(self) -> bool:
-        """Whether no whole request is here that is not answered yet."""
+        """Return whether no complete request is waiting for its answer."""
         cycle = self.cycle
         return cycle is None or cycle.response_complete or cycle.more_body
 
     def dismiss(self, error: ApiError) -> None:
-        """End the connection, with the error where nothing of a response was sent to a
-        request that has begun.
-        """
+        """Close the connection. If a request has begun and no part of its answer was
+        sent, send the error first."""
         begun = self.conn.their_state is not h11.IDLE or self.conn.trailing_data[0]
         silent = self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE)
         if begun and silent and not self.transport.is_closing():
@@ -656,32 +666,32 @@ class ApiConnection(H11Protocol):
             self.transport.abort()
 
     def part(self, error: ApiError) -> None:
-        """Say why, and close the connection, whether or not the client listens."""
+        """Send the error and close the connection, even if the client does not read."""
         self.transport.write(_plain_response(error))
         self.transport.close()
         self.loop.call_later(1, self.transport.abort)
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP; uvicorn calls it."""
+        """Answer bytes that are not HTTP. uvicorn calls this."""
         self.dismiss(ApiError("the request is not valid HTTP", 400))
 
     def shutdown(self) -> None:
-        """Begin to end; uvicorn calls it. A body on its way may still come."""
+        """Begin to shut down; uvicorn calls this. A body may still arrive."""
         if self.cycle is None or self.cycle.response_complete:
             self.dismiss(_shutting_down())
         else:
             super().shutdown()
 
     def _should_upgrade(self) -> bool:
-        return False  # and no advice in the log how to have other protocols
+        return False  # otherwise the log advises to install websockets
 
 # %% ../chapters/B46_impolite_clients.ipynb #cell-082
 class TimedConnection(ApiConnection):
-    """Limits how long one waits for a client.
+    """A connection with limits on how long the server waits for the client.
 
-    A request has to be complete `request_seconds` after its connection was opened or
-    the answer before was given, and of an answer something must be fetched every
-    `reading_seconds`.
+    A request must be complete `request_seconds` after the connection was opened or the
+    previous answer was sent. While an answer is sent, the client must read some of it
+    every `reading_seconds`.
     """
 
     request_seconds, reading_seconds = 15.0, 30.0
@@ -689,6 +699,7 @@ class TimedConnection(ApiConnection):
     _reading_timer: asyncio.TimerHandle | None = None
 
     def expect_request(self) -> None:
+        """Start the time limit for the client's next request."""
         _cancel(self._request_timer, self._reading_timer)
         self.since = self.loop.time()
         self._request_timer = self.loop.call_later(self.request_seconds, self._late)
@@ -717,15 +728,15 @@ class TimedConnection(ApiConnection):
 
 # %% ../chapters/B46_impolite_clients.ipynb #cell-083
 class Connection(TimedConnection):
-    """Limits the number of connections.
+    """An HTTP connection, of which at most `most` are open at a time.
 
-    Of `most` connections the one that has gone longest without a request, and longer
-    than `patience`, makes room for a new one.
+    If there are already `most`, a new one replaces the connection that has waited
+    longest for a request, provided that it has waited longer than `patience` seconds.
     """
 
     most = 512
     ahead = 65536  # bytes that a client may send while it waits for an answer
-    # seconds in which a new connection's request has surely come, if sent at once
+    # seconds; a request that is sent at once arrives earlier
     patience = 1.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:
@@ -737,7 +748,8 @@ class Connection(TimedConnection):
             self.part(ApiError("too many connections; try again later", 503))
 
     def _make_room(self) -> bool:
-        """Close the connection that has been idle longest; False where none is."""
+        """Close the connection that has been idle longest. Returns False if there is
+        none."""
         others = [c for c in self.connections if isinstance(c, Connection) and c.waits]
         oldest = min(others, key=lambda other: other.since, default=None)
         if oldest is None or self.loop.time() - oldest.since < self.patience:
@@ -748,23 +760,24 @@ class Connection(TimedConnection):
 
     def handle_events(self) -> None:
         super().handle_events()
-        # uvicorn stops reading at a further request, and would not see the client go
+        # uvicorn stops reading at a second request and would miss a disconnect
         few = len(self.conn.trailing_data[0]) < self.ahead
         if not self.waits and few and not self.transport.is_closing():
             self.flow.resume_reading()
 
 # %% ../chapters/B46_impolite_clients.ipynb #cell-087
 def connection_limits(wanted: int) -> tuple[int, int]:
-    """Return how many connections there may be, and how many are accepted at a time.
+    """Return the limit on open connections, and how many may queue to be accepted.
 
-    They are at most `wanted`, and stay below the limit of open files.
+    The first number is at most `wanted`. Together they stay below the process's limit
+    on open files. Raises ValueError if that limit leaves no room for a connection.
     """
     try:
         import resource
 
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         taken = len(os.listdir("/dev/fd"))
-    except (ImportError, OSError):  # not every system has them
+    except (ImportError, OSError):  # not available on every system
         return wanted, 128
     if limit == resource.RLIM_INFINITY:
         return wanted, 128
@@ -780,10 +793,10 @@ def connection_limits(wanted: int) -> tuple[int, int]:
 
 # %% ../chapters/B46_impolite_clients.ipynb #cell-085
 class Server(uvicorn.Server):
-    """uvicorn's server, which gives answers `grace_seconds` to end.
+    """uvicorn's server, which gives running answers `grace_seconds` to end at shutdown.
 
-    Then the engine ends the rest; a second signal ends the grace. Nothing is cancelled,
-    so each client hears how its answer ends.
+    After that time, or at a second signal, it stops the engine, which ends the answers
+    that remain. No answer is cancelled, so each client learns how its answer ended.
     """
 
     def __init__(
@@ -813,7 +826,7 @@ class Server(uvicorn.Server):
         self.engine.stop()
         while self.engine.running:  # a step may take seconds
             await asyncio.sleep(0.02)
-        await asyncio.sleep(1)  # for the last words
+        await asyncio.sleep(1)  # time to send the last messages
         for connection in list(self.server_state.connections):
             if isinstance(connection, Connection):
                 connection.dismiss(_shutting_down())
@@ -829,9 +842,10 @@ def build_server(
     request_seconds: float = 15.0,
     max_connections: int = 512,
 ) -> Server:
-    """Build the server of `app`, which `build_app` made of `engine`.
+    """Return the server of `app`, which `build_app` made with `engine`.
 
-    Raises ValueError where the process may open too few files.
+    `port` 0 means any free port. Times are in seconds. Raises ValueError if the limit
+    on the process's open files is too low.
     """
     most, backlog = connection_limits(max_connections)
     limits = {"request_seconds": request_seconds, "most": most}
@@ -848,7 +862,7 @@ def build_server(
         proxy_headers=False,
         server_header=False,
         backlog=backlog,
-        timeout_keep_alive=int(request_seconds) + 1,  # Connection is there before it
+        timeout_keep_alive=int(request_seconds) + 1,  # Connection's timer is earlier
         timeout_graceful_shutdown=int(grace_seconds) + 13,  # 10 for the last step
     )
     return Server(config, engine, grace_seconds)

@@ -23,6 +23,7 @@ from .train_config import TrainConfig
 
 # %% ../chapters/B64_step.ipynb #cell-087
 def count_targets(batches: Sequence[dict[str, torch.Tensor]]) -> int:
+    """Return the number of real targets, those that are not IGNORE_INDEX."""
     return sum(int((batch["targets"] != IGNORE_INDEX).sum()) for batch in batches)
 
 
@@ -32,9 +33,9 @@ def forward_loss(
     config: TrainConfig,
     device: torch.device,
 ) -> torch.Tensor:
-    """Return the loss summed over the targets of `batch`, a float32 scalar.
+    """Return the loss summed over the targets of `batch`, in nats, a float32 scalar.
 
-    It is the cross entropy, and while the model trains the z-loss on top.
+    It is the cross entropy, plus the z-loss if the model is in training mode.
     """
     # non_blocking: the program goes on while the batch is copied to a GPU
     inputs = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
@@ -54,16 +55,15 @@ def accumulate_gradients(
     world_size: int,
     loss_of: Callable[..., torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Run the passes of this process's micro-batches, one after the other; return their
-    summed loss, a float32 scalar.
+    """Run forward and backward passes of this process's micro-batches, one by one.
 
-    `targets` counts the real targets of the whole step, over all processes. `loss_of`
-    stands in for `forward_loss`.
+    Returns their summed loss, a float32 scalar. `targets` is the number of real targets
+    of the whole step, over all processes. `loss_of` replaces `forward_loss`.
     """
     loss_of = loss_of or forward_loss
     total = torch.zeros((), device=device)
     for i, batch in enumerate(batches, start=1):
-        with gradient_sync(model, i == len(batches)):  # at the last one only
+        with gradient_sync(model, i == len(batches)):  # only at the last one
             loss = loss_of(model, batch, config, device)
             (loss * (world_size / targets)).backward()
         total += loss.detach()
@@ -71,7 +71,7 @@ def accumulate_gradients(
 
 # %% ../chapters/B64_step.ipynb #m3140003
 class StepResult(NamedTuple):
-    """What one optimizer step was, over all processes."""
+    """The result of one optimizer step, over all processes."""
 
     loss: float  # mean over the step's real targets, z-loss included
     grad_norm: float  # before clipping
@@ -89,10 +89,10 @@ def train_step(
 ) -> StepResult:
     """Take one optimizer step on this process's micro-batches.
 
-    The loss is a mean over the step's real targets, however they are spread over
-    micro-batches and processes; with another `loss_of` than `forward_loss` over what
-    `count` counts on this process. A loss or gradient that is not finite leaves the
-    weights and the optimizer as they were.
+    The loss is the mean over the step's real targets, however they are distributed over
+    micro-batches and processes. With another `loss_of` than `forward_loss` it is the
+    mean over items such as pairs, of which this process has `count`. If the loss or a
+    gradient is not finite, weights and optimizer stay unchanged.
     """
     own = count_targets(batches) if count is None else count
     (targets,) = context.all_reduce_sum(own)
@@ -102,7 +102,7 @@ def train_step(
     (total,) = context.all_reduce_sum(total.item())
     grad_norm = clip_grad_norm(model, config.max_grad_norm)
     finite = math.isfinite(total) and math.isfinite(grad_norm)
-    # DDP makes its buckets anew before the second step, and then keeps gradients there
+    # DDP rebuilds its buckets before the second step, then keeps gradients in them
     ddp = isinstance(model, DistributedDataParallel)
     in_buckets = ddp and model._has_rebuilt_buckets
     for optimizer in optimizers:
@@ -115,10 +115,10 @@ def train_step(
 def micro_batches(
     sequences: Sequence[TokenSequence], config: TrainConfig
 ) -> list[dict[str, torch.Tensor]]:
-    """Collate a step's sequences into the batches that are computed at once.
+    """Collate a step's sequences into micro-batches.
 
-    Each holds `input_ids`, `targets` and, where documents are isolated, `document_ids`:
-    int64 of [micro_batch_size, sequence_length].
+    Each holds `input_ids`, `targets` and, if documents are isolated, `document_ids`,
+    all int64 of shape [micro_batch_size, sequence_length].
     """
     size = config.micro_batch_size
     batches = [collate(sequences[i : i + size]) for i in range(0, len(sequences), size)]
@@ -131,9 +131,8 @@ def micro_batches(
 def _own_share(
     dataset: PackedDataset, config: TrainConfig, context: DistributedContext
 ) -> list[TokenSequence]:
-    """Return this process's held-out sequences, as many as every other process has: a
-    sharded model needs all processes for each batch.
-    """
+    """Return this process's held-out sequences. Each process gets equally many, because
+    a sharded model needs all processes for each batch."""
     sequences = list(dataset.epoch(config.eval_sequences))
     nothing = torch.full_like(sequences[0].targets, IGNORE_INDEX)
     empty = replace(sequences[0], targets=nothing)
@@ -148,8 +147,9 @@ def evaluate(
     config: TrainConfig,
     context: DistributedContext,
 ) -> dict[str, float]:
-    """Return the held-out `loss`, in nats a token, and `bits_per_byte`, over the first
-    `eval_sequences` sequences of the held-out documents.
+    """Return the held-out loss, over the first `eval_sequences` held-out sequences.
+
+    The dict holds `loss`, in nats per token, and `bits_per_byte`.
     """
     model.eval()
     nll, targets = 0.0, 0

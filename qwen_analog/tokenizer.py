@@ -126,7 +126,7 @@ from .bpe import BYTE_ORDER, QWEN_PATTERN, clean_text, encode
 
 # %% ../chapters/B55_kinds_of_tokenizers.ipynb #cell-089
 def sha256_of(*parts: bytes) -> str:
-    """Return the SHA-256, in hex, of parts and of where each of them ends."""
+    """Return the SHA-256, in hex, of the parts, each preceded by its length."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
@@ -134,7 +134,7 @@ def sha256_of(*parts: bytes) -> str:
 
 
 def ranks_fingerprint(ranks: dict[bytes, int]) -> str:
-    """Return the fingerprint of ranks under Qwen's pattern and special tokens."""
+    """Return the fingerprint of ranks with Qwen's pattern and special tokens."""
     return sha256_of(QWEN_PATTERN.encode(), *sorted(ranks, key=ranks.__getitem__))
 
 
@@ -147,10 +147,10 @@ def encoding_fingerprint(encoding: Encoding) -> str:
 
 # %% ../chapters/B55_kinds_of_tokenizers.ipynb #cell-015
 class Tokenizer(ABC):
-    """What training and generation ask of a tokenizer.
+    """The interface of the tokenizers that training and generation use.
 
-    `vocab_size` is the highest id plus one, `eos_token_id` the id that opens every
-    training document and ends a generated one.
+    `vocab_size` is the highest id plus one. `eos_token_id` is the id that begins every
+    training document and ends a generated text.
     """
 
     vocab_size: int
@@ -166,25 +166,27 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of `ids`, control tokens spelled out.
+        """Return the text of `ids`, with control tokens spelled out.
 
-        Bytes that are not UTF-8 become U+FFFD. ValueError for an id out of range.
+        Bytes that are not UTF-8 become U+FFFD. Raises ValueError for an id out of
+        range.
         """
 
     @abstractmethod
     def save(self, directory: str | Path) -> str:
-        """Write the vocabulary into `directory`; return the `load_tokenizer` spec of
-        what was written, relative to it."""
+        """Write the vocabulary into `directory`; return its spec for `load_tokenizer`,
+        relative to the directory."""
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """The SHA-256 of the vocabulary, in hex: tokenizers with the same one give the
-        same ids."""
+        """The SHA-256 of the vocabulary, in hex. Tokenizers with the same fingerprint
+        give the same ids."""
 
 # %% ../chapters/B55_kinds_of_tokenizers.ipynb #cell-019
 def checked_ids(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
-    """Return `ids` as plain numbers; ValueError for one the tokenizer does not have."""
+    """Return `ids` as ints. Raises ValueError for one that the tokenizer does
+    not have."""
     ids = [int(i) for i in ids]
     for i in ids:
         if not 0 <= i < tokenizer.vocab_size:
@@ -196,9 +198,9 @@ def checked_ids(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
 
 # %% ../chapters/B55_kinds_of_tokenizers.ipynb #cell-021
 class BPETokenizer(Tokenizer):
-    """Byte-level BPE in plain Python, from `ranks` (token bytes -> rank).
+    """Byte-level BPE in plain Python, made from `ranks` (token bytes -> rank).
 
-    `TiktokenTokenizer` gives the same ids sooner.
+    `TiktokenTokenizer` gives the same ids faster.
     """
 
     def __init__(self, ranks: dict[bytes, int]):
@@ -236,7 +238,8 @@ class BPETokenizer(Tokenizer):
 
 # %% ../chapters/B55_kinds_of_tokenizers.ipynb #cell-086
 def read_file(path: Path) -> bytes:
-    """Return the bytes of a regular file; ValueError for what is none."""
+    """Return the bytes of a file. Raises ValueError if it is no regular file or cannot
+    be read."""
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     try:
@@ -252,17 +255,18 @@ def save_ranks(ranks: dict[bytes, int], directory: str | Path) -> str:
 
 
 def write_ranks(ranks: dict[bytes, int], path: Path) -> None:
-    """Write ranks in tiktoken's text format: a line a token, its bytes in base64, a
-    space, its rank."""
+    """Write ranks in tiktoken's text format. Each line holds a token's bytes in base64,
+    a space and its rank."""
     in_order = sorted(ranks.items(), key=lambda item: item[1])
     lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in in_order]
     path.write_bytes(b"".join(lines))
 
 # %% ../chapters/B55_kinds_of_tokenizers.ipynb #cell-087
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Read what `write_ranks` wrote; ValueError that names the line that is wrong.
+    """Return the ranks in a file of `write_ranks`, token bytes -> rank.
 
-    Ranks count from 0, no token comes twice, and every single byte is one.
+    Ranks must count from 0, no token may occur twice, and every single byte must be a
+    token. Raises ValueError, which names the wrong line.
     """
     ranks = {}
     for number, line in enumerate(read_file(path).splitlines(), 1):
@@ -290,7 +294,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 class TiktokenTokenizer(Tokenizer):
     """Byte-level BPE run by tiktoken, from `ranks` (bytes -> rank) or an `encoding`.
 
-    Ranks get Qwen's pattern, special tokens and NFC; an encoding has its own.
+    `ranks` get Qwen's pattern, special tokens and NFC; an encoding has its own.
     """
 
     def __init__(
@@ -337,12 +341,13 @@ def qwen_encoding(ranks: dict[bytes, int]) -> Encoding:
 
 
 def to_nfc(text: str, special: bool) -> str:
-    """Return `text` in NFC; with `special`, control tokens stay what they are."""
+    """Return `text` in NFC; with `special`, control tokens are left unchanged."""
     parts = split_at(QWEN_SPECIAL_TOKENS, text) if special else [text]
     return "".join(unicodedata.normalize("NFC", part) for part in parts)
 
 
 def encode_text(encoding: Encoding, text: str, special: bool) -> list[int]:
+    """Return tiktoken's ids of `text`; with `special`, also of control tokens."""
     ids = []
     for part in cut_blanks(text):
         if special:
@@ -353,16 +358,16 @@ def encode_text(encoding: Encoding, text: str, special: bool) -> list[int]:
 
 
 def cut_blanks(text: str, limit: int = 400_000) -> list[str]:
-    """Cut `text` within runs of more than `limit` blanks, on which tiktoken's pattern
-    matcher runs out of stack."""
+    """Cut `text` within runs of more than `limit` blanks, because tiktoken's pattern
+    matcher runs out of stack on them. Returns the pieces."""
     runs = regex.finditer(r"\s++", text) if len(text) > limit else ()
     cuts = [i for run in runs for i in range(run.start() + limit, run.end(), limit)]
     return [text[start:end] for start, end in zip([0, *cuts], [*cuts, None])]
 
 # %% ../chapters/B55_kinds_of_tokenizers.ipynb #cell-098
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model file. Text comes back unchanged from models trained with
-    byte_fallback and without normalisation, and U+2581 as a space from any."""
+    """A tokenizer from a SentencePiece model file. Models with byte_fallback and
+    without normalisation return text unchanged, except that U+2581 becomes a space."""
 
     def __init__(self, path: str | Path):
         self.model = load_sentencepiece(path)
@@ -401,7 +406,8 @@ class SentencePieceTokenizer(Tokenizer):
 
 # %% ../chapters/B55_kinds_of_tokenizers.ipynb #cell-099
 def load_sentencepiece(path: str | Path) -> Any:
-    """Load a model file; ValueError where it is none, or has no end of text."""
+    """Load a SentencePiece model file. Raises ValueError if it is not one, or has no
+    end-of-text token."""
     sentencepiece = need("sentencepiece")
     try:
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -413,21 +419,22 @@ def load_sentencepiece(path: str | Path) -> Any:
 
 # %% ../chapters/B55_kinds_of_tokenizers.ipynb #control-tokens-code
 def control_tokens(tokenizer: Any) -> dict[str, int]:
-    """Return the control tokens of a tokenizer: their spellings, and their ids."""
+    """Return a tokenizer's control tokens, spelling -> id."""
     if isinstance(tokenizer, TiktokenTokenizer):
         return dict(tokenizer.encoding._special_tokens)
-    if not hasattr(tokenizer, "backend"):  # one of Hugging Face's has it
+    if not hasattr(tokenizer, "backend"):  # only Hugging Face's have it
         return dict(tokenizer.controls)
     added = tokenizer.backend.get_added_tokens_decoder()
     return {t.content: i for i, t in added.items() if t.special and t.content}
 
 # %% ../chapters/B55_kinds_of_tokenizers.ipynb #cell-101
 def load_tokenizer(spec: str, directory: str | Path = ".") -> Tokenizer:
-    """Load the tokenizer that a `train_config.json` names.
+    """Return the tokenizer that a spec names.
 
-    `tiktoken:FILE.tiktoken` (the book's own, or Qwen's), `tiktoken:cl100k_base` (a
-    named encoding), `hf:NAME_OR_DIRECTORY`, `sentencepiece:FILE.model`; relative paths
-    count from `directory`. Raises ValueError saying what is wrong with the spec.
+    A spec is `tiktoken:FILE.tiktoken` (the book's own, or Qwen's),
+    `tiktoken:cl100k_base` (a named encoding), `hf:NAME_OR_DIRECTORY` or
+    `sentencepiece:FILE.model`; train_config.json holds one. Relative paths start from
+    `directory`. Raises ValueError, which says what is wrong with the spec.
     """
     from qwen_analog.hf_tokenizer import HFTokenizer, named_tokenizer
 
@@ -455,7 +462,8 @@ def load_tokenizer(spec: str, directory: str | Path = ".") -> Tokenizer:
 
 # %% ../chapters/B55_kinds_of_tokenizers.ipynb #cell-102
 def named_encoding(name: str) -> Encoding:
-    """Return one of tiktoken's own encodings; ValueError where it cannot be had."""
+    """Return one of tiktoken's own encodings. Raises ValueError if its
+    download fails."""
     try:
         return tiktoken.get_encoding(name)
     except OSError as error:
@@ -467,8 +475,8 @@ def named_encoding(name: str) -> Encoding:
 
 # %% ../chapters/B55_kinds_of_tokenizers.ipynb #cell-095
 def check_vocab_size(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Refuse (ValueError) a model whose `vocab_size` does not fit the tokenizer: too
-    small, or 512 and more rows that no token uses."""
+    """Raise ValueError if a model's `vocab_size` is too small for the tokenizer, or
+    leaves 512 or more rows that no token uses."""
     if vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f"vocab_size {vocab_size} is too small: the tokenizer's ids go up to"

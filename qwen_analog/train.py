@@ -343,17 +343,18 @@ from .train_config import add_arguments, given_settings, keeps_reference
 
 # %% ../chapters/B47_program.ipynb #cell-080
 class RunData(NamedTuple):
-    """The data of a run."""
+    """The data of a run: documents to train on and documents held out."""
 
     dataset: Dataset
     held_out: PackedDataset | None
-    same: bool  # as before, in a run that goes on
+    same: bool  # whether they equal the checkpoint's
 
 # %% ../chapters/B47_program.ipynb #cell-081
 def open_run_data(start: Start, context: DistributedContext, new_data: bool) -> RunData:
     """Open the data of a run, and compare them with those of its checkpoint.
 
-    Raises DataError where the processes read different data.
+    `new_data` allows data that differ from the checkpoint's. Raises DataError if the
+    processes read different data.
     """
     config, path = start.config, start.path
     insist = not path and "heldout_fraction" in config.model_fields_set
@@ -374,14 +375,14 @@ def open_run_data(start: Start, context: DistributedContext, new_data: bool) -> 
 
 
 def print_note(text: str, context: DistributedContext) -> None:
+    """Print a note to stderr, on rank 0 only."""
     if context.rank == 0:
         print(f"note: {text}", file=sys.stderr)
 
 # %% ../chapters/B47_program.ipynb #cell-082
 def check_dataset_kind(path: str, state: dict[str, Any], dataset: Dataset) -> None:
-    """Raise CheckpointError for a checkpoint of a stream where texts are packed, or the
-    other way round.
-    """
+    """Raise CheckpointError if the checkpoint's data state is of another kind of
+    dataset, such as a stream instead of packed texts."""
     if state["data"].keys() != dataset.state_dict().keys():
         raise CheckpointError(
             f"{path} was trained with another kind of run: this run cannot go on"
@@ -392,8 +393,10 @@ def check_dataset_kind(path: str, state: dict[str, Any], dataset: Dataset) -> No
 def shared_model(
     start: Start, context: DistributedContext, **options: Any
 ) -> tuple[QwenForCausalLM, nn.Module]:
-    """Return a model of the run's shape and what is called in its place, laid out over
-    the processes as the settings say; `options` go to `build_model`.
+    """Return a model of the run's shape, and the module to call for training.
+
+    The weights are laid out over the processes as the settings say. `options` are
+    further arguments of `build_model`.
     """
     config = start.config
     return build_model(
@@ -409,7 +412,7 @@ def shared_model(
 
 # %% ../chapters/B47_program.ipynb #cell-087
 def prepare_layers(model: QwenForCausalLM, config: TrainConfig) -> None:
-    """Add the adapters, or the products in eight bits, that the settings ask for."""
+    """Add the LoRA adapters, or the float8 products, that the settings ask for."""
     add_adapters(model, config)
     if config.float8:
         to_float8(model)
@@ -417,9 +420,8 @@ def prepare_layers(model: QwenForCausalLM, config: TrainConfig) -> None:
 
 @torch.no_grad()
 def copy_weights(source: nn.Module, model: nn.Module) -> None:
-    """Copy the weights of `source`, of the same shape, into `model`, however it is laid
-    out; on several processes the first one's.
-    """
+    """Copy the weights of `source` into `model`, which has the same shape but may be
+    sharded. With several processes, rank 0's weights are copied."""
     weights = source.state_dict()
     for name, target in model.named_parameters():
         whole = weights[name].to(target.device, target.dtype).contiguous()
@@ -434,7 +436,7 @@ def copy_weights(source: nn.Module, model: nn.Module) -> None:
 def build(
     start: Start, context: DistributedContext
 ) -> tuple[QwenForCausalLM, nn.Module, list[torch.optim.Optimizer]]:
-    """Make the model, what training calls in its place, and the optimizers."""
+    """Return the model, the module to call for training, and the optimizers."""
     config = start.config
     prepare = partial(prepare_layers, config=config)
     model, wrapped = shared_model(
@@ -445,7 +447,7 @@ def build(
         add_adapters(start.source, config)
         copy_weights(start.source, model)
         model.generation_config = start.source.generation_config
-        start.source = None  # its memory is free again
+        start.source = None  # frees its memory
     if config.format == "chat":
         end_at_answers(model, start.tokenizer)
     set_activation_checkpointing(model, config.activation_checkpointing)
@@ -463,8 +465,10 @@ def build(
 def build_reference(
     start: Start, context: DistributedContext
 ) -> QwenForCausalLM | None:
-    """Return a frozen copy of the weights that a run began with, laid out as the model;
-    None where it needs none. It is kept in `output_dir`/reference.
+    """Return a frozen copy of the weights that a run began with, laid out as the model.
+
+    It is also saved in `output_dir`/reference. Returns None if the settings need no
+    such copy.
     """
     config, place = start.config, Path(start.config.output_dir) / "reference"
     if not keeps_reference(config):
@@ -472,7 +476,7 @@ def build_reference(
     with context.together():
         source = start.source or first_weights(start.path or "")
         if context.rank == 0:
-            if start.source is not None:  # of a run that came to no checkpoint
+            if start.source is not None:  # left by a run without a checkpoint
                 shutil.rmtree(place, ignore_errors=True)
             if not place.exists():
                 save_checkpoint(place, source, start.tokenizer)
@@ -482,7 +486,10 @@ def build_reference(
 
 
 def first_weights(path: str) -> QwenForCausalLM:
-    """Return the reference of the run whose checkpoint is at `path`."""
+    """Return the reference model of the run whose checkpoint is at `path`.
+
+    Raises CheckpointError if the directory `reference` is missing.
+    """
     checkpoint = Path(path) if Path(path).is_dir() else Path(path).parent
     place = checkpoint.absolute().parent / "reference"
     if not place.is_dir():
@@ -494,7 +501,8 @@ def first_weights(path: str) -> QwenForCausalLM:
 
 # %% ../chapters/B47_program.ipynb #decide-precision
 def decide_precision(config: TrainConfig, context: DistributedContext) -> TrainConfig:
-    """Return the settings with precision "auto" decided, for all processes alike."""
+    """Return the settings with "fp32" or "bf16" in place of precision "auto", the same
+    for all processes."""
     if config.precision != "auto":
         return config
     faster = context.device.type == "cpu" and float32_is_faster()
@@ -511,18 +519,18 @@ def train(
     new_data: bool = False,
     ignore_memory: bool = False,
 ) -> dict[str, Any]:
-    """Run `config` to its end, or until SIGTERM or Ctrl-C, from the start or from a
-    checkpoint; return the final summary.
+    """Train a model as `config` says; return the final summary.
 
+    Training starts anew or from a checkpoint, and ends early at SIGTERM or Ctrl-C.
     Writes `output_dir`/step_N/, final/, metrics.jsonl, ledger/, tensorboard/, loss.png
-    and summary.json, and prints what the finished model makes of `sample_prompts`.
+    and summary.json, and prints how the finished model continues `sample_prompts`.
     `resume_from` is a checkpoint.pt, a checkpoint's directory, or "auto": the newest
-    whole checkpoint in `output_dir`, or a new run where there is none. With
-    `from_checkpoint` settings that `config` was not given are the checkpoint's.
-    `init_from` starts a new run with the weights, the shape and the tokenizer of
-    anything that `load` opens. `new_data` goes on with data that are not the
-    checkpoint's, from their beginning. `ignore_memory` tries what will not fit into
-    memory or on the disk. Raises ValueError with one line that says what is wrong.
+    complete checkpoint in `output_dir`, or a new run if there is none. With
+    `from_checkpoint`, settings not given explicitly come from the checkpoint.
+    `init_from` starts a new run with the weights, shape and tokenizer of any model that
+    `load` opens. `new_data` allows other data than the checkpoint's, read from their
+    start. `ignore_memory` tries a run that seems too large for memory or disk. Raises
+    ValueError with a one-line message if something is wrong.
     """
     with (
         DistributedContext(config.collective_timeout_minutes) as context,
@@ -536,7 +544,7 @@ def train(
         )
         config = decide_precision(config, context)
         start = prepare_start(config, path, init_from, ignore_memory, context)
-        # nothing of the model stays when the processes part
+        # the model is freed before the processes disconnect
         summary = train_from(start, context, new_data)
     if context.rank == 0 and summary["step"] >= config.max_steps:
         write_samples(config)
@@ -546,7 +554,7 @@ def train(
 def train_from(
     start: Start, context: DistributedContext, new_data: bool = False
 ) -> dict[str, Any]:
-    """Train from where a run begins; return the summary."""
+    """Train from the given start; return the summary."""
     config = start.config
     for note in start.notes if not start.finished else ():
         print_note(note, context)
@@ -569,6 +577,7 @@ def train_from(
 
 # %% ../chapters/B47_program.ipynb #cell-097
 def describe_run(trainer: Trainer) -> str:
+    """Return one line about a run: parameters, device, precision, tokens and steps."""
     config, context, begin = trainer.config, trainer.context, trainer.step
     tokens, what = tokens_per_step(config, context.world_size), "tokens"
     if config.method != "sft":
@@ -585,7 +594,7 @@ def describe_run(trainer: Trainer) -> str:
 
 
 def summarize(trainer: Trainer) -> dict[str, Any]:
-    """Return the numbers of a run, with None for those that are not finite."""
+    """Return the numbers of a run by name; those that are not finite become None."""
     metrics = trainer.metrics
     values: dict[str, Any] = {"step": trainer.step, "tokens": trainer.tokens}
     values |= {**metrics.last, "spikes": metrics.spikes, **metrics.speed.median()}
@@ -594,7 +603,7 @@ def summarize(trainer: Trainer) -> dict[str, Any]:
 
 # %% ../chapters/B47_program.ipynb #cell-099
 class _Screen:
-    """stdout or stderr of a run, which goes on when nobody reads them any more."""
+    """A run's stdout or stderr; it ignores errors when its reader has gone."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -612,14 +621,12 @@ class _Screen:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train as the arguments say, then print what the finished model makes of
-    `sample_prompts`.
-    """
+    """Train as the command-line arguments say; print samples of the finished model."""
     run_settings(given_settings(arguments), arguments)
 
 
 def run_settings(config: TrainConfig, arguments: argparse.Namespace) -> None:
-    """Train as `config` says, begun as the arguments say."""
+    """Train as `config` says, starting as the command-line arguments say."""
     keep_freed_memory()
     out: Any = _Screen(sys.stdout)
     err: Any = _Screen(sys.stderr)
@@ -635,6 +642,7 @@ def run_settings(config: TrainConfig, arguments: argparse.Namespace) -> None:
 
 # %% ../chapters/B47_program.ipynb #cell-100
 def main(argv: list[str] | None = None) -> int:
+    """Run the training program with command-line arguments; return its exit status."""
     parser = argparse.ArgumentParser(prog="qwen_analog.train", description=__doc__)
     add_arguments(parser)
     arguments = parser.parse_args(argv)
