@@ -98,6 +98,7 @@ class _Slot:
         return [(self.keys, 2), (self.values, 2)]
 
     def update(self, layer_idx, keys, values):
+        """Write the new `keys`, `values` [B, K, 1, h]; return those of all tokens."""
         self.keys.index_copy_(2, self.position, keys)
         self.values.index_copy_(2, self.position, values)
         return self.keys, self.values

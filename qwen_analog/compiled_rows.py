@@ -28,7 +28,7 @@ class RowSlot:
         return [(self.keys, 2), (self.values, 2)]
 
     def update(self, layer_idx, keys, values):
-        """Write the new tokens' `keys`, `values` [n, K, 1, h]; return all rows'."""
+        """Write the new `keys`, `values` [n, K, 1, h]; return those of all rows."""
         self.keys[self.rows, :, self.positions] = keys.transpose(1, 2)  # [n, 1, K, h]
         self.values[self.rows, :, self.positions] = values.transpose(1, 2)
         return self.keys, self.values
@@ -65,6 +65,7 @@ class PageSlot:
         return [(self.plan.table, 1)]
 
     def update(self, layer_idx, keys, values):
+        """Write the new `keys`, `values` [n, K, 1, h]; return those of all rows."""
         write = self.plan.write
         return write(self.keys, keys), write(self.values, values)
 

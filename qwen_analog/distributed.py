@@ -231,9 +231,11 @@ class Peer:
         self.left = False  # it said goodbye, or its end was noticed
 
     def fileno(self) -> int:
+        """Return the connection's file descriptor, for a selector."""
         return self.connection.fileno()
 
     def send(self, kind: str, content: Any = None) -> None:
+        """Send a message. A broken connection is noticed by the thread that reads."""
         with self.lock, suppress(OSError):  # whoever reads from it finds out
             self.connection.sendall(json.dumps([kind, content]).encode() + b"\n")
 

@@ -146,6 +146,7 @@ class _Sums:
 
     @property
     def evaluation(self) -> Evaluation:
+        """Return the sums as an Evaluation."""
         return Evaluation(*map(np.array, (self.nll, self.tokens, self.bytes)))
 
 # %% ../chapters/B31_evaluate.ipynb #cell-030

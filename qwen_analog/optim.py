@@ -86,6 +86,7 @@ class AdamWBf16(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):  # type: ignore[override]
+        """Update all parameters that have gradients; return `closure`'s loss."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             for p in group["params"]:
@@ -94,6 +95,7 @@ class AdamWBf16(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
+        """Load a state, with the averages in bfloat16."""
         super().load_state_dict(state_dict)
         for state in self.state.values():  # torch gave them the parameter's dtype
             for name in ("exp_avg", "exp_avg_sq"):
@@ -135,6 +137,7 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):  # type: ignore[override]
+        """Update all parameters that have gradients; return `closure`'s loss."""
         for p, state in self.state.items():  # a run may go on in another precision
             state["momentum_buffer"] = state["momentum_buffer"].to(p.dtype)
         if any(isinstance(p, DTensor) for g in self.param_groups for p in g["params"]):

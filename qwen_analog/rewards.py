@@ -254,6 +254,7 @@ def number_reward(text: str, record: dict[str, Any]) -> float:
 
 
 def last_number(text: str) -> float | None:
+    """Return the last number in a text, or None. Commas may separate digits."""
     found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
     return float(found[-1].replace(",", "")) if found else None
 
@@ -313,6 +314,7 @@ class Question:
 
     @property
     def sources(self) -> list[str]:
+        """Return the question's source, as a list."""
         return [self.source]
 
     def content(self) -> bytes:
@@ -394,12 +396,15 @@ class GRPO:
         self.tokenizer, self.end = tokenizer, answer_end(tokenizer)
 
     def collate(self, sequences: Sequence[Question], config: TrainConfig) -> list[dict]:
+        """Return no batches, because the answers are not written yet."""
         return []  # there are no answers yet
 
     def tokens(self, run: Any, batch: Any) -> int:
+        """Return 0: tokens are counted when answers are written."""
         return 0  # they are counted when they are drawn
 
     def step(self, run: Any, batch: Any) -> tuple[StepResult, dict[str, float]]:
+        """Write answers, learn from them, and return the step's result and scores."""
         config, context = run.config, run.context
         seed = draw_seed(config.seed, run.step, context.rank)
         model = drawing_model(run)
@@ -416,6 +421,7 @@ class GRPO:
         return result, answer_scores([(rollouts, rewards)], context)
 
     def evaluate(self, run: Any) -> dict[str, float]:
+        """Return the scores of answers to held-out questions."""
         return evaluate_answers(self, run)
 
 # %% ../chapters/B60_answers.ipynb #drawing-code

@@ -305,6 +305,7 @@ class Accuracy(NamedTuple):
 
     @property
     def share(self) -> float:
+        """Return `correct / total`."""
         return self.correct / self.total
 
 
