@@ -415,7 +415,7 @@ def _add_vocabulary(
 
 # %% ../chapters/B31_evaluate.ipynb #cell-079
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `qwen-analog eval`."""
+    """Add the flags of `qwen-analog eval` to a parser."""
     add = parser.add_argument
     add(
         "--model",

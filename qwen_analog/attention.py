@@ -16,9 +16,11 @@ def causal_mask(
     key_length: int | None = None,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    """Return [T, S] bool: the last query sees all keys, each earlier one a key fewer.
+    """Return a mask [T, S] bool, True where a query may see a key.
 
-    `key_length` S is `query_length` T, or more where earlier keys come from a cache.
+    The last query sees all S keys, each earlier query one key less. `key_length` S is
+    `query_length` T by default, or more if earlier keys come from a cache. Raises
+    ValueError if it is less.
     """
     key_length = query_length if key_length is None else key_length
     if key_length < query_length:
@@ -34,9 +36,9 @@ from .rope import apply_rotary
 
 # %% ../chapters/08_gqa.ipynb #f8ba5d9d
 class HeadProjections(nn.Module):
-    """The matrices of H query heads and K key/value heads, each of `head_dim` numbers.
+    """The projection matrices of H query heads and K key/value heads.
 
-    `head_dim` None is hidden_size / num_heads.
+    Each head has `head_dim` numbers, by default hidden_size / num_heads.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class HeadProjections(nn.Module):
         self.layer_idx = layer_idx
 
     def heads(self, y: torch.Tensor) -> torch.Tensor:
-        """[B, T, heads * h] -> [B, heads, T, h]."""
+        """Reshape [B, T, heads * h] to [B, heads, T, h]."""
         B, T, _ = y.shape
         return y.view(B, T, -1, self.head_dim).transpose(1, 2)
 
@@ -76,7 +78,7 @@ class HeadProjections(nn.Module):
 class GQAttention(HeadProjections):
     """Causal attention in which H / K query heads share a key/value head.
 
-    Ainslie et al. 2023.
+    Grouped-query attention, Ainslie et al. 2023.
     """
 
     def forward(
@@ -89,8 +91,8 @@ class GQAttention(HeadProjections):
     ) -> torch.Tensor:
         """`x` [B, T, D], `cos` and `sin` [B, T, h] -> [B, T, D].
 
-        `mask` as for `grouped_query_attention`. New keys and values are appended to a
-        `cache`, and S counts all that it holds.
+        `mask` is as for `grouped_query_attention`. With a `cache`, new keys and values
+        are appended to it, and S counts all that it holds.
         """
         q, k, v = self.project(x)
         q = apply_rotary(q, cos, sin)  # [B, H, T, h]
@@ -107,11 +109,10 @@ from .norm import RMSNorm
 
 # %% ../chapters/25_qwen3.ipynb #cell-015
 class NormedAttention(GQAttention):
-    """`GQAttention` whose queries and keys are normalised, each head for itself.
+    """`GQAttention` that normalizes the queries and keys of each head.
 
-    The norms stand before the rotation; all heads of queries share one weight [h], and
-    all heads of keys another (Qwen Team 2025). Arguments are `GQAttention`'s, and the
-    norms' `eps`.
+    The norms come before the rotation. All query heads share one weight [h], all key
+    heads another (Qwen Team 2025). Arguments: as `GQAttention`, and `eps` of the norms.
     """
 
     def __init__(self, *args: Any, eps: float = 1e-6, **options: Any):
@@ -120,19 +121,25 @@ class NormedAttention(GQAttention):
         self.k_norm = RMSNorm(self.head_dim, eps)
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Do as `GQAttention`, and normalise the h numbers of queries and keys."""
+        """Project as `GQAttention`, then normalize each head of queries and keys."""
         q, k, v = super().project(x)  # [B, H, T, h], then twice [B, K, T, h]
         return self.q_norm(q), self.k_norm(k), v  # over the last dimension, h
 
 # %% ../chapters/B63_attention.ipynb #cell-084
 def document_mask(document_ids: torch.Tensor) -> torch.Tensor:
-    """`document_ids` [B, T] -> [B, 1, T, T] bool: causal, and within one document."""
+    """Return a causal mask [B, 1, T, T], True only within the same document.
+
+    `document_ids` is [B, T].
+    """
     same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
     return same & causal_mask(document_ids.shape[1], device=document_ids.device)
 
 # %% ../chapters/B63_attention.ipynb #cell-088
 def document_positions(document_ids: torch.Tensor) -> torch.Tensor:
-    """`document_ids` [B, T] -> [B, T] int64: positions from 0 in each document."""
+    """Return the position of each token in its document, [B, T] int64, from 0.
+
+    `document_ids` is [B, T].
+    """
     B, T = document_ids.shape
     index = torch.arange(T, device=document_ids.device).expand(B, T)
     begins = torch.ones_like(document_ids, dtype=torch.bool)
@@ -144,7 +151,7 @@ def document_positions(document_ids: torch.Tensor) -> torch.Tensor:
 def _folded(
     q: torch.Tensor, mask: torch.Tensor | None, K: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`q` [B, H, T, h] -> [B, K, G T, h], and the `mask` of its rows."""
+    """Reshape `q` [B, H, T, h] to [B, K, G T, h]; repeat the `mask` for its rows."""
     B, H, T, h = q.shape
     if mask is not None and mask.shape[-2] > 1:
         mask = torch.cat([mask] * (H // K), dim=-2)  # [..., G T, S]
@@ -154,8 +161,8 @@ def _folded(
 def _attend_folded(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """`q` [B, H, T, h], `k`, `v` [B, K, S, h] -> [B, H, T, h]; all keys without a
-    mask."""
+    """`q` [B, H, T, h], `k`, `v` [B, K, S, h] -> [B, H, T, h]. Without a mask each
+    query sees all keys."""
     rows, mask = _folded(q, mask, k.shape[1])
     return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).reshape(q.shape)
 
@@ -171,8 +178,8 @@ def grouped_query_attention(
 ) -> torch.Tensor:
     """`q` [B, H, T, h], `k`, `v` [B, K, S, h] -> [B, H, T, h]; causal without a mask.
 
-    `mask` is bool, True where a query may see a key, broadcastable to [B, 1, T, S].
-    A GPU takes packed documents in its place.
+    `mask` is bool, True where a query may see a key, broadcastable to [B, 1, T, S]. It
+    may also be PackedDocuments, which are for a GPU.
     """
     T, S = q.shape[2], k.shape[2]
     # is_causal aligns its triangle top-left: right only where no keys came before
@@ -196,7 +203,7 @@ _varlen: Any = None
 
 
 def _load_varlen() -> None:
-    """Import the kernel when it is first needed: PyTorch's compiler comes with it."""
+    """Import the kernel at its first use: it also imports PyTorch's compiler."""
     global _varlen
     if _varlen is None:
         from torch.nn.attention.varlen import varlen_attn
@@ -210,7 +217,7 @@ from typing import NamedTuple
 
 
 class PackedDocuments(NamedTuple):
-    """Documents in [B, T] tokens, for a kernel that takes bounds in place of a mask."""
+    """The bounds of documents in [B, T] tokens, for a kernel that takes no mask."""
 
     ids: torch.Tensor  # [B, T]
     bounds: torch.Tensor  # [N + 1] int32: first tokens, of B * T in a row, and the end
@@ -218,7 +225,7 @@ class PackedDocuments(NamedTuple):
 
 
 def packed_documents(document_ids: torch.Tensor) -> PackedDocuments:
-    """Find the bounds of `document_ids` [B, T]; the host waits for the device."""
+    """Return the bounds of `document_ids` [B, T]. The host waits for the device."""
     _load_varlen()
     first = torch.ones_like(document_ids, dtype=torch.bool)
     first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
@@ -228,9 +235,10 @@ def packed_documents(document_ids: torch.Tensor) -> PackedDocuments:
 
 
 def separate_documents(document_ids: torch.Tensor) -> torch.Tensor | PackedDocuments:
-    """Return what keeps documents apart: bounds on a GPU that can use them, or a mask.
+    """Return bounds of documents for a GPU that can use them, else a mask.
 
-    `document_ids` [B, T] says which document a token belongs to.
+    `document_ids` [B, T] is the document of each token. The result is the `mask` for
+    `grouped_query_attention`.
     """
     device = document_ids.device
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
@@ -241,7 +249,7 @@ def separate_documents(document_ids: torch.Tensor) -> torch.Tensor | PackedDocum
 def _attend_documents(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: PackedDocuments
 ) -> torch.Tensor:
-    """`q` [B, H, T, h], `k`, `v` [B, K, T, h] -> [B, H, T, h], each document alone."""
+    """`q` [B, H, T, h], `k`, `v` [B, K, T, h] -> [B, H, T, h], per document."""
     B, T, dtype = q.shape[0], q.shape[2], v.dtype
     q, k, v = [x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (q, k, v)]
     bounds, longest = (documents.bounds,) * 2, (documents.longest,) * 2
@@ -250,7 +258,7 @@ def _attend_documents(
 
 # %% ../chapters/B63_attention.ipynb #gpu-attend
 def _takes_bounds(v: torch.Tensor) -> bool:
-    """Say whether the kernel for bounds takes the type and the head size of `v`."""
+    """Return whether the kernel for bounds supports the dtype and head size of `v`."""
     h = v.shape[-1]
     return v.dtype in _SIXTEEN_BITS and h % 8 == 0 and h <= 256
 
@@ -271,7 +279,7 @@ from contextlib import contextmanager, nullcontext
 
 @contextmanager
 def _kernels_for_any_length() -> Iterator[None]:
-    """Keep to kernels that need no preparation for a new length."""
+    """Disable cuDNN's attention, which must prepare a kernel for each new length."""
     backends = torch.backends.cuda
     before = backends.cudnn_sdp_enabled()
     backends.enable_cudnn_sdp(False)
@@ -287,7 +295,7 @@ def _attend_on_gpu(
     v: torch.Tensor,
     mask: torch.Tensor | PackedDocuments | None,
 ) -> torch.Tensor:
-    """Do as `grouped_query_attention`, by the kernels that an NVIDIA GPU has."""
+    """Compute `grouped_query_attention` with the kernels of an NVIDIA GPU."""
     if isinstance(mask, PackedDocuments):
         if _takes_bounds(v):
             return _attend_documents(q, k, v, mask)

@@ -13,13 +13,13 @@ import numpy as np
 
 # %% ../chapters/B29_baselines.ipynb #cell-023
 def _find(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Return the index of each of `wanted` in the sorted `keys`, -1 for none."""
+    """Return the index of each of `wanted` in the sorted `keys`, -1 if absent."""
     i = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
     return np.where(keys[i] == wanted, i, -1)
 
 # %% ../chapters/B29_baselines.ipynb #cell-026
 class _Counts:
-    """Numbers the k-grams of each order up to `order`, and counts them."""
+    """Gives each k-gram up to length `order` an index, and holds its count."""
 
     def __init__(self, vocab_size: int, order: int):
         if order < 1 or vocab_size < 2:
@@ -32,7 +32,7 @@ class _Counts:
         self.counts: list[np.ndarray] = []
 
     def windows(self, ids: Sequence[int]) -> np.ndarray:
-        """Return each id of a document with the n - 1 ids before it, [T, n]."""
+        """Return each id of a document after the `order` - 1 ids before it, [T, n]."""
         if len(ids) == 0:
             raise ValueError("a document without ids: it opens with the end-of-text id")
         least, most = min(ids), max(ids)
@@ -46,23 +46,21 @@ class _Counts:
         return np.lib.stride_tricks.sliding_window_view(row, self.order)
 
     def index(self, grams: np.ndarray) -> np.ndarray:
-        """Return the number of each k-gram [N, k] among those that were counted, [N];
-        -1 for a new one, 0 for k = 0.
-        """
+        """Return the index [N] of each k-gram [N, k]; -1 if not counted, 0 if k = 0."""
         index = np.zeros(len(grams), dtype=np.int64)
         for k in range(grams.shape[1]):
             index = _find(self.keys[k], self.key(index, grams[:, k]))
         return index
 
     def key(self, prefix: np.ndarray, last: np.ndarray) -> np.ndarray:
-        """Return a k-gram's key: its prefix's number, its last id."""
+        """Return a k-gram's key, made from the index of its prefix and its last id."""
         return prefix * self.vocab_size + last
 
 # %% ../chapters/B29_baselines.ipynb #cell-028
 def _count(counts: _Counts, sequences: Sequence[Sequence[int]]) -> None:
-    """Count all k-grams of the documents. Below the highest order a count is how many
-    different ids stood before a k-gram, not how often it stood there.
-    """
+    """Count all k-grams of the documents. Below the highest order the count is the
+    number of different ids that occur before a k-gram, not the number of its
+    occurrences."""
     if not len(sequences):
         raise ValueError("there are no tokens to count")
     windows = np.concatenate([counts.windows(ids) for ids in sequences])  # [N, n]
@@ -89,9 +87,8 @@ def _count(counts: _Counts, sequences: Sequence[Sequence[int]]) -> None:
 
 # %% ../chapters/B29_baselines.ipynb #cell-030
 class _Order:
-    """One line of the formula: counts of k-grams, their sums over the last id, and how
-    many last ids there are.
-    """
+    """One order of the formula: the counts of k-grams, and for each prefix the sum of
+    these counts and the number of different last ids."""
 
     def __init__(self, grams: _Counts, k: int):
         self.keys, self.counts = grams.keys[k], grams.counts[k]
@@ -107,9 +104,8 @@ class _Order:
     def interpolated(
         self, prefix: np.ndarray, keys: np.ndarray, shorter: np.ndarray
     ) -> np.ndarray:
-        """Return the probabilities [N] where those of the next shorter context are
-        `shorter`.
-        """
+        """Return the probabilities [N], interpolated with `shorter` [N], the
+        probabilities after the next shorter context."""
         gram = _find(self.keys, keys)
         count = np.where(gram >= 0, self.counts[gram], 0)
         total = np.where(prefix >= 0, self.totals[prefix], 0)
@@ -120,25 +116,26 @@ class _Order:
 
 # %% ../chapters/B29_baselines.ipynb #cell-032
 class NGram:
-    """Interpolated Kneser-Ney over token ids (Kneser and Ney 1995, in the form of Chen
-    and Goodman 1999, one discount an order).
+    """An n-gram model over token ids with interpolated Kneser-Ney smoothing.
 
-    Sequences are documents as training stores them: the end-of-text id, which is never
-    predicted, then the text's. To the left of a document its first id is repeated.
-    Below the unigrams stands the uniform distribution, so no id has probability 0.
+    Kneser and Ney 1995, in the form of Chen and Goodman 1999, with one discount per
+    order. `order` is n. Sequences are documents as training stores them: first the
+    end-of-text id, which is never predicted, then the text's ids. The context before a
+    document is filled with its first id. Below the unigrams is the uniform
+    distribution, so that no id has probability 0.
     """
 
     def __init__(self, vocab_size: int, order: int = 5):
         self._grams = _Counts(vocab_size, order)
 
     def fit(self, sequences: Sequence[Sequence[int]]) -> "NGram":
-        """Count all k-grams up to `order`; return the model itself."""
+        """Count all k-grams up to `order` in documents; return the model itself."""
         _count(self._grams, sequences)
         self._orders = [_Order(self._grams, k) for k in range(self._grams.order)]
         return self
 
     def _probabilities(self, windows: np.ndarray) -> np.ndarray:
-        """Return the probability of each window's last id after the others, [N]."""
+        """Return the probability [N] of each window's last id given those before."""
         p = np.full(len(windows), 1 / self._grams.vocab_size)
         for k, order in enumerate(self._orders, 1):
             prefix = self._grams.index(windows[:, self._grams.order - k : -1])
@@ -146,11 +143,11 @@ class NGram:
         return p
 
     def nll(self, ids: Sequence[int]) -> np.ndarray:
-        """Return -ln p of every id of a document but the first, [T - 1]."""
+        """Return -ln p (nats) of every id of a document except the first, [T - 1]."""
         return -np.log(self._probabilities(self._grams.windows(ids)[1:]))
 
     def distribution(self, ids: Sequence[int]) -> np.ndarray:
-        """Return the probability of each id to come after `ids`, [V]; it sums to 1."""
+        """Return the probability of each id to follow `ids`, [V]. The sum is 1."""
         V = self._grams.vocab_size
         context = self._grams.windows([*ids, 0])[-1, :-1]
         windows = np.column_stack([np.tile(context, (V, 1)), np.arange(V)])
@@ -158,7 +155,7 @@ class NGram:
 
 # %% ../chapters/B29_baselines.ipynb #cell-057
 def xz_size(texts: Iterable[str], end: bytes = b"") -> int:
-    """Return the bytes of an .xz file of the texts, joined by newlines, and `end`."""
+    """Return the bytes of an .xz file of the texts, joined by newlines, then `end`."""
     compressor = lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME)
     size, between = 0, b""
     for text in texts:
@@ -168,9 +165,8 @@ def xz_size(texts: Iterable[str], end: bytes = b"") -> int:
 
 
 def xz_bits_per_byte(text: bytes, before: bytes = b"") -> float:
-    """Return what `text` adds to the size of an .xz file that already holds `before`,
-    in bits for each of its bytes.
-    """
+    """Return how many bits per byte of `text` an .xz file grows if `text` is appended
+    to `before`. Raises ValueError if `text` is empty."""
     if not text:
         raise ValueError("nothing to compress: the text is empty")
     added = xz_size([], before + text) - xz_size([], before)

@@ -17,7 +17,7 @@ from .config import QwenConfig, parameter_counts
 
 # %% ../chapters/32_speed.ipynb #cell-008
 def wait(device: torch.device) -> None:
-    """Wait until a GPU has done its work; on a CPU there is nothing to wait for."""
+    """Wait until a GPU has finished its work. On a CPU return at once."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -25,7 +25,10 @@ def wait(device: torch.device) -> None:
 def alternating(
     calls: dict[str, Callable], repeats: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Return the seconds of `repeats` calls of each, taken in turn, warmed up once."""
+    """Return the seconds of `repeats` calls of each function, after one warm-up call.
+
+    The functions are called in turn.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, call in calls.items():
@@ -39,18 +42,18 @@ def alternating(
 
 # %% ../chapters/32_speed.ipynb #cell-016
 class Work(NamedTuple):
-    """The least that a piece of work needs: operations, and bytes moved."""
+    """The least work of a computation: operations, and bytes moved."""
 
     flops: float
     traffic: float
 
     def seconds(self, flops_per_second: float, bandwidth: float) -> float:
-        """Return the least time on a machine with these two ceilings."""
+        """Return the least seconds, given a peak speed and a bandwidth (bytes/s)."""
         return max(self.flops / flops_per_second, self.traffic / bandwidth)
 
 # %% ../chapters/32_speed.ipynb #cell-020
 def multiplied_weights(config: QwenConfig) -> tuple[int, int]:
-    """Return the weights that tokens are multiplied with: all blocks', the head's."""
+    """Return the number of weights in matrix products: of all blocks, of the head."""
     counts = parameter_counts(config)
     blocks = counts["attention"] + counts["mlp"]
     return blocks, config.vocab_size * config.hidden_size
@@ -63,10 +66,10 @@ def decode_work(
     weight_bytes: float = 2,
     number_bytes: int = 2,
 ) -> Work:
-    """Count a step that writes a token in each row, `context` tokens before it.
+    """Return the work of a step that writes a token per row after `context` tokens.
 
-    A weight has `weight_bytes`, a number in the cache `number_bytes`. The new token's
-    attention to itself is left out.
+    A weight takes `weight_bytes` bytes, a number in the cache `number_bytes`. The new
+    token's attention to itself is not counted.
     """
     weights = sum(multiplied_weights(config))
     L, h = config.num_hidden_layers, config.head_dim
@@ -91,7 +94,7 @@ from .tokenizer import TiktokenTokenizer
 
 # %% ../chapters/B39_clients_and_losses.ipynb #cell-007
 def serve_clients(model: QwenForCausalLM, prompts: torch.Tensor, n: int) -> None:
-    """Let an engine answer all `prompts` [B, T] of bytes by up to `n` tokens each."""
+    """Answer all `prompts` [B, T] (bytes) with up to `n` tokens each, by an Engine."""
     B, T = prompts.shape
     tokenizer = TiktokenTokenizer({token: i for i, token in enumerate(BYTE_ORDER)})
     sizes = {"max_batch": B, "max_queue": B, "max_context": T + n + 1}
@@ -110,7 +113,7 @@ def serve_clients(model: QwenForCausalLM, prompts: torch.Tensor, n: int) -> None
 
 @torch.no_grad()
 def bench_serving(bench: "Bench") -> None:
-    """Time clients that are served, and the same rows written in one batch."""
+    """Measure the time of an Engine with clients, and of the same rows in one batch."""
     given, place, n = bench.arguments, bench.place, bench.arguments.new_tokens
     model = open_source(place.folder / "model", place.device, place.dtype)[0]
     optimize_for_inference(model)
@@ -133,7 +136,7 @@ def _naive(h, w, targets) -> torch.Tensor:
 
 
 def losses() -> dict[str, Callable]:
-    """Return the losses that are compared: h [N, D], w [V, D], targets [N] -> loss."""
+    """Return the compared losses by name: h [N, D], w [V, D], targets [N] -> loss."""
     found: dict[str, Callable] = {"qwen_analog": linear_cross_entropy, "naive": _naive}
     if hasattr(F, "linear_cross_entropy"):  # from torch 2.13 on
         found["F.linear_cross_entropy"] = F.linear_cross_entropy
@@ -141,7 +144,8 @@ def losses() -> dict[str, Callable]:
 
 
 def loss_step(name: str, sizes: tuple[int, int, int], place: "Place") -> Callable:
-    """Return what computes a loss and its gradients, of random [N, D] and [V, D]."""
+    """Return a function that computes a loss and its gradients for random h [N, D] and
+    w [V, D]. `sizes` is (N, D, V). The function returns the loss."""
     N, D, V = sizes
     generator = torch.Generator(place.device).manual_seed(0)
     like = {"device": place.device, "generator": generator}
@@ -169,7 +173,10 @@ def _loss_memory(sender, name: str, sizes: tuple, place: "Place", threads: int) 
 
 
 def in_a_process(work: Callable) -> Any:
-    """Call `work(sender, threads=)` in a new process; return what it sends."""
+    """Call `work(sender, threads=)` in a new process; return what it sends.
+
+    Raises RuntimeError if the process ends without sending.
+    """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     options = {"sender": sender, "threads": torch.get_num_threads()}
@@ -185,7 +192,7 @@ def in_a_process(work: Callable) -> Any:
 
 # %% ../chapters/B39_clients_and_losses.ipynb #cell-012
 def bench_loss(bench: "Bench") -> None:
-    """Time losses with their gradients; compare their values, and their memory."""
+    """Measure the losses with their gradients: time, values and peak memory."""
     given, place, c = bench.arguments, bench.place, bench.config
     for rows in given.batch:
         sizes = rows * given.prompt_tokens, c.hidden_size, c.vocab_size
@@ -224,7 +231,7 @@ from .optim import build_optimizers
 
 # %% ../chapters/B42_comparison.ipynb #cell-082
 class Place(NamedTuple):
-    """Where the compared models lie, and how they are opened."""
+    """The folder of the compared models, and the device and dtype for opening them."""
 
     folder: Path
     device: torch.device
@@ -233,7 +240,7 @@ class Place(NamedTuple):
 
 @torch.no_grad()
 def drawn_model(config: QwenConfig) -> QwenForCausalLM:
-    """Return a model with random weights, its norms and biases among them."""
+    """Return a model with random weights, including its norms and biases."""
     torch.manual_seed(0)
     model = QwenForCausalLM(config)
     for p in model.parameters():
@@ -243,7 +250,7 @@ def drawn_model(config: QwenConfig) -> QwenForCausalLM:
 
 
 def write_model(model: QwenForCausalLM, place: Place) -> None:
-    """Write what all will open."""
+    """Write the model into `place.folder`, from which all libraries load it."""
     folder = place.folder / "model"
     folder.mkdir()
     write_json(hf_config(model.config), folder / "config.json")
@@ -263,7 +270,7 @@ class Writer(NamedTuple):
 
 # %% ../chapters/B42_comparison.ipynb #cell-085
 def open_ours(place: Place, form: str | None = None, compiled: bool = False) -> Writer:
-    """Open this package's model: plain, "laid out" or quantized, and compiled."""
+    """Open this package's model: plain, "laid out", "int8" or "int4", and compiled."""
     model = open_source(place.folder / "model", place.device, place.dtype)[0].eval()
     quantize = form if form in BYTES else None
     if form is not None:
@@ -281,7 +288,7 @@ def open_ours(place: Place, form: str | None = None, compiled: bool = False) -> 
 
 # %% ../chapters/B42_comparison.ipynb #cell-086
 def hugging_face_model(place: Place, dtype: torch.dtype) -> Any:
-    """Return Hugging Face's model, on the CPU."""
+    """Return the model of Hugging Face's `transformers`, on the CPU."""
     library = need("transformers")
     library.utils.logging.disable_progress_bar()
     auto = library.AutoModelForCausalLM
@@ -289,7 +296,7 @@ def hugging_face_model(place: Place, dtype: torch.dtype) -> Any:
 
 # %% ../chapters/B42_comparison.ipynb #cell-087
 def open_transformers(place: Place) -> Writer:
-    """Open Hugging Face's model."""
+    """Open the model of Hugging Face's `transformers`."""
     model = hugging_face_model(place, place.dtype).to(place.device).eval()
 
     def write(ids: torch.Tensor, n: int) -> torch.Tensor:
@@ -307,7 +314,7 @@ def open_transformers(place: Place) -> Writer:
 
 # %% ../chapters/B42_comparison.ipynb #cell-089
 def _convert(place: Place, form: str) -> Path:
-    """Write the model as CTranslate2 reads it, once; return the directory."""
+    """Convert the model for CTranslate2 if needed; return the directory."""
     folder = place.folder / f"ctranslate2-{form}"
     if folder.exists():
         return folder
@@ -328,7 +335,7 @@ def _convert(place: Place, form: str) -> Path:
 
 # %% ../chapters/B42_comparison.ipynb #cell-090
 def open_ctranslate2(place: Place, form: str) -> Writer:
-    """Open OpenNMT's runtime for Transformers."""
+    """Open the model in CTranslate2, OpenNMT's inference library."""
     runtime = need("ctranslate2")
     generator = runtime.Generator(
         str(_convert(place, form)),
@@ -354,7 +361,7 @@ def open_ctranslate2(place: Place, form: str) -> Writer:
 
 # %% ../chapters/B42_comparison.ipynb #cell-092
 def litgpt_model(place: Place, dtype: torch.dtype) -> Any:
-    """Return litgpt's model with the weights that all open."""
+    """Return the litgpt model with the compared weights."""
     litgpt = need("litgpt")
     weights = load_file(place.folder / "model" / "model.safetensors")
     config = QwenConfig.from_dict(read_json(place.folder / "shape.json"))
@@ -388,7 +395,7 @@ def _litgpt_shape(c: QwenConfig) -> dict:
 
 # %% ../chapters/B42_comparison.ipynb #cell-093
 def _litgpt_names(weights: dict[str, torch.Tensor], layers: int) -> dict:
-    """Return Hugging Face's weights under litgpt's names."""
+    """Return weights with Hugging Face's names under litgpt's names."""
     embedding = weights["model.embed_tokens.weight"]
     found = {"transformer.wte.weight": embedding}
     found["lm_head.weight"] = weights.get("lm_head.weight", embedding)
@@ -414,7 +421,7 @@ def _litgpt_names(weights: dict[str, torch.Tensor], layers: int) -> dict:
 
 # %% ../chapters/B42_comparison.ipynb #cell-094
 def open_litgpt(place: Place) -> Writer:
-    """Open Lightning's litgpt; its loop of writing, written out."""
+    """Open the model of Lightning's litgpt, with a greedy generation loop."""
     model = litgpt_model(place, place.dtype).eval()
 
     def write(ids: torch.Tensor, n: int) -> torch.Tensor:
@@ -432,7 +439,10 @@ def open_litgpt(place: Place) -> Writer:
 
 # %% ../chapters/B42_comparison.ipynb #cell-096
 def chosen(openers: dict[str, Callable], words: list[str] | None) -> dict:
-    """Return those whose names hold one of the words; all, where none are given."""
+    """Return the openers whose names contain one of `words`; all if it is None.
+
+    Raises ValueError if none does.
+    """
     if words is None:
         return openers
     found = {n: o for n, o in openers.items() if {*words} & {*n.split()}}
@@ -444,7 +454,7 @@ def chosen(openers: dict[str, Callable], words: list[str] | None) -> dict:
 def writers_for(
     dtype: torch.dtype, compiled: bool = False
 ) -> dict[str, Callable[[Place], Writer]]:
-    """Return how to open each model that is compared, by the name it is shown by."""
+    """Return a function that opens each compared model, by its displayed name."""
     found: dict[str, Callable] = {
         "qwen_analog": open_ours,
         "qwen_analog laid out": partial(open_ours, form="laid out"),
@@ -464,7 +474,7 @@ def writers_for(
 
 
 def opened(openers: dict[str, Callable], *arguments) -> tuple[dict, dict[str, str]]:
-    """Call each opener; return what they opened, and why others are left out."""
+    """Call each opener; return the results, and why others could not be opened."""
     found, left_out = {}, {}
     for name, opener in openers.items():
         try:
@@ -475,9 +485,10 @@ def opened(openers: dict[str, Callable], *arguments) -> tuple[dict, dict[str, st
 
 # %% ../chapters/B42_comparison.ipynb #cell-097
 def compared_writers(writers: dict[str, Writer], ids: torch.Tensor) -> dict[str, dict]:
-    """Compare logits and greedy text of all with the first's; say how far each is off.
+    """Compare the logits and the greedy text of all models with those of the first.
 
-    "off" is relative to the size of the first's, "allowed" depends on the weights.
+    "off" is the relative difference of the logits, "allowed" its limit for the format
+    of the weights. A model beyond the limit is "refused".
     """
     found, first = {}, None
     for name, writer in writers.items():
@@ -494,7 +505,7 @@ RATE = 1e-3  # the learning rate of all
 
 
 def train_ours(place: Place, batch: dict, precision: str, compiled: bool) -> Callable:
-    """Return this package's training step, which returns its loss."""
+    """Return this package's training step as a function that returns the loss."""
     from qwen_analog.parallel import compile_layers
     from qwen_analog.step import train_step
     from qwen_analog.train_config import TrainConfig
@@ -515,7 +526,7 @@ def train_ours(place: Place, batch: dict, precision: str, compiled: bool) -> Cal
 def step_of(
     model: nn.Module, loss_of: Callable, batch: dict, precision: str
 ) -> Callable[[], float]:
-    """Return a training step of another library's model, which returns its loss."""
+    """Return a training step for another library's model, which returns the loss."""
     if precision == "bf16-pure":
         model.bfloat16()
     optimizers = build_optimizers(model.train(), RATE)
@@ -559,7 +570,7 @@ def train_litgpt(place: Place, batch: dict, precision: str, compiled: bool) -> C
 
 
 def trainers_for(dtype: torch.dtype, compiled: bool) -> dict[str, Callable]:
-    """Return how to open each training step that is compared, by its name."""
+    """Return a function that makes each compared training step, by displayed name."""
     people = {"qwen_analog": train_ours}
     people |= {"transformers": train_transformers, "litgpt": train_litgpt}
     kinds = ("bf16", "bf16-pure") if dtype == torch.bfloat16 else ("fp32",)
@@ -574,7 +585,7 @@ def trainers_for(dtype: torch.dtype, compiled: bool) -> dict[str, Callable]:
 
 # %% ../chapters/B42_comparison.ipynb #cell-104
 def compared_trainers(steps: dict[str, Callable]) -> dict[str, dict]:
-    """Take three steps with each and compare their losses with the first one's."""
+    """Take three steps with each trainer; compare its losses with the first's."""
     losses = {name: [step() for _ in range(3)] for name, step in steps.items()}
     expected = next(iter(losses.values()), [])
     found = {}
@@ -587,9 +598,7 @@ def compared_trainers(steps: dict[str, Callable]) -> dict[str, dict]:
 
 # %% ../chapters/B42_comparison.ipynb #cell-106
 def _own_peak(device: torch.device) -> int:
-    """Return the most bytes that this process held: what `getrusage` says begins with
-    what its parent held.
-    """
+    """Return this process's peak memory in bytes, without its parent's."""
     status = Path("/proc/self/status")
     if device.type == "cuda" or not status.exists():
         return peak_memory(device)
@@ -609,7 +618,8 @@ def _first_work(
 
 
 def alone(place: Place, opener: Callable, ids: torch.Tensor) -> dict:
-    """Let a process begin, open a model and write a token; return seconds and bytes."""
+    """Return "seconds" and "peak_bytes" of a new process that opens a model and writes
+    one token. Raises RuntimeError if the process dies."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     arguments = sender, place, opener, ids, torch.get_num_threads()
@@ -628,7 +638,7 @@ def alone(place: Place, opener: Callable, ids: torch.Tensor) -> dict:
 
 # %% ../chapters/B42_comparison.ipynb #cell-108
 def model_shapes(config: QwenConfig) -> list[tuple[int, int]]:
-    """Return [N, K] of the model's matrices, each shape once."""
+    """Return the shapes [N, K] of the model's matrices, without duplicates."""
     D, F_ = config.hidden_size, config.intermediate_size
     q = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
@@ -638,9 +648,9 @@ def model_shapes(config: QwenConfig) -> list[tuple[int, int]]:
 
 @torch.no_grad()
 def measure_ceilings(device: torch.device, config: QwenConfig, tokens: int) -> dict:
-    """Measure what the device can do: at large sizes, and at the model's shapes with
-    `tokens` rows.
-    """
+    """Measure the device's peak speeds: for large matrices, and for the model's matrix
+    shapes with `tokens` rows. "matmul" is in FLOP/s, "read" and "matrix_vector" in
+    bytes/s."""
     n = 2048 if device.type == "cpu" else 8192
     matmul = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -655,7 +665,7 @@ def measure_ceilings(device: torch.device, config: QwenConfig, tokens: int) -> d
 
 # %% ../chapters/B42_comparison.ipynb #cell-110
 def device_name(device: torch.device) -> str:
-    """Return what the maker calls the device."""
+    """Return the name of the GPU or CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -669,7 +679,10 @@ def device_name(device: torch.device) -> str:
 
 
 def open_given(arguments: argparse.Namespace) -> QwenForCausalLM:
-    """Return the model that the flags name: a source's, or one with random weights."""
+    """Return the model named by the flags: a loaded one, or one with random weights.
+
+    Raises ValueError if the flags name several models.
+    """
     flags = ("model", "preset", "config")
     given = [f"--{flag}" for flag in flags if getattr(arguments, flag)]
     if len(given) > 1:
@@ -687,7 +700,7 @@ def open_given(arguments: argparse.Namespace) -> QwenForCausalLM:
 
 # %% ../chapters/B42_comparison.ipynb #cell-111
 class Bench:
-    """One run: what was asked for, and what has been measured."""
+    """One benchmark run: its arguments and its results."""
 
     def __init__(self, arguments: argparse.Namespace, folder: Path):
         self.arguments = arguments
@@ -716,14 +729,14 @@ class Bench:
         return ids.to(self.place.device)
 
     def measure_ceilings(self) -> None:
-        """Measure the device; of two measurements the higher value counts."""
+        """Measure the device's peak speeds; the higher of two measurements is kept."""
         tokens = max(self.arguments.batch) * self.arguments.prompt_tokens
         found = measure_ceilings(self.place.device, self.config, min(tokens, 2048))
         self.ceilings = _higher(self.ceilings, found)
 
 # %% ../chapters/B42_comparison.ipynb #cell-112
 def _add_limits(bench: Bench) -> None:
-    """Say of each case which part of its limit it reached."""
+    """Add to each case the fraction of the device's limit that it reached."""
     for case in bench.cases:
         if "flops" in case:
             dtype = "float32" if case["form"] in ("float32", "fp32") else "bfloat16"
@@ -734,7 +747,7 @@ def _add_limits(bench: Bench) -> None:
 
 
 def _higher(a: dict, b: dict) -> dict:
-    """Return the higher of all values in dicts of one structure; `a` may be empty."""
+    """Return the higher of each two values in nested dicts; `a` may be empty."""
     return {
         name: _higher(a.get(name, {}), value)
         if isinstance(value, dict)
@@ -744,7 +757,7 @@ def _higher(a: dict, b: dict) -> dict:
 
 # %% ../chapters/B42_comparison.ipynb #cell-113
 def _passed(bench: Bench, found: dict, checks: dict[str, dict], what: str) -> dict:
-    """Keep the checks; return those that may be timed."""
+    """Store the checks; return those of `found` that were not refused."""
     bench.checks |= {f"{what}: {name}": check for name, check in checks.items()}
     return {name: x for name, x in found.items() if not checks[name]["refused"]}
 
@@ -752,9 +765,9 @@ def _passed(bench: Bench, found: dict, checks: dict[str, dict], what: str) -> di
 def _add_cases(
     bench: Bench, work: str, rows: int, tokens: int, seconds: dict, asked: dict
 ) -> None:
-    """Add a case for each that was timed: `tokens` in each of its `seconds`.
+    """Add a case for each timed name: `tokens` were processed in each of its `seconds`.
 
-    `asked` gives the work of each, and the form of its weights.
+    `asked` has the `Work` and the weight format of each name.
     """
     others = [name for name in seconds if not name.startswith("qwen_analog")]
     for name, values in seconds.items():
@@ -771,7 +784,7 @@ def _add_cases(
 # %% ../chapters/B42_comparison.ipynb #cell-115
 @torch.no_grad()
 def bench_writers(bench: Bench) -> None:
-    """Time the reading of prompts and the writing of tokens."""
+    """Measure the time of reading prompts and of writing tokens."""
     given, place, n = bench.arguments, bench.place, bench.arguments.new_tokens
     compiled = given.compile and missing_compiler(place.device) is None
     openers = chosen(writers_for(place.dtype, compiled), given.only)
@@ -814,7 +827,7 @@ def _add_written(bench: Bench, writers: dict, rows: int, seconds: dict) -> None:
 
 # %% ../chapters/B42_comparison.ipynb #cell-117
 def bench_trainers(bench: Bench) -> None:
-    """Time the training step."""
+    """Measure the time of a training step."""
     given, place = bench.arguments, bench.place
     compiled = given.compile and missing_compiler(place.device) is None
     for rows in given.batch:
@@ -833,7 +846,7 @@ def bench_trainers(bench: Bench) -> None:
 
 
 def bench_starts(bench: Bench) -> None:
-    """Let each that writes begin in a process of its own."""
+    """Measure the start of each model in a new process."""
     openers = chosen(writers_for(bench.place.dtype), bench.arguments.only)
     for name, opener in openers.items():
         # here first: what is opened may have to be converted, or be refused
@@ -882,7 +895,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict:
 
 # %% ../chapters/B42_comparison.ipynb #cell-120
 def _for_plan(bench: Bench) -> dict:
-    """Return what `plan --bench` reads, nothing where no training was measured."""
+    """Return the values that `plan --bench` reads; {} if no training was measured."""
     trained = [
         case
         for case in bench.cases
@@ -902,7 +915,7 @@ def _for_plan(bench: Bench) -> dict:
 
 # %% ../chapters/B42_comparison.ipynb #cell-121
 def as_table(found: dict) -> str:
-    """Return a run as the lines that `qwen-analog bench` prints."""
+    """Return the results as the table that `qwen-analog bench` prints."""
     lines = [
         f"{found['device']}; torch {found['torch']}, {found['threads']} threads",
         f"{found['weights'] / 1e6:,.1f} million weights, {found['dtype']},"
@@ -957,9 +970,8 @@ def _case_line(case: dict) -> str:
 
 # %% ../chapters/B42_comparison.ipynb #cell-068
 def draw_roofline(axes: Any, found: dict) -> None:
-    """Draw a run's ceilings, and its cases as points: a colour for each name, a label
-    for each piece of work.
-    """
+    """Draw a run's peak speeds as a roofline, and its cases as points. Each name has a
+    colour and a marker, each kind of work a label."""
     read = found["ceilings"]["read"]
     cases = [case for case in found["cases"] if "flops" in case]
     points = [(c["flops"] / c["traffic"], c["flops"] / c["seconds"]) for c in cases]
@@ -991,7 +1003,7 @@ def draw_roofline(axes: Any, found: dict) -> None:
 
 # %% ../chapters/B42_comparison.ipynb #cell-123
 def run(arguments: argparse.Namespace) -> None:
-    """Measure, print a table, and write what was asked for."""
+    """Run the benchmark, print its table, and write the requested files."""
     for path in (arguments.output, arguments.plot):
         if path:  # what cannot be written ends here
             Path(path).touch()
@@ -1024,13 +1036,13 @@ LARGE = {"cpu": 2**28, "cuda": 2**31}  # bytes, more than most caches hold
 
 
 def fastest(call: Callable, device: torch.device, tries: int = 5) -> float:
-    """Return the least seconds of a call."""
+    """Return the shortest time of `tries` calls, in seconds."""
     seconds = alternating({"call": call}, tries, device)
     return min(seconds["call"])
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Return the bytes a second that a sum reads."""
+    """Return the memory bandwidth of a sum over a large tensor, in bytes/s."""
     data = torch.ones(LARGE[device.type] // 8, dtype=torch.int64, device=device)
     return data.nbytes / fastest(data.sum, device)
 
@@ -1038,9 +1050,8 @@ def read_bandwidth(device: torch.device) -> float:
 def product_speed(
     device: torch.device, dtype: torch.dtype, M: int, N: int, K: int
 ) -> float:
-    """Return the operations a second of a product [M, K] x [K, N]: the most of a plain,
-    a packed and a widened one.
-    """
+    """Return the FLOP/s of a matrix product [M, K] x [K, N]: the fastest of a plain
+    product, a PackedLinear and a product in float32."""
     x = torch.randn(M, K, device=device, dtype=dtype)
     weight = torch.randn(N, K, device=device, dtype=dtype)
     packed = PackedLinear(weight)
@@ -1057,7 +1068,7 @@ BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.625}
 
 
 def _layers(form: str, weight: torch.Tensor, number: int) -> list[nn.Module]:
-    """Return `number` layers of a form, each with its own copy of the weight."""
+    """Return `number` layers of a weight format, each with its own copy of `weight`."""
     if form in FORMATS:
         layer = FORMATS[form](weight)
         return [copy.deepcopy(layer) for _ in range(number)]
@@ -1066,7 +1077,10 @@ def _layers(form: str, weight: torch.Tensor, number: int) -> list[nn.Module]:
 
 # %% ../chapters/B76_bandwidth.ipynb #ebe69e1a
 def vector_bandwidth(device: torch.device, form: str, N: int = 4096) -> float:
-    """Return the bytes of weights a second that matrices times one vector read."""
+    """Return the bytes/s of weights that products of matrices and one vector read.
+
+    `form` is the format of the weights, a key of BYTES; the matrices are [N, N].
+    """
     size = BYTES[form] * N * N
     number = 1 + int(LARGE[device.type] // size)
     layers = _layers(form, torch.randn(N, N, device=device), number)
@@ -1084,7 +1098,7 @@ ALLOWED = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.3, "int4": 0.5}
 
 
 def off_by(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return how far logits are from others, relative to those."""
+    """Return the norm of `logits - expected`, divided by the norm of `expected`."""
     a, b = logits.detach().float().cpu(), expected.detach().float().cpu()
     return ((a - b).norm() / b.norm()).item()
 
@@ -1092,7 +1106,7 @@ def off_by(logits: torch.Tensor, expected: torch.Tensor) -> float:
 def prefill_work(
     config: QwenConfig, rows: int, tokens: int, weight_bytes: float = 2
 ) -> Work:
-    """Count the reading of a prompt; only its last position goes through the head."""
+    """Return the `Work` of reading prompts; the head computes the last position."""
     blocks, head = multiplied_weights(config)
     heads, h = config.num_attention_heads, config.head_dim
     pairs = tokens * (tokens + 1) / 2  # a token sees itself and those before
@@ -1102,7 +1116,7 @@ def prefill_work(
 
 # %% ../chapters/B76_bandwidth.ipynb #cell-021
 def train_work(config: QwenConfig, rows: int, tokens: int, precision: str) -> Work:
-    """Count a training step, AdamW's included; attention over all pairs."""
+    """Return the `Work` of a training step with AdamW. Attention counts all pairs."""
     flops = rows * tokens * flops_per_token(config, tokens)
     computed = 4 if precision == "fp32" else 2  # bytes of a weight in a product
     stored = 2 if precision == "bf16-pure" else 4

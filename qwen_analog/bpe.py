@@ -29,8 +29,8 @@ def merge_pair(ids: list, pair: tuple, new) -> list:
 
 # %% ../chapters/01_bpe.ipynb #cell-017
 def lowest_join(parts: list, ranks: Mapping) -> int | None:
-    """Return where the two neighbours begin that form the token of the lowest rank;
-    None where no two form a token. Of equals, the first."""
+    """Return the index of the first of two neighbours that form the token of lowest
+    rank, or None if no two form a token. In a tie it is the leftmost."""
     place, lowest = None, math.inf
     for i in range(len(parts) - 1):
         rank = ranks.get(parts[i] + parts[i + 1], math.inf)
@@ -46,8 +46,8 @@ BYTE_ORDER = [bytes([number]) for number in _visible + _others]
 
 # %% ../chapters/01_bpe.ipynb #cell-029
 def encode_piece(piece: bytes, ranks: Mapping[bytes, int]) -> list[int]:
-    """Return the ids of a piece: neighbours are joined, the lowest rank first, until
-    no two form a token."""
+    """Return the ids of a piece. Neighbours are joined, the lowest rank first, until no
+    two form a token."""
     parts = [bytes([byte]) for byte in piece]  # each byte as a token of its own
     while (i := lowest_join(parts, ranks)) is not None:
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
@@ -62,12 +62,12 @@ QWEN_PATTERN = (
 
 # %% ../chapters/01_bpe.ipynb #cell-048
 def split_text(text: str, pattern: str = QWEN_PATTERN) -> list[str]:
-    """Return the pieces of a text in normal form C; no token crosses a piece's end."""
+    """Return the pieces of a text in normal form C. No token crosses a piece's end."""
     return regex.findall(pattern, unicodedata.normalize("NFC", text))
 
 # %% ../chapters/01_bpe.ipynb #n3010001
 def encode(text: str, ranks: Mapping[bytes, int]) -> list[int]:
-    """Return the ids of a text."""
+    """Return the token ids of a text."""
     ids = []
     for piece in split_text(text):
         ids += encode_piece(piece.encode(), ranks)
@@ -75,7 +75,7 @@ def encode(text: str, ranks: Mapping[bytes, int]) -> list[int]:
 
 # %% ../chapters/01_bpe.ipynb #cell-071
 def decode(ids: Iterable[int], ranks: Mapping[bytes, int]) -> str:
-    """Return the text of ids; bytes that are no UTF-8 become U+FFFD."""
+    """Return the text of ids. Bytes that are not UTF-8 become U+FFFD."""
     token_of = {rank: token for token, rank in ranks.items()}
     data = b"".join(token_of[i] for i in ids)
     return data.decode("utf-8", errors="replace")

@@ -14,9 +14,8 @@ import torch
 def parameter_names(
     model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]
 ) -> list[list[str]]:
-    """Return the names of each optimizer's parameters in the order of its groups, which
-    is how torch numbers them.
-    """
+    """Return the names of each optimizer's parameters, in the order of its groups.
+    torch numbers the parameters in this order."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return [
         [names[p] for group in optimizer.param_groups for p in group["params"]]
@@ -25,9 +24,8 @@ def parameter_names(
 
 # %% ../chapters/35_checkpoints.ipynb #names-12
 def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return the model's tensors by their `state_dict` name; a tied one under its first
-    name only.
-    """
+    """Return the model's tensors by their `state_dict` name, after "weights/". A tied
+    tensor has only its first name."""
     tensors, seen = {}, set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:  # with keep_vars both names give the same object

@@ -17,7 +17,7 @@ from .arguments import report_errors
 
 # %% ../chapters/A1_commands.ipynb #18e0f38d
 class Command(NamedTuple):
-    """Where a command lives: functions of the package, named as module.function."""
+    """A command's functions, named as module.function in the package, and its help."""
 
     run: str
     help: str
@@ -61,20 +61,20 @@ COMMANDS = {
 
 # %% ../chapters/A1_commands.ipynb #d024f74d
 def find(path: str) -> Callable:
-    """Import and return a function of the package, named as module.function."""
+    """Import and return the package's function that `path`, module.function, names."""
     module, _, function = path.partition(".")
     return getattr(importlib.import_module(f"qwen_analog.{module}"), function)
 
 # %% ../chapters/A1_commands.ipynb #071a0a6c
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are ValueErrors of one line, like all other errors."""
+    """A parser that raises ValueError, with one line, for wrong arguments."""
 
     def error(self, message: str):
         raise ValueError(f"{message} (see {self.prog} --help)")
 
 # %% ../chapters/A1_commands.ipynb #72899482
 def build_parser(chosen: str | None = None) -> Parser:
-    """Make a parser that knows all commands, and the flags of the `chosen` one."""
+    """Return a parser with all commands, and with the flags of the `chosen` one."""
     parser = Parser(
         prog="qwen-analog",
         description="Prepare a corpus, plan and train on it, evaluate, talk, serve,"

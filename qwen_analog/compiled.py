@@ -28,9 +28,9 @@ ROOM = 256  # tokens
 
 
 def room_for(tokens: int, finely: bool = False) -> int:
-    """Return the room for so many tokens: 256, doubled until it suffices.
+    """Return how many places to reserve for `tokens`: 256, doubled until it suffices.
 
-    `finely`: the least number of quarters of it that suffices.
+    With `finely` only as many quarters of this number as the tokens need.
     """
     room = ROOM
     while room < tokens:
@@ -40,7 +40,7 @@ def room_for(tokens: int, finely: bool = False) -> int:
 
 
 class StaticRoom(ABC):
-    """What a step finds at the same place each time."""
+    """Tensors of a decoding step that stay at the same addresses in every call."""
 
     token: torch.Tensor  # [B, 1], what each row reads
     layers: list[Any]  # what each block writes to, as its cache
@@ -49,14 +49,15 @@ class StaticRoom(ABC):
 
     @abstractmethod
     def where(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the tokens' positions [B, 1], what they see [B, 1, 1, room]."""
+        """Return the tokens' positions [B, 1] and attention mask [B, 1, 1, room]."""
 
 # %% ../chapters/B37_compiled.ipynb #static-cache
 class StaticCache(StaticRoom):
-    """Rows of one length, behind their padding.
+    """A key/value cache of fixed size for rows of the same length.
 
-    `keys` and `values` are a tensor [B, K, room, h] for each layer; `token` [B, 1] goes
-    to `position` [1]; a row opens with `padding` [B, 1] tokens that nobody sees.
+    `keys` and `values` are a tensor [B, K, room, h] for each layer. The next `token`
+    [B, 1] is written at `position` [1]. A row begins with `padding` [B, 1] hidden
+    tokens.
     """
 
     def __init__(self, keys: Sequence[torch.Tensor] | torch.Tensor, room: int):
@@ -76,7 +77,7 @@ class StaticCache(StaticRoom):
         return self.position - self.padding, seen[:, None, None]
 
     def fill(self, keys, values, held: int, padding: torch.Tensor | None) -> None:
-        """Copy the first `held` tokens of other keys and values, layer by layer."""
+        """Copy the first `held` tokens of `keys` and `values`, layer by layer."""
         for mine, theirs in zip((self.keys, self.values), (keys, values)):
             for a, b in zip(mine, theirs):
                 a[:, :, :held] = b[:, :, :held]
@@ -87,16 +88,17 @@ class StaticCache(StaticRoom):
 
 # %% ../chapters/B37_compiled.ipynb #cell-014
 class _Slot:
-    """One layer's keys and values, as a block's cache."""
+    """One layer's keys and values, with the interface of a block's cache."""
 
     def __init__(self, keys, values, position):
         self.keys, self.values, self.position = keys, values, position
 
     def growing(self):
-        """Return the tensors that depend on the room, and in which dimension."""
+        """Return the tensors that depend on the room, and the dimension that does."""
         return [(self.keys, 2), (self.values, 2)]
 
     def update(self, layer_idx, keys, values):
+        """Write the new `keys`, `values` [B, K, 1, h]; return those of all tokens."""
         self.keys.index_copy_(2, self.position, keys)
         self.values.index_copy_(2, self.position, values)
         return self.keys, self.values
@@ -107,12 +109,12 @@ def _block(layer, x, cos, sin, mask, slot):
 
 
 def _run(block, layer, i: int, x, cos, sin, mask, room: StaticRoom):
-    """Call `block` as a model calls its layers."""
+    """Call `block` with the arguments that a model passes to its layers."""
     return block(layer, x, cos, sin, mask, room.layers[i])
 
 # %% ../chapters/B37_compiled.ipynb #cell-016
 class StaticStep:
-    """The step in which a model that is laid out for inference writes a token."""
+    """The step that writes one token, for a model that was optimized for inference."""
 
     def __init__(self, model: Any):
         self.head, self.backbone = model.lm_head, copy.copy(model.model)
@@ -120,18 +122,18 @@ class StaticStep:
         self.use(_block)
 
     def use(self, block: Callable) -> None:
-        """Let `block` do each layer's work."""
+        """Run each layer through `block`, for example a compiled function."""
         runs = [partial(_run, block, layer, i) for i, layer in enumerate(self.layers)]
         self.backbone.layers = runs
 
     def logits(self, room: StaticRoom) -> torch.Tensor:
-        """Read the `token` of each row; return the logits [B, V] of what follows."""
+        """Read each row's `token`; return the next token's logits [B, V] float32."""
         positions, mask = room.where()
         hidden = self.backbone.hidden_states(room.token, positions, mask, room)
         return self.head(hidden)[:, -1].float()
 
     def run(self, room: StaticRoom) -> torch.Tensor:
-        """As `logits`, by the recorded step where there is one."""
+        """Return the same as `logits`, from the recorded CUDA graph if there is one."""
         if room.graph is None:
             return self.logits(room)
         room.graph.replay()
@@ -139,7 +141,7 @@ class StaticStep:
 
 # %% ../chapters/B37_compiled.ipynb #cell-018
 class CompiledStep(StaticStep):
-    """A step that is compiled, once for each number of rows, and on a GPU each room."""
+    """A step compiled for each number of rows, and on a GPU also for each room."""
 
     def __init__(self, model: Any):
         super().__init__(model)
@@ -155,11 +157,11 @@ class CompiledStep(StaticStep):
         self.use(make(_block))
 
     def reader(self, cache: KVCache, padding: torch.Tensor | None = None) -> "Reader":
-        """Return what reads on, token by token, behind what `cache` holds."""
+        """Return a Reader that continues after the tokens in `cache`."""
         return Reader(self, cache, padding)
 
     def lend(self, reader: "Reader", keys, values) -> StaticCache:
-        """Return a room with the tokens that `reader` has read, for it alone."""
+        """Return a cache with `reader`'s tokens, for its use only."""
         rows, room = len(keys[0]), room_for(reader.held + 1, finely=not self.cuda)
         new = (rows, room) not in self.made
         made = self.made.setdefault((rows, room), [])
@@ -174,14 +176,14 @@ class CompiledStep(StaticStep):
         return memory
 
     def prepare(self, room: StaticRoom) -> None:
-        """Compile for a new room, and record on a GPU; what fails is done without."""
+        """Compile for a new room, and record it on a GPU; else run uncompiled."""
         _prepare(self, room)
 
 # %% ../chapters/B37_compiled.ipynb #cell-020
 class Reader:
-    """Reads one more token of each row, [B] -> logits [B, V], in a room that grows.
+    """Reads one more token of each row, [B] -> logits [B, V], in a cache that grows.
 
-    Row b opens with `padding[b]` tokens of padding.
+    Row b begins with `padding[b]` tokens of padding.
     """
 
     @torch.inference_mode(False)
@@ -206,7 +208,7 @@ class Reader:
 
 # %% ../chapters/B37_compiled.ipynb #cell-022
 def missing_compiler(device: torch.device) -> str | None:
-    """Return what a compiled step lacks on this machine, None where nothing is."""
+    """Return what this machine lacks for compiling, as a text, or None if nothing."""
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 
@@ -219,7 +221,7 @@ def missing_compiler(device: torch.device) -> str | None:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Return whether nothing is known to be missing; say what is."""
+    """Return whether this machine can compile; if not, print why to stderr."""
     lacks = missing_compiler(device)
     if lacks:
         _say(lacks)
@@ -246,7 +248,7 @@ def _prepare(step: CompiledStep, memory: StaticRoom) -> None:
 
 # %% ../chapters/B37_compiled.ipynb #cell-023
 def _record(step: StaticStep, memory: StaticRoom) -> None:
-    """Record a step's orders as a CUDA graph, which does it again at any time."""
+    """Record a step's GPU kernels as a CUDA graph, which can be replayed."""
     main, side = torch.cuda.current_stream(), torch.cuda.Stream()
     side.wait_stream(main)
     with torch.cuda.stream(side):

@@ -17,25 +17,25 @@ from .pages import PagedCache, PagePass, pages_for
 
 # %% ../chapters/B57_compiled_rows.ipynb #rows-11
 class RowSlot:
-    """One layer's rows [n, K, room, h], as a block's cache."""
+    """One layer's rows [n, K, room, h], with the interface of a block's cache."""
 
     def __init__(self, keys, values, rows, positions):
         self.keys, self.values = keys, values
         self.rows, self.positions = rows, positions  # [n, 1] each
 
     def growing(self):
-        """Return the tensors that depend on the room, and in which dimension."""
+        """Return the tensors that depend on the room, and the dimension that does."""
         return [(self.keys, 2), (self.values, 2)]
 
     def update(self, layer_idx, keys, values):
-        """Write `keys`, `values` [n, K, 1, h] of the new tokens; return all rows."""
+        """Write the new `keys`, `values` [n, K, 1, h]; return those of all rows."""
         self.keys[self.rows, :, self.positions] = keys.transpose(1, 2)  # [n, 1, K, h]
         self.values[self.rows, :, self.positions] = values.transpose(1, 2)
         return self.keys, self.values
 
 
 class RowRoom(StaticRoom):
-    """The first `room` places of every row of a cache; n rows read `token` [n, 1]."""
+    """The first `room` places of a cache's n rows, which read `token` [n, 1]."""
 
     def __init__(self, cache: Any, token: torch.Tensor, room: int):
         self.token, self.positions = token, torch.zeros_like(token)
@@ -50,27 +50,28 @@ class RowRoom(StaticRoom):
         return self.positions, seen[:, None, None]
 
     def fill(self, positions: torch.Tensor, plan: Any) -> None:
-        """Take over where a pass writes: `positions` [n, 1], and the cache's `plan`."""
+        """Set `positions` [n, 1]; a PageRoom also copies the pages of `plan`."""
         self.positions.copy_(positions)
 
 # %% ../chapters/B57_compiled_rows.ipynb #rows-13
 class PageSlot:
-    """One layer's pages, as a block's cache."""
+    """One layer's pages, with the interface of a block's cache."""
 
     def __init__(self, keys, values, plan: PagePass):
         self.keys, self.values, self.plan = keys, values, plan
 
     def growing(self):
-        """Return the tensors that depend on the room, and in which dimension."""
+        """Return the tensors that depend on the room, and the dimension that does."""
         return [(self.plan.table, 1)]
 
     def update(self, layer_idx, keys, values):
+        """Write the new `keys`, `values` [n, K, 1, h]; return those of all rows."""
         write = self.plan.write
         return write(self.keys, keys), write(self.values, values)
 
 
 class PageRoom(RowRoom):
-    """A table of the pages that hold `room` tokens of every row."""
+    """A table of pages with room for `room` tokens in every row."""
 
     def __init__(self, cache: PagedCache, token: torch.Tensor, room: int):
         n, size = len(token), cache.pool.size
@@ -92,7 +93,7 @@ class PageRoom(RowRoom):
 
 # %% ../chapters/B57_compiled_rows.ipynb #rows-15
 class CompiledRows:
-    """Writes a token in every row of a cache: a runner's `forward`, compiled."""
+    """Compiled writing of one token in every row; the `forward` of a ModelRunner."""
 
     def __init__(self, model: Any, cache: Any, max_context: int):
         self.step, self.cache = model.compiled_step, cache
@@ -110,11 +111,11 @@ class CompiledRows:
                 self.step.prepare(self.rooms[room])
 
     def room(self, tokens: int) -> int:
-        """Return the room for a longest row of so many tokens."""
+        """Return the room (a number of places) for a longest row of `tokens` tokens."""
         return min(room_for(tokens, finely=not self.step.cuda), self.max_context)
 
     def plan(self, room: RowRoom | None = None) -> RowRoom:
-        """Plan a token for every row, by default in the room of the longest."""
+        """Plan one token for every row; the default room is that of the longest row."""
         positions, _ = self.cache.begin(slice(0, len(self.token)), 1)
         plan = self.cache.present
         room = room or self.rooms[self.room(plan.end)]
@@ -122,7 +123,7 @@ class CompiledRows:
         return room
 
     def __call__(self, first_row: int, ids: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Return the logits [n, V] float32 after `ids` [n, 1], for n rows in a run."""
+        """Return logits [n, V] float32 after `ids` [n, 1], for n consecutive rows."""
         rows = slice(first_row, first_row + len(ids))
         with torch.inference_mode(self.mode), torch.no_grad():
             self.token[rows] = torch.tensor(ids, device=self.token.device)
@@ -130,9 +131,10 @@ class CompiledRows:
 
 # %% ../chapters/B57_compiled_rows.ipynb #rows-choice-code
 def compile_writing(runner: Any, max_context: int) -> None:
-    """Let a runner write with its model's compiled step, where the model has one.
+    """Let a runner write with its model's compiled step, if the model has one.
 
-    Takes seconds, on a GPU for each room: 256 tokens, and what is doubled from there.
+    This takes seconds, on a GPU for each room (256 tokens, doubled up to
+    `max_context`).
     """
     if runner.model.compiled_step is not None:
         runner.forward = CompiledRows(runner.model, runner.cache, max_context)

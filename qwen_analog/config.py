@@ -13,7 +13,7 @@ from importlib import resources
 # %% ../chapters/10_config.ipynb #924b47dc
 @dataclass
 class ModelShape:
-    """The numbers that fix a model."""
+    """The numbers that define the shape of a model."""
 
     vocab_size: int = 151936  # V
     hidden_size: int = 2048  # D
@@ -42,7 +42,7 @@ PRESETS: dict[str, dict] = json.loads(
 
 # %% ../chapters/10_config.ipynb #4c647f6c
 def parameter_counts(config: ModelShape) -> dict[str, int]:
-    """Count the weights of all layers by part; a tied lm_head counts 0."""
+    """Return the number of weights of each part, all layers; a tied lm_head has 0."""
     V, D, F = config.vocab_size, config.hidden_size, config.intermediate_size
     L = config.num_hidden_layers
     q_width = config.num_attention_heads * config.head_dim

@@ -15,11 +15,12 @@ import torch
 
 @dataclass
 class TokenSequence:
-    """T consecutive tokens of the packed stream, [T] int64 each, and their sources.
+    """T consecutive tokens of the packed stream, and the sources of their documents.
 
-    `targets[t]` is the token after `input_ids[t]`; `document_ids` numbers the documents
-    of the sequence from 0. `sources` has the source of each, and one more where the
-    last target opens another document.
+    `input_ids`, `targets` and `document_ids` are [T] int64. `targets[t]` is the token
+    after `input_ids[t]`. `document_ids` numbers the documents of the sequence from 0.
+    `sources` has the source of each, and one more if the last target begins another
+    document.
     """
 
     input_ids: torch.Tensor
@@ -29,7 +30,7 @@ class TokenSequence:
 
 # %% ../chapters/03_data.ipynb #cell-012
 def pack(pieces: Sequence[tuple[np.ndarray, str]]) -> TokenSequence:
-    """Join pieces, T + 1 tokens in all, each of one document, with its source."""
+    """Join pieces of documents, (ids, source) each, with T + 1 tokens in total."""
     tokens = np.concatenate([ids for ids, _ in pieces]).astype(np.int64)  # [T + 1]
     document_ids = np.repeat(np.arange(len(pieces)), [len(ids) for ids, _ in pieces])
     return TokenSequence(
@@ -41,7 +42,7 @@ def pack(pieces: Sequence[tuple[np.ndarray, str]]) -> TokenSequence:
 
 # %% ../chapters/03_data.ipynb #cell-029
 def collate(sequences: Sequence[TokenSequence]) -> dict[str, torch.Tensor]:
-    """Stack `input_ids`, `targets` and `document_ids`, [B, T] each, for the model."""
+    """Stack `input_ids`, `targets` and `document_ids` to [B, T] each, for the model."""
     return {
         name: torch.stack([getattr(sequence, name) for sequence in sequences])
         for name in ("input_ids", "targets", "document_ids")
@@ -49,21 +50,21 @@ def collate(sequences: Sequence[TokenSequence]) -> dict[str, torch.Tensor]:
 
 # %% ../chapters/03_data.ipynb #cell-039
 class ShuffledDocuments:
-    """Documents of these lengths, in a new random order each epoch."""
+    """The order of documents with these lengths, shuffled anew in each epoch."""
 
     def __init__(self, lengths: np.ndarray, seed: int = 0):
         self.lengths, self.seed = lengths, seed
 
     def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the documents in the epoch's order, and the place in the epoch after
-        each, [documents] both."""
+        """Return the documents in the epoch's order, and the position in the epoch
+        after each, both [documents]."""
         rng = np.random.default_rng((self.seed, epoch))
         order = rng.permutation(len(self.lengths))
         return order, np.cumsum(self.lengths[order])
 
     def runs(self, epoch: int, offset: int, tokens: int) -> Iterator[tuple[int, slice]]:
-        """Yield the document and the place in it of each run that the `tokens` from
-        token `offset` of an epoch are made of."""
+        """Yield (document, slice) of each run of tokens among the `tokens` tokens from
+        position `offset` of an epoch."""
         order, ends = self.order(epoch)
         i = int(np.searchsorted(ends, offset, side="right"))
         start = offset - int(ends[i] - self.lengths[order[i]])
@@ -80,16 +81,17 @@ class ShuffledDocuments:
 
 # %% ../chapters/03_data.ipynb #j98213186
 class PackedArrays:
-    """Documents in a new random order each epoch, joined and cut into sequences.
+    """Documents, shuffled anew in each epoch, joined and cut into sequences.
 
     Sequence k is a pure function of (documents, sequence_length, seed, k). Every token
-    of an epoch is an input once: the next epoch goes on in the same sequence.
+    of an epoch is an input once: an epoch's last sequence continues with the next
+    epoch.
     """
 
     def __init__(
         self, documents: Sequence[np.ndarray], sequence_length: int, seed: int = 0
     ):
-        """Take the token ids of each document, the mark first."""
+        """Take the token ids of each document, which begin with the end-of-text id."""
         self.documents, self.sequence_length = documents, sequence_length
         lengths = np.array([len(ids) for ids in documents])
         self.tokens_per_epoch = int(lengths.sum())
@@ -97,7 +99,7 @@ class PackedArrays:
         self.position = 0  # the sequences that all ranks together have taken
 
     def read(self, document: int, place: slice) -> tuple[np.ndarray, str]:
-        """Return the tokens at a place in a document, and its source."""
+        """Return the tokens in a slice of a document, and the document's source."""
         return self.documents[document][place], f"document {document}"
 
     def __getitem__(self, k: int) -> TokenSequence:
@@ -108,8 +110,8 @@ class PackedArrays:
     def take(
         self, count: int, rank: int = 0, world_size: int = 1
     ) -> list[TokenSequence]:
-        """Return this rank's `count` sequences of the next `count * world_size`; the
-        position moves on for all."""
+        """Return this rank's `count` sequences of the next `count * world_size`, and
+        move the position past all of them."""
         first = self.position + rank
         self.position += count * world_size
         return [self[first + i * world_size] for i in range(count)]

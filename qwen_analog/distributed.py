@@ -33,14 +33,20 @@ import torch.distributed as dist
 
 # %% ../chapters/B20_processes.ipynb #cb91eb73
 class LateRanks:
-    """Finds the ranks that begin no collective while the others wait in theirs."""
+    """Counts how long each rank has been late for the collective of the other ranks.
+
+    A rank is late if it begins no new collective although others have begun more.
+    """
 
     def __init__(self):
         self.begun: dict[int, int] = {}  # collectives that each rank has begun
         self.behind = Counter()  # for how many heartbeats each rank has been late
 
     def update(self, begun: dict[int, int]) -> Counter:
-        """Take one heartbeat's numbers; return how long each rank has been late."""
+        """Add one heartbeat's counts; return for how many heartbeats each rank is late.
+
+        `begun` is the number of collectives that each rank has begun.
+        """
         most = max(begun.values())
         for rank, count in begun.items():
             is_late = count == self.begun.get(rank) and count < most
@@ -50,7 +56,11 @@ class LateRanks:
 
 # %% ../chapters/B20_processes.ipynb #8c4b7756
 def env_integer(name: str, default: int, least: int, below: int | None = None) -> int:
-    """Return a whole number of the environment, where torchrun puts it."""
+    """Return a whole number from an environment variable (torchrun sets such).
+
+    Returns `default` if the variable is not set. Raises ValueError if it is no whole
+    number, or is less than `least`, or is not less than `below`.
+    """
     text = os.environ.get(name, str(default)).strip()
     if text.isdecimal() and least <= int(text) and (below is None or int(text) < below):
         return int(text)
@@ -62,7 +72,10 @@ def env_integer(name: str, default: int, least: int, below: int | None = None) -
 
 
 def end_with_torchrun() -> None:
-    """Have this process sent SIGTERM when its torchrun ends, by kill -9 too."""
+    """Let this process receive SIGTERM when its torchrun ends, even by kill -9.
+
+    It does nothing outside torchrun, or on a system other than Linux.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
         return
     parent = os.getppid()
@@ -83,7 +96,7 @@ def _take_device(device: torch.device) -> None:
 
 # %% ../chapters/B20_processes.ipynb #a88dd60e
 class Collectives:
-    """This process's place among all, and what they do together: each calls it."""
+    """This process's rank and device, and operations that all processes join in."""
 
     def __init__(self):
         self.world_size = env_integer("WORLD_SIZE", 1, least=1)
@@ -95,7 +108,7 @@ class Collectives:
         self.watchdog: Watchdog | None = None  # none for a single process
 
     def all_reduce_sum(self, *values: float) -> list[float]:
-        """Return each value summed over all processes."""
+        """Return the sum of each value over all processes."""
         if self.watchdog is None:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -103,15 +116,15 @@ class Collectives:
         return total.tolist()
 
     def all_gather_object(self, value: Any) -> list:
-        """Return every process's `value`, which is JSON, by rank; no time limit."""
+        """Return the `value` (JSON) of every process, by rank; without a time limit."""
         return [value] if self.watchdog is None else _all_gather(self.watchdog, value)
 
     def barrier(self) -> None:
-        """Wait, however long it takes, until all processes are here."""
+        """Wait, without a time limit, until all processes have called this."""
         self.all_gather_object(None)
 
     def broadcast(self, value: Any) -> Any:
-        """Return rank 0's `value`, plain Python data, on all processes."""
+        """Return rank 0's `value`, plain Python data, on every process."""
         self.barrier()  # rank 0 may have taken longer than a collective waits
         carried = [value]
         if self.watchdog is not None:
@@ -120,9 +133,9 @@ class Collectives:
 
 # %% ../chapters/B20_processes.ipynb #514844e5
 class DistributedContext(Collectives):
-    """The processes that torchrun started, connected: an error on one ends all.
+    """The connected processes of torchrun. An error in one ends all of them.
 
-    The error goes on where it arose, and is a RankError, one line, elsewhere.
+    That process raises its error unchanged, the others a RankError, in one line.
     """
 
     def __init__(self, timeout_minutes: float = 10):
@@ -139,17 +152,17 @@ class DistributedContext(Collectives):
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Let nobody leave before all have done the body; an error on one ends all."""
+        """Wait at the end of the body until all processes have finished it."""
         yield  # an error goes on to the context's end, which tells the others
         self.barrier()
 
     def one_first(self, directory: Path) -> AbstractContextManager[None]:
-        """Let one process of all that share `directory` do the body before the rest,
-        on one machine or on many, for the cache that the others find there."""
+        """Let one of all processes that share `directory`, on any machine, run the body
+        before the others, which can then read its files."""
         return _one_first(self, directory)
 
     def agree(self, values: dict, what: str) -> None:
-        """Raise ValueError on all processes unless `values`, JSON, are alike on all."""
+        """Raise ValueError on all ranks if `values` (JSON, named `what`) differ."""
         first = self.all_gather_object(values if self.rank == 0 else None)[0]
         found = self.all_gather_object(_difference(first, values, self.rank, what))
         for difference in filter(None, found):
@@ -158,7 +171,7 @@ class DistributedContext(Collectives):
 # %% ../chapters/B20_processes.ipynb #c0b99cb7
 @contextmanager
 def _mark(directory: Path) -> Iterator[str]:
-    """While open, leave an empty file in `directory`, where that can be written."""
+    """Keep an empty file in `directory` within the context, if it is writable."""
     mark = directory / f"{secrets.token_hex(8)}.partial"
     with suppress(OSError):
         directory.mkdir(parents=True, exist_ok=True)
@@ -188,7 +201,7 @@ def _as_json(value: Any) -> Any:
 
 
 def _difference(first: dict, values: dict, rank: int, what: str) -> str | None:
-    """Say in one line what of `values`, this rank's, is not as on rank 0."""
+    """Return a line about the first of `values` that differs from rank 0's, or None."""
     values = _as_json(values)
     for name in {**first, **values}:
         there, here = values.get(name), first.get(name)
@@ -201,11 +214,11 @@ def _difference(first: dict, values: dict, rank: int, what: str) -> str | None:
 
 # %% ../chapters/B20_processes.ipynb #e43c2db9
 class RankError(ValueError):
-    """Another process failed, or is not heard of; the message names its rank."""
+    """Another process failed or does not answer. The message names its rank."""
 
 
 class Peer:
-    """A connection to another process that carries messages, lines of JSON."""
+    """A connection to another process. Messages are lines of JSON, [kind, content]."""
 
     def __init__(self, connection: socket.socket, rank: int = 0):
         connection.settimeout(5)
@@ -218,14 +231,17 @@ class Peer:
         self.left = False  # it said goodbye, or its end was noticed
 
     def fileno(self) -> int:
+        """Return the connection's file descriptor, for a selector."""
         return self.connection.fileno()
 
     def send(self, kind: str, content: Any = None) -> None:
+        """Send a message. A broken connection is noticed by the thread that reads."""
         with self.lock, suppress(OSError):  # whoever reads from it finds out
             self.connection.sendall(json.dumps([kind, content]).encode() + b"\n")
 
     def receive(self, longest: float = float("inf")) -> list[list]:
-        """Return the messages that have come. EOFError where the process has ended."""
+        """Return the messages that have arrived. Raises EOFError if the connection is
+        closed, or if an unfinished line is longer than `longest` bytes."""
         arrived = self.connection.recv(1 << 16)
         *lines, self.rest = (self.rest + arrived).split(b"\n")
         if not arrived or not lines and len(self.rest) > longest:
@@ -239,7 +255,7 @@ GRACE = 10  # heartbeats for a process to end by itself after a failure
 
 
 class FirstFailure:
-    """The first failure that this process hears of."""
+    """The first failure that this process learns of, its own or another's."""
 
     def __init__(self):
         self.text: str | None = None
@@ -250,7 +266,7 @@ class FirstFailure:
         self.nowhere = open(os.devnull, "w")
 
     def record(self, text: str) -> bool:
-        """Keep `text` if it is the first, and return whether it is."""
+        """Keep `text` if it is the first failure; return whether it is."""
         with self.news:
             first = self.text is None
             self.text = self.text or text
@@ -261,11 +277,12 @@ class FirstFailure:
         return first
 
     def check(self) -> None:
+        """Raise RankError if a failure has been recorded."""
         if self.text:
             raise RankError(self.text)
 
     def end_if_stuck(self) -> None:
-        """Count a heartbeat since the failure; end this process after the last."""
+        """Count a heartbeat after the failure; end this process after the last."""
         self.grace -= 1
         if self.grace < 0:
             if not self.left:
@@ -274,10 +291,8 @@ class FirstFailure:
 
 # %% ../chapters/B20_processes.ipynb #c32fe32b
 class Connections:
-    """A thread that reads from all peers, and calls `beat` every `HEARTBEAT` seconds.
-
-    `receive` gets a peer, a kind and a content; the kind "end" is the connection's end.
-    """
+    """A thread that reads from peers and calls `beat` every `HEARTBEAT` seconds. It
+    calls `receive(peer, kind, content)`; kind "end": the connection ended."""
 
     def __init__(self, receive: Callable[[Peer, str, Any], None], beat: Callable):
         self.receive, self.beat = receive, beat
@@ -287,6 +302,7 @@ class Connections:
         self.thread = threading.Thread(target=self._run, daemon=True)
 
     def add(self, peer: Peer) -> None:
+        """Begin to read from a peer."""
         self.peers[peer.rank] = peer
         self.selector.register(peer, selectors.EVENT_READ, peer)
 
@@ -315,7 +331,7 @@ class Connections:
 
 # %% ../chapters/B20_processes.ipynb #94c4123a
 class Watchdog:
-    """Notices processes that fail, end, stop or are late, and tells the others."""
+    """Finds processes that fail, end, stop or are late, and tells the others."""
 
     def __init__(self, context: DistributedContext):
         self.context = context
@@ -325,7 +341,7 @@ class Watchdog:
         self.collectives = 0  # that this process has begun
 
     def fail(self, text: str) -> None:
-        """Record a failure, and pass the first one on to the other processes."""
+        """Record a failure; if it is the first, send it to the other processes."""
         if self.failure.record(text):
             self.connections.send("failed", text)
 
@@ -361,7 +377,7 @@ def _where(context: DistributedContext) -> str:
 
 
 def _find_silent_and_late(watchdog: Watchdog) -> None:
-    """Fail where a process has kept the others waiting for `timeout_minutes`."""
+    """Record a failure if a process was silent or late for `timeout_minutes`."""
     where, minutes = _where(watchdog.context), watchdog.context.timeout_minutes
     limit = max(3, round(minutes * 60 / HEARTBEAT))
     time_out = f"{minutes:g} minutes (collective_timeout_minutes)"
@@ -382,7 +398,7 @@ def _find_silent_and_late(watchdog: Watchdog) -> None:
 
 # %% ../chapters/B20_processes.ipynb #bc87a1aa
 def _all_gather(watchdog: Watchdog, value: Any) -> list:
-    """Return every process's value by rank. RankError as soon as one has failed."""
+    """Return every process's value by rank. Raises RankError once one has failed."""
     peers, value = watchdog.connections.peers, _as_json(value)
     if watchdog.context.rank > 0:
         peers[0].send("object", value)
@@ -401,9 +417,10 @@ def _next_object(watchdog: Watchdog, peer: Peer) -> Any:
 
 
 def _collectives_begun() -> int:
-    """Return how many collectives this process has begun in training's groups.
+    """Return how many collectives this process has begun in the groups of training.
 
-    A checkpoint's own group does not count: there the others wait for one that writes.
+    The group of checkpoints does not count: while one process writes, the others may
+    wait.
     """
     if not dist.is_initialized():
         return 0
@@ -416,7 +433,7 @@ def _collectives_begun() -> int:
 
 # %% ../chapters/B20_processes.ipynb #e657e33f
 def _master_address() -> tuple[str, int]:
-    """Return MASTER_ADDR and MASTER_PORT."""
+    """Return MASTER_ADDR and MASTER_PORT. Raises ValueError if they are no address."""
     host = os.environ.get("MASTER_ADDR", "").strip()
     if not host:
         raise ValueError(
@@ -435,7 +452,7 @@ def _master_address() -> tuple[str, int]:
 
 
 def _connect(host: str, port: int, until: float) -> socket.socket:
-    """Return a connection to rank 0's machine, which may start later than this one."""
+    """Return a connection to rank 0's machine; try until the time `until`."""
     while True:
         try:
             wait = max(1, until - time.monotonic())
@@ -475,7 +492,7 @@ def _open_store(rank: int, until: float) -> dist.Store:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Drop what libraries write to the terminal; errors are raised all the same."""
+    """Discard what libraries write to stderr. Errors are raised as usual."""
     sys.stderr.flush()
     kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
@@ -488,7 +505,7 @@ def _quiet() -> Iterator[None]:
 
 # %% ../chapters/B20_processes.ipynb #9e4d0007
 def _accept_ranks(watchdog: Watchdog, store: dist.Store, until: float) -> None:
-    """Wait on rank 0 until all other processes have presented themselves."""
+    """Wait on rank 0 until all other processes have connected and named their rank."""
     others = set(range(1, watchdog.context.world_size))
     token = secrets.token_hex()
     both = socket.has_dualstack_ipv6()
@@ -505,7 +522,7 @@ def _accept_ranks(watchdog: Watchdog, store: dist.Store, until: float) -> None:
 
 
 def _admit(watchdog: Watchdog, peer: Peer, token: str, until: float) -> None:
-    """Read which rank a new connection is, and watch it from now on."""
+    """Read the rank of a new connection, and add it to the watched peers."""
     messages: list[list] = []
     while not messages and time.monotonic() < until:
         messages = peer.receive(longest=1000)
@@ -527,7 +544,7 @@ def _admit(watchdog: Watchdog, peer: Peer, token: str, until: float) -> None:
 
 # %% ../chapters/B20_processes.ipynb #104da306
 def _call_rank_0(watchdog: Watchdog, store: dist.Store, until: float) -> None:
-    """Find rank 0, and present this process to it."""
+    """Connect to rank 0 and tell it this process's rank."""
     while not store.check(["rank 0"]):
         if time.monotonic() > until:
             raise RankError("rank 0 did not arrive: was it started?")
@@ -539,9 +556,9 @@ def _call_rank_0(watchdog: Watchdog, store: dist.Store, until: float) -> None:
 
 
 def rendezvous(watchdog: Watchdog) -> dist.Store:
-    """Connect this process with the others, and return their store.
+    """Connect this process with the others, and return their store (`dist.Store`).
 
-    RankError or ValueError, one line, where they are not there in time.
+    Raises RankError or ValueError with one line if they do not all arrive in time.
     """
     context = watchdog.context
     until = time.monotonic() + max(JOIN_TIMEOUT, context.timeout_minutes * 60 / 5)
@@ -554,7 +571,7 @@ def rendezvous(watchdog: Watchdog) -> dist.Store:
 
 # %% ../chapters/B20_processes.ipynb #b31dc499
 def _software() -> dict[str, str]:
-    """Return what has to be the same on all machines."""
+    """Return the versions and hashes that must be equal on all machines."""
     code = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
         code.update(file.read_bytes())
@@ -562,7 +579,7 @@ def _software() -> dict[str, str]:
 
 
 def _use_loopback(context: DistributedContext) -> None:
-    """Keep gloo, on a single machine, from looking at the host's names and networks."""
+    """Let gloo use the loopback interface if all processes run on one machine."""
     try:
         machine = Path("/proc/sys/kernel/random/boot_id").read_text()
         network = os.readlink("/proc/self/ns/net")
@@ -586,7 +603,7 @@ def _form_group(context: DistributedContext, store: dist.Store) -> None:
 
 # %% ../chapters/B20_processes.ipynb #fecff831
 def _join(context: DistributedContext) -> DistributedContext:
-    """Connect this process with the others, who hear of an error here as well."""
+    """Connect this process with the others. Errors here are reported to them too."""
     end_with_torchrun()
     if context.world_size == 1:
         _take_device(context.device)
@@ -603,7 +620,7 @@ def _join(context: DistributedContext) -> DistributedContext:
 
 # %% ../chapters/B20_processes.ipynb #b0f27567
 def _is_broken_connection(error: BaseException | None) -> bool:
-    """Tell whether `error` is how gloo, NCCL or the store say that a peer is gone."""
+    """Return whether `error` is how gloo, NCCL or the store report a lost peer."""
     seen = []  # some libraries' errors go round in circles
     while error is not None and error not in seen:
         words = re.search(r"gloo|NCCL|c10d|Connection (reset|closed)", str(error))
@@ -617,7 +634,7 @@ def _is_broken_connection(error: BaseException | None) -> bool:
 
 
 def _report(watchdog: Watchdog, error: BaseException) -> None:
-    """Tell the others of `error`; RankError where it came from one of them."""
+    """Report `error` to the others. Raises RankError if a connection to them broke."""
     failure, where = watchdog.failure, _where(watchdog.context)
     if isinstance(error, RankError):
         return
@@ -638,7 +655,7 @@ def _report(watchdog: Watchdog, error: BaseException) -> None:
 
 # %% ../chapters/B20_processes.ipynb #d07d1d9a
 def _leave(watchdog: Watchdog, error: BaseException | None) -> None:
-    """Leave, all together after the last one's work, or after telling of `error`."""
+    """Disconnect after the others have finished, or after reporting `error` to them."""
     failure, connections = watchdog.failure, watchdog.connections
     try:
         if error is None:

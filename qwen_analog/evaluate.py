@@ -36,8 +36,9 @@ from .tokenizer import Tokenizer
 
 # %% ../chapters/B31_evaluate.ipynb #cell-016
 def held_out_lines(documents: Iterable[Document], fraction: float) -> bytearray:
-    """Return for each of `documents` 1 where it is held out, as `held_out_mask` says,
-    else 0; one byte a document, whatever their size.
+    """Return for each document 1 if it is held out (see `held_out_mask`), else 0.
+
+    The result has one byte per document. `fraction` 1 holds out all valid documents.
     """
     chosen, lines, keys, sides = bytearray(), [], [], set()
     for document in documents:
@@ -58,8 +59,10 @@ def held_out_lines(documents: Iterable[Document], fraction: float) -> bytearray:
 def texts_of(
     files: Sequence[str], chosen: bytearray, skip_bad_lines: bool, held: bool = True
 ) -> Iterator[str]:
-    """Yield the texts of the documents that `held_out_lines` chose (`held`), or of all
-    others. ValueError where the files have changed since.
+    """Yield the texts of held-out documents, or of all others if `held` is False.
+
+    `chosen` is the result of `held_out_lines`. Raises ValueError if the files have
+    changed since.
     """
     lines = 0
     for document in read_jsonl(files, skip_bad_lines):
@@ -78,9 +81,8 @@ DATA = "data/wiki/wiki.jsonl"
 
 
 def _training(source: str) -> dict[str, Any]:
-    """Return what a checkpoint of this package says about its training; {} for any
-    other source, or a damaged one.
-    """
+    """Return what a checkpoint of this package stores about its training. Returns {}
+    for any other source and for a damaged checkpoint."""
     path = Path(source)
     ours = path.is_file() or (path / "checkpoint.pt").is_file()
     if path.suffix == ".gguf" or not (ours or (path / "sharded").is_dir()):
@@ -95,9 +97,8 @@ def _training(source: str) -> dict[str, Any]:
 
 
 def _shares(sources: Sequence[str]) -> dict[str, float]:
-    """Return the part of the documents that each of `sources` held out in training,
-    where it says so.
-    """
+    """Return the fraction of the documents that each source held out in training, for
+    the sources that store it."""
     shares = {}
     for source in sources:
         share = _training(source).get("train_config", {}).get("heldout_fraction")
@@ -107,9 +108,8 @@ def _shares(sources: Sequence[str]) -> dict[str, float]:
 
 # %% ../chapters/B31_evaluate.ipynb #cell-022
 def _share(shares: dict[str, float]) -> float:
-    """Return what all models held out, and say it in a line. ValueError where one was
-    trained on all documents.
-    """
+    """Return the smallest fraction that the models held out, and print it. Raises
+    ValueError if one was trained on all documents."""
     if not shares:
         print(
             f"evaluated is a part of {HELDOUT_FRACTION:g} of the documents: the models"
@@ -129,7 +129,7 @@ def _share(shares: dict[str, float]) -> float:
 
 # %% ../chapters/B31_evaluate.ipynb #cell-028
 class _Sums:
-    """What is kept of the documents that were scored."""
+    """The losses, token counts and byte counts of the documents that were scored."""
 
     def __init__(self, context: int):
         self.nll, self.tokens, self.bytes = array("d"), array("q"), array("q")
@@ -137,7 +137,7 @@ class _Sums:
         self.by_position = np.zeros((2, context))
 
     def add(self, nll: np.ndarray, size: int) -> None:
-        """Add a document of `size` bytes whose tokens have these losses."""
+        """Add a document of `size` bytes with `nll`, the loss of each of its tokens."""
         self.nll.append(nll.sum())
         self.tokens.append(len(nll))
         self.bytes.append(size)
@@ -146,13 +146,14 @@ class _Sums:
 
     @property
     def evaluation(self) -> Evaluation:
+        """Return the sums as an Evaluation."""
         return Evaluation(*map(np.array, (self.nll, self.tokens, self.bytes)))
 
 # %% ../chapters/B31_evaluate.ipynb #cell-030
 def _scores(
     source: str, files: Sequence[str], chosen: bytearray, arguments: argparse.Namespace
 ) -> tuple[dict[str, Any], Tokenizer]:
-    """Print all figures of one model; return them and its tokenizer."""
+    """Print all results of one model; return them and the model's tokenizer."""
     model, tokenizer = open_model(source, arguments)
     texts = texts_of(files, chosen, arguments.skip_bad_lines)
     sums = _read(model, tokenizer, source, texts, arguments)
@@ -178,7 +179,7 @@ def _scores(
 
 # %% ../chapters/B31_evaluate.ipynb #cell-034
 def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Evaluate all models; return what `--json` writes."""
+    """Evaluate all models; return the contents of the file that `--json` writes."""
     if arguments.tasks:
         return _evaluate_tasks(arguments)
     files = find_files(arguments.data or [DATA])
@@ -208,7 +209,7 @@ def _settings(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 # %% ../chapters/B31_evaluate.ipynb #cell-036
 def run(arguments: argparse.Namespace) -> None:
-    """Bits per byte, perplexity and more of models on held-out documents."""
+    """Evaluate models on held-out documents: bits per byte, perplexity and more."""
     _check(arguments)
     path = None if arguments.json is None else Path(os.path.realpath(arguments.json))
     partial = _reserve(path)
@@ -231,7 +232,7 @@ Sizes = dict[str, list[int]]
 
 
 def _noted(documents: Iterable[Document], sizes: Sizes) -> Iterator[Document]:
-    """Yield the documents, and add each to `sizes`."""
+    """Yield the documents, and count each in `sizes`."""
     for document in documents:
         name = Path(document.source.rpartition(":")[0]).name
         size = sizes.setdefault(name, [0, 0])
@@ -241,9 +242,8 @@ def _noted(documents: Iterable[Document], sizes: Sizes) -> Iterator[Document]:
 
 # %% ../chapters/B31_evaluate.ipynb #cell-060
 def _other_data(source: str, sizes: Sizes) -> str | None:
-    """Return how the data differs from what `source` was trained on; None where it does
-    not, or nothing is known.
-    """
+    """Return how the data differs from the data that `source` was trained on, or None
+    if it does not or nothing is known."""
     before: Sizes = {}
     try:
         for file in _training(source)["data_fingerprint"]["files"]:
@@ -264,9 +264,8 @@ def _spelled(size: list[int] | None) -> str:
 
 
 def _warn(shares: dict[str, float], fraction: float, sizes: Sizes) -> None:
-    """Say on stderr where a model may have seen what is evaluated, or the data is not
-    that of its training.
-    """
+    """Print a note to stderr if a model may have been trained on evaluated documents,
+    or if the data is not that of its training."""
     for source, share in shares.items():
         difference, note = _other_data(source, sizes), None
         if difference is not None:
@@ -283,9 +282,8 @@ def _warn(shares: dict[str, float], fraction: float, sizes: Sizes) -> None:
 def _choose(
     files: Sequence[str], arguments: argparse.Namespace
 ) -> tuple[float, bytearray]:
-    """Return the part that is evaluated, and which documents that is; say what a reader
-    has to know about them.
-    """
+    """Return the fraction that is evaluated and the chosen documents; print notes about
+    them. Raises ValueError if no document is chosen."""
     shares, sizes = _shares(arguments.model), {}
     given = arguments.heldout_fraction
     fraction = _share(shares) if given is None else given
@@ -302,7 +300,7 @@ def _choose(
 
 # %% ../chapters/B31_evaluate.ipynb #cell-064
 def _groups(texts: Iterable[str], size: int = 2**21) -> Iterator[list[str]]:
-    """Yield the texts in lists of about `size` characters, at most 2,048 texts each."""
+    """Yield the texts in lists of about `size` characters and at most 2,048 texts."""
     group, held = [], 0
     for text in texts:
         group.append(text)
@@ -315,9 +313,8 @@ def _groups(texts: Iterable[str], size: int = 2**21) -> Iterator[list[str]]:
 
 
 def _scoring_memory(config: QwenConfig, context: int) -> int:
-    """Return the bytes that reading windows of up to `context` tokens takes, beside the
-    weights: an MLP's pass, a piece of the logits.
-    """
+    """Return the bytes, besides the weights, for reading windows of up to `context`
+    tokens: the activations of an MLP and the logits of 256 tokens."""
     tokens = max(context, min(TOKENS_AT_ONCE, 8 * context))
     width = 4 * config.hidden_size + 3 * config.intermediate_size
     return tokens * 4 * width + 256 * config.vocab_size * 12
@@ -330,7 +327,7 @@ def _read(
     texts: Iterable[str],
     arguments: argparse.Namespace,
 ) -> _Sums:
-    """Score the texts as documents of their own."""
+    """Score each text as a separate document."""
     context = arguments.context or model.config.max_position_embeddings
     sums = _Sums(context)
     for group in _groups(texts):
@@ -350,7 +347,7 @@ def _read(
 
 # %% ../chapters/B31_evaluate.ipynb #cell-067
 def _pairs(model: QwenForCausalLM, tokenizer: Tokenizer) -> dict[str, dict]:
-    """Print and return the grammar of a model."""
+    """Print and return a model's accuracy on minimal pairs of sentences."""
     pairs = minimal_pair_accuracy(model, tokenizer)
     for name, (correct, total, low, high) in pairs.items():
         interval = f"95% interval {low:.2f} to {high:.2f}"
@@ -359,9 +356,8 @@ def _pairs(model: QwenForCausalLM, tokenizer: Tokenizer) -> dict[str, dict]:
 
 
 def _position_bins(sums: np.ndarray, counts: np.ndarray) -> list[dict[str, Any]]:
-    """Return the loss by position in bins that double in width: positions first ..
-    last, mean loss, tokens.
-    """
+    """Return the loss by position, in bins that double in width. Each has its first and
+    last position, the mean loss and the number of tokens."""
     bins, first, end = [], 0, np.count_nonzero(counts)
     while first < end:
         last = int(min(2 * first, end - 1))
@@ -378,7 +374,7 @@ def _baselines(
     tokenizer: Tokenizer,
     arguments: argparse.Namespace,
 ) -> dict[str, dict]:
-    """Print and return the figures of xz and 5-grams on the chosen documents."""
+    """Print and return the bits per byte of xz and 5-grams on the chosen documents."""
     from itertools import chain
 
     from qwen_analog.baselines import xz_size
@@ -402,7 +398,7 @@ def _baselines(
 def _five_grams(
     rest: Iterable[str], held: Iterable[str], tokenizer: Tokenizer, check: bool
 ) -> dict[str, Any]:
-    """Return the figures of 5-grams that have counted `rest`, on `held`."""
+    """Return the results on `held` of 5-grams that were counted in `rest`."""
     from qwen_analog.baselines import NGram
 
     def ids(text: str) -> array:
@@ -420,7 +416,7 @@ def _five_grams(
 
 # %% ../chapters/B31_evaluate.ipynb #cell-072
 def _evaluate_tasks(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Let all models answer the tasks; return what `--json` writes."""
+    """Run the tasks with all models; return the contents of the file of `--json`."""
     results, failed = {}, {}
     for source in arguments.model:
         try:
@@ -448,7 +444,7 @@ def _evaluate_tasks(arguments: argparse.Namespace) -> dict[str, Any]:
 
 # %% ../chapters/B31_evaluate.ipynb #cell-073
 def _task_scores(source: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Print the scores of one model in all tasks, and return them."""
+    """Print one model's scores in all tasks, and return them."""
     from qwen_analog.lm_eval_adapter import run_tasks
 
     model, tokenizer = open_model(source, arguments)
@@ -472,7 +468,7 @@ def _task_scores(source: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 # %% ../chapters/B31_evaluate.ipynb #cell-074
 def _compare(first: str, source: str, results: dict[str, dict[str, Any]]) -> None:
-    """Print by how much a model's scores differ from the first model's."""
+    """Print the difference between a model's scores and the first model's."""
     from qwen_analog.lm_eval_adapter import paired_scores
 
     for name, task in results[source]["tasks"].items():
@@ -492,7 +488,7 @@ _TASKS = ("--num-fewshot", "--limit", "--add-bos-token", "--apply-chat-template"
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Raise ValueError for flags that do not go together."""
+    """Raise ValueError if flags do not fit together or have wrong values."""
     unused, instead = _TASKS, "held-out text"
     if arguments.tasks:
         unused, instead = _TEXTS, "--tasks"
@@ -513,9 +509,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
 # %% ../chapters/B31_evaluate.ipynb #cell-077
 def _reserve(path: Path | None) -> Path | None:
-    """Make the file beside `path` that will be renamed to it; None where `path` is
-    none, or no regular file. OSError or ValueError where there can be none.
-    """
+    """Create the temporary file that is later renamed to `path`. Returns None if `path`
+    is None or no regular file. Raises OSError or ValueError if it cannot be created."""
     if path is None or not (path.is_dir() or path.is_file() or not path.exists()):
         return None
     if path.is_dir():
@@ -527,9 +522,8 @@ def _reserve(path: Path | None) -> Path | None:
 
 
 def _write_json(values: dict[str, Any], path: Path, partial: Path | None) -> None:
-    """Write into `partial`, then under the name `path`; straight into what is no
-    regular file, such as a terminal.
-    """
+    """Write to `partial` and rename it to `path`, or write directly to `path` if it is
+    no regular file, such as a terminal."""
     try:
         with open(partial or path, "w", encoding="utf-8") as file:
             json.dump(values, file, indent=1, allow_nan=False)
@@ -546,7 +540,7 @@ def _write_json(values: dict[str, Any], path: Path, partial: Path | None) -> Non
 def open_model(
     source: str, arguments: argparse.Namespace
 ) -> tuple[QwenForCausalLM, Tokenizer]:
-    """Load one of the models, as the flags say."""
+    """Load one of the models with the options given by the flags."""
     several = len(arguments.model) > 1
     base = arguments.base
     if several and find_source(source)[0] != "adapter":

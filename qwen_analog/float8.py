@@ -16,8 +16,9 @@ from .train_config import TrainConfig
 def to_float8(model: QwenForCausalLM, emulate: bool = False) -> None:
     """Let the linear layers of a model's blocks multiply in float8, in place.
 
-    Call it before the model is compiled or sharded. `emulate` rounds in the same way
-    and multiplies in the given dtype, on any device.
+    Call this before the model is compiled or sharded. With `emulate` values are rounded
+    to float8 but multiplied in their own dtype, which works on any device. Raises
+    MissingExtraError without torchao.
     """
     library = need("torchao.float8")
     library.convert_to_float8_training(
@@ -28,8 +29,9 @@ def to_float8(model: QwenForCausalLM, emulate: bool = False) -> None:
 
 # %% ../chapters/B38_float8.ipynb #cell-014
 def check_float8(config: TrainConfig, device: torch.device) -> None:
-    """Raise ValueError where `float8` does not fit other settings or the device, and
-    MissingExtraError without torchao.
+    """Raise ValueError if `float8` does not fit other settings or the device.
+
+    Raises MissingExtraError without torchao. Without `float8` nothing is checked.
     """
     if not config.float8:
         return
@@ -50,7 +52,7 @@ def check_float8(config: TrainConfig, device: torch.device) -> None:
 
 
 def _sizes(config: TrainConfig) -> dict[str, int]:
-    """Return the sides of the products, which the GPU takes in sixteens."""
+    """Return the dimensions of the matrix products; each must be a multiple of 16."""
     c = config.qwen_config()
     return {
         "hidden_size": c.hidden_size,

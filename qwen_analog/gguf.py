@@ -21,7 +21,7 @@ from .weights import assemble, check_vocabulary
 def _our_row_order(
     name: str, weight: torch.Tensor, config: QwenConfig, architecture: str
 ) -> torch.Tensor:
-    """Undo the order of rows that llama.cpp's converter gives to architecture llama."""
+    """Undo the row order of llama.cpp's converter for the architecture llama."""
     if architecture != "llama":
         return weight
     if name.endswith("q_proj.weight"):
@@ -34,12 +34,12 @@ def _our_row_order(
 def load_gguf(
     path: str | Path | GGUFFile, dtype: torch.dtype = torch.float32
 ) -> tuple[QwenForCausalLM, HFTokenizer]:
-    """Load a GGUF file (llama.cpp's format) of architecture llama, qwen2 or qwen3.
+    """Load a model and its tokenizer from a GGUF file (llama.cpp's format).
 
-    `path` may also be what `read_gguf` returned for it. Quantized weights become
-    numbers of `dtype` again. `model.generation_config` names the file's end-of-text and
-    end-of-turn ids. Raises ValueError, and loads nothing, for a file that is damaged or
-    does not fit this model.
+    The architecture may be llama, qwen2 or qwen3. `path` may also be the result of
+    `read_gguf`. Quantized weights are converted to `dtype`. `model.generation_config`
+    has the file's end-of-text and end-of-turn ids. Raises ValueError for a file that is
+    damaged or does not fit this model.
     """
     file = path if isinstance(path, GGUFFile) else read_gguf(path)
     config = gguf_config(file)

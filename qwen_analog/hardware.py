@@ -22,7 +22,7 @@ import torch
 # %% ../chapters/B19_hardware.ipynb #31849bc5
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU by its data sheet."""
+    """The data-sheet figures of a GPU."""
 
     memory: float  # bytes
     flops: float  # dense bfloat16 tensor FLOP/s with float32 sums
@@ -42,7 +42,8 @@ GPUS = {
 
 # %% ../chapters/B19_hardware.ipynb #52b51140
 def peak_flops(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
-    """Return a device's FLOP/s: of `GPUS` in bfloat16, else as measured."""
+    """Return a device's peak speed in FLOP/s. For a GPU in `GPUS` in bfloat16 it is the
+    data sheet's figure, otherwise it is measured."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         for name, gpu in GPUS.items():
             # whole words: an RTX A1000 is no A100
@@ -53,7 +54,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> flo
 
 
 def _measured_flops(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """Return the speed of the best of five products of matrices with `size` rows."""
+    """Return the best FLOP/s of five products of two [size, size] matrices."""
     # a generator of its own: a resumed run's random numbers stay where they are
     generator = torch.Generator(device).manual_seed(0)
     a = torch.randn(size, size, generator=generator, device=device, dtype=dtype)
@@ -66,7 +67,7 @@ def _measured_flops(device: torch.device, dtype: torch.dtype, size: int) -> floa
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes held so far: of a GPU by PyTorch, else by this process."""
+    """Return the peak memory in bytes: PyTorch's on a GPU, else this process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -74,9 +75,9 @@ def peak_memory(device: torch.device) -> int:
 # %% ../chapters/B19_hardware.ipynb #two-bytes-4
 @functools.cache
 def float32_is_faster() -> bool:
-    """Whether this CPU multiplies large matrices faster in float32 than in bfloat16.
+    """Return whether this CPU multiplies large float32 matrices faster than bfloat16.
 
-    Measured when it is first asked, in a moment.
+    The first call measures it, in a moment; the answer is kept.
     """
     cpu = torch.device("cpu")
     wide = narrow = 0.0
@@ -87,10 +88,11 @@ def float32_is_faster() -> bool:
 
 # %% ../chapters/B19_hardware.ipynb #kept-8
 def keep_freed_memory() -> bool:
-    """Let this process keep the memory it frees, for what it needs next.
+    """Keep memory that is freed in this process, instead of returning it to the system.
 
-    Returns whether it will: where the C library is not glibc, or where the environment
-    configures its memory (MALLOC_..., GLIBC_TUNABLES), nothing is changed.
+    Returns True if this was set. Returns False, and changes nothing, if the C library
+    is not glibc or if the environment configures its memory (MALLOC_...,
+    GLIBC_TUNABLES).
     """
     configured = any(name.startswith(("MALLOC_", "GLIBC_TUN")) for name in os.environ)
     if configured or platform.libc_ver()[0] != "glibc":
@@ -107,10 +109,11 @@ def _size(number: float) -> str:
 def require_memory(
     needed: float, device: torch.device | str, what: str, cure: str, check: bool = True
 ) -> None:
-    """Raise ValueError where `needed` bytes are more than `device` has left.
+    """Raise ValueError if `needed` bytes are more than `device` has left.
 
-    `what` needs the memory, a noun ("training this model"); `cure` says what to change
-    ("choose a smaller --model"). Nothing is asked where `check` is false.
+    Both texts stand in the message: `what` names the work that needs the memory
+    ("training this model"), `cure` says what to change ("choose a smaller --model").
+    With `check` False nothing is checked.
     """
     if not check:
         return
@@ -129,11 +132,11 @@ def available_memory(
     proc: str | Path = "/proc",
     cgroups: str | Path = "/sys/fs/cgroup",
 ) -> int:
-    """Return the bytes that this process can still take on `device`.
+    """Return the number of bytes that this process can still allocate on `device`.
 
-    On a CPU the least of what the machine has free, what the control groups (versions 1
-    and 2) allow and what `ulimit -v` allows; on a GPU what is free there, with what
-    PyTorch holds and does not use. `proc` and `cgroups` are where the kernel says so.
+    On a CPU: the least of the machine's free memory and the limits of control groups
+    (versions 1, 2) and `ulimit -v`. On a GPU: free memory and what PyTorch has reserved
+    but does not use. `proc`, `cgroups`: the kernel's folders.
     """
     device, proc = torch.device(device), Path(proc)
     if device.type == "cuda":
@@ -144,7 +147,7 @@ def available_memory(
 
 
 def _free_pages(proc: Path) -> int:
-    """Return what the machine can give; all it has where the system does not say."""
+    """Return the machine's available memory in bytes, or all of it if unknown."""
     try:
         lines = (proc / "meminfo").read_text().splitlines()
         rows = dict(line.split(":") for line in lines)
@@ -154,7 +157,7 @@ def _free_pages(proc: Path) -> int:
 
 
 def _address_room(proc: Path) -> list[int]:
-    """Return what `ulimit -v` still allows; empty where it does not limit addresses."""
+    """Return in a list the bytes that `ulimit -v` allows; [] without a limit."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     try:
         pages = int((proc / "self" / "statm").read_text().split()[0])
@@ -172,7 +175,7 @@ _CGROUPS = {
 
 
 def _cgroup_rooms(proc: Path, mount: Path) -> list[int]:
-    """Return the bytes that each control group of this process, or above, allows."""
+    """Return the bytes left in each control group of this process and its parents."""
     try:
         lines = (proc / "self" / "cgroup").read_text().splitlines()
     except OSError:
@@ -190,7 +193,7 @@ def _cgroup_rooms(proc: Path, mount: Path) -> list[int]:
 
 
 def _room(group: Path, limit: str, used: str, prefix: str) -> list[int]:
-    """Return what one group still allows; empty where it has no limit ("max")."""
+    """Return in a list the bytes left in one group; [] if it has no limit ("max")."""
     try:
         room = int((group / limit).read_text()) - int((group / used).read_text())
     except (OSError, ValueError):

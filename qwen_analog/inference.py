@@ -18,7 +18,7 @@ from .norm import RMSNorm
 
 # %% ../chapters/33_inference.ipynb #da988b68
 class PackedLinear(nn.Module):
-    """`nn.Linear` for inference, its matrix packed where that can be done."""
+    """`nn.Linear` for inference. Its matrix is packed if the device allows it."""
 
     def __init__(
         self, weight: torch.Tensor, bias: torch.Tensor | None = None, pack: bool = True
@@ -38,7 +38,7 @@ class PackedLinear(nn.Module):
 
 # %% ../chapters/33_inference.ipynb #cell-018
 def _stacked(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the matrices [N1 + N2 + ..., K] and biases of layers with one input."""
+    """Return the stacked matrices [N1 + N2 + ..., K] and biases of several layers."""
     weight = torch.cat([linear.weight.detach() for linear in linears])
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
     return weight, torch.cat(biases) if biases else None
@@ -49,13 +49,13 @@ def _normed(x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """`x` [B, heads, T, h] by RoPE, where `sin` is negative in its first half."""
+    """Rotate `x` [B, heads, T, h] by RoPE; `sin` is negative in its first half."""
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((b, a), dim=-1) * sin
 
 # %% ../chapters/33_inference.ipynb #5d04c38f
 class FusedLayer:
-    """A block for inference; `make_linear` makes one layer of those with one input."""
+    """A block for inference. `make_linear` merges layers that have the same input."""
 
     def __init__(self, layer: DecoderLayer, make_linear: Callable):
         attention, mlp = layer.self_attn, layer.mlp
@@ -73,7 +73,7 @@ class FusedLayer:
         self.head_norm = _head_norm(attention, self.num_heads, self.num_kv_heads)
 
     def __call__(self, x, cos, sin, mask=None, cache: KVCache | None = None):
-        """`x` [B, T, D] -> [B, T, D]; `cos`, `sin` [B, 1, T, h] of `FusedModel`."""
+        """`x` [B, T, D] -> [B, T, D]; `cos`, `sin` [B, 1, T, h] as in `FusedModel`."""
         x = x + self.o_proj(self.attention(x, cos, sin, mask, cache))
         gate, up = self.gate_up_proj(_normed(x, self.mlp_norm)).chunk(2, dim=-1)
         return x + self.down_proj(F.silu(gate) * up)

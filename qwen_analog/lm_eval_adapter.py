@@ -25,9 +25,8 @@ from .tokenizer import Tokenizer, control_tokens
 def _split(
     before: list[int], after: list[int], whole: list[int]
 ) -> tuple[list[int], list[int]]:
-    """Return the ids of a context and of its continuation. Where the continuation
-    changes the context's last tokens, the change counts.
-    """
+    """Return the ids of a context and of its continuation. If the continuation changes
+    the context's last tokens, the changed tokens belong to the continuation."""
     if whole[: len(before)] == before:
         return before, after
     same = next(
@@ -44,7 +43,7 @@ def _score_continuations(
     batch_size: int,
     add_bos_token: bool = True,
 ) -> list[tuple[float, bool]]:
-    """Return the log-probability of each continuation, and whether it is greedy."""
+    """Return each continuation's log-probability, and whether it is the greedy one."""
     limit, sequences = model.config.max_position_embeddings, []
     for (_, text), context, continuation in requests:
         if not continuation:
@@ -71,9 +70,8 @@ def _score_continuations(
 def _score_texts(
     model: QwenForCausalLM, tokenizer: Tokenizer, requests: Sequence, batch_size: int
 ) -> list[float]:
-    """Return the log-probability of each text, in windows that do not overlap, except
-    the last: the harness's convention.
-    """
+    """Return the log-probability of each text. Windows do not overlap, except for the
+    last one, as in the harness."""
     stride = model.config.max_position_embeddings
     texts = [request.args[0] for request in requests]
     scored = token_nll(model, tokenizer, texts, stride=stride, batch_size=batch_size)
@@ -88,9 +86,8 @@ def _continue(
     context: str,
     options: dict,
 ) -> str:
-    """Return what the model writes after a context, with a task's options; of control
-    tokens nothing but that they may end it.
-    """
+    """Return the model's text after a context, with a task's generation options.
+    Control tokens can end the text, but do not occur in it."""
     ids = tokenizer.encode(context, special=is_chat)
     if add_bos_token or not ids:
         ids = [tokenizer.eos_token_id, *ids]
@@ -104,9 +101,8 @@ def _continue(
 
 
 class _Silent:
-    """A tokenizer whose texts lack control tokens, as the harness reads what
-    `transformers` writes.
-    """
+    """A tokenizer whose decoded texts omit control tokens, as `transformers` omits them
+    for the harness."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -122,7 +118,7 @@ class _Silent:
 
 # %% ../chapters/B30_lm_eval.ipynb #cell-020
 def _template_lm() -> Any:
-    """Return the harness's base class; ValueError where it is not installed."""
+    """Return the harness's base class. Raises ValueError without lm-eval."""
     try:
         from lm_eval.api.model import TemplateLM  # optional, and heavy
     except ImportError:
@@ -139,7 +135,7 @@ def _scorer(
     add_bos_token: bool,
     is_chat: bool,
 ) -> Any:
-    """Return a class of the harness that answers its questions of probability."""
+    """Return a class for the harness that computes log-probabilities."""
     TemplateLM: Any = _template_lm()
 
     class QwenScorer(TemplateLM):
@@ -174,11 +170,13 @@ def lm_eval_model(
     add_bos_token: bool = True,
     is_chat: bool = False,
 ) -> Any:
-    """Return the model as an `lm_eval.api.model.LM` (extra `qwen-analog[eval]`), for
-    `lm_eval.simple_evaluate(model=...)`. Contexts begin with the end-of-text token, as
-    training's documents do; without `add_bos_token` only empty ones do, as in the
-    harness's adapter for transformers. What is too long is cut off on the left. With
-    `is_chat` names of control tokens are these, as `apply_chat_template` writes them.
+    """Return the model as an `lm_eval.api.model.LM`, for `lm_eval.simple_evaluate`.
+
+    Contexts begin with the end-of-text token, as documents do in training. Without
+    `add_bos_token` only empty contexts do, as in the harness's adapter for
+    transformers. Contexts that are too long are cut on the left. With `is_chat` the
+    names of control tokens in a context become control tokens, as `apply_chat_template`
+    writes them. Raises ValueError without lm-eval (extra `qwen-analog[eval]`).
     """
     Scorer: Any = _scorer(model, tokenizer, batch_size, add_bos_token, is_chat)
 
@@ -200,9 +198,10 @@ def chat_prompt(
     messages: Sequence[dict[str, str]],
     add_generation_prompt: bool = True,
 ) -> str:
-    """Return a conversation as the chat template writes it, as the harness does: where
-    the template takes no system message, without it; without a generation prompt, up to
-    the end of the last message's text.
+    """Return a conversation as text in the form of the chat template, for the harness.
+
+    System messages are left out if the template does not take them. Without
+    `add_generation_prompt` the text ends with the last message's content.
     """
     try:
         ids = chat_ids(tokenizer, messages, add_generation_prompt)
@@ -229,14 +228,14 @@ def run_tasks(
     add_bos_token: bool = False,
     apply_chat_template: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Return for each of `tasks` its number of `questions`, its `scores` (by metric:
-    the value and its standard error) and `by_question` (by metric: a value each).
+    """Return for each task its number of `questions`, its `scores` and `by_question`.
 
-    `tasks` are YAML files of lm-eval or names it knows; paths in a file are relative to
-    the current directory, as they are for lm-eval. The first `limit` questions only,
-    each with `num_fewshot` solved ones before it, where given. With
-    `apply_chat_template` they are turns of a conversation in the model's own form.
-    ValueError for a task that cannot be read or scored.
+    `scores` has the value and its standard error of each metric, `by_question` one
+    value per question. `tasks` are YAML files of lm-eval or names that it knows; paths
+    in a file are relative to the current directory, as for lm-eval. `limit` takes only
+    the first questions, `num_fewshot` puts that many solved questions before each. With
+    `apply_chat_template` questions are turns of a conversation in the model's chat
+    form. Raises ValueError for a task that cannot be read or scored.
     """
     chat = apply_chat_template
     adapter = lm_eval_model(model, tokenizer, add_bos_token=add_bos_token, is_chat=chat)
@@ -261,7 +260,7 @@ def run_tasks(
 
 # %% ../chapters/B30_lm_eval.ipynb #cell-038
 def _of_task(results: dict[str, Any], samples: list[dict]) -> dict[str, Any]:
-    """Return the harness's figures of one task as `run_tasks` returns them."""
+    """Return one task's results from the harness in the form of `run_tasks`."""
     scores, by_question = {}, {}
     for key, value in results.items():
         metric, _, kept = key.partition(",")
@@ -279,8 +278,10 @@ def _of_task(results: dict[str, Any], samples: list[dict]) -> dict[str, Any]:
 def paired_scores(
     first: Sequence[float], second: Sequence[float]
 ) -> tuple[float, float]:
-    """Return by how much the mean of `second` is higher than that of `first`, and the
-    standard error of this difference: the same questions, in the same order.
+    """Return the mean of `second` minus the mean of `first`, and its standard error.
+
+    Both have one score for each of the same questions, in the same order. Raises
+    ValueError for different lengths and for fewer than 2 questions.
     """
     if len(first) != len(second) or len(first) < 2:
         raise ValueError(
@@ -305,10 +306,10 @@ _NEUTRAL = {
 
 
 def _harness_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Return a task's generation options, which have the harness's names, as keyword
-    arguments of `stream` (and `max_length`).
+    """Return a task's generation options under the argument names of `stream`.
 
-    ValueError naming an option that is unknown or has an impossible value.
+    `options` has the harness's names; `max_length` keeps its name. Raises ValueError,
+    which names the option, for an unknown one or an impossible value.
     """
     given = {name: value for name, value in options.items() if value is not None}
     stop = _stop_strings(given.pop("until", []))
@@ -332,7 +333,7 @@ def _harness_options(options: dict[str, Any]) -> dict[str, Any]:
 
 # %% ../chapters/B30_lm_eval.ipynb #cell-065
 def _stop_strings(until: Any) -> list[str]:
-    """Return the stop strings of a task; raise ValueError for what is none."""
+    """Return a task's stop strings. Raises ValueError if `until` is not text."""
     until = [until] if isinstance(until, str) else until
     if not isinstance(until, (list, tuple)) or not all(
         text is None or isinstance(text, str) for text in until
@@ -344,7 +345,7 @@ def _stop_strings(until: Any) -> list[str]:
 def _normalized(
     given: dict[str, Any], options: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """Return the options under the harness's own names, and the lengths among them."""
+    """Return the options under standard names, and the lengths apart from them."""
     from lm_eval.models.utils import normalize_gen_kwargs
 
     try:
@@ -358,9 +359,8 @@ def _normalized(
 
 # %% ../chapters/B30_lm_eval.ipynb #cell-066
 def _fitting(ids: list[int], options: dict[str, Any], limit: int) -> dict[str, Any]:
-    """Return `options` with the prompt `ids`, cut on the left so that it and the answer
-    fit; `max_length` counts both.
-    """
+    """Return `options` with the prompt `ids`, cut on the left so that prompt and answer
+    fit into `limit` tokens. `max_length` counts both."""
     new, most = options["max_new_tokens"], options.pop("max_length")
     if most is not None:
         ids = ids[-(limit - 1) :]
@@ -381,7 +381,7 @@ def _fitting(ids: list[int], options: dict[str, Any], limit: int) -> dict[str, A
 
 # %% ../chapters/B30_lm_eval.ipynb #cell-070
 def _read_tasks(tasks: Sequence[str]) -> list:
-    """Return lm-eval's tasks; ValueError naming the one that cannot be read."""
+    """Return lm-eval's tasks. Raises ValueError naming one that cannot be read."""
     from lm_eval.tasks import TaskManager
 
     files = {task: Path(task).suffix in (".yaml", ".yml") for task in tasks}
@@ -410,7 +410,7 @@ def _read_tasks(tasks: Sequence[str]) -> list:
 # %% ../chapters/B30_lm_eval.ipynb #cell-074-fails
 @contextmanager
 def _failures_named(tasks: Sequence[str]) -> Iterator[None]:
-    """Turn what fails within the harness into a ValueError that names the tasks."""
+    """Turn an error inside the harness into a ValueError that names the tasks."""
     try:
         yield
     except (ValueError, OSError, MemoryError, RuntimeError):

@@ -17,9 +17,9 @@ from .model import QwenForCausalLM
 
 # %% ../chapters/22_lora.ipynb #m22base
 class LoRALinear(nn.Linear):
-    """`W x + scaling * B A x`; `weight` W is the given layer's own.
+    """A linear layer with an adapter: `W x + scaling * B A x` (Hu et al. 2021).
 
-    Hu et al. 2021. A [r, K] is drawn as `nn.Linear` draws, B [N, r] is zero.
+    W is the layer's own `weight`. A [r, K] is random as in `nn.Linear`, B [N, r] zero.
     """
 
     def __init__(
@@ -59,10 +59,10 @@ def add_lora(
     targets: Sequence[str] = TARGETS,
     dropout: float = 0.0,
 ) -> QwenForCausalLM:
-    """Freeze the model and put adapters of `rank` beside the layers named; return it.
+    """Freeze the model and add adapters of `rank` to the named layers; return it.
 
-    The adapters are scaled by `alpha / rank`. At first they change nothing. Raises
-    ValueError for wrong values and for a model that has adapters.
+    Adapters are scaled by `alpha / rank`. At first they change nothing. Raises
+    ValueError for wrong values and for a model that already has adapters.
     """
     check_adapter(rank, alpha, targets, dropout)
     refuse_second_adapter(model)

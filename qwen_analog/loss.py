@@ -12,7 +12,7 @@ IGNORE_INDEX = -100
 
 # %% ../chapters/12_loss.ipynb #cell-029
 def bits_per_byte(nll: float, num_bytes: int) -> float:
-    """Return a text's summed loss (nats) in bits for each of its UTF-8 bytes."""
+    """Return a text's summed loss `nll` (nats) in bits per UTF-8 byte."""
     return nll / math.log(2) / num_bytes
 
 # %% ../chapters/B70_chunked_loss.ipynb #chunks-02

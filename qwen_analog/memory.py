@@ -17,11 +17,11 @@ from .model import QwenForCausalLM
 
 # %% ../chapters/31_memory.ipynb #cell-038
 def set_activation_checkpointing(model: QwenForCausalLM, mode: str) -> None:
-    """Choose what the blocks of `model` keep for the backward pass.
+    """Choose which results the blocks of `model` keep for the backward pass.
 
-    "none" computes nothing again, "full" all that is needed (Chen et al. 2016).
-    "selective" keeps the results of matrix products and of attention, but not the down
-    projection's, which nothing reads. ValueError for another mode.
+    "none" recomputes nothing, "full" all that is needed (Chen et al. 2016). "selective"
+    keeps the results of matrix products and of attention, except the down projection's,
+    which nothing reads. Raises ValueError for another mode.
     """
     down_shape = model.config.intermediate_size, model.config.hidden_size
 

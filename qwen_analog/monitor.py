@@ -12,13 +12,13 @@ from collections import deque
 
 # %% ../chapters/36_watching.ipynb #cell-028
 class LossSpikeDetector:
-    """Says whether a step's loss stands out above the `window` losses before it.
+    """Detects a loss that is much higher than the `window` losses before it.
 
-    It does when it lies more than `threshold` robust standard deviations above their
-    median. The deviation is 1.4826 times the median distance from the median, which for
-    a normal distribution estimates the standard deviation, and at least a thousandth of
-    the median's size. A loss that is not finite always stands out; of the others the
-    first `window` never do.
+    A spike lies more than `threshold` robust standard deviations above their median.
+    The deviation is 1.4826 times the median distance from the median, an estimate of
+    the standard deviation for a normal distribution, but at least a thousandth of the
+    median's size. A loss that is not finite is always a spike. The first `window`
+    finite losses never are.
     """
 
     def __init__(self, window: int = 64, threshold: float = 6.0):
@@ -31,7 +31,7 @@ class LossSpikeDetector:
         self.losses: deque[float] = deque(maxlen=window)
 
     def update(self, loss: float) -> bool:
-        """Judge the loss of this step by those before it, then remember it."""
+        """Return whether this loss is a spike. If it is finite, remember it."""
         if not math.isfinite(loss):
             return True
         spike = False

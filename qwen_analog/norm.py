@@ -11,11 +11,11 @@ from torch import nn
 
 # %% ../chapters/04_rmsnorm.ipynb #93916cca
 class RMSNorm(nn.Module):
-    """Divide each vector by its root mean square, then scale it.
+    """Divide each vector by its root mean square, then multiply it by `weight`.
 
     Zhang & Sennrich 2019, eq. 4. 16-bit inputs are divided in float32, others in their
-    own dtype. The result is cast to the input's dtype and then multiplied by `weight`,
-    as in Qwen2, bit for bit.
+    own dtype. The result is cast to the input's dtype before it is multiplied by
+    `weight`, as in Qwen2, bit for bit.
     """
 
     def __init__(self, hidden_size: int, eps: float = 1e-6):

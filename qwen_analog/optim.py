@@ -18,10 +18,11 @@ from torch.distributed.tensor import DTensor
 
 # %% ../chapters/B38_float8.ipynb #5d061112
 def stochastic_round_(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """Round `source`, float32, to `target`, bfloat16, at random, with `source` as mean.
+    """Round `source` (float32) randomly to `target` (bfloat16), without bias.
 
-    A random number, added to the lower half, carries with the wanted probability. What
-    bfloat16 holds stays, and so do inf and nan. The device's default generator draws.
+    A random number is added to the lower 16 bits, so that the mean of the results is
+    `source`. Values that bfloat16 can represent, inf and nan stay the same. The
+    device's default generator is used. Returns `target`.
     """
     noise = torch.empty_like(source, dtype=torch.int32).random_(1 << 16)
     bits = source.view(torch.int32) + noise
@@ -38,7 +39,7 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _adamw_bf16(p: nn.Parameter, g: torch.Tensor, state: dict, group: dict) -> None:
-    """Update `p` and its averages in `state` by the gradient `g`."""
+    """Update `p` and its two averages in `state` with the gradient `g`."""
     if not state:
         state["step"] = torch.tensor(0.0)
         state["exp_avg"] = torch.zeros_like(p, dtype=torch.bfloat16)
@@ -65,11 +66,11 @@ def _adamw_bf16(p: nn.Parameter, g: torch.Tensor, state: dict, group: dict) -> N
 
 # %% ../chapters/B38_float8.ipynb #adamw-class
 class AdamWBf16(torch.optim.Optimizer):
-    """AdamW (Loshchilov & Hutter 2019) with averages in bfloat16: 4 bytes a weight.
+    """AdamW (Loshchilov & Hutter 2019) with averages in bfloat16: 4 bytes per weight.
 
-    Averages, and bfloat16 parameters, are rounded stochastically; the arithmetic is
-    float32. Updates this process's part of a DTensor. Processes that hold copies of a
-    parameter (DDP, HSDP) must seed torch alike, or their copies drift apart.
+    The averages, and bfloat16 parameters, are rounded stochastically. The arithmetic is
+    float32. Of a DTensor, this process's part is updated. Processes that hold copies of
+    a parameter (DDP, HSDP) must seed torch alike, or their copies drift apart.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class AdamWBf16(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):  # type: ignore[override]
+        """Update all parameters that have gradients; return `closure`'s loss."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             for p in group["params"]:
@@ -93,6 +95,7 @@ class AdamWBf16(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
+        """Load a state, with the averages in bfloat16."""
         super().load_state_dict(state_dict)
         for state in self.state.values():  # torch gave them the parameter's dtype
             for name in ("exp_avg", "exp_avg_sq"):
@@ -100,7 +103,7 @@ class AdamWBf16(torch.optim.Optimizer):
 
 # %% ../chapters/B38_float8.ipynb #muon-product
 def _orthogonal(X: torch.Tensor, group: dict) -> torch.Tensor:
-    """Return `X` [n, A, B] with singular values of about one, bfloat16."""
+    """Return `X` [n, A, B] with all singular values near one, in bfloat16."""
     a, b, c = group["ns_coefficients"]
     tall = X.shape[1] > X.shape[2]
     X = X.mT if tall else X  # the smaller product X X^T
@@ -114,7 +117,7 @@ def _orthogonal(X: torch.Tensor, group: dict) -> torch.Tensor:
 
 
 def _stacks(group: dict) -> list[list[nn.Parameter]]:
-    """Split a group into parameters of one shape, `PIECE_SIZE` numbers at a time."""
+    """Split a group into lists of equal shape, each of up to `PIECE_SIZE` numbers."""
     by_shape: dict[torch.Size, list[nn.Parameter]] = {}
     for p in group["params"]:
         if p.grad is not None:
@@ -127,13 +130,14 @@ def _stacks(group: dict) -> list[list[nn.Parameter]]:
 
 # %% ../chapters/B38_float8.ipynb #muon-class
 class Muon(torch.optim.Muon):
-    """torch's Muon, whose matrices of one shape are multiplied together.
+    """torch's Muon, but matrices of the same shape are multiplied in one batch.
 
-    Parts of a DTensor are left to torch, one by one.
+    DTensors are left to torch, which updates them one by one.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):  # type: ignore[override]
+        """Update all parameters that have gradients; return `closure`'s loss."""
         for p, state in self.state.items():  # a run may go on in another precision
             state["momentum_buffer"] = state["momentum_buffer"].to(p.dtype)
         if any(isinstance(p, DTensor) for g in self.param_groups for p in g["params"]):

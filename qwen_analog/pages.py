@@ -11,14 +11,14 @@ from collections.abc import Sequence
 
 # %% ../chapters/29_pages.ipynb #p29-pages-for
 def pages_for(tokens: int, size: int) -> int:
-    """Return how many pages of `size` a text of so many tokens needs."""
+    """Return how many pages of `size` tokens a text of `tokens` tokens needs."""
     return (tokens + size - 1) // size
 
 # %% ../chapters/29_pages.ipynb #cell-012
 def page_digest(before: bytes, tokens: Sequence[int]) -> bytes:
-    """Return what stands for all of a text to the end of a page of `tokens`.
+    """Return a digest of a text up to the end of a page, whose tokens are `tokens`.
 
-    `before` is the digest of the page before, empty where there is none.
+    `before` is the digest of the page before, empty if there is none.
     """
     return hashlib.sha256(before + repr(list(tokens)).encode()).digest()
 

@@ -12,7 +12,7 @@ from .model import QwenForCausalLM
 
 # %% ../chapters/34_many_gpus.ipynb #cell-039
 def shard_blocks(model: QwenForCausalLM, **options) -> None:
-    """Shard each block by itself; `options` are those of `fully_shard`."""
+    """Shard each block separately. `options` are arguments of `fully_shard`."""
     for block in model.model.layers:
         fully_shard(block, **options)
 
@@ -35,14 +35,14 @@ from .model import QwenForCausalLM
 
 # %% ../chapters/B65_layouts.ipynb #own-rows
 def _own_rows(whole: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-    """Return this process's rows, as FSDP cuts: the last ranks may have fewer."""
+    """Return this process's rows, as FSDP cuts them: the last ranks may have fewer."""
     rows = -(-len(whole) // mesh.size(-1))  # the last dimension is the one that shards
     return whole[mesh.get_local_rank(-1) * rows :][:rows]
 
 # %% ../chapters/B65_layouts.ipynb #cell-088
 class _DrawOnCPU(TorchDispatchMode):
-    """Draws a parameter's random numbers on the CPU, for the whole of it; a sharded
-    parameter keeps its own rows."""
+    """Draws a parameter's random numbers on the CPU, for the whole parameter. A sharded
+    parameter keeps only its own rows."""
 
     def __torch_dispatch__(self, func, types, args: tuple = (), kwargs=None):
         aten = torch.ops.aten
@@ -59,7 +59,7 @@ class _DrawOnCPU(TorchDispatchMode):
 # %% ../chapters/B65_layouts.ipynb #initialize
 @torch.no_grad()
 def _initialize(model: QwenForCausalLM, seed: int) -> None:
-    """Give `model`, sharded or not, the weights that one made on a CPU has."""
+    """Give `model`, sharded or not, the same weights as a model made on a CPU."""
     torch.manual_seed(seed)
     with _DrawOnCPU():
         for module in model.modules():  # the constructors draw, then init_weights again
@@ -70,7 +70,7 @@ def _initialize(model: QwenForCausalLM, seed: int) -> None:
 
 # %% ../chapters/B65_layouts.ipynb #cell-082
 def check_strategy(strategy: str, shard_size: int | None = None) -> None:
-    """Raise ValueError for an unknown strategy, or a shard_size without "hsdp"."""
+    """Raise ValueError for an unknown strategy, or for shard_size without "hsdp"."""
     if strategy not in STRATEGIES:
         raise ValueError(
             f"strategy must be one of {', '.join(STRATEGIES)}, not {strategy!r}"
@@ -85,11 +85,12 @@ def check_strategy(strategy: str, shard_size: int | None = None) -> None:
 def make_mesh(
     strategy: str, world_size: int, device_type: str, shard_size: int | None = None
 ) -> DeviceMesh | None:
-    """Return how `strategy` arranges the processes; None where each holds all.
+    """Return how `strategy` arranges the processes, or None if nothing is sharded.
 
-    "fsdp": one dimension, "shard", over all. "hsdp": two, "replicate" x "shard";
-    one copy of the model is sharded over `shard_size` neighbours, by default those of
-    one machine. ValueError for sizes that do not fit.
+    "fsdp" has one dimension, "shard", with all processes. "hsdp" has two, "replicate"
+    and "shard": each copy of the model is sharded over `shard_size` neighbouring
+    processes (default: those of one machine). Raises ValueError for sizes that do not
+    fit.
     """
     check_strategy(strategy, shard_size)
     if strategy == "ddp" or world_size == 1:
@@ -117,9 +118,9 @@ _FSDP_PRECISION = {
 def _shard(
     model: QwenForCausalLM, mesh: DeviceMesh, precision: str, free_blocks: bool
 ) -> None:
-    """Apply FSDP2 to each block, then to the rest, which is gathered once a pass.
+    """Apply FSDP2 to each block, then to the rest, which is gathered once per pass.
 
-    `free_blocks` drops a block's gathered weights until the backward pass.
+    `free_blocks` frees a block's gathered weights until the backward pass.
     """
     policy = _FSDP_PRECISION[precision]
     shard_blocks(model, mesh=mesh, mp_policy=policy, reshard_after_forward=free_blocks)
@@ -127,7 +128,7 @@ def _shard(
 
 # %% ../chapters/B65_layouts.ipynb #cell-080
 def _gather_ahead(model: QwenForCausalLM, prefetch: int) -> None:
-    """Gather `prefetch` blocks ahead, in both passes; drop all after evaluation."""
+    """Gather `prefetch` blocks ahead, in both passes; free all after evaluation."""
     layers = model.model.layers
     blocks: list[FSDPModule] = [b for b in layers if isinstance(b, FSDPModule)]
     for i, block in enumerate(blocks):
@@ -137,7 +138,7 @@ def _gather_ahead(model: QwenForCausalLM, prefetch: int) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free what a sharded model gathered, in all its blocks; any other model stays."""
+    """Free the gathered weights of a sharded model; do nothing for other models."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -149,10 +150,10 @@ def _reshard_unless_backward_follows(model: nn.Module, *_) -> None:
 
 # %% ../chapters/B65_layouts.ipynb #cell-037
 def gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager:
-    """Enclose the passes of one micro-batch; `enabled` for the step's last one only.
+    """Return a context for a micro-batch's passes; `enabled` for a step's last one.
 
-    Without it DDP keeps each process's own gradients, and a sharded model on a 2-D mesh
-    sums within a machine only.
+    With `enabled` False, DDP keeps each process's own gradients, and a model sharded on
+    a 2-D mesh sums them only within a machine.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(enabled)
@@ -162,7 +163,8 @@ def gradient_sync(model: nn.Module, enabled: bool) -> AbstractContextManager:
 
 # %% ../chapters/B65_layouts.ipynb #3cda0145
 def clip_grad_norm(model: nn.Module, max_norm: float) -> float:
-    """Scale the gradients of all shards down to `max_norm`; return their norm."""
+    """Scale all gradients, also sharded ones, to a norm of at most `max_norm`; return
+    their norm before."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
@@ -171,7 +173,7 @@ import signal
 
 
 def _start_compilers() -> None:
-    """Start the processes that compile for a GPU, deaf to SIGTERM."""
+    """Start the processes that compile for a GPU, with SIGTERM blocked in them."""
     from torch._inductor.async_compile import AsyncCompile
 
     heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -182,7 +184,7 @@ def _start_compilers() -> None:
 
 # %% ../chapters/B65_layouts.ipynb #cell-097
 def compile_layers(model: QwenForCausalLM) -> None:
-    """Compile each block in place; one compiled block serves all, and names stay."""
+    """Compile each block in place. All blocks share the code; names do not change."""
     if next(model.parameters()).is_cuda:
         _start_compilers()
     for layer in model.model.layers:
@@ -191,7 +193,7 @@ def compile_layers(model: QwenForCausalLM) -> None:
 # %% ../chapters/B65_layouts.ipynb #cell-084
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Give parameters that are made inside this type."""
+    """Create parameters in this dtype while the context is open."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -234,14 +236,14 @@ def build_model(
     compile: bool | None = False,
     prepare: Callable[[QwenForCausalLM], object] | None = None,
 ) -> tuple[QwenForCausalLM, nn.Module]:
-    """Return the model on `device`, and what training calls: DDP's wrapper or itself.
+    """Return the model on `device`, and the module that training calls.
 
-    `mesh` is `make_mesh`'s. The weights are bit for bit those of
-    `torch.manual_seed(seed); QwenForCausalLM(config)` on a CPU, over however many
-    processes they are sharded; `prepare` may change it before that. Sharded only:
-    `reshard_after_forward` frees a block's gathered weights until the backward pass;
-    weights are gathered `prefetch` blocks ahead. `compile` None compiles on a GPU only.
-    ValueError for names that are unknown or do not fit together.
+    The latter is DDP's wrapper or the model itself. `mesh` comes from `make_mesh`. The
+    weights are bit for bit those of `torch.manual_seed(seed); QwenForCausalLM(config)`
+    on a CPU, for any number of processes. `prepare` may change the model before that.
+    If sharded, `reshard_after_forward` frees a block's weights until the backward pass,
+    and `prefetch` blocks are gathered ahead. `compile` None compiles only on a GPU.
+    Raises ValueError for unknown names and those that do not fit together.
     """
     several = dist.is_initialized() and dist.get_world_size() > 1
     _check_layout(strategy, mesh, precision, several)

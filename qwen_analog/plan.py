@@ -19,7 +19,7 @@ SLACK = 1.05  # what the allocator holds beyond what is in use
 
 
 def fits(total: float, gpu: Gpu) -> bool:
-    """Whether a peak of `total` bytes of tensors can be expected to run on `gpu`."""
+    """Return whether a peak of `total` bytes of tensors is expected to fit on `gpu`."""
     return total * SLACK + CONTEXT <= gpu.memory
 
 # %% ../chapters/37_plan.ipynb #1a5c28f7
@@ -30,7 +30,7 @@ SHARDING_MS = 106  # a pass of sharded weights
 
 
 def extra_ms(config: TrainConfig) -> float:
-    """Return what a sequence costs beyond its least time, in measured prices."""
+    """Return the measured time (ms) that a sequence costs beyond its least time."""
     of_a_pass = PASS_MS
     if config.parallel != "ddp":
         of_a_pass += SHARDING_MS
@@ -41,10 +41,10 @@ def extra_ms(config: TrainConfig) -> float:
 def cheapest_fit(
     config: TrainConfig, gpu: Gpu, world_size: int = 1, gpus_per_node: int = 8
 ) -> TrainConfig | None:
-    """Return the cheapest settings that fit by arithmetic, or None.
+    """Return the cheapest settings whose estimated memory fits, or None.
 
-    The tokens of a step stay the same. Weights and moments become bfloat16, which
-    changes the result, only where nothing else fits.
+    The number of tokens per step stays the same. Weights and moments become bfloat16,
+    which changes the result, only if nothing else fits.
     """
     for changed in _alternatives(config, world_size, gpus_per_node):
         if fits(estimate_for(changed, world_size, gpus_per_node).total, gpu):
@@ -55,7 +55,7 @@ def cheapest_fit(
 def _alternatives(
     config: TrainConfig, world_size: int, gpus_per_node: int
 ) -> list[TrainConfig]:
-    """Return settings with the same sequences a step, in the order of trying."""
+    """Return settings that keep the sequences per step, in the order of trying."""
     sequences = config.micro_batch_size * config.gradient_accumulation_steps
     sizes = [n for n in range(config.micro_batch_size, 0, -1) if sequences % n == 0]
     spreads = _spreads(world_size, gpus_per_node)
@@ -75,7 +75,7 @@ def _alternatives(
 
 # %% ../chapters/37_plan.ipynb #73f02021
 def _spreads(world_size: int, gpus_per_node: int) -> list[str]:
-    """Return the strategies for so many GPUs, the one that sends least first."""
+    """Return the strategies for this many GPUs, the least communication first."""
     spreads = ["ddp"]
     if world_size > gpus_per_node and world_size % gpus_per_node == 0:
         spreads.append("hsdp")

@@ -24,7 +24,7 @@ def to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def to_int4(
     weight: torch.Tensor, group_size: int = 32
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return levels [N, K] uint8, 0 to 15; scales, zeros [N, K / g] bfloat16.
+    """Return levels [N, K] uint8 (0 to 15), and scales, zeros [N, K / g] bfloat16.
 
     weight = scale * (level - 8) + zero, in groups of g = `group_size` along a row.
     """

@@ -10,9 +10,9 @@ import torch
 
 # %% ../chapters/24_rewards.ipynb #cell-015
 def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Return rewards [B] less their group's mean, in its standard deviations.
+    """Return rewards [B] minus the group's mean, divided by the standard deviation.
 
-    Neighbours are groups, `group_size` answers to one question each.
+    A group is `group_size` neighbouring rewards, of answers to the same question.
     """
     groups = rewards.view(-1, group_size)  # [B / G, G]
     above = groups - groups.mean(dim=1, keepdim=True)
@@ -28,10 +28,11 @@ def grpo_loss(
     epsilon: float = 0.2,
     beta: float = 0.04,
 ) -> torch.Tensor:
-    """Return the loss of answers: the mean over rows of the mean over their tokens.
+    """Return GRPO's loss: the mean over answers of the mean over an answer's tokens.
 
-    Log-probabilities and `mask`, 1 for tokens of answers, are [B, T], `advantages` [B].
-    Shao et al. 2024, eq. 3 and 4.
+    Log-probabilities and `mask` (1 for tokens of answers) are [B, T], `advantages` is
+    [B]. `epsilon` limits the change from the old probabilities, `beta` weights the KL
+    divergence from the reference model. Shao et al. 2024, eq. 3 and 4.
     """
     ratio = (log_probs - old_log_probs).exp()
     a = advantages[:, None]  # [B, 1]
@@ -82,8 +83,10 @@ from .train_config import TrainConfig
 def answer_requests(
     prompts: Sequence[list[int]], max_new_tokens: int, seed: int | None = None
 ) -> list[Request]:
-    """Ask for an answer to each of `prompts`, with a seed made of `seed` and its place;
-    without one, of PyTorch's own random numbers.
+    """Return a request for an answer to each of `prompts`.
+
+    Its random seed is made from `seed` and its position in the list. If `seed` is None,
+    PyTorch's random number generator draws one.
     """
     if seed is None:
         seed = int(torch.randint(2**63 - 1, ()))
@@ -96,9 +99,10 @@ PAGE_SIZE = 16  # tokens
 
 
 class InOrder(Scheduler):
-    """First come, first served; answers of a group wait until one has read the prompt.
+    """A scheduler: first come, first served.
 
-    The first error is raised.
+    Answers of a group wait until the first of them has read the prompt. The first error
+    is raised.
     """
 
     strict = True
@@ -108,7 +112,7 @@ class InOrder(Scheduler):
         self.firsts: dict[Group, SequenceState] = {}  # the one that reads the prompt
 
     def schedule(self) -> None:
-        """Give the free rows to those who wait."""
+        """Give free rows to waiting sequences, in order."""
         for sequence in list(self.waiting):
             if not self.finds_prompt(sequence):
                 continue
@@ -118,7 +122,7 @@ class InOrder(Scheduler):
             self.place(sequence)
 
     def finds_prompt(self, sequence: SequenceState) -> bool:
-        """Whether nobody is about to read the prompt for the sequence."""
+        """Return whether the sequence need not wait for another to read its prompt."""
         first = self.firsts.setdefault(sequence.group, sequence)
         short = len(sequence.request.prompt) <= PAGE_SIZE
         return short or first is sequence or bool(first.written)
@@ -129,7 +133,7 @@ MAX_READ = 4096  # tokens of prompts that are read in a step
 
 
 class AnswerEngine(Engine):
-    """An engine for answers to learn from, `group_size` to a prompt, as ids."""
+    """An engine that writes answers for training, as ids, `group_size` per prompt."""
 
     def __init__(
         self,
@@ -154,7 +158,7 @@ class AnswerEngine(Engine):
         self.scheduler.add(self.sequences)
 
     def run(self) -> int:
-        """Write all answers; return in how many steps."""
+        """Write all answers; return the number of steps."""
         steps = 0
         while self.step():
             steps += 1
@@ -162,7 +166,7 @@ class AnswerEngine(Engine):
 
 # %% ../chapters/B60_answers.ipynb #answer-cache
 class NoText:
-    """Stands where a request's text would be: nobody reads it."""
+    """Replaces a request's text stream, because nobody reads the text."""
 
     stopped = False
 
@@ -176,7 +180,7 @@ class NoText:
 def _sequences(
     requests: Sequence[Request], group_size: int, device: torch.device
 ) -> list[SequenceState]:
-    """Begin the requests' way through the engine, in groups."""
+    """Return the requests as sequences of the engine, in groups."""
     groups = [Group("", group_size, lambda delta: None) for _ in requests[::group_size]]
     text: Any = NoText()
     found = []
@@ -191,7 +195,8 @@ def _sequences(
 def _answer_cache(
     model: QwenForCausalLM, requests: Sequence[Request], group_size: int, num_rows: int
 ) -> AnyCache:
-    """Make pages that hold each prompt once, or rows where prompts fill no page."""
+    """Return a paged cache that holds each prompt once, or a row cache if no prompt is
+    longer than a page."""
     lengths = [len(request.prompt) for request in requests[::group_size]]
     longest, new = max(lengths), requests[0].max_tokens
     if longest <= PAGE_SIZE:
@@ -204,7 +209,7 @@ def _answer_cache(
 
 # %% ../chapters/B60_answers.ipynb #rollouts-class
 class Rollouts(NamedTuple):
-    """Answers as a batch to learn from, those to one prompt side by side."""
+    """Answers as a batch for training. Answers to the same prompt are adjacent."""
 
     input_ids: torch.Tensor  # [B, T]
     targets: torch.Tensor  # [B, T], -100 in prompts and behind the ends
@@ -220,9 +225,11 @@ def roll_out(
     seed: int | None = None,
     valid_vocab_size: int | None = None,
 ) -> Rollouts:
-    """Draw `group_size` answers to each of `prompts`, a tensor [B, P] or lists of ids
-    of any lengths; `end` ends an answer. What is drawn does not depend on what is drawn
-    beside it, up to rounding: see `answer_requests` for the seeds.
+    """Return `group_size` sampled answers to each of `prompts`.
+
+    `prompts` is a tensor [B, P] or lists of ids of any length. The id `end` ends an
+    answer. An answer does not depend on the others in the batch, except for rounding.
+    For `seed` see `answer_requests`.
     """
     rows = prompts.tolist() if isinstance(prompts, torch.Tensor) else prompts
     asked = [row for row in rows for _ in range(group_size)]
@@ -236,17 +243,18 @@ def roll_out(
 
 # %% ../chapters/B60_answers.ipynb #reward-functions
 def exact_reward(text: str, record: dict[str, Any]) -> float:
-    """Return 1 for the text of "answer", but for the space around it, else 0."""
+    """Return 1 if the text equals `record["answer"]`, ignoring outer space, else 0."""
     return float(text.strip() == str(record["answer"]).strip())
 
 
 def number_reward(text: str, record: dict[str, Any]) -> float:
-    """Return 1 where the last number of the text is that of "answer", else 0."""
+    """Return 1 if the last number in the text is that of `record["answer"]`, else 0."""
     expected = last_number(str(record["answer"]))
     return float(expected is not None and last_number(text) == expected)
 
 
 def last_number(text: str) -> float | None:
+    """Return the last number in a text, or None. Commas may separate digits."""
     found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
     return float(found[-1].replace(",", "")) if found else None
 
@@ -256,10 +264,10 @@ REWARDS: dict[str, Reward] = {"exact": exact_reward, "number": number_reward}
 
 # %% ../chapters/B60_answers.ipynb #reward-load
 def load_reward(name: str) -> Reward:
-    """Return a reward of REWARDS, or the function that module:function names.
+    """Return a reward of REWARDS, or the function that `module:function` names.
 
-    Modules are looked for in the working directory too. Raises ValueError where there
-    is no such function.
+    Modules are also searched in the working directory. Raises ValueError if there is no
+    such function.
     """
     if name in REWARDS:
         return REWARDS[name]
@@ -280,7 +288,8 @@ def load_reward(name: str) -> Reward:
 
 
 def grade(reward: Reward, name: str, text: str, record: dict[str, Any]) -> float:
-    """Return what `reward`, called `name`, gives a text; ValueError for no number."""
+    """Return the reward of a text as a float. Raises ValueError, with `name`, if
+    `reward` fails or returns no finite number."""
     try:
         value = reward(text, record)
     except Exception as error:
@@ -295,7 +304,7 @@ def grade(reward: Reward, name: str, text: str, record: dict[str, Any]) -> float
 # %% ../chapters/B60_answers.ipynb #question-class
 @dataclass
 class Question:
-    """A prompt, as ids, and the line that its answers are judged by."""
+    """A prompt, as ids, and the line of data by which its answers are judged."""
 
     prompt: list[int]
     record: dict[str, Any]
@@ -305,15 +314,16 @@ class Question:
 
     @property
     def sources(self) -> list[str]:
+        """Return the question's source, as a list."""
         return [self.source]
 
     def content(self) -> bytes:
-        """Return what a fingerprint is made of."""
+        """Return the bytes that a data fingerprint is made of."""
         return repr(self.prompt).encode() + json.dumps(self.record).encode()
 
 # %% ../chapters/B60_answers.ipynb #read-question
 def read_question(line: Line, tokenizer: Tokenizer, config: TrainConfig) -> Question:
-    """Return the question of a line; ValueError saying what is wrong with it."""
+    """Return the question in a line. Raises ValueError, which says what is wrong."""
     record = parse_record(line, "prompt", "tools", most=config.sequence_length)
     if not isinstance(record, dict):
         raise ValueError(f"not a JSON object but of type {type(record).__name__}")
@@ -336,14 +346,15 @@ def read_question(line: Line, tokenizer: Tokenizer, config: TrainConfig) -> Ques
 
 # %% ../chapters/B60_answers.ipynb #grpo-loss
 def draw_seed(*place: int) -> int:
-    """Return a seed that belongs to a place, such as a run's seed, step and process."""
+    """Return a seed made from numbers, such as a run's seed, step and rank."""
     return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]) >> 1
 
 
 def answer_batches(
     run: Any, rollouts: Rollouts, advantages: torch.Tensor
 ) -> list[dict[str, torch.Tensor]]:
-    """Make micro-batches of answers, with what is computed once for all updates."""
+    """Return micro-batches of answers with their advantages, and with the
+    log-probabilities that stay the same in all updates of a step."""
     config, batches = run.config, []
     device = run.context.device
     size = config.micro_batch_size * config.group_size
@@ -367,7 +378,7 @@ def summed_answer_loss(
     config: TrainConfig,
     device: torch.device,
 ) -> torch.Tensor:
-    """Return the sum of the losses of a batch's answers."""
+    """Return the sum of the GRPO losses of a batch's answers."""
     log_probs = answer_log_probs(model, batch, config, device)
     mask = (batch["targets"].to(device) != IGNORE_INDEX).float()
     itself = log_probs.detach()
@@ -378,19 +389,22 @@ def summed_answer_loss(
 
 # %% ../chapters/B60_answers.ipynb #grpo-class
 class GRPO:
-    """The model's own answers, by their rewards."""
+    """The objective GRPO: training on the model's own answers by their rewards."""
 
     def __init__(self, config: TrainConfig, tokenizer: Tokenizer):
         self.name, self.reward = config.reward, load_reward(config.reward)
         self.tokenizer, self.end = tokenizer, answer_end(tokenizer)
 
     def collate(self, sequences: Sequence[Question], config: TrainConfig) -> list[dict]:
+        """Return no batches, because the answers are not written yet."""
         return []  # there are no answers yet
 
     def tokens(self, run: Any, batch: Any) -> int:
+        """Return 0: tokens are counted when answers are written."""
         return 0  # they are counted when they are drawn
 
     def step(self, run: Any, batch: Any) -> tuple[StepResult, dict[str, float]]:
+        """Write answers, learn from them, and return the step's result and scores."""
         config, context = run.config, run.context
         seed = draw_seed(config.seed, run.step, context.rank)
         model = drawing_model(run)
@@ -407,14 +421,14 @@ class GRPO:
         return result, answer_scores([(rollouts, rewards)], context)
 
     def evaluate(self, run: Any) -> dict[str, float]:
+        """Return the scores of answers to held-out questions."""
         return evaluate_answers(self, run)
 
 # %% ../chapters/B60_answers.ipynb #drawing-code
 @torch.no_grad()
 def drawing_model(run: Any) -> QwenForCausalLM:
-    """Return the model to draw answers from; of a sharded one a whole copy, for which
-    all processes must ask.
-    """
+    """Return the model that writes answers: for a sharded model a complete copy. All
+    processes must call this together."""
     config, model = run.config, run.model
     if not isinstance(model, FSDPModule):
         return model
@@ -438,7 +452,7 @@ def draw_answers(
     seed: int,
     model: QwenForCausalLM,
 ) -> tuple[Rollouts, torch.Tensor]:
-    """Draw answers to questions; return them and their rewards [B G]."""
+    """Sample answers to questions; return them and their rewards [B G]."""
     config, prompts = run.config, [question.prompt for question in questions]
     tokenizer, end = objective.tokenizer, objective.end
     sizes = config.group_size, config.max_new_tokens, end, seed, tokenizer.vocab_size
@@ -453,7 +467,7 @@ def draw_answers(
 
 # %% ../chapters/B60_answers.ipynb #grpo-evaluate
 def evaluate_answers(objective: GRPO, run: Any) -> dict[str, float]:
-    """Return the mean reward of answers to what is held out, and their mean length."""
+    """Return the mean reward and length (tokens) of answers to held-out questions."""
     config, context = run.config, run.context
     questions, count = own_examples(run)
     size, parts = config.micro_batch_size * config.gradient_accumulation_steps, []
@@ -468,7 +482,7 @@ def evaluate_answers(objective: GRPO, run: Any) -> dict[str, float]:
 def answer_scores(
     parts: Sequence[tuple[Rollouts, torch.Tensor]], context: DistributedContext
 ) -> dict[str, float]:
-    """Return the mean reward and the mean length of answers, over all processes."""
+    """Return the mean reward and mean length (tokens) of answers on all processes."""
     rewards = [reward for _, part in parts for reward in part.tolist()]
     lengths = [len(ids) for rollouts, _ in parts for ids in rollouts.answers]
     sums = sum(rewards), sum(lengths), len(rewards)

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 def share_budget(
     sequences: "Sequence[SequenceState]", budget: int
 ) -> "list[tuple[SequenceState, int]]":
-    """Return how many tokens each of `sequences` reads in a step that reads `budget`.
+    """Return how many tokens each sequence reads in a step of `budget` tokens.
 
-    Half is for the first to come that has something to read, and the rest for those
-    with the least to read. Who reads none is left out.
+    Half is for the oldest sequence that has unread tokens, the rest for those with the
+    fewest. Sequences that read nothing are left out.
     """
     reading = sorted((s for s in sequences if s.unread), key=lambda s: s.number)
     shares = dict.fromkeys(reading, 0)

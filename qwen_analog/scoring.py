@@ -15,8 +15,10 @@ from .loss import bits_per_byte
 
 # %% ../chapters/26_evaluation.ipynb #cell-031
 def rate_error(amounts: np.ndarray, sizes: np.ndarray) -> float:
-    """Return the standard error of sum(amounts) / sum(sizes), [documents] each, over
-    the choice of documents (ratio estimator, Cochran 1977, section 2.11).
+    """Return the standard error of sum(amounts) / sum(sizes) over documents.
+
+    Both are [documents]. This is the ratio estimator of Cochran 1977, section 2.11.
+    Returns nan for fewer than two documents.
     """
     n = len(sizes)
     if n < 2:
@@ -27,8 +29,10 @@ def rate_error(amounts: np.ndarray, sizes: np.ndarray) -> float:
 # %% ../chapters/26_evaluation.ipynb #cell-023
 @dataclass
 class Evaluation:
-    """What a model needed for some documents, [documents] each: negative log-likelihood
-    in nats, tokens, and bytes of the UTF-8 text as it was given.
+    """A model's results on documents, [documents] each.
+
+    `nll` is the negative log-likelihood in nats, `tokens` and `bytes` (of the UTF-8
+    text before tokenization) are counts. Raises ValueError if there are no tokens.
     """
 
     nll: np.ndarray
@@ -41,28 +45,29 @@ class Evaluation:
 
     @property
     def loss(self) -> float:
-        """Nats a token: depends on the tokenizer."""
+        """Return the loss in nats per token, which depends on the tokenizer."""
         return float(self.nll.sum() / self.tokens.sum())
 
     @property
     def perplexity(self) -> float:
-        """exp(loss): depends on the tokenizer; inf beyond the largest float."""
+        """Return exp(loss), which depends on the tokenizer; inf if it is too large."""
         return math.exp(self.loss) if self.loss < 709 else math.inf
 
     @property
     def bits_per_byte(self) -> float:
-        """Comparable across tokenizers."""
+        """Return the loss in bits per byte, comparable across tokenizers."""
         return bits_per_byte(float(self.nll.sum()), int(self.bytes.sum()))
 
     @property
     def standard_error(self) -> float:
-        """Of `bits_per_byte`, over the choice of documents; nan for one document."""
+        """Return the standard error of `bits_per_byte`; nan for one document."""
         return rate_error(self.nll / math.log(2), self.bytes)
 
 # %% ../chapters/26_evaluation.ipynb #cell-037
 def paired_difference(a: Evaluation, b: Evaluation) -> tuple[float, float]:
-    """Return the bits per byte of `a` minus those of `b` on the same documents, and the
-    standard error of this difference.
+    """Return `a.bits_per_byte - b.bits_per_byte` and the difference's standard error.
+
+    Raises ValueError if the two are not of the same documents.
     """
     if not np.array_equal(a.bytes, b.bytes):
         raise ValueError("the two evaluations are not of the same documents")
@@ -84,8 +89,9 @@ from .tokenizer import Tokenizer
 def sliding_windows(
     length: int, context: int, stride: int
 ) -> Iterator[tuple[int, int, int]]:
-    """Yield `(start, first, end)` of each window over `length` inputs: it reads start
-    .. end - 1 and counts first .. end - 1.
+    """Yield `(start, first, end)` of each window over `length` inputs.
+
+    The window reads the inputs start .. end - 1 and scores first .. end - 1.
     """
     first = 0  # the first input that is not yet counted
     end = min(context, length)
@@ -97,7 +103,7 @@ def sliding_windows(
 
 # %% ../chapters/B54_scoring.ipynb #cell-095
 class _Window(NamedTuple):
-    """A window over one of several sequences."""
+    """A window over one of several sequences; see `sliding_windows`."""
 
     sequence: int
     start: int
@@ -110,7 +116,7 @@ TOKENS_AT_ONCE = 2**14
 
 
 def _batches(windows: list[_Window], batch_size: int) -> Iterator[list[_Window]]:
-    """Yield batches of windows of like length."""
+    """Yield batches of windows of similar length."""
     windows = sorted(windows, key=lambda window: window.end - window.start)
     while windows:
         batch = windows[:batch_size]
@@ -124,7 +130,7 @@ def _batches(windows: list[_Window], batch_size: int) -> Iterator[list[_Window]]
 def _read(
     model: QwenForCausalLM, sequences: Sequence[Sequence[int]], batch: list[_Window]
 ) -> torch.Tensor:
-    """Read the windows of a batch; return the last hidden states [B, T, D]."""
+    """Run the model on a batch of windows; return the last hidden states [B, T, D]."""
     T = max(window.end - window.start for window in batch)
     inputs = torch.zeros(len(batch), T, dtype=torch.int64)
     for row, window in zip(inputs, batch):  # what follows a window is not looked at
@@ -136,9 +142,8 @@ def _read(
 def _score_rows(
     model: QwenForCausalLM, hidden: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return -ln p of the targets [N] after `hidden` [N, D], and whether each was the
-    likeliest; the logits of at most 256 tokens are held at a time.
-    """
+    """Return -ln p of `targets` [N] after `hidden` [N, D], and whether each was the
+    most likely id. The logits are computed for 256 tokens at a time."""
     nll, greedy = [], []
     for rows, picked in zip(hidden.split(256), targets[:, None].split(256)):
         logits = model.lm_head(rows).float()  # [n, V]
@@ -155,9 +160,9 @@ def score_tokens(
     stride: int | None = None,
     batch_size: int = 8,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return for each sequence -ln p of every id but the first, and whether it was the
-    likeliest one, [length - 1] each. The arguments are `token_nll`'s.
-    """
+    """Return -ln p of every id except the first of each sequence, and whether it was
+    the most likely id, [length - 1] each. Arguments and errors are those of
+    `token_nll`."""
     context, stride = _check_windows(model, context, stride, batch_size)
     lengths = [max(0, len(ids) - 1) for ids in sequences]
     scores = [(np.empty(n), np.empty(n, dtype=bool)) for n in lengths]
@@ -189,15 +194,15 @@ def token_nll(
     stride: int | None = None,
     batch_size: int = 8,
 ) -> list[np.ndarray]:
-    """Return -ln p of every token of each text, [tokens] float64; the end-of-text token
-    stands before the first and is not counted.
+    """Return -ln p (nats) of every token of each text, [tokens] float64.
 
-    A text longer than `context` (default: the model's max_position_embeddings) is read
-    in windows of that many inputs, each `stride` (default: half the context) beyond the
-    one before. Every token is counted once, in the first window that reaches it, so
-    that past the first window it has at least `context - stride` tokens before it. The
-    softmax is float32. ValueError for an impossible context or stride, a tokenizer with
-    more ids than the model, and logits that are not finite.
+    The end-of-text token stands before the first token and is not scored. A text longer
+    than `context` (default: the model's max_position_embeddings) is read in windows of
+    `context` inputs, which advance by `stride` (default: half the context). Every token
+    is scored once, in the first window that contains it; after the first window it has
+    at least `context - stride` tokens before it. The softmax is float32. Raises
+    ValueError for an impossible context or stride, a tokenizer with more ids than the
+    model, and logits that are not finite.
     """
     sequences = [_document_ids(model, tokenizer, text) for text in texts]
     scores = score_tokens(model, sequences, context, stride, batch_size)
@@ -205,9 +210,8 @@ def token_nll(
 
 # %% ../chapters/B54_scoring.ipynb #f877fcfa
 def evaluation_of(nll: Sequence[np.ndarray], texts: Sequence[str]) -> Evaluation:
-    """Sum up the negative log-likelihoods `nll`, [tokens] of each document, over the
-    documents `texts`.
-    """
+    """Return an Evaluation of documents from the loss `nll` [tokens] of each and from
+    their `texts`."""
     sums = np.array([document.sum() for document in nll])
     lengths = np.array([len(document) for document in nll])
     return Evaluation(sums, lengths, np.array([len(text.encode()) for text in texts]))
@@ -216,9 +220,8 @@ def evaluation_of(nll: Sequence[np.ndarray], texts: Sequence[str]) -> Evaluation
 def document_nll(
     model: QwenForCausalLM, tokenizer: Tokenizer, text: str, **options: Any
 ) -> tuple[float, int]:
-    """Return the sum of `token_nll` over one text, and how many tokens it has;
-    `options` are `token_nll`'s.
-    """
+    """Return the summed -ln p (nats) of one text and its number of tokens. `options`
+    are keyword arguments of `token_nll`."""
     (nll,) = token_nll(model, tokenizer, [text], **options)
     return float(nll.sum()), len(nll)
 
@@ -226,16 +229,15 @@ def document_nll(
 def evaluate_documents(
     model: QwenForCausalLM, tokenizer: Tokenizer, texts: Sequence[str], **options: Any
 ) -> Evaluation:
-    """Score each text as a document of its own; `options` are `token_nll`'s."""
+    """Score each text as a separate document. `options` are those of `token_nll`."""
     return evaluation_of(token_nll(model, tokenizer, texts, **options), texts)
 
 # %% ../chapters/B54_scoring.ipynb #cell-101
 def _check_windows(
     model: QwenForCausalLM, context: int | None, stride: int | None, batch_size: int
 ) -> tuple[int, int]:
-    """Return context and stride, the defaults put in; raise ValueError for impossible
-    ones.
-    """
+    """Return context and stride, with defaults filled in. Raises ValueError for
+    impossible values."""
     limit = model.config.max_position_embeddings
     context = limit if context is None else context
     stride = max(1, context // 2) if stride is None else stride
@@ -255,7 +257,10 @@ def _check_windows(
 
 # %% ../chapters/B54_scoring.ipynb #cell-102
 def _document_ids(model: QwenForCausalLM, tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the end-of-text token, then the text's: how training stores a document."""
+    """Return the end-of-text token and the text's ids, as training stores documents.
+
+    Raises ValueError if the tokenizer has more ids than the model.
+    """
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model only"
@@ -265,9 +270,8 @@ def _document_ids(model: QwenForCausalLM, tokenizer: Tokenizer, text: str) -> li
 
 
 def summary(found: Evaluation) -> dict[str, float | None]:
-    """Return plain numbers, for JSON, which knows no nan and no infinity: None stands
-    for them.
-    """
+    """Return an Evaluation's totals and results as plain numbers for JSON. Values that
+    are not finite become None."""
     names = ("loss", "perplexity", "bits_per_byte", "standard_error")
     figures = {name: getattr(found, name) for name in names}
     return {
@@ -279,10 +283,10 @@ def summary(found: Evaluation) -> dict[str, float | None]:
 
 # %% ../chapters/B54_scoring.ipynb #cell-103
 def by_document(found: Evaluation) -> dict[str, list]:
-    """Return the sums of each document as plain numbers, for JSON.
+    """Return the sums of each document as plain numbers for JSON.
 
-    `Evaluation(**{name: np.array(sums) for name, sums in stored.items()})` is the way
-    back.
+    `Evaluation(**{name: np.array(sums) for name, sums in stored.items()})` restores
+    them.
     """
     return {
         "nll": [round(nats, 4) for nats in found.nll.tolist()],
@@ -292,7 +296,7 @@ def by_document(found: Evaluation) -> dict[str, list]:
 
 # %% ../chapters/B54_scoring.ipynb #cell-106
 class Accuracy(NamedTuple):
-    """`correct` of `total`, and a 95% interval for the share (Wilson 1927)."""
+    """`correct` of `total`, with a 95% interval of the share (Wilson 1927)."""
 
     correct: int
     total: int
@@ -301,13 +305,13 @@ class Accuracy(NamedTuple):
 
     @property
     def share(self) -> float:
+        """Return `correct / total`."""
         return self.correct / self.total
 
 
 def wilson(correct: int, total: int, z: float = 1.96) -> Accuracy:
-    """Return `Accuracy` with the score interval of `z` standard errors, which stays
-    inside 0 .. 1 for small samples too.
-    """
+    """Return `Accuracy` with the score interval of `z` standard errors. It stays within
+    0 .. 1, even for small samples. Raises ValueError if `total` is less than 1."""
     if total < 1:
         raise ValueError("a share of nothing: give at least one question")
     share, spread = correct / total, z**2 / total
@@ -320,12 +324,12 @@ def wilson(correct: int, total: int, z: float = 1.96) -> Accuracy:
 def loss_by_position(
     nll: Sequence[np.ndarray], context: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean loss of the t-th token of a document, and how many documents have
-    one, [context] each; nan where none has.
+    """Return the mean loss of the t-th token of documents, and the number of documents.
 
-    `nll` is that of `token_nll` with the same `context` (or of `NGram.nll`). Only the
-    first `context` tokens of a document are looked at: they are read in one window, so
-    that the t-th, counted from 0, has exactly t tokens of text before it.
+    Both are [context]; the loss is nan where no document is that long. `nll` comes from
+    `token_nll` with the same `context`, or from `NGram.nll`. Only the first `context`
+    tokens of a document are used. They are read in one window, so that token t (counted
+    from 0) has exactly t tokens of text before it.
     """
     total, count = np.zeros(context), np.zeros(context, dtype=int)
     for document in nll:
@@ -349,10 +353,11 @@ def minimal_pair_accuracy(
     pairs: Mapping[str, Sequence[tuple[str, str]]] = MINIMAL_PAIRS,
     batch_size: int = 32,
 ) -> dict[str, Accuracy]:
-    """Return how often the model gives the right sentence of a pair the higher
-    probability: of each phenomenon, and "all" together.
+    """Return how often the model prefers the right sentence of a pair, per phenomenon.
 
-    The probability is that of the whole sentence as a document. A tie counts as wrong.
+    The key "all" has the total. `pairs` maps a phenomenon to (right, wrong) sentences.
+    The sentence with the higher probability, as a whole document, is preferred. A tie
+    counts as wrong.
     """
     sentences = [text for group in pairs.values() for pair in group for text in pair]
     scored = token_nll(model, tokenizer, sentences, batch_size=batch_size)

@@ -10,7 +10,7 @@ import json
 
 
 def _event(values: dict) -> str:
-    """Return values as a server-sent event."""
+    """Return `values` as a server-sent event."""
     return f"data: {json.dumps(values)}\n\n"
 
 # %% ../chapters/B41_application.ipynb #application-05

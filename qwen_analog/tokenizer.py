@@ -12,7 +12,7 @@ import regex
 
 # %% ../chapters/02_tokenizer.ipynb #cell-010
 def split_at(names: Iterable[str], text: str) -> list[str]:
-    """Cut `text` so that each occurrence of one of `names` is a part of its own."""
+    """Split `text` so that each occurrence of one of `names` is a part of its own."""
     marks = "|".join(regex.escape(name) for name in names)
     return regex.split(f"({marks})", text)
 
@@ -34,9 +34,9 @@ DEFAULT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assi
 
 
 def conversation_turns(messages: Sequence[dict[str, str]]) -> list[str]:
-    """Return role, newline and content of each message.
+    """Return role, newline and content of each message as one text.
 
-    `DEFAULT_SYSTEM` comes first where no system message opens the conversation.
+    `DEFAULT_SYSTEM` is put first if the first message is not a system message.
     """
     if not messages or messages[0].get("role") != "system":
         messages = [{"role": "system", "content": DEFAULT_SYSTEM}, *messages]
@@ -46,7 +46,7 @@ def conversation_turns(messages: Sequence[dict[str, str]]) -> list[str]:
 
 # %% ../chapters/02_tokenizer.ipynb #cell-033
 def chat_frame(tokenizer: "Tokenizer") -> tuple[int, int]:
-    """Return the ids that open and end a turn; ValueError where there are none."""
+    """Return the ids that open and end a turn. Raises ValueError if there are none."""
     start = tokenizer.encode("<|im_start|>", special=True)
     end = tokenizer.encode("<|im_end|>", special=True)
     if len(start) != 1 or len(end) != 1:
@@ -61,9 +61,10 @@ def encode_chat(
     messages: Sequence[dict[str, str]],
     add_generation_prompt: bool = True,
 ) -> list[int]:
-    """Return the token ids of a conversation.
+    """Return the token ids of a conversation in Qwen's chat form.
 
-    Nothing in a content ever becomes a control token.
+    Text in a message never becomes a control token. `add_generation_prompt` adds the
+    beginning of the assistant's next turn.
     """
     start, end = chat_frame(tokenizer)
     newline = tokenizer.encode("\n")

@@ -16,7 +16,10 @@ def train_loop(
     stopped: Callable[[], bool],
     traced: Callable[[], None],
 ) -> None:
-    """Take step after step, until the last or until a process was asked to stop."""
+    """Take training steps until the last, or until a process was asked to stop.
+
+    `stopped` returns whether this process was asked; `traced` is called per step.
+    """
     config = run.config
     stop = False
     while run.step < config.max_steps and not stop:
