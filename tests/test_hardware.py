@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -190,6 +191,14 @@ def test_measuring_leaves_the_random_numbers_where_they_are():
 
 def test_the_peak_of_this_process_is_in_bytes():
     assert 2**26 < peak_memory(torch.device("cpu")) < 2**40
+
+
+@pytest.mark.parametrize("system, unit", [("linux", 1024), ("darwin", 1)])
+def test_peak_memory_is_in_bytes_on_each_system(monkeypatch, system, unit):
+    usage = types.SimpleNamespace(ru_maxrss=5)
+    monkeypatch.setattr(hardware.sys, "platform", system)
+    monkeypatch.setattr(hardware.resource, "getrusage", lambda who: usage)
+    assert peak_memory(torch.device("cpu")) == 5 * unit
 
 
 FAULTS = """
