@@ -23,25 +23,30 @@ def common_prefix_length(cached: list[int], prompt: list[int]) -> int:
         kept += 1
     return kept
 
+# %% ../chapters/20_chat.ipynb #90aafc13
+def _empty_cache(model: QwenForCausalLM) -> KVCache:
+    """Return a cache for one conversation, which grows with it."""
+    config = model.config
+    weight = model.model.embed_tokens.weight
+    return KVCache(
+        num_layers=config.num_hidden_layers,
+        batch_size=1,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        max_length=config.max_position_embeddings,
+        dtype=weight.dtype,
+        device=weight.device,
+        growable=True,
+    )
+
 # %% ../chapters/20_chat.ipynb #19-014
 class TokenCache:
     """A KV cache, and the ids of the tokens that it holds."""
 
     def __init__(self, model: QwenForCausalLM):
-        config = model.config
-        weight = model.model.embed_tokens.weight
         self.model = model
         self.ids: list[int] = []
-        self.cache = KVCache(
-            num_layers=config.num_hidden_layers,
-            batch_size=1,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            max_length=config.max_position_embeddings,
-            dtype=weight.dtype,
-            device=weight.device,
-            growable=True,  # starts small, grows up to max_length
-        )
+        self.cache = _empty_cache(model)
 
     def keep_prefix(self, prompt: list[int]) -> list[int]:
         """Forget all but what `prompt` begins with; return its ids still to be read."""
