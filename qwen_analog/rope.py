@@ -30,13 +30,11 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     """Rotate queries or keys `x` [B, heads, T, h] by `cos`, `sin` [B, T, h]."""
     return x * cos[:, None] + rotate_half(x) * sin[:, None]
 
-# %% ../chapters/05_rope.ipynb #e2a3a2bc
+# %% ../chapters/05_rope.ipynb #029491da
 class RotaryEmbedding(nn.Module):
     """Cosines and sines of position * theta ** (-2i / h) for each pair i of h / 2.
 
-    Su et al. 2021, eq. 15. There is no buffer: frequencies are computed in float32 at
-    each call, so that neither `model.to(torch.bfloat16)` nor a model made on the meta
-    device can spoil them.
+    Su et al. 2021, eq. 15. Frequencies and angles are made in float32 at each call.
     """
 
     def __init__(self, head_dim: int, theta: float = 1e6):
@@ -45,7 +43,6 @@ class RotaryEmbedding(nn.Module):
             raise ValueError(f"head_dim must be even for rotary pairs, not {head_dim}")
         self.head_dim = head_dim
         self.theta = theta
-        self.attention_scale = 1.0
 
     def inverse_frequencies(self, device: torch.device | None = None) -> torch.Tensor:
         """Return radians a token, [h / 2] float32."""
@@ -56,12 +53,9 @@ class RotaryEmbedding(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`position_ids` [B, T] int64 -> `(cos, sin)`, each [B, T, h] in `dtype`."""
         per_token = self.inverse_frequencies(position_ids.device)  # [h / 2]
-        # elementwise, since autocast would run a matrix product in bfloat16
-        angles = position_ids[..., None].float() * per_token  # [B, T, h / 2]
+        angles = position_ids[..., None] * per_token  # [B, T, h / 2]
         angles = torch.cat((angles, angles), dim=-1)  # [B, T, h]
-        cos = angles.cos() * self.attention_scale
-        sin = angles.sin() * self.attention_scale
-        return cos.to(dtype), sin.to(dtype)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
 
 # %% ../chapters/05_rope.ipynb #07a17ad1
 def interleaved_to_half(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -166,8 +160,22 @@ def _yarn_pair(turns: float, length: int, head_dim: int, theta: float) -> float:
     """Return the (fractional) pair that turns so many times within `length` tokens."""
     return head_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
+# %% ../chapters/B67_llama3.ipynb #f2e61ae6
+class _SharpenedRotation(RotaryEmbedding):
+    """Cosines and sines times `attention_scale`."""
+
+    attention_scale: float
+
+    def forward(
+        self, position_ids: torch.Tensor, dtype: torch.dtype = torch.float32
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`position_ids` [B, T] int64 -> `(cos, sin)`, each [B, T, h] in `dtype`."""
+        cos, sin = super().forward(position_ids)
+        scale = self.attention_scale
+        return (cos * scale).to(dtype), (sin * scale).to(dtype)
+
 # %% ../chapters/B67_llama3.ipynb #9a4f0c03
-class YarnRotaryEmbedding(RotaryEmbedding):
+class YarnRotaryEmbedding(_SharpenedRotation):
     """Rotations for `factor` times the trained length (Peng et al. 2023, section 3.2).
 
     Pairs that turn more than `beta_fast` times within the original length keep their
