@@ -30,13 +30,11 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     """Rotate queries or keys `x` [B, heads, T, h] by `cos`, `sin` [B, T, h]."""
     return x * cos[:, None] + rotate_half(x) * sin[:, None]
 
-# %% ../chapters/05_rope.ipynb #e2a3a2bc
+# %% ../chapters/05_rope.ipynb #029491da
 class RotaryEmbedding(nn.Module):
     """Cosines and sines of position * theta ** (-2i / h) for each pair i of h / 2.
 
-    Su et al. 2021, eq. 15. There is no buffer: frequencies are computed in float32 at
-    each call, so that neither `model.to(torch.bfloat16)` nor a model made on the meta
-    device can spoil them.
+    Su et al. 2021, eq. 15. Frequencies and angles are made in float32 at each call.
     """
 
     def __init__(self, head_dim: int, theta: float = 1e6):
@@ -45,7 +43,6 @@ class RotaryEmbedding(nn.Module):
             raise ValueError(f"head_dim must be even for rotary pairs, not {head_dim}")
         self.head_dim = head_dim
         self.theta = theta
-        self.attention_scale = 1.0
 
     def inverse_frequencies(self, device: torch.device | None = None) -> torch.Tensor:
         """Return radians a token, [h / 2] float32."""
@@ -56,12 +53,9 @@ class RotaryEmbedding(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`position_ids` [B, T] int64 -> `(cos, sin)`, each [B, T, h] in `dtype`."""
         per_token = self.inverse_frequencies(position_ids.device)  # [h / 2]
-        # elementwise, since autocast would run a matrix product in bfloat16
-        angles = position_ids[..., None].float() * per_token  # [B, T, h / 2]
+        angles = position_ids[..., None] * per_token  # [B, T, h / 2]
         angles = torch.cat((angles, angles), dim=-1)  # [B, T, h]
-        cos = angles.cos() * self.attention_scale
-        sin = angles.sin() * self.attention_scale
-        return cos.to(dtype), sin.to(dtype)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
 
 # %% ../chapters/05_rope.ipynb #07a17ad1
 def interleaved_to_half(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -122,7 +116,7 @@ SCALED_ROTATIONS: dict[str, type[RotaryEmbedding]] = {}
 def rotary_embedding(
     head_dim: int, theta: float, scaling: dict | None = None
 ) -> RotaryEmbedding:
-    """Return the rotary embedding for `theta` and a config's `rope_scaling`."""
+    """Make the rotations of a configuration, stretched where `rope_scaling` says so."""
     if scaling is None:
         return RotaryEmbedding(head_dim, theta)
     options = {name: value for name, value in scaling.items() if name != "rope_type"}
@@ -130,11 +124,11 @@ def rotary_embedding(
 
 # %% ../chapters/B67_llama3.ipynb #cell-057
 class Llama3RotaryEmbedding(RotaryEmbedding):
-    """Rotary embedding whose slow pairs turn still more slowly (Llama Team 2024).
+    """Rotations slowed down where they are slow already (Llama Team 2024).
 
     Pairs that turn more than `high_freq_factor` times within the original length keep
-    their speed. Those that turn less than `low_freq_factor` times are slowed down by
-    `factor`. In between, the speed is a blend that is linear in the number of turns.
+    their speed, those that turn less than `low_freq_factor` times are slowed down by
+    `factor`, with a blend between that is linear in the number of turns.
     """
 
     def __init__(
@@ -152,7 +146,7 @@ class Llama3RotaryEmbedding(RotaryEmbedding):
         self.original_length = original_max_position_embeddings
 
     def inverse_frequencies(self, device: torch.device | None = None) -> torch.Tensor:
-        """Return radians per token, [h / 2] float32, by Hugging Face's operations."""
+        """Return radians a token, [h / 2] float32, by Hugging Face's operations."""
         speeds = super().inverse_frequencies(device)
         turns = self.original_length / (2 * math.pi / speeds)
         kept = ((turns - self.low) / (self.high - self.low)).clamp(0, 1)
@@ -163,15 +157,29 @@ SCALED_ROTATIONS["llama3"] = Llama3RotaryEmbedding
 
 # %% ../chapters/B67_llama3.ipynb #b2294ccc
 def _yarn_pair(turns: float, length: int, head_dim: int, theta: float) -> float:
-    """Return the (fractional) pair that turns `turns` times within `length` tokens."""
+    """Return the (fractional) pair that turns so many times within `length` tokens."""
     return head_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
+# %% ../chapters/B67_llama3.ipynb #f2e61ae6
+class _SharpenedRotation(RotaryEmbedding):
+    """Cosines and sines times `attention_scale`."""
+
+    attention_scale: float
+
+    def forward(
+        self, position_ids: torch.Tensor, dtype: torch.dtype = torch.float32
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`position_ids` [B, T] int64 -> `(cos, sin)`, each [B, T, h] in `dtype`."""
+        cos, sin = super().forward(position_ids)
+        scale = self.attention_scale
+        return (cos * scale).to(dtype), (sin * scale).to(dtype)
+
 # %% ../chapters/B67_llama3.ipynb #9a4f0c03
-class YarnRotaryEmbedding(RotaryEmbedding):
-    """Rotary embedding for `factor` times the trained length (Peng et al. 2023, 3.2).
+class YarnRotaryEmbedding(_SharpenedRotation):
+    """Rotations for `factor` times the trained length (Peng et al. 2023, section 3.2).
 
     Pairs that turn more than `beta_fast` times within the original length keep their
-    frequency. Those that turn less than `beta_slow` times are slowed down by `factor`,
+    frequency, those that turn less than `beta_slow` times are slowed down by `factor`,
     with a linear ramp between. `attention_factor` (default: 0.1 ln(factor) + 1)
     multiplies cosines and sines.
     """
@@ -197,7 +205,7 @@ class YarnRotaryEmbedding(RotaryEmbedding):
         self.last = min(math.ceil(last), head_dim - 1)
 
     def inverse_frequencies(self, device: torch.device | None = None) -> torch.Tensor:
-        """Return radians per token, [h / 2] float32, by Hugging Face's operations."""
+        """Return radians a token, [h / 2] float32, by Hugging Face's operations."""
         pairs = torch.arange(self.head_dim // 2, dtype=torch.float32, device=device)
         ramp = (pairs - self.first) / max(self.last - self.first, 0.001)
         kept = 1 - ramp.clamp(0, 1)  # [h / 2]: 1 as it was, 0 slowed down by `factor`

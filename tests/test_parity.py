@@ -468,8 +468,12 @@ LLAMA3_MUTANTS = {
     "another end of the blend": speeds(
         lambda self, plain, turns: blend(self, plain, turns, high=3.0)
     ),
-    "scores sharpened": lambda patch, ours: setattr(
-        ours.model.rotary_emb, "attention_scale", 0.1 * math.log(8) + 1
+    "scores sharpened": replace(
+        rope.Llama3RotaryEmbedding,
+        "forward",
+        lambda *arguments, real=rope.RotaryEmbedding.forward: tuple(
+            (0.1 * math.log(8) + 1) * table for table in real(*arguments)
+        ),
     ),
 }
 OF_SHAPE = {"plain": MUTANTS, "Qwen3": QWEN3_MUTANTS, "Llama 3": LLAMA3_MUTANTS}
