@@ -92,33 +92,10 @@ from typing import NamedTuple
 
 from .config import parameter_counts
 from .hardware import GPUS, Gpu
-from .memory import MemoryEstimate, adapter_parameters, flops_per_token
+from .memory import adapter_parameters, flops_per_token
 from .simulation import simulate
 from .train_config import TrainConfig, check_method, finetune_settings
 from .train_config import given_settings
-
-# %% ../chapters/B75_report.ipynb #36bbe02f
-def _memory(simulated: dict[str, int], estimate: MemoryEstimate, gpu: Gpu) -> dict:
-    """Return both calculations of a GPU's memory, in bytes, and whether it fits."""
-    total = max(sum(simulated.values()), estimate.total)  # the less hopeful one
-    return {
-        "simulated": simulated,
-        "arithmetic": estimate.categories(),
-        "moment": estimate.moment,
-        "total": total,
-        "available": gpu.memory,
-        "fits": fits(total, gpu),
-    }
-
-# %% ../chapters/B75_report.ipynb #4c6beabd
-def _all_weights(
-    config: TrainConfig, world_size: int, gpus_per_node: int
-) -> dict[str, int] | None:
-    """Return the arithmetic of training all weights, in place of adapters."""
-    if not config.lora_rank:
-        return None
-    full = config.model_copy(update={"lora_rank": 0})
-    return estimate_for(full, world_size, gpus_per_node).categories()
 
 # %% ../chapters/B75_report.ipynb #b87686e9
 MOST_GPUS = 1024  # that advice asks for
@@ -133,15 +110,13 @@ def _instead(
         gpus *= 2
         if gpus > MOST_GPUS:
             return None
-    new = found.model_dump()
-    changes = {name: v for name, v in new.items() if v != getattr(config, name)}
-    return {"gpus": gpus, **changes}
+    settings = found.model_dump().items()
+    return {"gpus": gpus} | {k: v for k, v in settings if v != getattr(config, k)}
 
 # %% ../chapters/B75_report.ipynb #17a4af14
 def _tokens_per_step(config: TrainConfig, world_size: int) -> int:
-    sequences = config.micro_batch_size * config.gradient_accumulation_steps
-    rows = sequences * config.rows_per_example
-    return config.sequence_length * rows * world_size
+    examples = config.micro_batch_size * config.gradient_accumulation_steps
+    return config.sequence_length * examples * config.rows_per_example * world_size
 
 # %% ../chapters/B75_report.ipynb #4eb46e19
 def _operations_per_token(config: TrainConfig) -> float:
@@ -151,12 +126,9 @@ def _operations_per_token(config: TrainConfig) -> float:
     learning = flops_per_token(shape, length, **lora)
     forward = flops_per_token(shape, length) / 3  # of both passes
     updates = config.updates_per_step if config.method == "grpo" else 1
-    operations = updates * learning
-    if config.method != "sft" and config.beta:  # the reference reads once a step
-        operations += forward
-    if updates > 1:  # and so does the model, before it is updated
-        operations += forward
-    return operations
+    reference = config.method != "sft" and config.beta > 0  # reads once a step
+    before = updates > 1  # the model itself reads, before it is updated
+    return updates * learning + (reference + before) * forward
 
 # %% ../chapters/B75_report.ipynb #7b9e66d9
 def drawing_seconds(config: TrainConfig, gpu: Gpu) -> float:
@@ -240,20 +212,42 @@ def report(
     gpu = GPUS[gpu_name]
     gpus = {"world_size": world_size, "gpus_per_node": gpus_per_node}
     step = simulate(config, world_size)
-    memory = _memory(step.memory, estimate_for(config, **gpus), gpu)
+    estimate = estimate_for(config, **gpus)
+    total = max(sum(step.memory.values()), estimate.total)  # the less hopeful one
+    full = estimate_for(config.model_copy(update={"lora_rank": 0}), **gpus)
     return {
         "gpu": gpu_name,
         "gpus": world_size,
-        **memory,
-        "all_weights": _all_weights(config, **gpus),
+        "simulated": step.memory,
+        "arithmetic": estimate.categories(),
+        "moment": estimate.moment,
+        "total": total,
+        "available": gpu.memory,
+        "fits": fits(total, gpu),
+        "all_weights": full.categories() if config.lora_rank else None,
         "flops": step.flops,
         "sent": step.sent,
         **_speed(config, gpu, world_size, mfu, tokens),
         "origins": origins(config, gpu_name, bool(step.sent), measured),
-        "instead": None if memory["fits"] else _instead(config, gpu, **gpus),
+        "instead": None if fits(total, gpu) else _instead(config, gpu, **gpus),
     }
 
-# %% ../chapters/B75_report.ipynb #d2e6551b
+# %% ../chapters/B75_report.ipynb #dc9f2360
+def _memory_table(plan: dict) -> list[str]:
+    """Return the lines of both calculations, and of all weights beside adapters."""
+    simulated, arithmetic = plan["simulated"], plan["arithmetic"]
+    full = plan["all_weights"] or {}
+    gb = lambda size: "" if size is None else f"{size / 1e9:.2f}"
+    rows = [("", "simulated", "arithmetic", "all weights" if full else "")]
+    for name, size in arithmetic.items():
+        if size or name in simulated or full.get(name):
+            cell = "(activations)" if name == "logits" else gb(simulated.get(name))
+            rows.append((name, cell, gb(size), gb(full.get(name))))
+    sums = [gb(sum(c.values())) if c else "" for c in (simulated, arithmetic, full)]
+    rows.append(("total", sums[0], sums[1], sums[2]))
+    return [f"  {a:14} {b:>13} {c:>11} {d:>13}".rstrip() for a, b, c, d in rows]
+
+# %% ../chapters/B75_report.ipynb #5d37a82a
 def _heading(plan: dict, config: TrainConfig) -> str:
     parts = [
         f"{plan['gpus']} x {plan['gpu']}, {config.parallel}, {config.precision},"
@@ -267,25 +261,7 @@ def _heading(plan: dict, config: TrainConfig) -> str:
         parts.append(f"adapters of rank {config.lora_rank}, {count:,} numbers")
     return "; ".join(parts)
 
-# %% ../chapters/B75_report.ipynb #dc9f2360
-def _gb(size: int | None) -> str:
-    return "" if size is None else f"{size / 1e9:.2f}"
 
-
-def _memory_table(plan: dict) -> list[str]:
-    """Return the lines of both calculations, and of all weights beside adapters."""
-    simulated, arithmetic = plan["simulated"], plan["arithmetic"]
-    full = plan["all_weights"] or {}
-    rows = [("", "simulated", "arithmetic", "all weights" if full else "")]
-    for name, size in arithmetic.items():
-        if size or name in simulated or full.get(name):
-            cell = "(activations)" if name == "logits" else _gb(simulated.get(name))
-            rows.append((name, cell, _gb(size), _gb(full.get(name))))
-    sums = [_gb(sum(c.values())) if c else "" for c in (simulated, arithmetic, full)]
-    rows.append(("total", sums[0], sums[1], sums[2]))
-    return [f"  {a:14} {b:>13} {c:>11} {d:>13}".rstrip() for a, b, c, d in rows]
-
-# %% ../chapters/B75_report.ipynb #5d37a82a
 def _speed_lines(plan: dict) -> list[str]:
     sent = [f"{kind} {size / 1e9:.2f} GB" for kind, size in plan["sent"].items()]
     return [
@@ -296,13 +272,12 @@ def _speed_lines(plan: dict) -> list[str]:
         *(f"  {name:12} {origin}" for name, origin in plan["origins"].items()),
     ]
 
-# %% ../chapters/B75_report.ipynb #9c8bc13c
+
 def _advice(instead: dict | None) -> str:
     if instead is None:
         choose = "choose a smaller model, sequence_length or a larger GPU"
         return f"no settings fit, with the GPUs doubled up to {MOST_GPUS:,}: {choose}"
-    changes = {name: value for name, value in instead.items() if name != "gpus"}
-    flags = [f"--{name.replace('_', '-')} {value}" for name, value in changes.items()]
+    flags = [f"--{k.replace('_', '-')} {v}" for k, v in instead.items() if k != "gpus"]
     gpus = f"{instead['gpus']} GPU{'s' if instead['gpus'] > 1 else ''}"
     how = " ".join(flags) or "the same settings"
     return f"cheapest settings that fit: {gpus} with {how}"
