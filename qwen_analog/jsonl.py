@@ -290,7 +290,7 @@ def parse_long(line: bytearray) -> object:
     """Parse a line of megabytes as `parse_json` does, its long strings one by one,
     because other JSON values may take many times the memory of their text.
 
-    Only "text" and "title" are decoded; another long string stays a placeholder.
+    Only "text" and "title" are decoded; another long string stays a mark.
     """
     skeleton, spans = take_long_strings_out(line)
     record = parse_json(skeleton)
@@ -311,7 +311,7 @@ def parse_long(line: bytearray) -> object:
 def take_long_strings_out(
     line: bytearray,
 ) -> tuple[bytearray, dict[str, tuple[int, int]]]:
-    """Return the line with a placeholder for each long string, and the begin and end
+    """Return the line with a mark for each long string, and the begin and end
     of each string in the line. Raises ValueError if too much text is left."""
     skeleton, spans, at, mark = bytearray(), {}, 0, secrets.token_hex(8)
     for match in STRING.finditer(line):
