@@ -70,6 +70,8 @@ execute: .venv/installed
 figures: .venv/installed
 	for f in figures/*.py; do $(BIN)/python $$f || exit 1; done
 
-# the server's root is the project, so that ../figures is inside it
+# the server's root is the project, so that ../figures is inside it; JupyterLab is not
+# to ask whether it may fetch news
 lab: .venv/installed
+	$(BIN)/jupyter labextension disable @jupyterlab/apputils-extension:announcements
 	$(BIN)/jupyter lab --ServerApp.root_dir=$(CURDIR) $(LAB_OPTIONS) chapters/00_start_here.ipynb

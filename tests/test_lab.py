@@ -74,6 +74,13 @@ def get(url: str) -> tuple[str, bytes]:
         return answer.headers["Content-Type"], answer.read()
 
 
+def test_nobody_is_asked_about_news(lab):
+    page = get(f"{lab}/lab")[1].decode()
+    config = re.search(r'id="jupyter-config-data"[^>]*>(.*?)</script>', page, re.DOTALL)
+    disabled = json.loads(config[1])["disabledExtensions"]
+    assert "@jupyterlab/apputils-extension:announcements" in disabled
+
+
 def test_every_image_of_every_chapter_is_served(lab):
     names = [
         entry["path"]
