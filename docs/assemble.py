@@ -372,8 +372,11 @@ class Page:
 
 
 def linked_chapters(text: str, book: list[Chapter], up: str = "") -> str:
-    """Replace `(chapter:rope)` by the path of that chapter; KeyError for none."""
+    """Replace `(chapter:rope)` by the path of that chapter; KeyError for none. A page
+    that is read in the repository too names files of the repository."""
     paths = {chapter.slug: chapter.path.name for chapter in book}
+    text = text.replace("](../chapters/", f"]({up}chapters/")
+    text = text.replace("](../", f"](https://github.com/{REPOSITORY}/blob/main/")
     return re.sub(r"\(chapter:(\w+)\)", lambda m: f"({up}chapters/{paths[m[1]]})", text)
 
 
@@ -387,8 +390,8 @@ def contents(book: list[Chapter], epub: bool) -> str:
     before = [caption for caption, _ in blocks].index(PARTS["A"])
     if not epub:
         blocks.insert(before, ("Play with it", play))
-    reference = ["notation", "glossary", "bibliography", "api/index"]
-    blocks.append(("Reference", reference))
+    reference = ["guide", "guide.ru", "notation", "glossary", "bibliography"]
+    blocks.append(("Reference", [*reference, "api/index"]))
     return "\n".join(
         f"```{{toctree}}\n:caption: {caption}\n:hidden:\n\n"
         + "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The plan: what fits, what the command says, and what the README says."""
+"""The plan: what fits, what the command says, and what the guide says."""
 
 import argparse
 import json
@@ -300,11 +300,11 @@ def test_a_bench_without_an_mfu_is_refused(text, tmp_path, capsys):
     assert "holds no measured figures" in error and error.count("\n") == 1
 
 
-def test_the_readme_says_what_the_plan_says():
+def test_the_guide_says_what_the_plan_says():
     """Each line of its table: the command's flags, memory of a GPU by arithmetic,
     tokens a second and days.
     """
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "guide.md").read_text()
     rows = re.findall(
         r"^\| (\d+) x ([\w ]+?) \| `([^`]*)` \| ([\d.]+) GB \| ([\d,]+) \| ([\d.]+) \|",
         text,

@@ -1,5 +1,5 @@
-"""The commands of the README files, run as they are printed, on a small model and
-little text.
+"""The commands of the README files and of the guide, run as they are printed, on a
+small model and little text.
 """
 
 import itertools
@@ -31,6 +31,8 @@ from qwen_analog.tokenizer import TiktokenTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ("README.md", "README.ru.md")
+# each with the guide that goes on where it ends
+PAGES = {"README.md": "docs/guide.md", "README.ru.md": "docs/guide.ru.md"}
 
 # what makes a command small: a flag that comes last is the one that counts
 SMALL_RUN = (
@@ -41,8 +43,11 @@ SMALL_RUN = (
 
 
 def commands(readme: str) -> list[str]:
-    """The lines of its shell blocks, continued ones joined, without comments."""
-    text = (ROOT / readme).read_text(encoding="utf-8")
+    """The lines of its shell blocks and of its guide's, continued ones joined, without
+    comments.
+    """
+    pages = (readme, PAGES[readme])
+    text = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in pages)
     blocks = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [
@@ -63,7 +68,7 @@ def program(command: str) -> str:
 
 RUN = [
     command
-    for command in commands("README.md")
+    for command in dict.fromkeys(commands("README.md"))
     if program(command).split()[0] not in ("make", ".")
 ]
 
@@ -86,15 +91,16 @@ def test_the_russian_readme_has_the_same_commands():
     assert words("README.ru.md") == words("README.md")
 
 
-def test_the_russian_readme_is_the_equal_of_the_english():
-    def shape(readme):
-        text = (ROOT / readme).read_text(encoding="utf-8")
+def test_the_russian_pages_are_the_equals_of_the_english():
+    def shape(page):
+        text = (ROOT / page).read_text(encoding="utf-8").replace(".ru.md", ".md")
         blocks = re.findall(r"^```(\w+)", text, re.MULTILINE)
         links = re.findall(r"\]\(([^)]+)\)", text)
         rows = len(re.findall(r"^\|", text, re.MULTILINE))
         return blocks, links, rows, len(re.findall(r"^#+ ", text, re.MULTILINE))
 
     assert shape("README.ru.md") == shape("README.md")
+    assert shape("docs/guide.ru.md") == shape("docs/guide.md")
 
 
 @pytest.mark.parametrize("readme", READMES)
