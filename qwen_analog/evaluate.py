@@ -516,7 +516,8 @@ def _reserve(path: Path | None) -> Path | None:
     if path.is_dir():
         raise ValueError(f"--json {path} is a directory: name a file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    # a name of its own: two evaluations may end in the same file
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.touch()
     return partial
 

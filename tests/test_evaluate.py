@@ -3,17 +3,20 @@
 import argparse
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forks import exit_code, fork
 from test_scoring import BYTES, CONFIG, MODEL, ids_of
 
 from qwen_analog import evaluate as module, scoring
 from qwen_analog.arguments import add_eval_arguments
 from qwen_analog.baselines import NGram, xz_bits_per_byte
 from qwen_analog.checkpoint import save_checkpoint
+from qwen_analog.cli import main
 from qwen_analog.jsonl import write_jsonl
 from qwen_analog.token_cache import held_out_mask, is_held_out
 from qwen_analog.evaluate import run
@@ -118,7 +121,7 @@ def test_the_command(capsys):
     write_jsonl(documents[:1], "one.jsonl")
     with pytest.raises(ValueError, match="none of the 1 documents is held out"):
         evaluate("--data one.jsonl --heldout-fraction 0.1")
-    assert not Path("out/e.json.partial").exists()
+    assert not list(Path("out").glob("*.partial"))
 
 
 def test_the_command_opens_what_holds_a_model(capsys):
@@ -295,9 +298,7 @@ def test_figures_are_replaced_whole_or_not_at_all(monkeypatch):
         patched.setattr(module.json, "dump", full)
         with pytest.raises(OSError, match="No space left on device: .*e.json"):
             evaluate(command)
-    assert (
-        Path("e.json").read_text() == "before" and not Path("e.json.partial").exists()
-    )
+    assert Path("e.json").read_text() == "before" and not list(Path().glob("*.partial"))
     evaluate(command)
     assert json.loads(Path("e.json").read_text())["models"]
 
@@ -367,3 +368,20 @@ def test_models_answer_a_task(capsys, monkeypatch):
 def test_flags_without_effect_are_refused(flags, flag, instead):
     with pytest.raises(ValueError, match=f"{flag} means nothing with {instead}"):
         evaluate(flags)
+
+
+def test_two_evaluations_with_one_file_do_not_take_each_others(monkeypatch):
+    """The second begins and ends when the first has written and not yet renamed."""
+    write_jsonl([{"text": "one text"}], "d.jsonl")
+    save_checkpoint("m", MODEL, BYTES)
+    command = "--model m --data d.jsonl --heldout-fraction 1 --json e.json"
+
+    def meanwhile(_):
+        second = fork(main, ["eval", *command.split()], ".", os.environ, "said")
+        assert exit_code(second) == 0, Path("said").read_text()
+        Path("e.json").write_text("the second")
+
+    monkeypatch.setattr(module.os, "fsync", meanwhile)
+    evaluate(command)
+    assert json.loads(Path("e.json").read_text())["models"]
+    assert not list(Path().glob("*.partial"))
