@@ -9,6 +9,7 @@ __all__ = ['HELDOUT_FRACTION', 'DATA', 'Sizes', 'held_out_lines', 'texts_of', 'r
 import argparse
 import json
 import os
+import secrets
 import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -517,7 +518,7 @@ def _reserve(path: Path | None) -> Path | None:
         raise ValueError(f"--json {path} is a directory: name a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     # a name of its own: two evaluations may end in the same file
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     partial.touch()
     return partial
 
