@@ -261,17 +261,32 @@ def step_seconds(model: nn.Module, ids: torch.Tensor, rows: int) -> float:
     return fastest
 
 
-def draw_ids(ax, height: float, ids: list[int], tokenizer) -> None:
-    """Draw a row of tokens as boxes with their text, control tokens dark."""
-    x = 0.0
-    for i in ids:
-        word = tokenizer.decode([i]).replace("\n", "↵")
-        dark = i in tokenizer.controls.values()
-        box = {"facecolor": "#2f6690" if dark else "#e4e8eb"}
-        box |= {"edgecolor": "white", "pad": 2}
-        color = "white" if dark else "black"
-        ax.text(x, height, word, family="monospace", size=7, color=color, bbox=box)
-        x += 0.74 * len(word) + 1.3
+def draw_ids(ax, rows: dict[str, list[int]], tokenizer) -> None:
+    """Draw ids under their titles: a box for each token, dark for control tokens, and a
+    bracket with the role of each turn.
+    """
+    for row, (title, ids) in enumerate(rows.items()):
+        y, x = -2.0 * row, 0.0
+        ax.text(0, y + 0.55, title)
+        for place, i in enumerate(ids):
+            word = tokenizer.decode([i])
+            dark = i in tokenizer.controls.values()
+            box = {"facecolor": "#2f6690" if dark else "#e4e8eb"}
+            box |= {"edgecolor": "white", "pad": 2}
+            style = {"family": "monospace", "size": 7, "bbox": box}
+            color = "white" if dark else "black"
+            ax.text(x, y, word.replace("\n", "↵"), color=color, **style)
+            if word == "<|im_start|>" and dark:
+                left, first = x, place + 1
+            x += 0.74 * len(word) + 1.3
+            if word == "<|im_end|>" and dark:
+                role = tokenizer.decode(ids[first:place]).partition("\n")[0]
+                bracket = [left, left, x - 1.3, x - 1.3]
+                ax.plot(bracket, [y - 0.25, y - 0.4, y - 0.4, y - 0.25], "k-", lw=0.8)
+                middle = (left + x) / 2
+                ax.text(middle, y - 0.5, f"{role}'s turn", ha="center", va="top")
+    ax.set(xlim=(0, 88), ylim=(1.2 - 2.0 * len(rows), 0.9))
+    ax.axis("off")
 
 
 def _dots(): ...

@@ -1,5 +1,5 @@
-"""Draw "the cat in the hat" before and after each of four merges: writes bpe.svg
-beside this file.
+"""Draw "then that is the other bat" before and after each of three merges: writes
+bpe.svg beside this file.
 """
 
 from collections import Counter
@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 HERE = Path(__file__).resolve().parent
 plt.style.use(HERE / "book.mplstyle")
 
-TEXT = "the cat in the hat"
+TEXT = "then that is the other bat"
 NEW, OLD = "#2f6690", "#e9edf0"
 
 
@@ -31,13 +31,13 @@ def merged(tokens, pair):
 
 
 rows = [(None, list(TEXT))]
-for _ in range(4):
+for _ in range(3):
     tokens = rows[-1][1]
     pairs = Counter(zip(tokens, tokens[1:]))
     best = max(pairs, key=pairs.get)
     rows.append((best[0] + best[1], merged(tokens, best)))
 
-figure, ax = plt.subplots(figsize=(9, 2.9))
+figure, ax = plt.subplots(figsize=(10, 2.2))
 for y, (newest, tokens) in enumerate(rows):
     x = 0
     for token in tokens:

@@ -48,7 +48,20 @@ def collate(sequences: Sequence[TokenSequence]) -> dict[str, torch.Tensor]:
         for name in ("input_ids", "targets", "document_ids")
     }
 
-# %% ../chapters/03_data.ipynb #cell-039
+# %% ../chapters/03_data.ipynb #m1-walk
+def _walk(ends: np.ndarray, offset: int, tokens: int) -> Iterator[tuple[int, slice]]:
+    """Yield (i, slice) for each document that holds some of the `tokens` tokens from
+    `offset` on, until the last document ends. `ends` says where each one ends."""
+    i = int(np.searchsorted(ends, offset, side="right"))
+    while tokens > 0 and i < len(ends):
+        start = int(ends[i - 1]) if i > 0 else 0  # where document i begins
+        count = min(tokens, int(ends[i]) - offset)
+        yield i, slice(offset - start, offset - start + count)
+        offset += count
+        tokens -= count
+        i += 1
+
+# %% ../chapters/03_data.ipynb #cell-040
 class ShuffledDocuments:
     """The order of documents with these lengths, shuffled anew in each epoch."""
 
@@ -56,42 +69,29 @@ class ShuffledDocuments:
         self.lengths, self.seed = lengths, seed
 
     def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the documents in the epoch's order, and the position in the epoch
-        after each, both [documents]."""
+        """Return the documents in the epoch's order, and where in the epoch each of
+        them ends, both [documents]."""
         rng = np.random.default_rng((self.seed, epoch))
         order = rng.permutation(len(self.lengths))
         return order, np.cumsum(self.lengths[order])
 
     def runs(self, epoch: int, offset: int, tokens: int) -> Iterator[tuple[int, slice]]:
-        """Yield (document, slice) of each run of tokens among the `tokens` tokens from
-        position `offset` of an epoch."""
-        order, ends = self.order(epoch)
-        i = int(np.searchsorted(ends, offset, side="right"))
-        start = offset - int(ends[i] - self.lengths[order[i]])
+        """Yield (document, slice) for the `tokens` tokens from `offset` of an epoch on.
+        After its last document the next epoch begins."""
         while tokens > 0:
-            if i == len(order):  # goes on into the next epoch
-                epoch, i = epoch + 1, 0
-                order, _ = self.order(epoch)
-            document = int(order[i])
-            stop = min(start + tokens, int(self.lengths[document]))
-            yield document, slice(start, stop)
-            tokens -= stop - start
-            start = 0
-            i += 1
+            order, ends = self.order(epoch)
+            for i, place in _walk(ends, offset, tokens):
+                yield int(order[i]), place
+                tokens -= place.stop - place.start
+            epoch, offset = epoch + 1, 0
 
-# %% ../chapters/03_data.ipynb #j98213186
+# %% ../chapters/03_data.ipynb #11bd4068
 class PackedArrays:
-    """Documents, shuffled anew in each epoch, joined and cut into sequences.
+    """Documents as token ids, each begun by the end-of-text id: shuffled anew in each
+    epoch, joined and cut into sequences. Sequence k is a pure function of (documents,
+    sequence_length, seed, k)."""
 
-    Sequence k is a pure function of (documents, sequence_length, seed, k). Every token
-    of an epoch is an input once: an epoch's last sequence continues with the next
-    epoch.
-    """
-
-    def __init__(
-        self, documents: Sequence[np.ndarray], sequence_length: int, seed: int = 0
-    ):
-        """Take the token ids of each document, which begin with the end-of-text id."""
+    def __init__(self, documents: Sequence, sequence_length: int, seed: int = 0):
         self.documents, self.sequence_length = documents, sequence_length
         lengths = np.array([len(ids) for ids in documents])
         self.tokens_per_epoch = int(lengths.sum())
