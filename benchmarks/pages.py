@@ -64,7 +64,7 @@ def compare_steps(model, rounds: int) -> None:
 
 
 def serve(model, tokenizer, **memory) -> float:
-    """Return the processor's seconds for 24 requests, those of the book."""
+    """Return the processor's seconds for 24 requests, of the sizes in the book."""
     rng = random.Random(4)
     engine = Engine(model, tokenizer, max_context=128, **memory)
     engine.stop_ids = set()  # each answer has all of its tokens

@@ -12,9 +12,9 @@ HERE = Path(__file__).resolve().parent
 plt.style.use(HERE / "book.mplstyle")
 ONE, TWO, BOTH, FREE = "#cfe3f3", "#f6d3d7", "#d9ead7", "#f3f4f5"
 PAGES = [
-    ("1234", BOTH, "two holders"),
-    ("5678", ONE, "one holder"),
-    ("569", TWO, "one holder; 5 and 6 were copied"),
+    ("abcd", BOTH, "two holders"),
+    ("efxx", ONE, "one holder"),
+    ("efy", TWO, "one holder; e and f were copied"),
     ("", FREE, "free"),
 ]
 
