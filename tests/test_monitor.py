@@ -22,6 +22,7 @@ from qwen_analog.monitor import (
     log_entries,
     plot_losses,
     profiled,
+    spike_limit,
 )
 from qwen_analog.progress import finish
 from qwen_analog.train_config import TrainConfig
@@ -361,6 +362,15 @@ def test_the_detector_is_quiet_on_a_noisy_falling_loss_and_hears_a_jump():
     assert not any(
         detector.update(loss) for loss in losses[:63]
     ) and not detector.update(100.0)  # too early to know
+
+
+def test_one_bad_loss_does_not_move_the_limit():
+    calm, after_a_spike = [3.1, 3.0, 3.2, 3.0, 3.1], [3.0, 3.2, 3.0, 3.1, 6.0]
+    for losses in (calm, after_a_spike):
+        assert spike_limit(losses) == pytest.approx(3.1 + 6 * 1.4826 * 0.1)
+    assert spike_limit(calm, threshold=2.0) == pytest.approx(3.1 + 2 * 1.4826 * 0.1)
+    for level in (2.0, -2.0):  # equal losses: a thousandth counts as deviation
+        assert spike_limit([level] * 9) == pytest.approx(level + 6 * 0.002)
 
 
 def test_the_detector_gets_used_to_a_new_level():
