@@ -1,4 +1,6 @@
-"""Draw the two orders of a head's rows: writes real_weights.svg beside this file."""
+"""Draw the search for the first place that differs, in two steps: first the layer, then
+the place in it. Writes real_weights.svg beside this file.
+"""
 
 from pathlib import Path
 
@@ -6,68 +8,43 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.patches import FancyBboxPatch
+from drawing import GREY, arrow, box
 
 HERE = Path(__file__).resolve().parent
 plt.style.use(HERE / "book.mplstyle")
-COLORS = ["#0b63a5", "#d1495b", "#2a9d60", "#e0a100"]
-HALF = 4
+EQUAL, FIRST, LATER = "#dfe5e9", "#d1495b", "#f3d3d8"
 
-figure, ax = plt.subplots(figsize=(8.4, 4.4))
-ax.set(xlim=(-2.3, 8.3), ylim=(7.7, -1.2))
+figure, ax = plt.subplots(figsize=(9.2, 3.5))
+ax.set(xlim=(-0.1, 12.6), ylim=(-1.1, 4.25))
 ax.axis("off")
-file_rows = [
-    (pair, half) for pair in range(HALF) for half in range(2)
-]  # neighbours form a pair
-our_rows = [
-    (pair, half) for half in range(2) for pair in range(HALF)
-]  # row i and row i + h/2 form a pair
-for x, rows, title in (
-    (0.5, file_rows, "in the file: pairs (2i, 2i+1)"),
-    (5.5, our_rows, "in this book: pairs (i, i + h/2)"),
+
+
+def row(places, y, width):
+    """Draw places in the order of computation: [(text, color), ...]."""
+    step = 12.4 / len(places)
+    for i, (text, face) in enumerate(places):
+        ink = "white" if face == FIRST else "black"
+        box(ax, i * step, y, text, width, 0.8, face, ink, fontsize=8.5)
+        if i:
+            arrow(ax, ((i - 1) * step + width + 0.05, y + 0.4), (i * step, y + 0.4))
+    return step
+
+
+ax.text(0, 3.75, "1. the model, layer by layer", fontsize=10)
+modules = [("embed", EQUAL), ("layer 0", FIRST), ("layer 1", LATER)]
+modules += [("...", LATER), ("layer 29", LATER), ("norm", LATER), ("head", LATER)]
+step = row(modules, 2.75, 1.35)
+ax.text(1.9, 1.6, "2. inside layer 0", fontsize=10)
+inside = [("norm", EQUAL), ("q_proj", FIRST), ("k_proj", LATER), ("v_proj", EQUAL)]
+inside += [("input of\no_proj", LATER), ("o_proj", LATER), ("...", LATER)]
+row(inside, 0.6, 1.35)
+for x0, x1 in ((step, 0.0), (step + 1.35, 12.4 - step + 1.35)):
+    ax.plot([x0, x1], [2.7, 1.45], color=GREY, linewidth=0.8, linestyle=":")
+for x, face, text in (
+    (0.0, EQUAL, "equal in both programs"),
+    (4.0, FIRST, "the first that differs: the accused"),
+    (9.0, LATER, "differs, too"),
 ):
-    ax.text(x, -0.75, title, ha="center", fontsize=10.5)
-    for y, (pair, half) in enumerate(rows):
-        ax.add_patch(
-            FancyBboxPatch(
-                (x - 0.9, y - 0.34),
-                1.8,
-                0.68,
-                boxstyle="round,pad=0.02",
-                facecolor=COLORS[pair],
-                edgecolor="none",
-                alpha=1.0 if half == 0 else 0.6,
-            )
-        )
-        ax.text(
-            x,
-            y,
-            f"pair {pair}, {'second' if half else 'first'}",
-            ha="center",
-            va="center",
-            fontsize=9,
-            color="white" if half == 0 else "black",
-        )
-        ax.text(
-            x - 1.15 if x < 3 else x + 1.15,
-            y,
-            f"row {y}",
-            ha="right" if x < 3 else "left",
-            va="center",
-            fontsize=9,
-            color="#5f6b73",
-        )
-for y, row in enumerate(file_rows):
-    ax.annotate(
-        "",
-        (4.5, our_rows.index(row)),
-        (1.5, y),
-        arrowprops={
-            "arrowstyle": "-|>",
-            "color": COLORS[row[0]],
-            "linewidth": 1.3,
-            "shrinkA": 0,
-            "shrinkB": 0,
-        },
-    )
+    box(ax, x, -0.75, "", 0.4, 0.35, face)
+    ax.text(x + 0.6, -0.6, text, va="center", fontsize=9)
 figure.savefig(HERE / "real_weights.svg", metadata={"Date": None})

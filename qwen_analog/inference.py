@@ -54,31 +54,21 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
     return x * cos + torch.cat((b, a), dim=-1) * sin
 
 # %% ../chapters/33_inference.ipynb #5d04c38f
-class FusedLayer:
-    """A block for inference. `make_linear` merges layers that have the same input."""
+class _FusedProjections:
+    """The norm, projections and rotation of a block's attention, for inference."""
 
     def __init__(self, layer: DecoderLayer, make_linear: Callable):
-        attention, mlp = layer.self_attn, layer.mlp
+        attention = layer.self_attn
         q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
         self.qkv_proj = make_linear(q, k, v)
-        self.o_proj = make_linear(attention.o_proj)
-        self.gate_up_proj = make_linear(mlp.gate_proj, mlp.up_proj)
-        self.down_proj = make_linear(mlp.down_proj)
         self.attention_norm = layer.input_layernorm
-        self.mlp_norm = layer.post_attention_layernorm
-        self.layer_idx = attention.layer_idx
         self.head_dim = attention.head_dim
         self.num_heads = q.out_features // self.head_dim
         self.num_kv_heads = k.out_features // self.head_dim
         self.head_norm = _head_norm(attention, self.num_heads, self.num_kv_heads)
 
-    def __call__(self, x, cos, sin, mask=None, cache: KVCache | None = None):
-        """`x` [B, T, D] -> [B, T, D]; `cos`, `sin` [B, 1, T, h] as in `FusedModel`."""
-        x = x + self.o_proj(self.attention(x, cos, sin, mask, cache))
-        gate, up = self.gate_up_proj(_normed(x, self.mlp_norm)).chunk(2, dim=-1)
-        return x + self.down_proj(F.silu(gate) * up)
-
-    def attention(self, x, cos, sin, mask, cache) -> torch.Tensor:
+    def project(self, x, cos, sin) -> tuple[torch.Tensor, ...]:
+        """`x` [B, T, D] -> queries [B, H, T, h], keys and values [B, K, T, h]."""
         B, T, _ = x.shape
         H, K = self.num_heads, self.num_kv_heads
         qkv = self.qkv_proj(_normed(x, self.attention_norm))
@@ -87,10 +77,33 @@ class FusedLayer:
         if self.head_norm is not None:
             qk = _normed(qk, self.head_norm)
         q, k = _rotated(qk, cos, sin).split((H, K), dim=1)
+        return q, k, v
+
+# %% ../chapters/33_inference.ipynb #4706aa41
+class FusedLayer(_FusedProjections):
+    """A block for inference. `make_linear` merges layers that have the same input."""
+
+    def __init__(self, layer: DecoderLayer, make_linear: Callable):
+        super().__init__(layer, make_linear)
+        attention, mlp = layer.self_attn, layer.mlp
+        self.o_proj = make_linear(attention.o_proj)
+        self.gate_up_proj = make_linear(mlp.gate_proj, mlp.up_proj)
+        self.down_proj = make_linear(mlp.down_proj)
+        self.mlp_norm = layer.post_attention_layernorm
+        self.layer_idx = attention.layer_idx
+
+    def attention(self, x, cos, sin, mask, cache) -> torch.Tensor:
+        q, k, v = self.project(x, cos, sin)
         if cache is not None:
             k, v = cache.update(self.layer_idx, k, v)  # [B, K, S, h]
         out = _attend(q, k, v, mask)  # [B, H, T, h]
         return out.transpose(1, 2).flatten(2)  # [B, T, H h]
+
+    def __call__(self, x, cos, sin, mask=None, cache: KVCache | None = None):
+        """`x` [B, T, D] -> [B, T, D]; `cos`, `sin` [B, 1, T, h] as in `FusedModel`."""
+        x = x + self.o_proj(self.attention(x, cos, sin, mask, cache))
+        gate, up = self.gate_up_proj(_normed(x, self.mlp_norm)).chunk(2, dim=-1)
+        return x + self.down_proj(F.silu(gate) * up)
 
 # %% ../chapters/B72_laid_out.ipynb #laid-imports
 from typing import Any

@@ -65,7 +65,7 @@ BREAKS = {
         ),
         "model.layers.2",
     ),
-    "theta": (halve_frequencies, "model.rotary_emb"),
+    "theta": (halve_frequencies, "input of model.layers.0.self_attn.o_proj"),
     "nan": (
         lambda m: m.model.layers[2].mlp.up_proj.weight.fill_(torch.nan),
         "model.layers.2.mlp.up_proj",
