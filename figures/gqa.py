@@ -75,6 +75,8 @@ for ax, (title, K) in zip(axes, panels):
     ax.set(xlim=(-0.6, 15.6), ylim=(-4.4, 4.1), xticks=[], yticks=[])
     ax.grid(False)
     ax.set_title(title, fontsize=10)
+    if K == 2:
+        ax.set_xlabel("computed by hand below", fontsize=9)
     for spine in ax.spines.values():
         spine.set_visible(False)
 axes[0].set_yticks([-1.5, -0.5, 3.25], ["values", "keys", "query heads"])

@@ -36,10 +36,7 @@ from .rope import apply_rotary
 
 # %% ../chapters/08_gqa.ipynb #f8ba5d9d
 class HeadProjections(nn.Module):
-    """The projection matrices of H query heads and K key/value heads.
-
-    Each head has `head_dim` numbers, by default hidden_size / num_heads.
-    """
+    """Matrices of H query heads and K key/value heads, each of `head_dim` numbers."""
 
     def __init__(
         self,
@@ -51,16 +48,15 @@ class HeadProjections(nn.Module):
         layer_idx: int = 0,
     ):
         super().__init__()
-        if num_heads % num_kv_heads:
-            raise ValueError(
-                f"num_heads {num_heads} is not a multiple of num_kv_heads"
-                f" {num_kv_heads}"
-            )
-        h = hidden_size // num_heads if head_dim is None else head_dim
-        self.q_proj = nn.Linear(hidden_size, num_heads * h, bias=bias)
-        self.k_proj = nn.Linear(hidden_size, num_kv_heads * h, bias=bias)
-        self.v_proj = nn.Linear(hidden_size, num_kv_heads * h, bias=bias)
-        self.o_proj = nn.Linear(num_heads * h, hidden_size, bias=False)
+        H = num_heads
+        K = num_kv_heads
+        if H % K:
+            raise ValueError(f"num_heads {H} is not a multiple of num_kv_heads {K}")
+        h = hidden_size // H if head_dim is None else head_dim
+        self.q_proj = nn.Linear(hidden_size, H * h, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, K * h, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, K * h, bias=bias)
+        self.o_proj = nn.Linear(H * h, hidden_size, bias=False)
         self.head_dim = h
         self.layer_idx = layer_idx
 
