@@ -45,8 +45,8 @@ attention = ["norm", "q, k, v\nrotate q, k", "softmax(q k / √h + mask) v", "ou
 branch(2.6, BLUE, attention, [D, ["q [B,H,T,h]", "k,v [B,K,T,h]"], ["[B,T,H·h]"], D])
 feed_forward = ["norm", "gate, up", "silu(gate) · up", "down"]
 branch(0, GREEN, feed_forward, [D, ["gate [B,T,F]", "up [B,T,F]"], ["[B,T,F]"], D])
-ax.text(-0.2, 4.35, "attention: from place to place", fontsize=9, color=BLUE)
-ax.text(-0.2, 1.75, "SwiGLU: at each place alone", fontsize=9, color=GREEN)
+ax.text(-0.2, 4.35, "attention: from token to token", fontsize=9, color=BLUE)
+ax.text(-0.2, 1.75, "SwiGLU: at each token alone", fontsize=9, color=GREEN)
 ax.set(xlim=(-0.3, 14), ylim=(-0.3, 4.7))
 ax.axis("off")
 figure.savefig(HERE / "block.svg", metadata={"Date": None})
