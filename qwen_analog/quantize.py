@@ -9,7 +9,7 @@ __all__ = ['SMALLEST', 'to_int8', 'to_int4', 'FORMATS', 'STORED', 'pack_levels',
 import torch
 
 # %% ../chapters/19_quantization.ipynb #cell-021
-SMALLEST = torch.finfo(torch.bfloat16).tiny  # a row of zeros needs a scale, too
+SMALLEST = torch.finfo(torch.bfloat16).tiny  # a row of zeros must not divide by 0
 
 
 def to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -41,7 +41,7 @@ def solve(notebook: nbformat.NotebookNode) -> None:
         for cell in notebook.cells
         if cell.cell_type == "code"
         for number in re.findall(
-            r"^(?:def|class) solution_(\d+)", cell.source, re.MULTILINE
+            r"^(?:(?:async )?def|class) solution_(\d+)", cell.source, re.MULTILINE
         )
     }
     cells = []

@@ -60,7 +60,7 @@ def test_an_exercise_is_open_and_may_be_solved(path):
     names = {
         n
         for c in cells
-        for n in re.findall(r"^def (exercise_\d+)", c.source, re.MULTILINE)
+        for n in re.findall(r"^(?:async )?def (exercise_\d+)", c.source, re.MULTILINE)
     }
     assert names
     printed = "".join(
