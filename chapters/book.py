@@ -4,11 +4,13 @@ weights, programs in several processes, and the checking of exercises.
 
 import importlib.util
 import json
+import linecache
 import pickle
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from itertools import zip_longest
@@ -298,12 +300,22 @@ def _is_open(answer: Callable) -> bool:
     return code is not None and code.co_code == _dots.__code__.co_code
 
 
+def _condition(error: AssertionError) -> str:
+    """Return the line of a failed `assert` that has no message."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    numbers = range(place.lineno, place.end_lineno + 1)
+    lines = [linecache.getline(place.filename, number).strip() for number in numbers]
+    return " ".join(lines).removeprefix("assert ")
+
+
 def attempt(check: Callable, answer: Callable) -> None:
     """Run an exercise's check on a reader's answer and say in one line how it went."""
     try:
         check(answer)
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
+        if isinstance(error, AssertionError) and not error.args:
+            why = f"This is false: {_condition(error)}"
         if _is_open(answer):
             why = "Write your answer in place of the three dots."
         print(f"{answer.__name__}: not yet. {why}")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 from book import attempt
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,6 +107,20 @@ def exercise_right(x):
 def test_what_an_attempt_says(answer, said, capsys):
     attempt(check_three, answer)
     assert capsys.readouterr().out == f"{answer.__name__}: {said}\n"
+
+
+def test_an_attempt_shows_an_assert_without_a_message(capsys):
+    """In a notebook, as a reader meets it: pytest rewrites the asserts of its own."""
+    shell = InteractiveShell.instance()
+    shell.run_cell(
+        "from book import attempt\n"
+        "def check_1(answer):\n"
+        "    assert answer(2) == 2\n"
+        "    assert answer(3) == 9\n"
+        "attempt(check_1, lambda x: x)"
+    )
+    assert "not yet. This is false: answer(3) == 9\n" in capsys.readouterr().out
+    InteractiveShell.clear_instance()
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
