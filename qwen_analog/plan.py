@@ -37,19 +37,15 @@ def extra_ms(config: TrainConfig) -> float:
     again = RECOMPUTING_MS[config.activation_checkpointing]
     return again + of_a_pass / config.micro_batch_size
 
-# %% ../chapters/37_plan.ipynb #first-six
-def cheapest_fit(
-    config: TrainConfig, gpu: Gpu, world_size: int = 1, gpus_per_node: int = 8
-) -> TrainConfig | None:
-    """Return the cheapest settings whose estimated memory fits, or None.
-
-    The number of tokens per step stays the same. Weights and moments become bfloat16,
-    which changes the result, only if nothing else fits.
-    """
-    for changed in _alternatives(config, world_size, gpus_per_node):
-        if fits(estimate_for(changed, world_size, gpus_per_node).total, gpu):
-            return changed
-    return None
+# %% ../chapters/37_plan.ipynb #73f02021
+def _spreads(world_size: int, gpus_per_node: int) -> list[str]:
+    """Return the strategies for this many GPUs, the least communication first."""
+    spreads = ["ddp"]
+    if world_size > gpus_per_node and world_size % gpus_per_node == 0:
+        spreads.append("hsdp")
+    if world_size > 1:
+        spreads.append("fsdp")
+    return spreads
 
 # %% ../chapters/37_plan.ipynb #7107d073
 def _alternatives(
@@ -73,15 +69,19 @@ def _alternatives(
     smaller = {"precision": "bf16-pure", "optimizer": "adamw-bf16"}
     return found + [choice.model_copy(update=smaller) for choice in found]
 
-# %% ../chapters/37_plan.ipynb #73f02021
-def _spreads(world_size: int, gpus_per_node: int) -> list[str]:
-    """Return the strategies for this many GPUs, the least communication first."""
-    spreads = ["ddp"]
-    if world_size > gpus_per_node and world_size % gpus_per_node == 0:
-        spreads.append("hsdp")
-    if world_size > 1:
-        spreads.append("fsdp")
-    return spreads
+# %% ../chapters/37_plan.ipynb #first-six
+def cheapest_fit(
+    config: TrainConfig, gpu: Gpu, world_size: int = 1, gpus_per_node: int = 8
+) -> TrainConfig | None:
+    """Return the cheapest settings whose estimated memory fits, or None.
+
+    The number of tokens per step stays the same. Weights and moments become bfloat16,
+    which changes the result, only if nothing else fits.
+    """
+    for changed in _alternatives(config, world_size, gpus_per_node):
+        if fits(estimate_for(changed, world_size, gpus_per_node).total, gpu):
+            return changed
+    return None
 
 # %% ../chapters/B75_report.ipynb #2ce681cc
 import argparse
