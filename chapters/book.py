@@ -291,6 +291,22 @@ def draw_ids(ax, rows: dict[str, list[int]], tokenizer) -> None:
     ax.axis("off")
 
 
+def draw_boxes(rows: dict, xlabel: str) -> None:
+    """Draw for each row a line of boxes, one for each item, coloured by what it is."""
+    rows = {name: list(kinds) for name, kinds in rows.items()}
+    fig, ax = plt.subplots(figsize=(7.2, 0.5 * len(rows) + 1))
+    for i, kind in enumerate(sorted({kind for row in rows.values() for kind in row})):
+        for y, row in enumerate(rows.values()):
+            places = [x for x, other in enumerate(row) if other == kind]
+            label = kind if y == 0 else None
+            ax.barh([y] * len(places), 0.9, 0.7, places, color=f"C{i}", label=label)
+    ax.set_yticks(range(len(rows)), rows)
+    ax.set(xlabel=xlabel)
+    ax.invert_yaxis()
+    fig.legend(fontsize=8, ncols=3, loc="outside upper center")
+    plt.show()
+
+
 def _dots(): ...
 
 

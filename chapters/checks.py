@@ -1,8 +1,8 @@
 """Checks of a small training program, for the appendix on symptoms: each asks what a
 healthy program answers with yes, and returns None, or says what is wrong.
 
-`program` holds its parts, `text`, the tokens that it learns from, and
-`steps`, the length of its schedule.
+`program` holds its parts, `tokens`, the text that it learns from, and `steps`, the
+length of its schedule.
 """
 
 import math
@@ -20,11 +20,11 @@ def vocabulary(program):
 
 def batches(program):
     """Batches differ, and come from all of the file."""
-    places = torch.arange(len(program.text))  # a text that says where it was read
+    places = torch.arange(len(program.tokens))  # a text that says where it was read
     starts = torch.cat([program.next_batch(s, places)[0][:, 0] for s in range(40)])
     if len(starts.unique()) < 0.9 * len(starts):
         return f"{len(starts.unique())} different rows among {len(starts)}"
-    width = (starts.max() - starts.min()).item() / len(program.text)
+    width = (starts.max() - starts.min()).item() / len(program.tokens)
     if width < 0.5:
         return f"40 steps read {width:.1%} of the file"
 
@@ -165,7 +165,7 @@ def update_size(program):
     before, after = step_at(program, 1)
     moved = (after - before).std() / before.std()
     if not 0.01 < moved < 1:
-        return f"one step moves weights by {moved:.1g} of their size"
+        return f"one step moves weights by {moved:.2g} times their size"
 
 
 def small_steps(program):
@@ -179,6 +179,8 @@ def small_steps(program):
 def schedule(program):
     """The rate rises, peaks early, and is not zero before the end."""
     rates = [program.rate(step) for step in range(program.steps)]
+    if max(rates) <= 0:
+        return "the rate is never above 0"
     peak = rates.index(max(rates))
     if not 2 < peak < program.steps // 2:
         return f"the rate peaks at step {peak}"
@@ -187,10 +189,12 @@ def schedule(program):
 
 
 def one_batch(program):
-    """Thirty steps on one batch must bring its loss down by half."""
+    """Thirty steps on one batch, at the highest rate, halve its loss at least."""
     torch.manual_seed(0)
     model = program.make_model()
     optimizer = program.make_optimizer(model)
+    for group in optimizer.param_groups:
+        group["lr"] = max(program.rate(step) for step in range(program.steps))
     inputs, targets = program.next_batch(0)
     losses = []
     for _ in range(30):

@@ -8,6 +8,8 @@ import math
 import textwrap
 import unicodedata
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import matplotlib.pyplot as plt
@@ -62,9 +64,65 @@ def draw_apart(restarts, whole, first):
     plt.show()
 
 
-def instead(owner, name, replacement):
-    """Parts of a program in which `replacement` stands in place of `owner.name`."""
-    return {"around": patch.object(owner, name, replacement)}
+def draw_grid(gallery, checks, low, high):
+    """Draw which checks fail for each trained fault that has a program of its own; at
+    the right its end loss, below `low`, above `high`, or as that of a healthy run.
+    """
+    names = list(gallery.fails)
+    fig, ax = plt.subplots(figsize=(7, 0.24 * len(names) + 1.6))
+    fails = [[check in gallery.fails[name] for check in checks] for name in names]
+    ax.pcolormesh(fails, cmap="Oranges", vmax=1.4, edgecolor="0.85", linewidth=0.5)
+    ax.set_xticks([i + 0.5 for i in range(len(checks))], checks, rotation=90)
+    ax.set_yticks([i + 0.5 for i in range(len(names))], names)
+    for row, name in enumerate(names):
+        end = sum(gallery.losses[name][-10:]) / 10
+        word = "too low" if end < low else "too high" if end > high else "as healthy"
+        color = {"too low": "#b5502f", "too high": "0.5", "as healthy": "#2f6fb5"}[word]
+        text = f"{end:.2f} {word}"
+        ax.text(len(checks) + 0.3, row + 0.55, text, color=color, size=8, va="center")
+    ax.text(len(checks) + 0.3, -0.3, "end loss", size=8)
+    ax.invert_yaxis()
+    ax.tick_params(length=0, labelsize=8)
+    ax.grid(False)
+    plt.show()
+
+
+def best_loss(stories, rows):
+    """Return the lowest possible loss, in nats a letter, on rows that begin anywhere
+    in a text of equally frequent `stories`. The first letters are given.
+    """
+    letters = list("".join(stories))
+    ends = torch.tensor([len(story) for story in stories]).cumsum(0) - 1
+    is_letter = {a: torch.tensor([b == a for b in letters]) for a in set(letters)}
+    losses = []
+    for row in rows:
+        belief = is_letter[row[0]].double()  # of each place, that it was just read
+        belief /= belief.sum()
+        for letter in row[1:]:
+            ended = belief[ends].sum()
+            belief = belief.roll(1)
+            belief[(ends + 1) % len(letters)] = ended / len(stories)
+            belief *= is_letter[letter]
+            p = belief.sum()
+            losses.append(-p.log().item())
+            belief /= p
+    return sum(losses) / len(losses)
+
+
+def mystery(program):
+    """Return a copy of a program in which two parts are broken."""
+    both = "window[:, :-1], window[:, 1:]"
+    broken = SimpleNamespace(**vars(program))
+    broken.next_batch = edited(
+        program.next_batch, both, "window[:, :-2], window[:, 2:]"
+    )
+    broken.make_optimizer = edited(program.make_optimizer, "AdamW", "SGD")
+    return broken
+
+
+def instead(owner, name, replacement) -> AbstractContextManager:
+    """Return a context in which `replacement` stands in place of `owner.name`."""
+    return patch.object(owner, name, replacement)
 
 
 def source_of(function):
@@ -112,7 +170,7 @@ def variants(function, edits) -> Iterator[tuple[str, Callable, str]]:
 
 
 def in_package(owner, name, edits, function=None):
-    """`variants` of a function of the package, as parts of a program."""
+    """`variants` of a function of the package, as contexts that put them in place."""
     function = function or getattr(owner, name)
     for fault, broken, code in variants(function, edits):
         yield fault, instead(owner, name, broken), code
@@ -120,77 +178,92 @@ def in_package(owner, name, edits, function=None):
 
 def edit(function, right, wrong, owner=None):
     """Return parts of a program in which `function` reads `wrong` in place of `right`,
-    and the lines of both. A function of the package is replaced in its `owner`.
+    a context, and the lines of both. A function of the package is replaced in its
+    `owner` by the context; there are no parts then.
     """
     ((_, broken, code),) = variants(function, {right: {"": wrong}})
     name = function.__name__
-    parts = {name: broken} if owner is None else instead(owner, name, broken)
-    return parts, code
+    if owner is None:
+        return {name: broken}, nullcontext(), code
+    return {}, instead(owner, name, broken), code
 
 
 class Gallery:
     """The faults of a program: each breaks it, and some check must notice.
 
-    `train` and `first_failure` take broken parts as keywords. `healthy` are the runs
+    `train` and `failures` take broken parts as keywords. `healthy` are the runs
     behind each curve, `levels` the losses that are known beforehand.
     """
 
-    def __init__(self, train, first_failure, print_run, healthy, levels):
-        self.train, self.first_failure = train, first_failure
+    def __init__(self, train, failures, print_run, healthy, levels):
+        self.train, self.failures = train, failures
         self.print_run, self.levels = print_run, levels
         self.healthy = [run.losses for run in healthy]
         self.parts = {}  # of each fault: the broken parts of the program,
         self.found = {}  # the first check that fails,
-        self.losses = {}  # and the losses, if it was trained
-        self.lines = []  # what the checks say of faults that were not
+        self.fails = {}  # and if it was trained, all checks that fail
+        self.losses = {}  # and the losses
+        self.findings = []  # check, name, what it says and code, if it was not trained
 
     def show(self, name, function, right, wrong, owner=None):
-        """Train with an edit; print it, the losses, the samples, the check."""
-        parts, code = edit(function, right, wrong, owner)
+        """Train with an edit; print it, the losses, the samples, the checks."""
+        parts, around, code = edit(function, right, wrong, owner)
         print(code)
         print(name.upper(), end=": ")
-        run = self.train(**parts)
-        self.losses[name] = run.losses
+        with around:
+            run = self.train(**parts)
+            fails = dict(self.failures(**parts))
+        assert fails, f"no check notices: {name}"
         self.print_run(run)
-        check, said = self.judge(name, parts)
-        print(f"    {check}: {said}\n")
+        first, *others = fails
+        print(f"    found by {first}: {fails[first]}")
+        if others:
+            print(f"    and by {', '.join(others)}")
+        print()
+        self.parts[name], self.fails[name] = parts, list(fails)
+        self.add_run(name, run.losses, first)
+
+    def add_run(self, name, losses, check):
+        """Keep the losses of a broken run, and the check that finds the fault."""
+        self.losses[name], self.found[name] = losses, check
 
     def check(self, name, function, right, wrong, owner=None):
-        """Print an edit and the check that notices it; return the broken parts."""
-        parts, code = edit(function, right, wrong, owner)
-        self.record(name, *self.judge(name, parts), code)
-        return parts
+        """Print an edit and the check that notices it; return the broken parts, and a
+        context that puts a function of the package in its place.
+        """
+        parts, around, code = edit(function, right, wrong, owner)
+        self.record(name, *self.judge(name, around, parts), code)
+        self.parts[name] = parts
+        return parts, around
 
     def others(self, section, shown):
         """Check all faults of a section that are not trained; print those `shown`."""
         if section == "the model":
-            for name, parts, code in MODEL:
-                self.record(name, *self.judge(name, parts), code, name in shown)
+            for name, around, code in MODEL:
+                self.record(name, *self.judge(name, around), code, name in shown)
         for name, *finding in findings(section):
             self.record(name, *finding, name in shown)
 
-    def draw(self, count, times=None):
-        """Draw the last curves; of a name in `times`, the losses times that."""
+    def draw(self, *names, times=None):
+        """Draw the curves of these; of a name in `times`, the losses times that."""
         curves = {}
-        for name in list(self.losses)[-count:]:
+        for name in names:
             factor = (times or {}).get(name, 1)
             title = name if factor == 1 else f"{name}, / {1 / factor:.0f}"
             curves[title] = [factor * loss for loss in self.losses[name]]
         draw(curves, self.healthy, self.levels)
 
-    def judge(self, name, parts):
-        failure = self.first_failure(**parts)
+    def judge(self, name, around, parts=None):
+        with around:
+            failure = next(self.failures(**(parts or {})), None)
         assert failure, f"no check notices: {name}"
-        self.parts[name] = parts
-        self.found[name] = failure[0]
         return failure
 
     def record(self, name, check, said, code, shown=True):
         self.found[name] = check
-        lines = [code, f"{name} ({check}): {said}", ""]
-        self.lines += lines
+        self.findings.append((check, name, said, code))
         if shown:
-            print(*lines, sep="\n")
+            print(code, f"{name} ({check}): {said}", "", sep="\n")
 
 
 # --- the model: changes of the package
@@ -231,15 +304,8 @@ OTHER_PAIRS = """even, odd = x[..., 0::2], x[..., 1::2]
 
 ROTATED = "return x * cos[:, None] + rotate_half(x) * sin[:, None]"
 NORMED = "return self.weight * wide.to(x.dtype)"
-SHAPE = "T, S = q.shape[2], k.shape[2]"
-ALL_KEYS = SHAPE + "\n    mask = torch.ones(T, S, dtype=torch.bool)"
 
 # name, function, right, wrong, owner of those that are trained, too
-ATTEND = attention.grouped_query_attention
-MASKS = [
-    ("no mask", ATTEND, SHAPE, ALL_KEYS, attention),
-    ("mask off by one", ATTEND, SHAPE, ALL_KEYS + ".tril(S - T + 1)", attention),
-]
 TRAINED = [
     ("no rotation", attention.apply_rotary, ROTATED, "return x", attention),
     ("other pairs rotated", attention.apply_rotary, ROTATED, OTHER_PAIRS, attention),
@@ -252,20 +318,6 @@ TRAINED = [
         DecoderLayer,
     ),
 ]
-GRADIENT_CUT = (
-    "gradient cut off",
-    QwenModel.forward,
-    "self.norm(x)",
-    "self.norm(x).detach()",
-    QwenModel,
-)
-NO_POSITIONS = (
-    "cache without positions",
-    QwenModel.forward,
-    "0 if cache is None else cache.length",
-    "0",
-    QwenModel,
-)
 MODEL = [
     *in_package(
         attention,

@@ -26,10 +26,13 @@ def parts_of(value: Any) -> Iterator[Any]:
     yield value
     if isinstance(value, torch.Tensor):
         return
-    inner = value
-    if not isinstance(value, (dict, tuple)):
-        inner = getattr(value, "__dict__", {})
-    for part in inner.values() if isinstance(inner, dict) else inner:
+    if isinstance(value, dict):
+        inner = value.values()
+    elif isinstance(value, tuple):
+        inner = value
+    else:
+        inner = getattr(value, "__dict__", {}).values()
+    for part in inner:
         yield from parts_of(part)
 
 
@@ -64,7 +67,7 @@ class TracedBlock(nn.Module):
     def __init__(self, layer: Any, slot: Any):
         super().__init__()
         self.layer, self.slot = copy.copy(layer), slot
-        self.layer.layer_idx = 0  # all blocks are traced alike; a slot asks for none
+        self.layer.layer_idx = 0  # an index would make each block another program
         self.tensors = [x.detach() for x in tensors_in(self.layer)]
         packed = [x for x in self.tensors if x.is_mkldnn]
         self.packed = {f"packed_{i}": x for i, x in enumerate(packed)}
@@ -74,15 +77,18 @@ class TracedBlock(nn.Module):
             self.register_buffer(name, torch.empty(x.shape, dtype=x.dtype))
 
     def forward(self, call, inputs):
-        stand_ins, others = self.buffers(), iter(inputs)
-        ours = [next(stand_ins if x.is_mkldnn else others) for x in self.tensors]
+        count = len(self.given)
+        stand_ins, given = self.buffers(), iter(inputs[:count])
+        ours = [next(stand_ins if x.is_mkldnn else given) for x in self.tensors]
         layer = with_tensors(self.layer, iter(ours))
-        return layer(*call, with_tensors(self.slot, others))
+        slot = with_tensors(self.slot, iter(inputs[count:]))
+        return layer(*call, slot)
 
 # %% ../chapters/B78_compiled_blocks.ipynb #7ea9f53f
 def layouts_of(block: TracedBlock, call: tuple[torch.Tensor, ...]) -> list[tuple]:
     """Return each input's dtype, sizes and strides, None for a size that grows."""
-    grows = {id(x): dim for x, dim in (*block.slot.growing(), (call[-1], 3))}  # mask
+    mask = call[-1]  # [B, 1, T, S]
+    grows = {id(x): dim for x, dim in (*block.slot.growing(), (mask, 3))}
     layouts = []
     for x in (*call, *block.inputs):
         sizes = [None if i == grows.get(id(x)) else n for i, n in enumerate(x.shape)]

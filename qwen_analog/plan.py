@@ -192,6 +192,25 @@ def origins(
     return found
 
 # %% ../chapters/B75_report.ipynb #b1c08ae5
+def _memory(config: TrainConfig, gpu: Gpu, *gpus: int) -> dict:
+    """Return what a step of `gpus` (their number, and that on a node) takes."""
+    simulated = simulate(config, gpus[0])
+    estimate = estimate_for(config, *gpus)
+    total = max(sum(simulated.memory.values()), estimate.total)  # the less hopeful one
+    full = estimate_for(config.model_copy(update={"lora_rank": 0}), *gpus)
+    return {
+        "simulated": simulated.memory,
+        "arithmetic": estimate.categories(),
+        "moment": estimate.moment,
+        "total": total,
+        "available": gpu.memory,
+        "fits": fits(total, gpu),
+        "all_weights": full.categories() if config.lora_rank else None,
+        "flops": simulated.flops,
+        "sent": simulated.sent,
+    }
+
+# %% ../chapters/B75_report.ipynb #65a95572
 def report(
     config: TrainConfig,
     gpu_name: str,
@@ -203,33 +222,20 @@ def report(
 ) -> dict:
     """Return all that `qwen-analog plan` prints, as plain values.
 
-    Memory is in bytes a GPU; `flops` and `sent` are of a GPU and step; `mfu` is
-    assumed, unless it is that of `measured`.
+    Memory is in bytes a GPU; `flops` and `sent` are of a GPU and step.
     """
     if config.parallel == "hsdp" and not config.shard_size:
-        changes = {"shard_size": min(gpus_per_node, world_size)}
-        config = config.model_copy(update=changes)
-    gpu = GPUS[gpu_name]
-    gpus = {"world_size": world_size, "gpus_per_node": gpus_per_node}
-    step = simulate(config, world_size)
-    estimate = estimate_for(config, **gpus)
-    total = max(sum(step.memory.values()), estimate.total)  # the less hopeful one
-    full = estimate_for(config.model_copy(update={"lora_rank": 0}), **gpus)
+        shards = min(gpus_per_node, world_size)
+        config = config.model_copy(update={"shard_size": shards})
+    gpu, gpus = GPUS[gpu_name], (world_size, gpus_per_node)
+    memory = _memory(config, gpu, *gpus)
     return {
         "gpu": gpu_name,
         "gpus": world_size,
-        "simulated": step.memory,
-        "arithmetic": estimate.categories(),
-        "moment": estimate.moment,
-        "total": total,
-        "available": gpu.memory,
-        "fits": fits(total, gpu),
-        "all_weights": full.categories() if config.lora_rank else None,
-        "flops": step.flops,
-        "sent": step.sent,
+        **memory,
         **_speed(config, gpu, world_size, mfu, tokens),
-        "origins": origins(config, gpu_name, bool(step.sent), measured),
-        "instead": None if fits(total, gpu) else _instead(config, gpu, **gpus),
+        "origins": origins(config, gpu_name, bool(memory["sent"]), measured),
+        "instead": None if memory["fits"] else _instead(config, gpu, *gpus),
     }
 
 # %% ../chapters/B75_report.ipynb #dc9f2360
@@ -249,19 +255,17 @@ def _memory_table(plan: dict) -> list[str]:
 
 # %% ../chapters/B75_report.ipynb #5d37a82a
 def _heading(plan: dict, config: TrainConfig) -> str:
-    parts = [
-        f"{plan['gpus']} x {plan['gpu']}, {config.parallel}, {config.precision},"
-        f" {config.optimizer}, activation checkpointing"
-        f" {config.activation_checkpointing}",
-        f"{plan['tokens_per_step']:,} tokens a step",
-    ]
+    settings = f"{config.parallel}, {config.precision}, {config.optimizer}"
+    settings += f", activation checkpointing {config.activation_checkpointing}"
+    tokens = f"{plan['tokens_per_step']:,} tokens a step"
+    parts = [f"{plan['gpus']} x {plan['gpu']}, {settings}", tokens]
     if config.lora_rank:
         lora = config.lora_rank, config.lora_targets
         count = adapter_parameters(config.qwen_config(), *lora)
         parts.append(f"adapters of rank {config.lora_rank}, {count:,} numbers")
     return "; ".join(parts)
 
-
+# %% ../chapters/B75_report.ipynb #e1831f3b
 def _speed_lines(plan: dict) -> list[str]:
     sent = [f"{kind} {size / 1e9:.2f} GB" for kind, size in plan["sent"].items()]
     return [
@@ -310,9 +314,9 @@ def _check(config: TrainConfig) -> None:
         given = f"sequence_length {config.sequence_length}"
         raise ValueError(f"{given} is longer than max_position_embeddings {limit}")
     if config.micro_batch_size > MOST_SEQUENCES:
+        most = f"a plan simulates: at most {MOST_SEQUENCES:,} sequences at once"
         raise ValueError(
-            f"micro_batch_size {config.micro_batch_size} is more than a plan simulates:"
-            f" at most {MOST_SEQUENCES:,} sequences at once"
+            f"micro_batch_size {config.micro_batch_size} is more than {most}"
         )
 
 # %% ../chapters/B75_report.ipynb #94362b2e
@@ -324,10 +328,8 @@ def read_measured(path: str) -> Measured:
         mfu = found["training"]["mfu"]
         if 0 < mfu <= 1 and (overlap is None or 0 <= overlap <= 1):
             return Measured(device, mfu, overlap)
-    raise ValueError(
-        f"{path} holds no measured figures: it must hold device,"
-        " training.mfu above 0 and at most 1, and overlap from 0 to 1 or null"
-    )
+    must = "device, training.mfu above 0 and at most 1, and overlap from 0 to 1 or null"
+    raise ValueError(f"{path} holds no measured figures: it must hold {must}")
 
 # %% ../chapters/B75_report.ipynb #0f862e73
 def _settings(arguments: argparse.Namespace) -> TrainConfig:
@@ -349,9 +351,9 @@ def run(arguments: argparse.Namespace) -> None:
     tokens = config.max_steps * step if arguments.tokens is None else arguments.tokens
     measured = read_measured(arguments.bench) if arguments.bench else None
     mfu = measured.mfu if measured else arguments.mfu
-    more: dict = {"gpus_per_node": arguments.gpus_per_node, "measured": measured}
+    numbers = arguments.gpus, mfu, tokens, arguments.gpus_per_node
     try:
-        plan = report(config, arguments.gpu, arguments.gpus, mfu, tokens, **more)
+        plan = report(config, arguments.gpu, *numbers, measured)
     except (RuntimeError, OverflowError) as error:  # sizes beyond what tensors can have
         reason = f"cannot be simulated: {str(error).splitlines()[0]}"
         raise ValueError(f"a step of these settings {reason}") from None
