@@ -191,7 +191,7 @@ def test_two_processes_train_qwen3_as_one_does(strategy):
 
 
 def test_the_taught_experts_are_transformers():
-    taught = from_chapter("25_*.ipynb", "class Experts", {"torch": torch})
+    taught = from_chapter("B79_*.ipynb", "class Experts", {"torch": torch})
     sizes = dict(hidden_size=16, moe_intermediate_size=24, num_experts=6)
     config = Qwen3MoeConfig(**sizes, num_experts_per_tok=2, norm_topk_prob=True)
     config._experts_implementation = "eager"
