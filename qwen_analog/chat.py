@@ -8,7 +8,6 @@ __all__ = ['common_prefix_length', 'TokenCache', 'HELP', 'Conversation', 'Chat',
 # %% ../chapters/20_chat.ipynb #19-013
 import torch
 
-from .kv_cache import KVCache
 from .model import QwenForCausalLM
 
 # %% ../chapters/20_chat.ipynb #m19-20-01
@@ -23,22 +22,6 @@ def common_prefix_length(cached: list[int], prompt: list[int]) -> int:
         kept += 1
     return kept
 
-# %% ../chapters/20_chat.ipynb #90aafc13
-def _empty_cache(model: QwenForCausalLM) -> KVCache:
-    """Return a cache for one conversation, which grows with it."""
-    config = model.config
-    weight = model.model.embed_tokens.weight
-    return KVCache(
-        num_layers=config.num_hidden_layers,
-        batch_size=1,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        max_length=config.max_position_embeddings,
-        dtype=weight.dtype,
-        device=weight.device,
-        growable=True,
-    )
-
 # %% ../chapters/20_chat.ipynb #19-014
 class TokenCache:
     """A KV cache, and the ids of the tokens that it holds."""
@@ -46,7 +29,8 @@ class TokenCache:
     def __init__(self, model: QwenForCausalLM):
         self.model = model
         self.ids: list[int] = []
-        self.cache = _empty_cache(model)
+        longest = model.config.max_position_embeddings
+        self.cache = model.new_cache(1, longest, growable=True)
 
     def keep_prefix(self, prompt: list[int]) -> list[int]:
         """Forget all but what `prompt` begins with; return its ids still to be read."""

@@ -191,12 +191,14 @@ class GenerationMixin:
         vocab_size, where = self.config.vocab_size, "model.generation_config"
         self._generation_config = GenerationDefaults.from_dict(given, vocab_size, where)
 
-    def new_cache(self: Any, batch_size: int, max_length: int) -> KVCache:
+    def new_cache(
+        self: Any, batch_size: int, max_length: int, *, growable: bool = False
+    ) -> KVCache:
         """Return an empty `KVCache` of this model's shape, dtype and device."""
         c, weight = self.config, self.model.embed_tokens.weight
         like = {"dtype": weight.dtype, "device": weight.device}
         shape = c.num_hidden_layers, batch_size, c.num_key_value_heads, c.head_dim
-        return KVCache(*shape, max_length, **like)
+        return KVCache(*shape, max_length, **like, growable=growable)
 
     def generate(
         self: Any, input_ids: torch.Tensor, max_new_tokens: int = 100, **options
