@@ -21,7 +21,7 @@ def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
-
+# %% ../chapters/32_speed.ipynb #2f2cd4f7
 def alternating(
     calls: dict[str, Callable], repeats: int, device: torch.device
 ) -> dict[str, list[float]]:
