@@ -38,7 +38,7 @@ frame = FancyBboxPatch(
     linewidth=1.3,
 )
 ax.add_patch(frame)
-ax.text(2.9, 4.5, "carry_out", va="top", fontsize=9, color=BLUE, family="monospace")
+ax.text(2.9, 4.5, "report_errors", va="top", fontsize=9, color=BLUE, family="monospace")
 box(ax, 0.1, 3.1, "generate Paris", 2.0, 0.7, family="monospace")
 function(3.0, "build_parser", 1.9)
 function(6.2, "find", 1.1)
