@@ -435,7 +435,7 @@ def test_what_a_tokenizer_refuses_is_raised(small_batches):
 
 
 SLOW = """
-import os, sys, time
+import os, signal, sys, time
 from qwen_analog import token_cache
 from qwen_analog.arguments import report_errors
 from qwen_analog.bpe import BYTE_ORDER
@@ -447,6 +447,8 @@ class Slow(TiktokenTokenizer):
             time.sleep(0.02)
         return super().encode(text, special)
 
+# where tests run in the background of a shell, children begin without it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 token_cache.BATCH_BYTES = 2_000
 tokenizer = Slow({token: rank for rank, token in enumerate(BYTE_ORDER)})
 sys.exit(report_errors("test", lambda: token_cache.tokenize_files(
