@@ -5,15 +5,12 @@
 # %% auto #0
 __all__ = ['rate_error', 'Evaluation', 'paired_difference', 'TOKENS_AT_ONCE', 'MINIMAL_PAIRS', 'sliding_windows', 'score_tokens', 'token_nll', 'evaluation_of', 'document_nll', 'evaluate_documents', 'summary', 'by_document', 'Accuracy', 'wilson', 'loss_by_position', 'minimal_pair_accuracy']
 
-# %% ../chapters/26_evaluation.ipynb #1c2f4c07
+# %% ../chapters/26_evaluation.ipynb #cell-031
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
-from .loss import bits_per_byte
 
-# %% ../chapters/26_evaluation.ipynb #cell-031
 def rate_error(amounts: np.ndarray, sizes: np.ndarray) -> float:
     """Return the standard error of sum(amounts) / sum(sizes) over documents.
 
@@ -26,18 +23,19 @@ def rate_error(amounts: np.ndarray, sizes: np.ndarray) -> float:
     residuals = amounts - sizes * amounts.sum() / sizes.sum()
     return float(np.sqrt((residuals**2).sum() * n / (n - 1)) / sizes.sum())
 
-# %% ../chapters/26_evaluation.ipynb #cell-023
+# %% ../chapters/26_evaluation.ipynb #846228ba
+from dataclasses import dataclass
+
+from .loss import bits_per_byte
+
+# %% ../chapters/26_evaluation.ipynb #1e2dd824
 @dataclass
 class Evaluation:
-    """A model's results on documents, [documents] each.
+    """A model's sums, [documents] each; raises ValueError if there are no tokens."""
 
-    `nll` is the negative log-likelihood in nats, `tokens` and `bytes` (of the UTF-8
-    text before tokenization) are counts. Raises ValueError if there are no tokens.
-    """
-
-    nll: np.ndarray
+    nll: np.ndarray  # nats
     tokens: np.ndarray
-    bytes: np.ndarray
+    bytes: np.ndarray  # of the UTF-8 text before tokenization
 
     def __post_init__(self) -> None:
         if not self.tokens.sum() or not self.bytes.sum():
