@@ -248,21 +248,6 @@ def seconds(function: Callable, *arguments) -> float:
     return time.perf_counter() - began
 
 
-@torch.no_grad()
-def step_seconds(model: nn.Module, ids: torch.Tensor, rows: int) -> float:
-    """Return the seconds of the fastest of eight cached steps behind the prompt [1, T]
-    in so many rows.
-    """
-    cache = model.new_cache(rows, ids.shape[1] + 8)
-    new = model(ids.repeat(rows, 1), cache=cache, logits_to_keep=1).argmax(-1)
-    fastest = float("inf")
-    for _ in range(8):
-        began = time.perf_counter()
-        new = model(new, cache=cache, logits_to_keep=1).argmax(-1)  # [B, 1]
-        fastest = min(fastest, time.perf_counter() - began)
-    return fastest
-
-
 def draw_ids(ax, rows: dict[str, list[int]], tokenizer) -> None:
     """Draw ids under their titles: a box for each token, dark for control tokens, and a
     bracket with the role of each turn.

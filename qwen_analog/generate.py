@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['positions_and_mask', 'next_logits', 'own_stop_ids', 'stop_ids', 'DecodeStep', 'prefill', 'decode_one_token', 'evaluating', 'check_prompt', 'requested_stop_ids', 'pad_left', 'decode_steps', 'generate', 'sampling_defaults']
 
-# %% ../chapters/16_generation.ipynb #ec1dbb27
+# %% ../chapters/16_generation.ipynb #cell-047
 import torch
 
-# %% ../chapters/16_generation.ipynb #cell-047
+
 def positions_and_mask(
     padding: torch.Tensor, start: int, end: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
