@@ -68,17 +68,12 @@ def adamw_reference(values, gradients, decay, beta1=0.9, beta2=0.95, eps=1e-8):
     return w
 
 
-def muon_reference(values, gradients, decay, momentum=0.95, ahead=True):
-    """Jordan et al. 2024 with the update's size of Liu et al. 2025, in float64.
-
-    `ahead` is Nesterov's look one step ahead.
-    """
+def muon_reference(values, gradients, decay, momentum=0.95):
+    """Jordan et al. 2024 with the update's size of Liu et al. 2025, in float64."""
     w, mean = values.double(), torch.zeros_like(values).double()
     for g in gradients:
         mean = momentum * mean + (1 - momentum) * g.double()
-        X = mean
-        if ahead:
-            X = (1 - momentum) * g.double() + momentum * mean
+        X = (1 - momentum) * g.double() + momentum * mean  # one step ahead
         X = X / X.norm().clamp(min=1e-7)  # some of the gradients here are that small
         for _ in range(5):
             X = 3.4445 * X - 4.7750 * X @ X.T @ X + 2.0315 * X @ X.T @ X @ X.T @ X
@@ -762,17 +757,36 @@ def test_newton_schulz_brings_singular_values_near_one():
     assert (cubic < 0.5).sum() > 5
 
 
-@pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
-def test_the_taught_muon_is_the_rule(shape):
-    update = taught("muon_update")
+def differs_from_muon(update, shape):
+    """Do three steps in float64 leave another matrix than the rule?"""
     update.__globals__["newton_schulz"] = taught("newton_schulz")
     g = torch.Generator().manual_seed(0)
     p, *slopes = (torch.randn(shape, generator=g, dtype=torch.float64) for _ in "pggg")
-    expected = muon_reference(p, slopes, DECAY, ahead=False)
+    expected = muon_reference(p, slopes, DECAY)
     m = torch.zeros_like(p)
     for x in slopes:
         p, m = update(p, x, m, DECAY, LEARNING_RATE)
-    torch.testing.assert_close(p, expected)
+    return not torch.allclose(p, expected, rtol=1e-7, atol=1e-7)
+
+
+MUON_EDITS = {
+    "no step ahead": ("newton_schulz(ahead)", "newton_schulz(m)"),
+    "no size matching": ("0.2 * max(p.shape) ** 0.5 * ", ""),
+    "size of the shorter side": ("max(p.shape)", "min(p.shape)"),
+    "decay not scaled by lr": ("lr * decay * p", "decay * p"),
+    "momentum not orthogonalised": ("newton_schulz(ahead)", "ahead / ahead.norm()"),
+}
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
+def test_the_taught_muon_is_the_rule(shape):
+    assert not differs_from_muon(taught("muon_update"), shape)
+
+
+@pytest.mark.mutant
+@pytest.mark.parametrize("mutant", MUON_EDITS)
+def test_a_mutant_of_the_taught_muon_is_noticed(mutant):
+    assert differs_from_muon(taught("muon_update", *MUON_EDITS[mutant]), (6, 4))
 
 
 def test_the_step_of_a_turned_matrix_is_the_turned_step():
