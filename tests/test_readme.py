@@ -69,7 +69,7 @@ def program(command: str) -> str:
 RUN = [
     command
     for command in dict.fromkeys(commands("README.md"))
-    if program(command).split()[0] not in ("make", ".")
+    if program(command).split()[0] not in ("git", "cd", "make", ".")
 ]
 
 
@@ -78,7 +78,9 @@ def test_one_line_first_makes_the_commands_known():
         found = commands(readme)
         programs = [program(command) for command in found]
         first = next(
-            i for i, name in enumerate(programs) if not name.startswith("make")
+            i
+            for i, name in enumerate(programs)
+            if name.split()[0] not in ("git", "cd", "make")
         )
         assert programs[first] == ". .venv/bin/activate", readme
         assert programs.count(". .venv/bin/activate") == 1
