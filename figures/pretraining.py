@@ -45,7 +45,7 @@ for process, y in ((0, 3.9), (1, 2.2)):
 arrow(ax, (7.35, 2.6), (7.35, 4.2), style="<|-|>")
 ax.text(7.25, 3.4, "all-reduce:\nadd, once", ha="right", va="center", fontsize=9)
 
-ax.text(0.05, 0.85, "the stream\nof blocks", va="center", fontsize=10)
+ax.text(0.05, 0.85, "the\nsequences", va="center", fontsize=10)
 for block in range(8):
     face = COLOURS[block % 2][block // 4]
     box(
@@ -62,7 +62,7 @@ ax.text(10.2, 0.85, "next step …", va="center", fontsize=9)
 ax.text(
     1.3,
     0.1,
-    "blocks are dealt to the processes in turn; here a micro-batch has two",
+    "sequences are dealt to the processes in turn; here a micro-batch has two",
     va="center",
     fontsize=9,
     color="#5f6b73",
