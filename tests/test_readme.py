@@ -20,8 +20,9 @@ import torch
 from forks import exit_code, fork
 from test_lm_eval_adapter import CHOICES
 
-from qwen_analog import QwenConfig, QwenForCausalLM
+from qwen_analog import PRESETS, QwenConfig, QwenForCausalLM
 from qwen_analog.cli import main
+from qwen_analog.config import parameter_counts
 from qwen_analog.checkpoint import save_checkpoint
 from qwen_analog.corpora import stdlib_documents
 from qwen_analog.hf import save_pretrained
@@ -103,6 +104,25 @@ def test_the_russian_pages_are_the_equals_of_the_english():
 
     assert shape("README.ru.md") == shape("README.md")
     assert shape("docs/guide.ru.md") == shape("docs/guide.md")
+
+
+@pytest.mark.parametrize("page", ["docs/guide.md", "docs/guide.ru.md"])
+def test_the_guide_names_every_preset_and_counts_parameters(page):
+    text = (ROOT / page).read_text(encoding="utf-8").replace("\N{NO-BREAK SPACE}", " ")
+    named = set()
+    for row in re.findall(
+        r"^\| (?:presets?|пресеты?) (.*?) \|.*\| (.*?) \|$", text, re.M
+    ):
+        names = re.findall(r"`(.*?)`", row[0])
+        for i, name in enumerate(names):  # a name that begins with - continues one
+            if name.startswith("-"):
+                names[i] = names[i - 1].rpartition("-")[0] + name
+        named |= set(names)
+        if row[1][0].isdigit():
+            counts = [int(re.sub(r"\D", "", c)) for c in row[1].split(";")]
+            configs = [QwenConfig.from_preset(name) for name in names]
+            assert counts == [sum(parameter_counts(c).values()) for c in configs]
+    assert named == set(PRESETS) - {"analog-3b"}  # the default, `QwenConfig()`
 
 
 @pytest.mark.parametrize("readme", READMES)
