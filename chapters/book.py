@@ -176,6 +176,16 @@ def heatmap(
             axes.text(j, i, text, ha="center", va="center", color=color, size=8)
 
 
+def draw_weights(weights: torch.Tensor, words: list[str]) -> None:
+    """Draw the attention weights [T, S] of a sentence; a zero stays empty."""
+    size = 0.4 * len(words)
+    _, axes = plt.subplots(figsize=(size + 2.4, size + 1.6))
+    shown = weights.masked_fill(weights == 0, torch.nan)
+    heatmap(axes, shown, rows=words, columns=words, numbers=True)
+    axes.set(xlabel="looks at (key)", ylabel="word (query)")
+    plt.show()
+
+
 def draw_rules(
     words: list[str], given: torch.Tensor, rules: dict[str, torch.Tensor]
 ) -> None:
