@@ -8,8 +8,7 @@ a style; keep what each has learned and forgotten, and what each says in
 
 MODEL is checkpoints/final. The runs are kept in the directory RUNS. A run that is
 there, or a part that is in the file already, is left out; what is said in `chat` is
-asked anew. The chapter on fine-tuning shows the numbers of the first
-part.
+asked anew. The chapter on fine-tuning shows losses of the second part.
 """
 
 import json

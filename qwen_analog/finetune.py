@@ -52,11 +52,11 @@ def join(examples: Sequence[Example], length: int) -> TokenSequence:
     document_ids = np.full(length, len(examples))
     start = 0
     for number, example in enumerate(examples):
-        row = slice(start, start + len(example))
-        input_ids[row] = example.ids[:-1]
-        targets[row] = np.where(example.learned, example.ids, IGNORE_INDEX)[1:]
-        document_ids[row] = number
-        start = row.stop
+        stop = start + len(example)
+        input_ids[start:stop] = example.ids[:-1]
+        targets[start:stop] = np.where(example.learned, example.ids, IGNORE_INDEX)[1:]
+        document_ids[start:stop] = number
+        start = stop
     parts = map(torch.from_numpy, (input_ids, targets, document_ids))
     return TokenSequence(*parts, sources=[example.source for example in examples])
 
