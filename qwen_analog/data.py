@@ -32,7 +32,8 @@ class TokenSequence:
 def pack(pieces: Sequence[tuple[np.ndarray, str]]) -> TokenSequence:
     """Join pieces of documents, (ids, source) each, with T + 1 tokens in total."""
     tokens = np.concatenate([ids for ids, _ in pieces]).astype(np.int64)  # [T + 1]
-    document_ids = np.repeat(np.arange(len(pieces)), [len(ids) for ids, _ in pieces])
+    counts = [len(ids) for ids, _ in pieces]
+    document_ids = np.repeat(np.arange(len(pieces)), counts)  # [T + 1]
     return TokenSequence(
         input_ids=torch.from_numpy(tokens)[:-1],
         targets=torch.from_numpy(tokens)[1:],
@@ -44,24 +45,12 @@ def pack(pieces: Sequence[tuple[np.ndarray, str]]) -> TokenSequence:
 def collate(sequences: Sequence[TokenSequence]) -> dict[str, torch.Tensor]:
     """Stack `input_ids`, `targets` and `document_ids` to [B, T] each, for the model."""
     return {
-        name: torch.stack([getattr(sequence, name) for sequence in sequences])
-        for name in ("input_ids", "targets", "document_ids")
+        "input_ids": torch.stack([s.input_ids for s in sequences]),
+        "targets": torch.stack([s.targets for s in sequences]),
+        "document_ids": torch.stack([s.document_ids for s in sequences]),
     }
 
-# %% ../chapters/03_data.ipynb #m1-walk
-def _walk(ends: np.ndarray, offset: int, tokens: int) -> Iterator[tuple[int, slice]]:
-    """Yield (i, slice) for each document that holds some of the `tokens` tokens from
-    `offset` on, until the last document ends. `ends` says where each one ends."""
-    i = int(np.searchsorted(ends, offset, side="right"))
-    while tokens > 0 and i < len(ends):
-        start = int(ends[i - 1]) if i > 0 else 0  # where document i begins
-        count = min(tokens, int(ends[i]) - offset)
-        yield i, slice(offset - start, offset - start + count)
-        offset += count
-        tokens -= count
-        i += 1
-
-# %% ../chapters/03_data.ipynb #cell-040
+# %% ../chapters/03_data.ipynb #cee3a15c
 class ShuffledDocuments:
     """The order of documents with these lengths, shuffled anew in each epoch."""
 
@@ -69,21 +58,26 @@ class ShuffledDocuments:
         self.lengths, self.seed = lengths, seed
 
     def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the documents in the epoch's order, and where in the epoch each of
-        them ends, both [documents]."""
+        """Return the documents in the epoch's order, and where each ends in it."""
         rng = np.random.default_rng((self.seed, epoch))
         order = rng.permutation(len(self.lengths))
         return order, np.cumsum(self.lengths[order])
 
     def runs(self, epoch: int, offset: int, tokens: int) -> Iterator[tuple[int, slice]]:
-        """Yield (document, slice) for the `tokens` tokens from `offset` of an epoch on.
-        After its last document the next epoch begins."""
+        """Yield (document, slice) for `tokens` tokens from `offset` of an epoch on."""
+        order, ends = self.order(epoch)
+        i = int(np.searchsorted(ends, offset, side="right"))
         while tokens > 0:
-            order, ends = self.order(epoch)
-            for i, place in _walk(ends, offset, tokens):
-                yield int(order[i]), place
-                tokens -= place.stop - place.start
-            epoch, offset = epoch + 1, 0
+            if i == len(order):  # the next epoch begins
+                epoch, offset, i = epoch + 1, 0, 0
+                order, ends = self.order(epoch)
+            document = int(order[i])
+            start = int(ends[i] - self.lengths[document])
+            count = min(tokens, int(ends[i]) - offset)
+            yield document, slice(offset - start, offset - start + count)
+            offset += count
+            tokens -= count
+            i += 1
 
 # %% ../chapters/03_data.ipynb #11bd4068
 class PackedArrays:
