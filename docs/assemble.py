@@ -162,17 +162,6 @@ def launch_line(chapter: Chapter) -> str:
     return f'<p class="launch">{" ".join(anchors)}</p>'
 
 
-def folded_hints(source: str) -> str:
-    """Set what stands inside `<details>` apart by empty lines: it is Markdown."""
-    pattern = r"(<details[^>]*>\s*<summary>.*?</summary>)(.*?)(</details>)"
-    return re.sub(
-        pattern,
-        lambda m: f"{m[1]}\n\n{m[2].strip()}\n\n{m[3]}\n",
-        source,
-        flags=re.DOTALL,
-    )
-
-
 def questions(source: str) -> str:
     """Turn the quote `> **Predict, then run.** ...` into a box."""
 
@@ -324,7 +313,7 @@ class Page:
         return notebook
 
     def markdown(self, source: str, first: bool = False) -> str:
-        source = questions(folded_hints(source))
+        source = questions(source)
         changed = numbered_figures(source, self.figures + 1)
         self.figures += len(IMAGE.findall(source))
         lives = re.search(r"^## Where this code lives$", changed, re.MULTILINE)

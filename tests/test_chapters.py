@@ -131,6 +131,17 @@ def test_a_cell_has_at_most_forty_lines(path):
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_markdown_in_a_hint_is_set_apart(path):
+    """A renderer reads what stands right after `<summary>` as HTML, not Markdown."""
+    for cell in nbformat.read(path, 4).cells:
+        if cell.cell_type == "markdown":
+            for hint in re.findall(r"<details.*?</details>", cell.source, re.DOTALL):
+                assert re.search(r"</summary>\n\n.*\n\n</details>$", hint, re.DOTALL), (
+                    hint
+                )
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
 def test_a_plot_has_a_caption(path):
     for cell in nbformat.read(path, 4).cells:
         plots = [o for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]

@@ -331,12 +331,6 @@ def test_a_question_becomes_a_box_and_hides_its_answer():
     assert shown.metadata["tags"] == ["hide-output"]
 
 
-def test_markdown_in_a_hint_is_set_apart():
-    hint = "<details><summary>Hint</summary>Use `x`.</details>"
-    folded = assemble.folded_hints(hint)
-    assert "</summary>\n\nUse `x`.\n\n</details>" in folded
-
-
 def test_a_picture_alone_is_a_numbered_figure():
     source = 'Text.\n\n![Two arrows](../figures/rope.svg "One pair")\n\nMore.'
     figure = assemble.numbered_figures(source, 2)
