@@ -49,10 +49,10 @@ class RowPass:
     def write(self, store: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """Write `new` [n, K, T, h] into a layer; return its n rows [n, K, S, h]."""
         stored = store[self.rows]  # [n, K, max_length, h], a view
-        row = torch.arange(len(stored), device=store.device)[:, None, None]  # [n, 1, 1]
-        head = torch.arange(stored.shape[1], device=store.device)[:, None]  # [K, 1]
-        place = self.positions[:, None]  # [n, 1, T]
-        stored[row, head, place] = new.to(store.dtype)  # autocast may give another
+        row = torch.arange(len(stored), device=store.device)[:, None]  # [n, 1]
+        by_place = stored.transpose(1, 2)  # [n, max_length, K, h]
+        new = new.transpose(1, 2).to(store.dtype)  # autocast may give another
+        by_place[row, self.positions] = new  # [n, T, K, h]
         return stored[:, :, : self.end]
 
 # %% ../chapters/28_batching.ipynb #cell-021
