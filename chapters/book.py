@@ -208,6 +208,37 @@ def draw_rules(
     plt.show()
 
 
+def draw_cuts(
+    next_probs: Callable,
+    prompts: list[str],
+    temperatures: tuple[float, ...],
+    rules: dict[str, tuple[Callable, float]],
+) -> None:
+    """Draw the probabilities `next_probs(prompt, temperature)` by rank, a panel for
+    each temperature, and mark the last word that each rule (with its limit) keeps.
+    """
+    _, axes = plt.subplots(1, len(temperatures), figsize=(9, 3.4), sharey=True)
+    for ax, temperature in zip(axes, temperatures):
+        for i, prompt in enumerate(prompts):
+            probs = next_probs(prompt, temperature)
+            ranked = probs.sort(descending=True).values
+            name = "... " + " ".join(prompt.split()[-2:])
+            ranks = range(1, len(ranked) + 1)
+            ax.loglog(ranks, ranked, color=f"C{i}", label=name)
+            for marker, (rule, limit) in zip("os", rules.values()):
+                kept = int(rule(probs, limit).sum())
+                style = {"color": f"C{i}", "fillstyle": "none", "markersize": 8}
+                ax.loglog(kept, ranked[kept - 1], marker, **style)
+        ax.axvline(50, color="0.6", linestyle="--")
+        ax.text(60, 0.3, "top-k 50", color="0.4")
+        ax.set(xlabel="rank", title=f"temperature {temperature}", ylim=(1e-9, 3))
+    for marker, rule in zip("os", rules):
+        axes[0].plot([], [], marker, color="0.4", fillstyle="none", label=rule)
+    axes[0].set_ylabel("probability")
+    axes[0].legend(loc="lower left", fontsize=8)
+    plt.show()
+
+
 @torch.no_grad()
 def attention_tables(
     model: nn.Module, tokenizer, sentence: str
