@@ -5,13 +5,16 @@
 # %% auto #0
 __all__ = ['set_activation_checkpointing', 'MATMUL', 'ATTENTION', 'MemoryEstimate', 'estimate_for', 'ADAPTED', 'StorageTracker', 'saved_activations', 'adapter_parameters', 'flops_per_token', 'MemorySettings', 'estimate_memory']
 
-# %% ../chapters/31_memory.ipynb #cell-006
+# %% ../chapters/31_memory.ipynb #f1ad959b
 import torch
+
+# %% ../chapters/31_memory.ipynb #b3825d38
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     create_selective_checkpoint_contexts,
 )
 
+# %% ../chapters/31_memory.ipynb #cell-006
 from .config import ACTIVATION_CHECKPOINTING
 from .model import QwenForCausalLM
 
