@@ -124,7 +124,7 @@ def rotary_embedding(
 
 # %% ../chapters/B67_llama3.ipynb #cell-057
 class Llama3RotaryEmbedding(RotaryEmbedding):
-    """Rotations slowed down where they are slow already, as in the published code of Llama 3.1.
+    """Rotations slowed down where they are slow already (the code of Llama 3.1).
 
     Pairs that turn more than `high_freq_factor` times within the original length keep
     their speed, those that turn less than `low_freq_factor` times are slowed down by
