@@ -374,6 +374,47 @@ def test_a_conversation_that_goes_on_is_found():
     check_pool(engine.runner.cache)
 
 
+@torch.inference_mode()
+def test_pages_of_three_texts():
+    """Two texts share the first full page, and half of the second is copied."""
+    cache, count = new_paged_cache(MODEL, num_rows=3, num_pages=16, size=4), []
+    for row, letters in enumerate(("abcdefghi", "abcdefghxy", "abcdefxyz")):
+        tokens = list(letters.encode())
+        count.append(cache.adopt(row, tokens))
+        new = tokens[count[-1] :]
+        assert cache.reserve(row, new)
+        positions, mask = cache.begin(slice(row, row + 1), len(new))
+        place = dict(position_ids=positions, mask=mask, cache=cache)
+        logits = MODEL(torch.tensor([new]), **place)
+        cache.advance(row, len(new))
+        expected = MODEL(torch.tensor([tokens]))[:, -len(new) :]
+        torch.testing.assert_close(logits, expected, atol=1e-3, rtol=0)
+    assert count == [0, 8, 6]
+    assert cache.tables.pages == [[0, 1, 2], [0, 1, 3], [0, 4, 5]]
+
+
+def test_pages_answer_in_fewer_steps_than_rows():
+    sizes = [(2, 70), (25, 6), (9, 20), (40, 6), (2, 6), (25, 70)] * 4
+    todo = [
+        new_request(range(i, i + n), m, temperature=0) for i, (n, m) in enumerate(sizes)
+    ]
+    steps, written = [], []
+    for memory in (
+        dict(max_batch=4),
+        dict(max_batch=16, kv_pages=64, page_size=8),
+        dict(max_batch=4, kv_pages=64, page_size=8),
+    ):
+        engine = Engine(MODEL, TOKENIZER, max_context=128, **memory)
+        engine.stop_ids = set()
+        sequences = engine.add_request(*todo, deliver=lambda delta: None)
+        steps.append(0)
+        while engine.step():
+            steps[-1] += 1
+        written.append([sequence.written for sequence in sequences])
+    assert written[0] == written[1] == written[2]
+    assert steps[1] < 0.5 * steps[0] and abs(steps[2] - steps[0]) < 10
+
+
 def test_answers_to_one_prompt_share_its_pages():
     engine = new_engine(rows=6, pages=30, size=4, context=60, chunk=64)
     engine.stop_ids = set()
