@@ -17,7 +17,7 @@ from .model import QwenForCausalLM
 
 # %% ../chapters/22_lora.ipynb #m22base
 class LoRALinear(nn.Linear):
-    """A linear layer with an adapter: `W x + scaling * B A x` (Hu et al. 2021)."""
+    """W x + scaling * B A x, with an adapter A [r, K], B [N, r] (Hu et al. 2021)."""
 
     def __init__(
         self, linear: nn.Linear, rank: int, scaling: float, dropout: float = 0.0
@@ -29,7 +29,7 @@ class LoRALinear(nn.Linear):
         self.dropout = dropout  # the share of A's inputs zeroed in training
         self.enabled = True  # False: as if there were no adapter
         N, K = linear.weight.shape
-        dtype = torch.promote_types(linear.weight.dtype, torch.float32)
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)  # for small steps
         self.lora_A = nn.Parameter(linear.weight.new_empty(rank, K, dtype=dtype))
         self.lora_B = nn.Parameter(linear.weight.new_zeros(N, rank, dtype=dtype))
         bound = 1 / math.sqrt(K)
