@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from . import __version__
-from .arguments import report_errors
 
 # %% ../chapters/A1_commands.ipynb #071a0a6c
 class Parser(argparse.ArgumentParser):
@@ -95,6 +94,9 @@ def build_parser(chosen: str | None = None) -> Parser:
             find(add)(subparser)
             subparser.set_defaults(run=command.run)
     return parser
+
+# %% ../chapters/A1_commands.ipynb #c78182d9
+from .arguments import report_errors
 
 # %% ../chapters/B01_arguments.ipynb #2683613c
 import atexit
